@@ -1,0 +1,1 @@
+"""pyllm: transformer language models on compiled kernels."""
