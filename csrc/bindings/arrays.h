@@ -1,0 +1,52 @@
+// Checked views of numpy arrays. All argument checks of the kernels live in the bindings; a message says which argument, what
+// was expected and what came.
+#pragma once
+#include <pybind11/numpy.h>
+
+#include <string>
+#include <vector>
+
+#include "core/types.h"
+
+namespace pyllm::bindings {
+
+namespace py = pybind11;
+
+// A 2-D view with a contiguous last dimension; stride is in elements between rows.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t rows, cols, stride;
+};
+
+std::string shape_text(const py::array& a);             // "float32[3, 4]"
+DType dtype_of(const py::array& a, const char* name);   // float32, float16 or bfloat16, else TypeError
+
+// The checks behind the templates below; -1 in `shape` matches anything.
+void check_array(const py::array& a, const char* name, const py::dtype& dtype, const std::vector<int64_t>& shape, bool writable);
+
+// Array `a` of T with exactly this shape (-1: any), last dimension contiguous, as rows. 1-D arrays count as one row.
+template <class T>
+Rows<T> rows_of(const py::object& object, const char* name, int64_t rows, int64_t cols) {
+  if (!py::isinstance<py::array>(object)) throw py::type_error(std::string(name) + ": expected a numpy array, got " + std::string(py::str(py::type::of(object))));
+  auto a = py::reinterpret_borrow<py::array>(object);
+  check_array(a, name, py::dtype::of<std::remove_const_t<T>>(), {rows, cols}, !std::is_const_v<T>);
+  const int64_t stride = a.shape(0) > 1 ? a.strides(0) / int64_t(sizeof(T)) : a.shape(1);
+  return {static_cast<T*>(const_cast<void*>(a.data())), a.shape(0), a.shape(1), stride};
+}
+
+// Contiguous 1-D array of T with this many elements (-1: any), or null for None where `optional`.
+template <class T>
+T* vector_of(const py::object& object, const char* name, int64_t size, bool optional = false, int64_t* length = nullptr) {
+  if (optional && object.is_none()) return nullptr;
+  if (!py::isinstance<py::array>(object)) throw py::type_error(std::string(name) + ": expected a numpy array, got " + std::string(py::str(py::type::of(object))));
+  auto a = py::reinterpret_borrow<py::array>(object);
+  check_array(a, name, py::dtype::of<std::remove_const_t<T>>(), {size}, !std::is_const_v<T>);
+  if (length) *length = a.shape(0);
+  return static_cast<T*>(const_cast<void*>(a.data()));
+}
+
+// Every value of ids lies in [0, limit), else ValueError naming the first that does not.
+void check_ids(const int32_t* ids, int64_t count, int64_t limit, const char* name, const char* what);
+
+}  // namespace pyllm::bindings

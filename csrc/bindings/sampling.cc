@@ -1,0 +1,8 @@
+#include "bindings/arrays.h"
+#include "bindings/context.h"
+
+namespace pyllm::bindings {
+
+void bind_sampling(py::module_& module, ContextClass& context) { (void)module, (void)context; }
+
+}  // namespace pyllm::bindings

@@ -1,0 +1,132 @@
+// Argument structs of the kernels, one each, shared by every backend.
+//
+// Shapes: T tokens (rows) of all sequences of a step, B sequences, D model, H heads, G key/value heads, E head size,
+// N outputs, K inner dimension, V vocabulary, R rows. Strides are in elements between rows; the last dimension is contiguous.
+// Order: outputs, inputs, weights, scalars, workspace. Rows and sequences may number zero.
+#pragma once
+#include "core/types.h"
+
+namespace pyllm {
+
+// Packs rows [row, row + rows) of one part of a packed matrix from src[rows, K], any strides, any of the dtypes.
+struct PackArgs {
+  PackedView dst;
+  const void* src;
+  DType src_dtype;
+  int64_t row, rows;
+  int64_t row_stride, col_stride;  // of src, in elements; src may be unaligned
+  int32_t part;
+};
+
+// y = act(x W^T + bias) + residual;  gated: y = act(x Wgate^T + bias) * (x Wup^T + bias_up) + residual.
+// Every output is one chain of multiply-adds over k in rising order, whatever T is and however the work is split, so a row's
+// result does not depend on the other rows. bf16 weights: where the instruction set has bf16 dot products x is rounded to bf16
+// (nearest even) and pairs are summed by it; elsewhere the weights are widened. f16 weights are always widened, exactly.
+struct MatmulArgs {
+  float* y;               // [T, N]
+  const float* x;         // [T, K]
+  PackedView w;           // [N, K]
+  const float* bias;      // [N] or null
+  const float* bias_up;   // [N] or null, gated only
+  const float* residual;  // [T, N] or null; may be y itself
+  int64_t rows, x_stride, y_stride, residual_stride;
+  Activation activation;
+  void* workspace;
+};
+
+// y = norm(x + residual) * weight + bias, over the last dimension; the sum is also stored where sum is not null (may be x).
+struct NormArgs {
+  float* y;               // [R, D], may be x
+  float* sum;             // [R, D] or null
+  const float* x;         // [R, D]
+  const float* residual;  // [R, D] or null
+  const float* weight;    // [D] or null
+  const float* bias;      // [D] or null
+  int64_t rows, dim, x_stride, y_stride, sum_stride, residual_stride;
+  float eps;
+  NormKind kind;
+};
+
+// y = act(x), or act(x) * up where up is not null.
+struct ActivationArgs {
+  float* y;         // [R, D], may be x
+  const float* x;   // [R, D]
+  const float* up;  // [R, D] or null
+  int64_t rows, dim, x_stride, up_stride, y_stride;
+  Activation activation;
+};
+
+// y[t] = table[tokens[t]] + position_table[positions[t]]; ids are checked by the caller.
+struct EmbeddingArgs {
+  float* y;               // [T, D]
+  const int32_t* tokens;  // [T]
+  const int32_t* positions;  // [T] or null
+  PackedView packed;      // the table when packed.data is not null
+  const void* table;      // else [V, D], rows of dtype, any alignment
+  DType table_dtype;
+  int64_t table_stride;
+  const float* position_table;  // [P, D] or null
+  int64_t rows, dim, y_stride, position_stride;
+};
+
+// y[r] = x[index[r]]
+struct GatherArgs {
+  float* y;              // [R, D]
+  const float* x;        // [T, D]
+  const int32_t* index;  // [R]
+  int64_t rows, dim, x_stride, y_stride;
+};
+
+// cos/sin[t, i] = scaling * cos/sin(positions[t] * inv_freq[table[t], i]), angles in float32 as the published models compute them.
+struct RopeAnglesArgs {
+  float* cos;               // [T, half]
+  float* sin;               // [T, half]
+  const int32_t* positions;  // [T]
+  const float* inv_freq;    // [C, half]
+  const int32_t* table;     // [T], which row of inv_freq, or null for row 0
+  int64_t rows, half;
+  float scaling;
+};
+
+// Rotates channel pairs (i, i + half), i < half, of every head in place; channels from 2 * half on pass through.
+struct RopeArgs {
+  float* x;          // [T, heads, E]
+  const float* cos;  // [T, half]
+  const float* sin;  // [T, half]
+  int64_t rows, heads, head_size, half;
+  int64_t x_stride;  // between tokens; heads are adjacent
+};
+
+// Writes each token's keys (rotated first where cos is not null) and values into its slot = block * kBlockTokens + offset.
+// A negative slot is skipped.
+struct KvWriteArgs {
+  CacheView cache;
+  const float* k;        // [T, G, E]
+  const float* v;        // [T, G, E]
+  const float* cos;      // [T, half] or null
+  const float* sin;
+  const int64_t* slots;  // [T]
+  int64_t rows, half, k_stride, v_stride;
+};
+
+// Causal attention of a ragged batch over the paged cache, which already holds this step's keys and values.
+// Query row i (0-based) of sequence b stands at position lengths[b] - (starts[b + 1] - starts[b]) + i and sees the keys
+// j <= position, and position - j < window where window > 0.
+// Keys are taken in fixed blocks of kKeyBlock; each gives (max, sum, weighted values), merged in rising order, so a row's
+// result depends neither on the other rows nor on how work is split.
+constexpr int64_t kKeyBlock = 256;
+struct AttentionArgs {
+  float* out;             // [T, H, E]
+  const float* q;         // [T, H, E], already rotated
+  CacheView cache;
+  const int32_t* starts;  // [B + 1] first row of each sequence
+  const int32_t* lengths;  // [B] keys in the cache, this step's included
+  const int32_t* tables;  // [B, table_width] block numbers
+  int64_t sequences, rows, heads, table_width;
+  int64_t q_stride, out_stride;
+  int64_t window;
+  float scale;
+  void* workspace;
+};
+
+}  // namespace pyllm

@@ -1,0 +1,58 @@
+// Plain types shared by every backend: dtypes, enums, the packed weight view. No behaviour beyond arithmetic on sizes.
+#pragma once
+#include <cstdint>
+
+namespace pyllm {
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+constexpr int64_t dtype_bytes(DType t) { return t == DType::f32 ? 4 : 2; }
+
+enum class Activation : int32_t { none = 0, gelu_erf = 1, gelu_tanh = 2, silu = 3, relu = 4 };
+enum class NormKind : int32_t { layer = 0, rms = 1 };
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A weight matrix W[N, K] (one output per row, as checkpoints store it) packed for the matmul.
+//
+// Outputs are cut into panels of kPanel columns; within a panel the inner dimension K runs slowest, so that one row of x
+// streams a panel from start to end and many rows are broadcast against it:
+//   f32, f16:  [panel][k][kPanel]             element (n, k) at ((n / 64) * K + k) * 64 + n % 64
+//   bf16:      [panel][k / 2][kPanel][2]      pairs (k, k + 1) stand together for the dot-product instruction; K is padded to even
+// Columns past N and the odd k are zero. A gated matrix has two parts of N outputs each, gate and up, whose panels alternate:
+// panel j of part p stands at index j * parts + p.
+constexpr int64_t kPanel = 64;
+
+struct PackedView {
+  const void* data;  // 64-byte aligned
+  int64_t n, k;      // outputs of one part, inner dimension
+  int32_t parts;     // 1, or 2 when gated
+  DType dtype;
+
+  int64_t padded_k() const { return dtype == DType::bf16 ? round_up(k, 2) : k; }
+  int64_t panels() const { return (n + kPanel - 1) / kPanel; }  // of one part
+  int64_t panel_bytes() const { return padded_k() * kPanel * dtype_bytes(dtype); }
+  int64_t bytes() const { return panels() * parts * panel_bytes(); }
+};
+
+// The KV cache of one layer: blocks of kBlockTokens tokens. Within a block, heads follow each other, and within a head keys
+// stand before values:
+//   keys    f32: [tokens / 16][E][16]        bf16: [tokens / 16][Ep / 2][16][2]   (pairs of channels)
+//   values  f32: [tokens][Ep]                bf16: [tokens / 2][Ep][2]            (pairs of tokens)
+// E is the head size, Ep = E rounded up to kHeadPad; both halves take kBlockTokens * Ep elements. Channels past E are zero
+// wherever a token has been written; what has not been written may hold anything, NaN included, and is never used.
+constexpr int64_t kBlockTokens = 64;
+constexpr int64_t kHeadPad = 16;
+constexpr int64_t kKeyGroup = 16;  // tokens whose keys are interleaved
+
+struct CacheView {
+  void* data;  // one layer: [blocks][kv_heads][2][kBlockTokens * Ep]
+  int64_t blocks, kv_heads, head_size;
+  DType dtype;  // f32 or bf16
+
+  int64_t padded_head() const { return round_up(head_size, kHeadPad); }
+  int64_t half_elements() const { return kBlockTokens * padded_head(); }
+  int64_t head_elements() const { return 2 * half_elements(); }
+  int64_t block_elements() const { return kv_heads * head_elements(); }
+};
+
+}  // namespace pyllm

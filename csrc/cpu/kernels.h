@@ -1,0 +1,44 @@
+// The list of CPU kernels. Each is compiled once per ISA level, in a namespace of its own; dispatch.h hands out the tables.
+// A kernel is a plain function over views: it never allocates, throws, prints or reads the environment.
+#pragma once
+#include "core/args.h"
+#include "core/sampling.h"
+#include "cpu/parallel.h"
+
+#define PYLLM_CPU_KERNELS(X)    \
+  X(pack, PackArgs)             \
+  X(matmul, MatmulArgs)         \
+  X(norm, NormArgs)             \
+  X(activation, ActivationArgs) \
+  X(embedding, EmbeddingArgs)   \
+  X(gather, GatherArgs)         \
+  X(rope_angles, RopeAnglesArgs) \
+  X(rope, RopeArgs)             \
+  X(kv_write, KvWriteArgs)      \
+  X(attention, AttentionArgs)   \
+  X(sample, SampleArgs)         \
+  X(logprobs, LogprobsArgs)
+
+namespace pyllm::cpu {
+
+template <class Args>
+using Kernel = void (*)(const Args&, Parallel&);
+
+struct KernelTable {
+#define X(name, Args) Kernel<Args> name;
+  PYLLM_CPU_KERNELS(X)
+#undef X
+};
+
+// Scratch memory a call needs, in bytes, on this many threads; the caller puts it into args.workspace, 64-byte aligned.
+int64_t workspace_bytes(const MatmulArgs& args, int threads);
+int64_t workspace_bytes(const AttentionArgs& args, int threads);
+int64_t workspace_bytes(const SampleArgs& args, int threads);
+
+// Kernels that need none.
+template <class Args>
+int64_t workspace_bytes(const Args&, int) {
+  return 0;
+}
+
+}  // namespace pyllm::cpu

@@ -1,0 +1,185 @@
+#include "cpu/parallel.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <fstream>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyllm::cpu {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// How long an idle worker spins before it sleeps: longer than the gap between two decode steps, too short to notice as load.
+constexpr auto kSpin = std::chrono::microseconds(200);
+
+// A worker's share of the chunks as (begin, end), 32 bits each, so that owner and thieves take from it with one compare-swap.
+struct alignas(64) Share {
+  std::atomic<uint64_t> range{0};
+
+  void set(uint64_t begin, uint64_t end) { range.store(begin << 32 | end, std::memory_order_relaxed); }
+
+  int64_t take(bool front) {
+    uint64_t r = range.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t begin = r >> 32, end = r & 0xffffffffu;
+      if (begin >= end) return -1;
+      const uint64_t next = front ? (begin + 1) << 32 | end : begin << 32 | (end - 1);
+      if (range.compare_exchange_weak(r, next, std::memory_order_relaxed)) return int64_t(front ? begin : end - 1);
+    }
+  }
+};
+
+}  // namespace
+
+struct Parallel::Team {
+  explicit Team(int threads) : shares(threads) {
+    for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { loop(i); });
+  }
+
+  ~Team() {
+    stop.store(true);
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      epoch.fetch_add(1);
+    }
+    wake.notify_all();
+    for (auto& w : workers) w.join();
+  }
+
+  void work(int self) {
+    const int n = int(shares.size());
+    for (int64_t c; (c = shares[self].take(true)) >= 0;) fn(context, c, self);
+    for (int d = 1; d < n; ++d) {
+      Share& other = shares[(self + d) % n];
+      for (int64_t c; (c = other.take(false)) >= 0;) fn(context, c, self);
+    }
+  }
+
+  void loop(int self) {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto start = std::chrono::steady_clock::now();
+      for (int spins = 0; epoch.load(std::memory_order_acquire) == seen; ++spins) {
+        relax();
+        if ((spins & 63) == 63 && std::chrono::steady_clock::now() - start > kSpin) {
+          std::unique_lock<std::mutex> lock(mutex);
+          sleeping.fetch_add(1);
+          wake.wait(lock, [&] { return epoch.load(std::memory_order_seq_cst) != seen; });
+          sleeping.fetch_sub(1);
+        }
+      }
+      seen = epoch.load(std::memory_order_acquire);
+      if (stop.load()) return;
+      work(self);
+      pending.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void run(int64_t chunks, void (*f)(void*, int64_t, int), void* ctx) {
+    const int n = int(shares.size());
+    fn = f;
+    context = ctx;
+    for (int i = 0; i < n; ++i) shares[i].set(uint64_t(chunks * i / n), uint64_t(chunks * (i + 1) / n));
+    pending.store(n - 1, std::memory_order_relaxed);
+    epoch.fetch_add(1, std::memory_order_seq_cst);
+    if (sleeping.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(mutex);
+      wake.notify_all();
+    }
+    work(0);
+    for (int spins = 0; pending.load(std::memory_order_acquire) > 0; ++spins) {
+      relax();
+      if (spins > 4096) std::this_thread::yield();
+    }
+  }
+
+  std::vector<Share> shares;
+  std::vector<std::thread> workers;
+  std::atomic<uint64_t> epoch{0};
+  std::atomic<int> pending{0}, sleeping{0};
+  std::atomic<bool> stop{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+  void (*fn)(void*, int64_t, int) = nullptr;
+  void* context = nullptr;
+};
+
+Parallel::Parallel(int threads) : threads_(threads < 1 ? 1 : threads) {}
+
+Parallel::~Parallel() {
+  if (team_ && team_pid_ != getpid()) (void)team_.release();  // a fork's copy: its threads do not exist here
+}
+
+void Parallel::run(int64_t chunks, void (*fn)(void*, int64_t, int), void* context) {
+  if (chunks <= 0) return;
+  if (threads_ == 1 || chunks == 1) {
+    for (int64_t c = 0; c < chunks; ++c) fn(context, c, 0);
+    return;
+  }
+  if (!team_ || team_pid_ != getpid()) {
+    if (team_) (void)team_.release();
+    team_ = std::make_unique<Team>(threads_);
+    team_pid_ = getpid();
+  }
+  constexpr int64_t kMost = int64_t(1) << 31;  // a share's ends are 32 bits wide
+  if (chunks < kMost) return team_->run(chunks, fn, context);
+  for (int64_t c = 0; c < chunks; ++c) fn(context, c, 0);
+}
+
+namespace {
+
+// "max 100000" or "200000 100000" (cgroup v2), or the two v1 files; +inf where there is no limit.
+double cgroup_cpus() {
+  double limit = INFINITY;
+  std::ifstream v2("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (v2 >> quota >> period && quota != "max" && period > 0) limit = std::stod(quota) / period;
+  std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  double v1 = -1;
+  if (q >> v1 && p >> period && v1 > 0 && period > 0) limit = std::min(limit, v1 / period);
+  return limit;
+}
+
+}  // namespace
+
+int available_cores() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return int(std::max(1u, std::thread::hardware_concurrency()));
+  std::set<std::string> cores;
+  int unnamed = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &mask)) continue;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings;
+    if (file >> siblings)
+      cores.insert(siblings);
+    else
+      ++unnamed;
+  }
+  const double count = double(cores.size()) + unnamed;
+  return int(std::max(1.0, std::floor(std::min(count, std::max(1.0, cgroup_cpus())))));
+}
+
+}  // namespace pyllm::cpu

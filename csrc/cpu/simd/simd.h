@@ -1,0 +1,33 @@
+// The float vector that kernels are written over, at the width of the ISA level being compiled. The only place for intrinsics.
+//
+// Each level's header defines, in namespace pyllm::PYLLM_ISA::simd:
+//   struct F { static constexpr int N; ... }        N float32 lanes
+//   F zero(), set(float), load(const float*), load_n(const float*, int n): lanes from n on are 0, n <= N, nothing past n is read
+//   void store(float*, F), store_n(float*, F, int n)
+//   F operator+ - * /, min(a, b), max(a, b), abs(a), fma(a, b, c) = a * b + c (fused except at the baseline), sqrt(a)
+//   F round(a) to nearest even, F ldexp(a, e) = a * 2^e for integral e in [-126, 127] (a float vector)
+//   F select_gt(a, b, x, y): a > b ? x : y per lane (false where a or b is NaN)
+//   F load_bf16(const uint16_t*), load_bf16_n(p, n), load_f16, load_f16_n; store_bf16(uint16_t*, F), store_bf16_n, store_f16, store_f16_n
+//   void load_bf16_pairs(const uint16_t* p, F& even, F& odd): p[0..2N) holds pairs; even gets p[2i], odd p[2i + 1]
+//   float sum(F), max(F): over lanes, in a fixed order
+//   PYLLM_HAS_BF16_DOT 0/1, and where 1: struct B (2N bf16), B load_pairs(const uint16_t*), B set_pair(uint32_t),
+//   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(PYLLM_ISA_BASELINE)
+#define PYLLM_ISA isa_baseline
+#include "cpu/simd/baseline.h"
+#elif defined(PYLLM_ISA_AVX2)
+#define PYLLM_ISA isa_avx2
+#include "cpu/simd/avx2.h"
+#elif defined(PYLLM_ISA_AVX512)
+#define PYLLM_ISA isa_avx512
+#include "cpu/simd/avx512.h"
+#elif defined(PYLLM_ISA_AVX512_BF16)
+#define PYLLM_ISA isa_avx512_bf16
+#include "cpu/simd/avx512.h"
+#else
+#error "compile through CMakeLists.txt, which names the ISA level"
+#endif

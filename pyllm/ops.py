@@ -1,0 +1,243 @@
+"""The kernels on arrays: one method per kernel, which allocates the output and calls the compiled code.
+
+This is how the model calls kernels and the public way to call one by itself::
+
+    import numpy as np
+    from pyllm.ops import Ops
+
+    ops = Ops(threads=2)
+    w = ops.pack(np.random.randn(1000, 64).astype("float32"))
+    y = ops.matmul(np.ones((3, 64), "float32"), w)  # float32 [3, 1000]
+
+Shapes: T tokens (rows) of all sequences of a step, B sequences, D model width, H heads, G key/value heads, E head size,
+N outputs, K inner dimension, V vocabulary, R rows. Activations are float32; the last dimension of every array is contiguous.
+A wrong dtype is a ``TypeError``, a wrong shape or value a ``ValueError``; both say what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm import _cpu
+from pyllm.spec import Activation, NormKind
+
+Array: TypeAlias = NDArray[Any]
+F32: TypeAlias = NDArray[np.float32]
+
+_ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
+_NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
+
+
+class Ops:
+    """Kernel calls on `threads` threads (default: the physical cores available to the process).
+
+    Between :meth:`begin_recording` and :meth:`end_recording` calls are not run but recorded into a graph, which
+    :meth:`replay` runs with one call as often as wanted; what changes from run to run is changed in the arrays.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.context = _cpu.Context(threads if threads is not None else _cpu.available_cores())
+        self._arena: Arena | None = None
+
+    @property
+    def threads(self) -> int:
+        """Number of threads that kernels run on."""
+        return self.context.threads
+
+    # Memory
+
+    def empty(self, *shape: int) -> F32:
+        """A float32 array for an output: fresh memory, or a piece of the arena inside :meth:`use_arena`."""
+        if self._arena is not None:
+            return self._arena.take(shape)
+        return np.empty(shape, np.float32)
+
+    def use_arena(self, arena: Arena | None) -> None:
+        """Take outputs from `arena` from here on; None goes back to fresh memory."""
+        self._arena = arena
+
+    def mark(self) -> int:
+        """Where the arena stands now, for :meth:`release`."""
+        return self._arena.used if self._arena is not None else 0
+
+    def release(self, mark: int) -> None:
+        """Give back what was taken from the arena since `mark`."""
+        if self._arena is not None:
+            self._arena.used = mark
+
+    # Recording
+
+    def begin_recording(self) -> None:
+        """From here kernel calls are recorded, not run."""
+        self.context.begin_recording()
+
+    def end_recording(self) -> _cpu.Graph:
+        """The graph of the calls since :meth:`begin_recording`; it keeps their arrays alive."""
+        return self.context.end_recording()
+
+    def replay(self, graph: _cpu.Graph) -> None:
+        """Run a recorded graph."""
+        self.context.replay(graph)
+
+    # Weights
+
+    def pack(self, *weights: Array, dtype: str | None = None, gate: Array | None = None) -> _cpu.PackedMatrix:
+        """Pack weights[i] [Ni, K] (float32, float16 or bfloat16, any strides), stacked along N, for :meth:`matmul`.
+
+        `dtype` is "float32", "float16" or "bfloat16" (default: that of the first weight). With `gate` [N, K] the result is
+        gated: matmul computes ``act(x gate^T) * (x weight^T)``.
+        """
+        rows = sum(w.shape[0] for w in weights)
+        packed = _cpu.PackedMatrix(rows, weights[0].shape[1], dtype or str(weights[0].dtype), gate is not None)
+        if gate is not None:
+            self.context.pack(packed, gate, 0, 0)
+        row = 0
+        for w in weights:
+            self.context.pack(packed, w, row, int(gate is not None))
+            row += w.shape[0]
+        return packed
+
+    # Kernels
+
+    def matmul(
+        self,
+        x: F32,
+        w: _cpu.PackedMatrix,
+        bias: F32 | None = None,
+        bias_up: F32 | None = None,
+        activation: Activation | None = None,
+        residual: F32 | None = None,
+        out: F32 | None = None,
+    ) -> F32:
+        """``act(x w^T + bias) + residual``: x [T, K], w packed [N, K], bias [N], residual [T, N] -> [T, N].
+
+        A gated w gives ``act(x gate^T + bias) * (x up^T + bias_up) + residual``. `out` may be `residual` itself.
+        """
+        out = self.empty(x.shape[0], w.shape[0]) if out is None else out
+        self.context.matmul(out, x, w, bias, bias_up, residual, _ACTIVATIONS[activation])
+        return out
+
+    def norm(
+        self,
+        x: F32,
+        weight: F32 | None,
+        bias: F32 | None = None,
+        *,
+        kind: NormKind,
+        eps: float,
+        residual: F32 | None = None,
+        sum_out: F32 | None = None,
+        out: F32 | None = None,
+    ) -> F32:
+        """Layer norm or RMS norm of ``x + residual`` over the last dimension: x [R, D], weight and bias [D] -> [R, D].
+
+        The sum itself is also written to `sum_out` [R, D] where given (it may be x); `out` may be x.
+        """
+        out = self.empty(*x.shape) if out is None else out
+        self.context.norm(out, x, weight, bias, residual, sum_out, eps, _NORMS[kind])
+        return out
+
+    def activation(self, x: F32, activation: Activation, up: F32 | None = None, out: F32 | None = None) -> F32:
+        """``act(x)``, or ``act(x) * up``: x and up [R, D] -> [R, D]."""
+        out = self.empty(*x.shape) if out is None else out
+        self.context.activation(out, x, up, _ACTIVATIONS[activation])
+        return out
+
+    def embedding(
+        self,
+        tokens: NDArray[np.int32],
+        table: _cpu.PackedMatrix | Array,
+        positions: NDArray[np.int32] | None = None,
+        position_table: F32 | None = None,
+    ) -> F32:
+        """``table[tokens] + position_table[positions]``: tokens int32 [T], table [V, D] packed or plain -> [T, D]."""
+        out = self.empty(tokens.shape[0], table.shape[1])
+        self.context.embedding(out, tokens, table, positions, position_table)
+        return out
+
+    def gather(self, x: F32, index: NDArray[np.int32]) -> F32:
+        """``x[index]``: x [T, D], index int32 [R] -> [R, D]."""
+        out = self.empty(index.shape[0], x.shape[1])
+        self.context.gather(out, x, index)
+        return out
+
+    def rope_angles(
+        self,
+        positions: NDArray[np.int32],
+        inv_freq: F32,
+        table: NDArray[np.int32] | None = None,
+        scaling: float = 1.0,
+    ) -> tuple[F32, F32]:
+        """Cosines and sines [T, half] of ``positions[t] * inv_freq[table[t]]``, times `scaling`.
+
+        positions int32 [T]; inv_freq float32 [C, half]; table int32 [T], the row of inv_freq for each token (default 0).
+        """
+        cos = self.empty(positions.shape[0], inv_freq.shape[1])
+        sin = self.empty(positions.shape[0], inv_freq.shape[1])
+        self.context.rope_angles(cos, sin, positions, inv_freq, table, scaling)
+        return cos, sin
+
+    def rope(self, x: F32, cos: F32, sin: F32, head_size: int) -> F32:
+        """Rotate, in place, channels (i, i + half) of each head: x [T, heads * E], cos and sin [T, half]. Returns x."""
+        self.context.rope(x, cos, sin, head_size)
+        return x
+
+    def kv_write(
+        self,
+        cache: Array,
+        k: F32,
+        v: F32,
+        slots: NDArray[np.int64],
+        head_size: int,
+        cos: F32 | None = None,
+        sin: F32 | None = None,
+    ) -> None:
+        """Write keys (rotated first where cos is given) and values into one layer's cache.
+
+        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T], each
+        block * 64 + offset, negative to skip; cos and sin [T, half].
+        """
+        self.context.kv_write(cache, k, v, slots, head_size, cos, sin)
+
+    def attention(
+        self,
+        q: F32,
+        cache: Array,
+        starts: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        *,
+        head_size: int,
+        scale: float,
+        window: int | None = None,
+    ) -> F32:
+        """Causal attention of a ragged batch over the paged cache, which already holds this step's keys and values.
+
+        q [T, H * E], already rotated; cache as in :meth:`kv_write`; starts int32 [B + 1], first row of each sequence; lengths
+        int32 [B], keys in the cache, this step's included; tables int32 [B, width], block numbers. A query sees keys up to its
+        own position, and only the last `window` of them where given -> [T, H * E].
+        """
+        out = self.empty(*q.shape)
+        self.context.attention(out, q, cache, starts, lengths, tables, head_size, scale, window or 0)
+        return out
+
+
+class Arena:
+    """One block of memory, laid out once per recorded step: outputs are taken from it in order and given back by mark."""
+
+    def __init__(self, floats: int) -> None:
+        self.memory: F32 = _cpu.allocate(floats * 4).view(np.float32)
+        self.used = 0
+
+    def take(self, shape: Sequence[int]) -> F32:
+        """The next prod(shape) floats, 64-byte aligned, as an array of that shape."""
+        count = int(np.prod(shape, dtype=np.int64))
+        start = self.used
+        self.used = start + (count + 15) // 16 * 16
+        if self.used > self.memory.size:
+            raise MemoryError(f"arena: {self.used * 4} bytes needed, {self.memory.nbytes} laid out")
+        return self.memory[start : start + count].reshape(shape)
