@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pyllm.errors import ConfigError
 
+Floats = npt.NDArray[np.float32]
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
 
 
@@ -89,10 +90,10 @@ class RopeSpec:
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         _require(self.dim > 0 and self.dim % 2 == 0, "rotated channels of a head", "a positive even number", self.dim)
-        _require(math.isfinite(self.theta) and self.theta > 1, "rope theta", "a finite number above 1", self.theta)
+        _require(1 < self.theta <= 1e18, "rope theta", "above 1 and at most 1e18", self.theta)
         _require(self.max_positions > 0, "rope max_positions", "at least 1", self.max_positions)
         _require(self.pretrained_positions > 0, "rope original_max_positions", "at least 1", self.pretrained_positions)
-        _require(math.isfinite(self.factor) and self.factor > 0, "rope factor", "a finite number above 0", self.factor)
+        _require(0 < self.factor <= 1e6, "rope factor", "above 0 and at most 1e6", self.factor)
         if self.kind is RopeKind.DYNAMIC:
             _require(self.dim > 2, "rotated channels of a head under dynamic scaling", "at least 4", self.dim)
             _require(self.factor >= 1, "factor of dynamic rope scaling", "at least 1", self.factor)
@@ -140,7 +141,7 @@ class RopeSpec:
             return length > self.pretrained_positions
         return None
 
-    def inv_freq(self, length: int) -> npt.NDArray[np.float32]:
+    def inv_freq(self, length: int) -> Floats:
         """Angle per position of each pair, float32 [R/2], while a sequence is `length` tokens long.
 
         Powers are rounded once from float64; every other step is float32, in the order of Hugging Face transformers,
@@ -156,7 +157,8 @@ class RopeSpec:
             return self._yarn_inv_freq()
         inv_freq = _inverse(_powers(self.theta, self.dim))
         if self.kind is RopeKind.LINEAR:
-            return np.divide(inv_freq, np.float32(self.factor), dtype=np.float32)
+            stretched: Floats = inv_freq / np.float32(self.factor)
+            return stretched
         if self.kind is RopeKind.LLAMA3:
             return self._llama3_inv_freq(inv_freq)
         return inv_freq
@@ -167,10 +169,10 @@ class RopeSpec:
         if length <= self.max_positions:
             return float(self.theta * (self.factor - (self.factor - 1)) ** exponent)
         excess = np.float32(self.factor) * np.float32(length) / np.float32(self.max_positions)
-        grown = np.float32(float(excess - np.float32(self.factor - 1)) ** float(np.float32(exponent)))
+        grown = np.float32(float(excess - np.float32(self.factor - 1)) ** exponent)
         return float(np.float32(self.theta) * grown)
 
-    def _llama3_inv_freq(self, inv_freq: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _llama3_inv_freq(self, inv_freq: Floats) -> Floats:
         """Long waves are divided by the factor, short ones kept, those between are interpolated."""
         length = self.pretrained_positions
         wavelength = np.float32(2 * math.pi) / inv_freq
@@ -181,7 +183,7 @@ class RopeSpec:
         between = (np.float32(1) - smooth) * inv_freq / np.float32(self.factor) + smooth * inv_freq
         return np.where(is_long, inv_freq / np.float32(self.factor), np.where(is_short, inv_freq, between))
 
-    def _yarn_inv_freq(self) -> npt.NDArray[np.float32]:
+    def _yarn_inv_freq(self) -> Floats:
         """YaRN (Peng et al. 2023): a linear ramp over channels from unscaled to fully interpolated frequencies."""
 
         def channel(rotations: float) -> float:  # the channel that turns this often over the pretrained context
@@ -196,8 +198,9 @@ class RopeSpec:
         ramp = np.clip((np.arange(self.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
         powers = _powers(self.theta, self.dim)
         kept = np.float32(1) - ramp
-        mixed = _inverse(np.float32(self.factor) * powers) * (np.float32(1) - kept) + _inverse(powers) * kept
-        return mixed.astype(np.float32, copy=False)
+        interpolated = _inverse(np.float32(self.factor) * powers)
+        mixed: Floats = interpolated * (np.float32(1) - kept) + _inverse(powers) * kept
+        return mixed
 
 
 @dataclass(frozen=True)
@@ -338,15 +341,16 @@ def _linear_slots(name: str, rows: int, columns: int, bias: bool) -> dict[str, t
     return shapes
 
 
-def _powers(theta: float, dim: int) -> npt.NDArray[np.float32]:
+def _powers(theta: float, dim: int) -> Floats:
     """theta^(2k/R) for k < R/2: the exponent rounded to float32, then the power."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers: npt.NDArray[np.float64] = np.power(float(np.float32(theta)), exponent.astype(np.float64))
     return powers.astype(np.float32)
 
 
-def _inverse(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.divide(np.float32(1), values, dtype=np.float32)
+def _inverse(values: Floats) -> Floats:
+    inverse: Floats = np.float32(1) / values
+    return inverse
 
 
 def _yarn_magnitude(scale: float, mscale: float) -> float:
