@@ -33,3 +33,9 @@ def listed(heading: str, problems: Sequence[str], limit: int = 40) -> str:
     if len(problems) > limit:
         shown.append(f"  - and {len(problems) - limit} more")
     return "\n".join([f"{heading}, {len(problems)} problems:", *shown])
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value from outside, safe to print: escaped and cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
