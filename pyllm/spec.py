@@ -121,6 +121,15 @@ class RopeSpec:
         return self.max_positions if self.original_max_positions is None else self.original_max_positions
 
     @property
+    def stretched_positions(self) -> int:
+        """The longest context that the scaling serves, in tokens: that of pretraining times the factor."""
+        if self.kind in (RopeKind.LINEAR, RopeKind.DYNAMIC):
+            return max(self.max_positions, int(self.max_positions * self.factor))
+        if self.kind is RopeKind.YARN:
+            return max(self.max_positions, int(self.pretrained_positions * self.factor))
+        return self.max_positions
+
+    @property
     def attention_scaling(self) -> float:
         """What cos and sin are multiplied by (scores get its square)."""
         if self.attention_factor is not None and self.kind in (RopeKind.YARN, RopeKind.LONGROPE):
@@ -258,7 +267,8 @@ class ModelSpec:
     """A decoder: embedding (+ learned positions), blocks, final norm, head.
 
     `family` is for messages only. `learned_positions` is the rows of the position table, 0 for none. `max_positions`
-    is the longest context the checkpoint declares. `dtype` is the checkpoint's declared one ("float32", ...), if any.
+    is the longest context that the checkpoint is made for, rope scaling included. `dtype` is the checkpoint's declared
+    one ("float32", "float16" or "bfloat16"), if any.
     """
 
     family: str

@@ -31,7 +31,7 @@ HARMLESS = frozenset(
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states
     tokenizer_class top_k top_p torchscript transformers.js_config transformers_version typical_p unsloth_fixed
     unsloth_version use_bfloat16 use_cache
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 # Keys that would change the computation; only the listed values mean what pyllm computes.

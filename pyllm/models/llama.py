@@ -9,7 +9,7 @@ from typing import Any
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
 from pyllm.models.shared import ACTIVATIONS, read_layer_windows, read_rope
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
+from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weights import NameTable, Row
 
 
@@ -77,6 +77,10 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
     dtype = reader.dtype()
     if not reader.has("head_dim") and variant.head_dim is None and hidden % heads:
         reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, or head_dim beside it")
+    if heads % kv_heads:
+        reader.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+    if head_dim > MAX_HEAD_DIM:
+        reader.refuse("head_dim", head_dim, f"at most {MAX_HEAD_DIM}")
     rope = read_rope(reader, head_dim, max_positions)
     reader.finish()
 
@@ -102,7 +106,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         hidden=hidden,
         blocks=tuple(block(window) for window in windows),
         final_norm=norm,
-        max_positions=max_positions,
+        max_positions=rope.stretched_positions,
         rope=rope,
         tied=tied,
         dtype=dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyllm.errors import ConfigError
 from pyllm.models.config_reader import MAX_SIZE, ConfigReader
 from pyllm.spec import Activation, RopeKind, RopeSpec
 
@@ -49,14 +50,11 @@ def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_t
     if kind in (RopeKind.YARN, RopeKind.LONGROPE):
         values.setdefault("factor", max_positions / (original or max_positions))
     inner.check_unused()
-    return RopeSpec(
-        dim=int(head_dim * partial),
-        theta=theta,
-        kind=kind,
-        max_positions=max_positions,
-        original_max_positions=original,
-        **values,
-    )
+    try:
+        return RopeSpec(int(head_dim * partial), theta, kind, max_positions, original, **values)
+    except ConfigError as error:
+        inner.problems.append(str(error))
+        return RopeSpec(dim=2)
 
 
 def read_window(reader: ConfigReader, default: int | None) -> int | None:
