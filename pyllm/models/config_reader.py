@@ -13,7 +13,7 @@ from pyllm.errors import ConfigError, listed, shown
 T = TypeVar("T")
 
 MAX_SIZE = 2**31 - 1
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {name: name for name in ("float32", "float16", "bfloat16")}
 
 # Keys that say nothing about the computation: bookkeeping, training, generation defaults, task heads.
 HARMLESS = frozenset(
@@ -153,13 +153,9 @@ class ConfigReader:
 
     def dtype(self) -> str | None:
         """The declared dtype of the weights; `torch_dtype` is its older name, and `dtype` wins."""
-        self.get("torch_dtype")
+        self._used.update(("dtype", "torch_dtype"))
         name = "dtype" if self._config.get("dtype") is not None else "torch_dtype"
-        value = self.get(name)
-        if value is not None and value not in DTYPES:
-            self.refuse(name, value, "one of " + ", ".join(DTYPES))
-            return None
-        return None if value is None else str(value)
+        return None if self._config.get(name) is None else self.choice(name, options=DTYPES, default="float32")
 
     def only(self, name: str, *values: Any) -> None:
         """Refuse the key unless it is absent or has one of the values that change nothing."""
