@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache, wraps
 from types import GeneratorType
@@ -21,24 +22,30 @@ from pyllm.errors import TokenizerError
 if TYPE_CHECKING:
     import jinja2
 
-MAX_TEMPLATE_CHARS = 256 << 10
+MAX_TEMPLATE_CHARS = 128 << 10
 MAX_OUTPUT_CHARS = 8 << 20
 MAX_SECONDS = 5.0
 
-_MAX_WORK = 64 << 20  # characters and list entries made or moved in one rendering
+_MAX_WORK = 64 << 20  # what one rendering may make or move: a character counts 1, a list entry or a call _ENTRY
+_ENTRY = 16
 _MAX_DEPTH = 32
 _MAX_INTEGER_BITS = 4096
 _MAX_FORMAT_WIDTH = 9999
+_MAX_ROUND_DIGITS = 100
 
 _STRING_METHODS = frozenset(
-    """capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric
+    """
+    capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric
     isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust
-    rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill format""".split()
+    rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill format
+    """.split()  # noqa: SIM905  # a list literal would take 45 lines
 )
 _FILTERS = frozenset(
-    """abs attr batch capitalize center count d default dictsort e escape first float format groupby indent int items
+    """
+    abs attr batch capitalize center count d default dictsort e escape first float format groupby indent int items
     join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort
-    string striptags sum title tojson trim truncate unique upper urlencode wordcount wordwrap""".split()
+    string sum title tojson trim truncate unique upper urlencode wordcount
+    """.split()  # noqa: SIM905
 )
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
 
@@ -54,9 +61,9 @@ def render_chat(template: str, variables: Mapping[str, Any], max_seconds: float 
             f"the chat template has {len(template)} characters, at most {MAX_TEMPLATE_CHARS} are accepted"
         )
     plain = {name: _plain(value, name) for name, value in variables.items()}
-    budget = _Budget(max_seconds)
+    spending = _BUDGET.set(_Budget(max_seconds))
     try:
-        compiled = _environment(budget).from_string(template)
+        compiled = _compiled(template)
         parts: list[str] = []
         size = 0
         for part in compiled.generate(**plain):
@@ -66,7 +73,7 @@ def render_chat(template: str, variables: Mapping[str, Any], max_seconds: float 
             parts.append(part)
         return "".join(parts)
     except _ExhaustedError as error:
-        raise TokenizerError(f"the chat template was stopped: {error}. Give another one with chat_template=.") from error
+        raise TokenizerError(f"the chat template was stopped: {error}. Give another with chat_template=.") from error
     except (MemoryError, RecursionError) as error:
         raise TokenizerError("the chat template was stopped: it nests too deeply or wants too much memory") from error
     except Exception as error:
@@ -75,6 +82,8 @@ def render_chat(template: str, variables: Mapping[str, Any], max_seconds: float 
             f"the chat template failed: {type(error).__name__}: {error}. Check the messages against what the model "
             "expects, or give another template with chat_template=."
         ) from error
+    finally:
+        _BUDGET.reset(spending)
 
 
 def _plain(value: Any, name: str, depth: int = 0) -> Any:
@@ -111,7 +120,7 @@ class _Budget:
 
     def tick(self) -> None:
         """Count one loop iteration or call."""
-        self._spend(1)
+        self._spend(_ENTRY)
         if time.monotonic() > self._deadline:
             raise _ExhaustedError(f"it took more than {self._seconds:g} s")
 
@@ -119,6 +128,12 @@ class _Budget:
         """Count what it took to make `value`, nested values included; gives it back."""
         self._walk(value, 0)
         return value
+
+    def size(self, value: Any) -> int:
+        """The entries and characters of `value`, which are counted once more."""
+        before = self._work
+        self._walk(value, 0)
+        return before - self._work
 
     def expect(self, size: int) -> None:
         """Refuse an operation that is about to make something of `size`."""
@@ -128,30 +143,33 @@ class _Budget:
     def _walk(self, value: Any, depth: int) -> None:
         if isinstance(value, str):
             self.expect(len(value))
-            self._spend(len(value) + 1)
+            self._spend(len(value) + _ENTRY)
         elif isinstance(value, list | tuple | set | frozenset):
             self._nested(value, depth)
         elif isinstance(value, dict):
             self._nested(value.keys(), depth)
             self._nested(value.values(), depth)
         elif isinstance(value, int):
-            self._spend(1)
+            self._spend(_ENTRY)
             if value.bit_length() > _MAX_INTEGER_BITS:
                 raise _ExhaustedError(f"an integer grew beyond {_MAX_INTEGER_BITS} bits")
         else:
-            self._spend(1)
+            self._spend(_ENTRY)
 
     def _nested(self, values: Any, depth: int) -> None:
         if depth >= 2 * _MAX_DEPTH:
             raise _ExhaustedError(f"a value is nested more than {2 * _MAX_DEPTH} levels deep")
-        self._spend(1)
+        self.tick()
         for value in values:
             self._walk(value, depth + 1)
 
     def _spend(self, amount: int) -> None:
         self._work -= amount
         if self._work < 0:
-            raise _ExhaustedError(f"it made more than {_MAX_WORK} characters and entries")
+            raise _ExhaustedError(f"it made more than {_MAX_WORK} characters, or as many entries / {_ENTRY}")
+
+
+_BUDGET: ContextVar[_Budget] = ContextVar("_BUDGET")  # of the rendering under way; compiled templates outlive it
 
 
 def _check_padding(budget: _Budget, text: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -172,26 +190,30 @@ def _check_join(budget: _Budget, separator: str, values: Any) -> None:
 
 
 _WIDTHS = re.compile(r"[0-9]{5,}")
+_WIDTH = re.compile(r"[0-9]{3}")
 
 
-def _check_format(text: str, modulo: bool) -> None:
-    """Refuse format strings with a large width, or with one that is computed."""
+def _check_format(budget: _Budget, text: str, values: Any, modulo: bool) -> None:
+    """Refuse format strings with a large width or a computed one, and those that repeat a long value often."""
     nested = re.search(r"%[^%a-zA-Z]*\*", text) if modulo else re.search(r"\{[^{}]*:[^{}]*\{", text)
     if nested or _WIDTHS.search(text):
         raise _ExhaustedError(f"a format string asks for a computed width or one beyond {_MAX_FORMAT_WIDTH}")
+    fields = text.count("%" if modulo else "{")
+    each = budget.size(values) + (_MAX_FORMAT_WIDTH if _WIDTH.search(text) else 99)
+    budget.expect(len(text) + fields * each)
 
 
 # --- the sandbox ---------------------------------------------------------------------------------------------------
 
 
-def _environment(budget: _Budget) -> jinja2.Environment:
-    environment: jinja2.Environment = _environment_class()(budget)
-    return environment
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
 
 
 @lru_cache(maxsize=1)
-def _environment_class() -> Callable[[_Budget], Any]:
-    """The sandbox class; made on first use, since only chats need jinja2."""
+def _environment() -> jinja2.Environment:
+    """The sandbox; made on first use, since only chats need jinja2."""
     from jinja2 import nodes, sandbox
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -237,7 +259,7 @@ def _environment_class() -> Callable[[_Budget], Any]:
         def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
             self.generic_visit(node)
             node.nodes = [
-                self._call("meter_value", nodes.Const(child.data)) if isinstance(child, nodes.TemplateData) else child
+                self._call("meter_value", nodes.Const(child.data) if isinstance(child, nodes.TemplateData) else child)
                 for child in node.nodes
             ]
             return node
@@ -268,15 +290,8 @@ def _environment_class() -> Callable[[_Budget], Any]:
     class ChatEnvironment(sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-        def __init__(self, budget: _Budget) -> None:
-            super().__init__(
-                trim_blocks=True,
-                lstrip_blocks=True,
-                extensions=[Generation, loopcontrols],
-                finalize=self._finalize,
-                cache_size=0,
-            )
-            self.budget = budget
+        def __init__(self) -> None:
+            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
             self.filters = {name: self._metered(name, self.filters[name]) for name in _FILTERS if name in self.filters}
             self.filters["tojson"] = self._metered("tojson", self._tojson)
             self.globals = {
@@ -294,7 +309,7 @@ def _environment_class() -> Callable[[_Budget], Any]:
         # Everything below is called by the template.
 
         def meter_tick(self) -> bool:
-            self.budget.tick()
+            _BUDGET.get().tick()
             return True
 
         def meter_value(self, value: Any) -> Any:
@@ -302,12 +317,8 @@ def _environment_class() -> Callable[[_Budget], Any]:
 
         def meter_concat(self, *values: Any) -> str:
             texts = [str(value) for value in values]
-            self.budget.expect(sum(map(len, texts)))
+            _BUDGET.get().expect(sum(map(len, texts)))
             return "".join(texts)
-
-        def _finalize(self, value: Any) -> Any:
-            self.budget.tick()
-            return self.budget.charge(value)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             if not super().is_safe_attribute(obj, attr, value):
@@ -316,6 +327,9 @@ def _environment_class() -> Callable[[_Budget], Any]:
                 return attr in _STRING_METHODS
             return not isinstance(obj, int | float | bytes)
 
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
+
         def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
             wrapped = super().wrap_str_format(value)
             if wrapped is None:
@@ -323,79 +337,86 @@ def _environment_class() -> Callable[[_Budget], Any]:
             text = value.__self__
 
             def checked(*args: Any, **kwargs: Any) -> str:
-                _check_format(text, modulo=False)
+                _check_format(_BUDGET.get(), text, [*args, *kwargs.values()], modulo=False)
                 return wrapped(*args, **kwargs)
 
             return checked
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
-            __self.budget.tick()
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+            budget = _BUDGET.get()
+            budget.tick()
             target = getattr(__obj, "__self__", None)
             if isinstance(target, str):
                 __self._check_string_method(target, __obj.__name__, args, kwargs)
-            return __self.budget.charge(super().call(__context, __obj, *args, **kwargs))
+            return budget.charge(super().call(__context, __obj, *args, **kwargs))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            self.budget.tick()
+            budget = _BUDGET.get()
+            budget.tick()
             if operator == "*":
                 for many, times in ((left, right), (right, left)):
                     if isinstance(times, int) and isinstance(many, str | list | tuple):
-                        self.budget.expect(len(many) * times)
+                        budget.expect(len(many) * times)
                 if isinstance(left, int) and isinstance(right, int):
                     self._check_bits(left.bit_length() + right.bit_length())
             elif operator == "**" and isinstance(left, int) and isinstance(right, int):
                 self._check_bits(left.bit_length() * abs(right))
             elif operator == "%" and isinstance(left, str):
-                _check_format(left, modulo=True)
+                _check_format(budget, left, right, modulo=True)
             elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-                self.budget.expect(len(left) + len(right))
-            return self.budget.charge(super().call_binop(context, operator, left, right))
+                budget.expect(len(left) + len(right))
+            return budget.charge(super().call_binop(context, operator, left, right))
 
         def _check_bits(self, bits: int) -> None:
             if bits > 2 * _MAX_INTEGER_BITS:
                 raise _ExhaustedError(f"an integer grew beyond {_MAX_INTEGER_BITS} bits")
 
         def _check_string_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            budget = _BUDGET.get()
             if name in _PADDING:
-                _check_padding(self.budget, text, args, kwargs)
-            elif name == "replace" and len(args) >= 2:
-                _check_replace(self.budget, text, args[0], args[1])
-            elif name == "join" and args:
-                if isinstance(args[0], GeneratorType):
-                    raise TypeError("join over a generator; put `| list` after it")
-                _check_join(self.budget, text, args[0])
+                _check_padding(budget, text, args, kwargs)
+            elif name == "replace":
+                _check_replace(budget, text, *args[:2])
+            elif name == "join":
+                _check_join(budget, text, *args)
 
         def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(function)  # keeps jinja2's marks that say whether it wants the context
             def metered(*args: Any, **kwargs: Any) -> Any:
-                self.budget.tick()
+                budget = _BUDGET.get()
+                budget.tick()
                 first = 1 if hasattr(function, "jinja_pass_arg") else 0
                 args = (*args[:first], *(self._listed(value) for value in args[first:]))
                 self._check_filter(name, args[first], args[first + 1 :], kwargs)
-                return self.budget.charge(self._listed(function(*args, **kwargs)))
+                return budget.charge(self._listed(function(*args, **kwargs)))
 
             return metered
 
         def _check_filter(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            budget = _BUDGET.get()
             values = (*args, *kwargs.values())
-            numbers = [number for number in values if isinstance(number, int)]
+            widths = sum(abs(number) for number in values if isinstance(number, int))
             texts = [text for text in values if isinstance(text, str)]
-            if name in ("indent", "wordwrap", "tojson", "join"):
-                # A width or text that may come once for every character or entry.
-                entries = self._size(value)
-                each = sum(map(abs, numbers)) + sum(map(len, texts))
-                depth = 2 * _MAX_DEPTH if name == "tojson" else 1
-                self.budget.expect(entries * (1 + min(each, 64) * depth) if each <= 64 else entries * each * depth)
-            elif name in ("center", "batch", "slice", "round", "truncate"):
-                self.budget.expect(self._size(value) + sum(map(abs, numbers)))
-            elif name == "replace" and len(texts) >= 2:
-                _check_replace(self.budget, str(value), texts[0], texts[1])
+            if name in ("indent", "join"):  # what may come once for every character or entry
+                budget.expect(budget.size(value) + self._length(value) * (widths + sum(map(len, texts))))
+            elif name == "tojson":
+                indent = widths + max(map(len, texts), default=0)
+                budget.expect(budget.size(value) * (1 + indent))
+            elif name in ("center", "batch", "slice", "truncate"):
+                budget.expect(self._length(value) + widths)
+            elif name == "round" and widths > _MAX_ROUND_DIGITS:
+                raise _ExhaustedError(f"round to more than {_MAX_ROUND_DIGITS} digits")
+            elif name == "replace":
+                old, new = (*args, *(kwargs[key] for key in ("old", "new") if key in kwargs))[:2]
+                _check_replace(budget, str(value), old, new)
             elif name == "format":
-                _check_format(str(value), modulo=True)
+                _check_format(budget, str(value), values, modulo=True)
+            elif name == "sum" and any(not isinstance(entry, int | float | str) for entry in values):
+                raise TypeError("sum takes numbers only")
             elif name in ("attr", "map") and any(text.startswith("_") for text in texts):
                 raise SecurityError(f"{name} of a name that begins with an underscore")
 
-        def _size(self, value: Any) -> int:
+        def _length(self, value: Any) -> int:
             return len(value) if hasattr(value, "__len__") else 1
 
         def _listed(self, value: Any) -> Any:
@@ -405,7 +426,7 @@ def _environment_class() -> Callable[[_Budget], Any]:
 
             def counted() -> Iterator[Any]:
                 for entry in value:
-                    self.budget.tick()
+                    _BUDGET.get().tick()
                     yield entry
 
             return list(counted())
@@ -432,4 +453,4 @@ def _environment_class() -> Callable[[_Budget], Any]:
                 raise SecurityError("strftime_now takes a short layout without widths")
             return datetime.now().strftime(layout)
 
-    return ChatEnvironment
+    return ChatEnvironment()

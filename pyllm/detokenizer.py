@@ -36,6 +36,7 @@ class Detokenizer:
     """
 
     def __init__(self, token_of: Callable[[int], str | None], stages: Sequence[Stage]) -> None:
+        """`stages` are fresh: they keep the state of one text."""
         self._token_of = token_of
         self._stages = stages
         self._finished = False
@@ -70,7 +71,7 @@ class Detokenizer:
 
 
 def stages_of(decoder: dict[str, Any] | None) -> Callable[[], list[Stage]]:
-    """A maker of fresh stages for the `decoder` section of a tokenizer.json; `TokenizerError` if it is not supported."""
+    """A maker of fresh stages for the `decoder` section of a tokenizer.json, or `TokenizerError`."""
     if decoder is None:
         specs: list[dict[str, Any]] = [{"type": "Join"}]
     elif decoder.get("type") == "Sequence":
@@ -114,8 +115,8 @@ def _maker(kind: str | None, spec: dict[str, Any], fused: bool) -> Callable[[], 
         pattern = spec["pattern"]
         if fused and len(pattern.get("String", "")) != 1:
             raise TokenizerError(
-                f"tokenizer.json: a Replace decoder with the pattern {pattern} after Fuse is not supported: it may match "
-                "across tokens, so its text cannot be streamed"
+                f"tokenizer.json: a Replace decoder with the pattern {pattern} after Fuse is not supported: it may "
+                "match across tokens, so its text cannot be streamed"
             )
         if "String" in pattern:
             old, new = pattern["String"], spec["content"]

@@ -93,7 +93,7 @@ class SentencePieceModel:
     @classmethod
     def parse(cls, data: bytes) -> SentencePieceModel:
         """The model in `data`, a serialized `ModelProto`."""
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         pieces: list[Piece] = []
         for number, value in _fields(data):
             if number == 1:
@@ -104,7 +104,7 @@ class SentencePieceModel:
                     if inner in known:
                         name, convert = known[inner]
                         values[name] = convert(inner_value, name)
-        model = cls(pieces=tuple(pieces), **values)  # type: ignore[arg-type]  # the converters give each field's type
+        model = cls(pieces=tuple(pieces), **values)
         _check(model)
         return model
 
@@ -113,6 +113,7 @@ class Normalizer:
     """Text to the form in which pieces are matched: mapped characters, single spaces, a space in front, space marks."""
 
     def __init__(self, model: SentencePieceModel) -> None:
+        """Raises `TokenizerError` when the model's character map is damaged."""
         self._model = model
         self._charsmap = _Charsmap(model.charsmap) if model.charsmap else None
         self._user_defined = _any_of([p.text for p in model.pieces if p.type is PieceType.USER_DEFINED])
@@ -165,6 +166,7 @@ class SentencePieceEncoder:
     """Text to ids, equal to the sentencepiece library's."""
 
     def __init__(self, model: SentencePieceModel) -> None:
+        """Raises `TokenizerError` when the model cannot encode."""
         self.model = model
         self.normalizer = Normalizer(model)
         self._byte_ids = _byte_ids(model) if model.byte_fallback else None
@@ -233,9 +235,10 @@ class _UnigramSearch:
 
     def __call__(self, text: str) -> list[tuple[int, int, int]]:
         size = len(text)
-        # Best path to each character: sums are stored as float32 and compared as float64, as the library does.
+        # Best path to each character: sums are rounded to float32 before they are compared, as in the library.
         score_at = array("f", [-math.inf]) * (size + 1)
         score_at[0] = 0.0
+        rounded = array("f", [0.0])
         start_of, id_of = [-1] * (size + 1), [self._unk_id] * (size + 1)
         for start in range(size):
             score_here = score_at[start]
@@ -247,13 +250,13 @@ class _UnigramSearch:
                 found = node.get("")
                 if found is not None:
                     single = single or end == start + 1
-                    score = score_here + found[1]
-                    if start_of[end] < 0 or score > score_at[end]:
-                        score_at[end], start_of[end], id_of[end] = score, start, found[0]
+                    rounded[0] = score_here + found[1]
+                    if start_of[end] < 0 or rounded[0] > score_at[end]:
+                        score_at[end], start_of[end], id_of[end] = rounded[0], start, found[0]
             if not single:
-                score, end = score_here + self._unknown_score, start + 1
-                if start_of[end] < 0 or score > score_at[end]:
-                    score_at[end], start_of[end], id_of[end] = score, start, self._unk_id
+                rounded[0], end = score_here + self._unknown_score, start + 1
+                if start_of[end] < 0 or rounded[0] > score_at[end]:
+                    score_at[end], start_of[end], id_of[end] = rounded[0], start, self._unk_id
         path: list[tuple[int, int, int]] = []
         end = size
         while end > 0:
@@ -319,8 +322,7 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
             )
         if splits:
             scores.append(piece.score)
-            ordered = sorted(splits, key=lambda cut, text=text: _leftmost_first(text, cut))
-            merges.extend((text[:cut], text[cut:]) for cut in ordered)
+            merges.extend((text[:cut], text[cut:]) for cut in _leftmost_first(text, splits))
     if len(set(scores)) < len(scores):
         warnings.warn(
             "the SentencePiece model has pieces of equal score: where two of them overlap in a text the lower id is "
@@ -330,14 +332,18 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     return merges
 
 
-def _leftmost_first(text: str, cut: int) -> tuple[int, bool, int]:
-    """Sort key of the ways to merge one piece, so that ranks decide as the library's leftmost-first rule does.
+def _leftmost_first(text: str, cuts: list[int]) -> list[int]:
+    """The ways to merge one piece, ordered so that ranks decide as the library's leftmost-first rule does.
 
     Two ways compete only over symbols [x, y, z] with x+y == y+z == text: cuts at len(x) and at len(y), where y is both
     a prefix and a suffix of the text. The cut whose right part y is such a border lies further left, so it goes first.
     """
-    right_is_border = text.startswith(text[cut:])
-    return min(cut, len(text) - cut), not right_is_border, -cut
+
+    def key(cut: int) -> tuple[int, bool, int]:
+        right_is_border = text.startswith(text[cut:])
+        return min(cut, len(text) - cut), not right_is_border, -cut
+
+    return sorted(cuts, key=key)
 
 
 def _byte_ids(model: SentencePieceModel) -> list[int]:
@@ -435,13 +441,14 @@ class _Charsmap:
 
     def _value(self, node: int) -> int:
         if node >= len(self._units):
-            raise TokenizerError("the SentencePiece model's character map points outside its trie; the file is damaged")
-        return self._units[node] & 0x7FFFFFFF
+            raise TokenizerError("the SentencePiece model's character map points outside its trie: a damaged file")
+        unit: int = self._units[node]
+        return unit & 0x7FFFFFFF
 
     def _replacement(self, offset: int) -> str:
         end = self._replacements.find(b"\0", offset)
         if offset >= len(self._replacements) or end < 0:
-            raise TokenizerError("the SentencePiece model's character map points outside its texts; the file is damaged")
+            raise TokenizerError("the SentencePiece model's character map points outside its texts: a damaged file")
         return self._replacements[offset:end].decode("utf-8", "replace")
 
 
@@ -519,7 +526,7 @@ def _as_model_type(value: object, name: str) -> ModelType:
 
 
 # ModelProto's field number -> (field number inside that message -> our name, converter)
-_SPEC_FIELDS = {
+_SPEC_FIELDS: dict[int, dict[int, tuple[str, Callable[[object, str], Any]]]] = {
     2: {  # TrainerSpec
         3: ("model_type", _as_model_type),
         24: ("whitespace_as_suffix", _as_bool),

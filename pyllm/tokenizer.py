@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pyllm.detokenizer import Detokenizer, Stage, sentencepiece_stages, stages_of
 from pyllm.errors import TokenizerError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MAX_FILE_BYTES = 512 << 20
 _PROMPT_TAIL = 64  # ids of a prompt that can still matter to the text after it: an unfinished character is 4 bytes
+
+_Built = TypeVar("_Built")
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -42,6 +44,7 @@ class Tokenizer:
     eos_token_ids: tuple[int, ...]
 
     def __init__(self, backend: _Backend, settings: _Settings) -> None:
+        """Use `load`."""
         self._backend = backend
         self._settings = settings
         self._special_ids = backend.special_ids
@@ -260,7 +263,7 @@ class _Settings:
         valid: list[int] = []
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             if type(value) is not int:
-                raise TokenizerError(f"{self.folder / name}: {key} holds {value!r}, expected an integer or a list of them")
+                raise TokenizerError(f"{self.folder / name}: {key} holds {value!r}, expected integers")
             if 0 <= value < limit:
                 valid.append(value)
             else:
@@ -284,7 +287,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not valid JSON ({error or 'nested too deeply'}); fetch the file again") from error
+        raise TokenizerError(f"{path}: not valid JSON ({error or 'nested too deeply'}); fetch it again") from error
 
 
 def _read_text(path: Path) -> str:
@@ -296,7 +299,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); fetch the file again") from error
+        raise TokenizerError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); fetch it again") from error
 
 
 def _token_text(value: Any) -> str | None:
@@ -317,14 +320,15 @@ def _added_tokens(folder: Path, tokenizer: dict[str, Any]) -> dict[int, _AddedTo
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no JSON object")
     for key, entry in decoder.items():
-        content = _token_text(entry)
-        if not (key.isascii() and key.isdigit() and len(key) < 10) or content is None:
+        text = _token_text(entry)
+        if not (key.isascii() and key.isdigit() and len(key) < 10) or text is None:
             raise TokenizerError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}] is {entry!r}, expected an id and a token"
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}] is {entry!r}, "
+                "expected an id and a token"
             )
         flags = entry if isinstance(entry, dict) else {}
         added[int(key)] = _AddedToken(
-            content,
+            text,
             *(bool(flags.get(name, False)) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")),
         )
     return dict(sorted(added.items()))
@@ -388,14 +392,14 @@ def _from_tokenizer_json(path: Path, settings: _Settings) -> _LibraryBackend:
     return _guarded(path, lambda: _LibraryBackend(library, settings))
 
 
-def _guarded(path: Path, build: Callable[[], Any]) -> Any:
+def _guarded(path: Path, build: Callable[[], _Built]) -> _Built:
     """`build()`, with whatever the library raises as a `TokenizerError`."""
     try:
         return build()
     except (TokenizerError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
-        raise TokenizerError(f"{path}: not a tokenizer that can be used ({error}); fetch the file again") from error
+        raise TokenizerError(f"{path}: not a tokenizer that can be used ({error}); fetch it again") from error
 
 
 def _mark_added(library: tokenizers.Tokenizer, settings: _Settings) -> None:
@@ -534,7 +538,7 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
             continue
         left, space, right = line.partition(" ")
         if not space or not left or not right or " " in right:
-            raise TokenizerError(f"{path}: line {number} is {line[:80]!r}, expected two tokens and a space between them")
+            raise TokenizerError(f"{path}: line {number} is {line[:80]!r}, expected two tokens")
         missing = [token for token in (left, right, left + right) if token not in vocab]
         if missing:
             raise TokenizerError(
@@ -612,7 +616,8 @@ class _SentencePieceBackend:
         position = 0
         for match in self._split.finditer(text) if self._split else ():
             self._encode_plain(text, position, match.start(), ids)
-            ids.append(self._added[match.group().strip() if match.group() not in self._added else match.group()][0])
+            found = match.group()
+            ids.append(self._added[found if found in self._added else found.strip()][0])
             position = match.end()
         self._encode_plain(text, position, len(text), ids)
         if add_special_tokens:
