@@ -25,6 +25,22 @@ class CheckpointError(PyllmError):
     """The weights of a model are missing, malformed, or do not fit its config."""
 
 
+class TokenizerError(PyllmError):
+    """A tokenizer or chat template is missing, malformed or not supported, or cannot be applied to the input."""
+
+
+class InsufficientMemoryError(PyllmError):
+    """What was asked for does not fit the memory that is free."""
+
+
+class RequestError(PyllmError):
+    """A prompt cannot be run as it is."""
+
+
+class NonFiniteError(PyllmError):
+    """The model's values are no longer numbers."""
+
+
 def listed(heading: str, problems: Sequence[str], limit: int = 40) -> str:
     """One message for all problems: inline when there is one, else one line each, the rest counted beyond `limit`."""
     if len(problems) == 1:

@@ -21,14 +21,15 @@ from pyllm.engine.request import Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
-from pyllm.errors import RequestError, TokenizerError
+from pyllm.errors import ConfigError, RequestError, TokenizerError
+from pyllm.folder import read_json
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
 from pyllm.plan import Plan, plan_memory
 from pyllm.sampling import SamplingParams
-from pyllm.tokenizer import Tokenizer, read_end_ids
+from pyllm.tokenizer import Tokenizer
 from pyllm.weights import resolve
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
@@ -118,9 +119,9 @@ class LLM:
         self._runner = Runner(
             self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len
         )
-        end_ids = set(self.spec.eos_token_ids) | set(read_end_ids(self.folder))
+        end_ids = {*self.spec.eos_token_ids, *_generation_end_ids(self.folder)}
         if self.tokenizer is not None:
-            end_ids |= set(self.tokenizer.eos_token_ids)
+            end_ids |= {*self.tokenizer.eos_token_ids}
         rope_varies = self.spec.rope is not None and self.spec.rope.length_class(1) is not None
         self.engine = Engine(
             self._runner,
@@ -368,6 +369,15 @@ class LLM:
                 "this model was loaded with skip_tokenizer_init: give prompts as {'prompt_token_ids': [...]}"
             )
         return self.tokenizer
+
+
+def _generation_end_ids(folder: Path) -> list[int]:
+    """End tokens that generation_config.json names, if the folder has one."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return []
+    ids = read_json(path, 1 << 20, ConfigError).get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
 
 
 def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
