@@ -27,7 +27,7 @@ from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
-from pyllm.plan import Plan, plan_memory
+from pyllm.planning import Plan, plan_memory
 from pyllm.sampling import SamplingParams
 from pyllm.tokenizer import Tokenizer
 from pyllm.weights import resolve
