@@ -1,4 +1,4 @@
-"""Every family and variant against Hugging Face transformers: committed goldens always, the live library if installed."""
+"""Every family and variant against Hugging Face transformers: committed goldens, and the live library if installed."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_slots_of_a_plain_model_with_biases_and_positions() -> None:
     ],
 )
 def test_impossible_values_are_refused(spec: Any, change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="expected .* found"):
+    with pytest.raises(ConfigError, match=r"expected .* found"):
         replace(spec, **change)
 
 

@@ -23,7 +23,7 @@ HARMLESS = frozenset(
     chunk_size_feed_forward custom_pipelines decoder_start_token_id diversity_penalty do_sample early_stopping
     embd_pdrop encoder_no_repeat_ngram_size experts_implementation exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
-    is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length max_sequence_length min_length
+    is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length min_length
     model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
     output_attentions output_hidden_states output_past output_scores prefix pretraining_tp problem_type
     remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict return_dict_in_generate
@@ -74,6 +74,9 @@ class ConfigReader:
             self.problems.append(f"{pairs}: expected one value, these are names of one thing")
         return first
 
+    def _spelling(self, names: tuple[str, ...]) -> str:
+        return next((name for name in names if self._config.get(name) is not None), names[0])
+
     def has(self, name: str) -> bool:
         """Whether the key is written down, be it as null."""
         return name in self._config
@@ -84,7 +87,7 @@ class ConfigReader:
         if value is None:
             return default
         if not _is_integer(value) or not minimum <= value <= maximum:
-            self.refuse(names[0], value, f"a whole number from {minimum} to {maximum}")
+            self.refuse(self._spelling(names), value, f"a whole number from {minimum} to {maximum}")
             return default
         return int(value)
 
@@ -94,7 +97,7 @@ class ConfigReader:
         if value is None:
             return default
         if not _is_number(value) or not minimum <= value <= maximum:
-            self.refuse(names[0], value, f"a number from {minimum:g} to {maximum:g}")
+            self.refuse(self._spelling(names), value, f"a number from {minimum:g} to {maximum:g}")
             return default
         return float(value)
 
@@ -118,7 +121,7 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            self.refuse(names[0], value, "true or false")
+            self.refuse(self._spelling(names), value, "true or false")
             return default
         return value
 
@@ -128,7 +131,7 @@ class ConfigReader:
         if value is None:
             return options[default]
         if not isinstance(value, str) or value not in options:
-            self.refuse(names[0], value, "one of " + ", ".join(options))
+            self.refuse(self._spelling(names), value, "one of " + ", ".join(options))
             return options[default]
         return options[value]
 

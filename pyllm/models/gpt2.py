@@ -7,7 +7,7 @@ from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
-from pyllm.models.shared import ACTIVATIONS
+from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS
 from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weights import NameTable, Row, Transform
 
@@ -16,13 +16,13 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a GPT-2 config."""
     reader = ConfigReader(config, "gpt2")
     vocab_size = reader.integer("vocab_size", default=50257)
-    hidden = reader.integer("n_embd", "hidden_size", default=768)
-    layers = reader.integer("n_layer", "num_hidden_layers", default=12, maximum=10_000)
-    heads = reader.integer("n_head", "num_attention_heads", default=12)
-    positions = reader.integer("n_positions", "max_position_embeddings", default=1024)
-    norm = NormSpec(NormKind.LAYER, reader.number("layer_norm_epsilon", default=1e-5, maximum=0.1), bias=True)
+    hidden = reader.integer(*HIDDEN, default=768)
+    layers = reader.integer(*LAYERS, default=12, maximum=10_000)
+    heads = reader.integer(*HEADS, default=12)
+    positions = reader.integer(*POSITIONS, default=1024)
+    norm = NormSpec(NormKind.LAYER, reader.number(*NORM_EPS, default=1e-5, maximum=0.1), bias=True)
     mlp = MlpSpec(
-        hidden=reader.integer("n_inner", "intermediate_size", default=4 * hidden),
+        hidden=reader.integer(*MLP_HIDDEN, default=4 * hidden),
         activation=reader.choice("activation_function", options=ACTIVATIONS, default="gelu_new"),
         gated=False,
         bias=True,

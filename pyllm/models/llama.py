@@ -8,7 +8,17 @@ from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
-from pyllm.models.shared import ACTIVATIONS, read_layer_windows, read_rope
+from pyllm.models.shared import (
+    ACTIVATIONS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MLP_HIDDEN,
+    NORM_EPS,
+    POSITIONS,
+    read_layer_windows,
+    read_rope,
+)
 from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weights import NameTable, Row
 
@@ -52,17 +62,17 @@ def llama_like(variant: Variant) -> Family:
 def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
     reader = ConfigReader(config, variant.model_type)
     vocab_size = reader.integer("vocab_size", default=variant.vocab_size)
-    hidden = reader.integer("hidden_size", default=variant.hidden)
-    layers = reader.integer("num_hidden_layers", default=32, maximum=10_000)
-    heads = reader.integer("num_attention_heads", default=32)
+    hidden = reader.integer(*HIDDEN, default=variant.hidden)
+    layers = reader.integer(*LAYERS, default=32, maximum=10_000)
+    heads = reader.integer(*HEADS, default=32)
     kv_default = variant.kv_heads if variant.kv_heads and not reader.has("num_key_value_heads") else heads
     kv_heads = reader.integer("num_key_value_heads", default=kv_default)
     head_dim = reader.integer("head_dim", default=variant.head_dim or max(hidden // heads, 1))
-    max_positions = reader.integer("max_position_embeddings", default=variant.max_positions)
-    norm = NormSpec(NormKind.RMS, reader.number("rms_norm_eps", default=1e-6, maximum=0.1), bias=False)
+    max_positions = reader.integer(*POSITIONS, default=variant.max_positions)
+    norm = NormSpec(NormKind.RMS, reader.number(*NORM_EPS, default=1e-6, maximum=0.1), bias=False)
     biases = variant.biases(reader)
     mlp = MlpSpec(
-        hidden=reader.integer("intermediate_size", default=variant.intermediate_size),
+        hidden=reader.integer(*MLP_HIDDEN, default=variant.intermediate_size),
         activation=reader.choice("hidden_act", options=ACTIVATIONS, default="silu"),
         gated=True,
         bias=biases.mlp,

@@ -8,6 +8,14 @@ from pyllm.errors import ConfigError
 from pyllm.models.config_reader import MAX_SIZE, ConfigReader
 from pyllm.spec import Activation, RopeKind, RopeSpec
 
+# Spellings of one size, of which a config uses any.
+HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+MLP_HIDDEN = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "inner_hidden_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+NORM_EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon")
+
 ACTIVATIONS = {
     "gelu": Activation.GELU_ERF,
     "gelu_new": Activation.GELU_TANH,
@@ -38,7 +46,9 @@ def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_t
     theta = inner.number("rope_theta", default=theta, minimum=1.0000001)
     partial = reader.number("partial_rotary_factor", default=1.0, minimum=1e-6, maximum=1.0)
     partial = inner.number("partial_rotary_factor", default=partial, minimum=1e-6, maximum=1.0)
+    problems = len(inner.problems)
     kind = inner.choice("rope_type", "type", options=ROPE_KINDS, default="default")
+    is_known = len(inner.problems) == problems
     for name in NEEDED.get(kind, ()):
         if inner.get(name) is None:
             inner.problems.append(f"rope scaling {kind.value} needs {name}")
@@ -49,7 +59,8 @@ def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_t
             values[name] = _rope_value(inner, name)
     if kind in (RopeKind.YARN, RopeKind.LONGROPE):
         values.setdefault("factor", max_positions / (original or max_positions))
-    inner.check_unused()
+    if is_known:  # else nobody can say which parameters belong here
+        inner.check_unused()
     try:
         return RopeSpec(int(head_dim * partial), theta, kind, max_positions, original, **values)
     except ConfigError as error:

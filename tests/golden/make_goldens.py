@@ -180,6 +180,9 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
     ids = np.random.default_rng(seed).integers(3, variant.config["vocab_size"], variant.prompt)
     tokens = torch.from_numpy(ids)[None]
     with torch.no_grad():
+        output = model(
+            tokens, output_hidden_states=True
+        )  # before generating: dynamic rope remembers the longest length
         greedy = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -190,7 +193,6 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        output = model(tokens, output_hidden_states=True)
     best = torch.stack(greedy.logits).topk(2).values
     expected = Expected(
         ids=ids,
