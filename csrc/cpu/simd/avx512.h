@@ -1,6 +1,11 @@
 // AVX-512 F/BW/CD/DQ/VL, and with BF16 where the level has it. See simd.h for the contract.
 #pragma once
+// gcc 12 warns of the deliberately undefined vectors in its own headers.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 namespace pyllm::PYLLM_ISA::simd {
 

@@ -1,0 +1,119 @@
+// Elementary functions and activations over the float vector. Every lane is computed by the same operations, so a value's bits
+// do not depend on where in a vector, or in a counted tail, it stands.
+//
+// The polynomials are minimax fits of the relative error, found with the Remez exchange in 50-digit arithmetic and rounded to
+// float32; the error named beside each is that of the polynomial, before rounding.
+#pragma once
+#include "cpu/kernels/kernel.h"
+
+namespace pyllm::PYLLM_ISA {
+
+using simd::F;
+
+// e^x within about 1 ulp; exact 0 below -104, denormals above it, inf above 88.73, NaN stays.
+// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q of degree 4 (3.1e-9).
+static inline F exp(F x) {
+  x = max(simd::set(-105.0f), min(simd::set(89.0f), x));  // constants first: min and max return the second operand for NaN
+  const F n = round(x * simd::set(1.44269504f));
+  // ln 2 in two parts, the first short enough that n times it is exact.
+  const F r = fma(n, simd::set(2.12194440e-4f), fma(n, simd::set(-0.693359375f), x));
+  F q = simd::set(0x1.6a2434p-10f);
+  q = fma(q, r, simd::set(0x1.1239e2p-7f));
+  q = fma(q, r, simd::set(0x1.5558f2p-5f));
+  q = fma(q, r, simd::set(0x1.555492p-3f));
+  q = fma(q, r, simd::set(0x1.fffffcp-2f));
+  const F e = fma(r * r, q, r) + simd::set(1.0f);
+  // 2^n in two steps, for n runs from -151 to 128: past the exponents of float32 at both ends.
+  const F half = round(n * simd::set(0.5f));
+  return ldexp(ldexp(e, half), n - half);
+}
+
+// x / (1 + e^-z), computed from e^-|z|, which cannot overflow: relative error stays small on both sides.
+static inline F logistic_times(F x, F z) {
+  const F e = exp(simd::zero() - abs(z));
+  return select_gt(simd::zero(), z, x * e, x) / (simd::set(1.0f) + e);
+}
+
+// The normal distribution function, relative error below 7e-7 down to -5: for a = |x|, its tail is e^(-a^2/2) p(u) / (a + 3),
+// u = (a - 3) / (a + 3), p of degree 8 fitted for a <= 14.5 (5.2e-8), where the tail is 0 in float32.
+static inline F normal_cdf(F x) {
+  const F a = min(simd::set(14.5f), abs(x));
+  const F w = simd::set(1.0f) / (a + simd::set(3.0f));
+  const F u = (a - simd::set(3.0f)) * w;
+  F p = simd::set(-0x1.13c392p-12f);
+  p = fma(p, u, simd::set(-0x1.d6ae82p-11f));
+  p = fma(p, u, simd::set(0x1.19bc06p-10f));
+  p = fma(p, u, simd::set(0x1.c58272p-8f));
+  p = fma(p, u, simd::set(-0x1.576962p-7f));
+  p = fma(p, u, simd::set(-0x1.831d84p-5f));
+  p = fma(p, u, simd::set(0x1.d7146ap-3f));
+  p = fma(p, u, simd::set(-0x1.04c734p-1f));
+  p = fma(p, u, simd::set(0x1.754a74p-1f));
+  const F tail = exp(a * a * simd::set(-0.5f)) * (p * w);
+  return select_gt(x, simd::zero(), simd::set(1.0f) - tail, tail);
+}
+
+// The activations at -inf are their limit, -0, not the NaN of inf * 0: x is held where the factor is 0 already.
+static inline F gelu_erf(F x) { return max(simd::set(-30.0f), x) * normal_cdf(x); }
+
+// 0.5 x (1 + tanh(z / 2)) = x / (1 + e^-z) with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+static inline F gelu_tanh(F x) {
+  x = max(simd::set(-30.0f), x);
+  return logistic_times(x, x * fma(x * x, simd::set(0.0713548163f), simd::set(1.59576912f)));
+}
+
+static inline F silu(F x) {
+  x = max(simd::set(-120.0f), x);
+  return logistic_times(x, x);
+}
+
+static inline F relu(F x) { return max(simd::zero(), x); }
+
+// For inner loops; with_activation below turns the argument into the parameter.
+template <Activation activation>
+static inline F apply(F x) {
+  if constexpr (activation == Activation::gelu_erf) return gelu_erf(x);
+  if constexpr (activation == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (activation == Activation::silu) return silu(x);
+  if constexpr (activation == Activation::relu) return relu(x);
+  return x;
+}
+
+static inline F apply(Activation activation, F x) {
+  switch (activation) {
+    case Activation::gelu_erf:
+      return gelu_erf(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh(x);
+    case Activation::silu:
+      return silu(x);
+    case Activation::relu:
+      return relu(x);
+    case Activation::none:
+      break;
+  }
+  return x;
+}
+
+// Calls fn(tag), where tag.value is the activation as a constant: with_activation(a, [&](auto tag) { apply<tag.value>(x); }).
+template <Activation activation>
+struct ActivationTag {
+  static constexpr Activation value = activation;
+};
+template <class Fn>
+static inline void with_activation(Activation activation, Fn&& fn) {
+  switch (activation) {
+    case Activation::gelu_erf:
+      return fn(ActivationTag<Activation::gelu_erf>{});
+    case Activation::gelu_tanh:
+      return fn(ActivationTag<Activation::gelu_tanh>{});
+    case Activation::silu:
+      return fn(ActivationTag<Activation::silu>{});
+    case Activation::relu:
+      return fn(ActivationTag<Activation::relu>{});
+    case Activation::none:
+      return fn(ActivationTag<Activation::none>{});
+  }
+}
+
+}  // namespace pyllm::PYLLM_ISA
