@@ -13,6 +13,7 @@ struct LimitsArgs {
   float* sink;        // [threads] keeps the results alive
   const float* data;  // [size], read only
   int64_t size;       // a multiple of kLimitsChunk
+  int64_t streams;    // read only: 1, or 4 places of a chunk read in turn
   int64_t rounds;     // compute only: steps of every chain, per chunk
   int64_t chunks;     // compute only
   Limit limit;

@@ -17,13 +17,20 @@ struct Done {
   float value;
 };
 
+template <int64_t kStreams>
 Done read(const float* p) {
+  constexpr int64_t kPart = kLimitsChunk / kStreams, kStep = 64;
+  static_assert(kPart % kStep == 0 && kStep % (4 * F::N) == 0);
   F s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
-  for (int64_t i = 0; i < kLimitsChunk; i += 4 * F::N) {
-    s0 = s0 + load(p + i);
-    s1 = s1 + load(p + i + F::N);
-    s2 = s2 + load(p + i + 2 * F::N);
-    s3 = s3 + load(p + i + 3 * F::N);
+  for (int64_t i = 0; i < kPart; i += kStep) {
+    for (int64_t s = 0; s < kStreams; ++s) {
+      for (const float *q = p + s * kPart + i, *end = q + kStep; q < end; q += 4 * F::N) {
+        s0 = s0 + load(q);
+        s1 = s1 + load(q + F::N);
+        s2 = s2 + load(q + 2 * F::N);
+        s3 = s3 + load(q + 3 * F::N);
+      }
+    }
   }
   return {kLimitsChunk * 4, sum((s0 + s1) + (s2 + s3))};
 }
@@ -95,7 +102,8 @@ void limits(const LimitsArgs& args, Parallel& pool) {
     Done done{0, 0};
     switch (args.limit) {
       case Limit::read:
-        done = read(args.data + chunk * kLimitsChunk);
+        done =
+            args.streams == 4 ? read<4>(args.data + chunk * kLimitsChunk) : read<1>(args.data + chunk * kLimitsChunk);
         break;
       case Limit::f32:
         done = multiply_add_f32(args.rounds);
