@@ -135,6 +135,8 @@ class Ops:
     ) -> F32:
         """Layer norm or RMS norm of ``x + residual`` over the last dimension: x [R, D], weight and bias [D] -> [R, D].
 
+        x [T, H, E] with adjacent heads has each of its heads normalised, with one weight [E]; tokens may stand apart.
+
         The sum itself is also written to `sum_out` [R, D] where given (it may be x); `out` may be x.
         """
         out = self.empty(*x.shape) if out is None else out
