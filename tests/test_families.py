@@ -38,8 +38,8 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def check(folder: Path, expected: Any) -> None:
-    llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, threads=2, output_hidden_states=True)
-    output = llm.forward(expected.ids.tolist())
+    llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, threads=2)
+    output = llm.forward(expected.ids.tolist(), output_hidden_states=True)
     assert len(output.hidden_states) == len(expected.hidden_states)
     for found, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         close(found, wanted)
