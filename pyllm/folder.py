@@ -113,7 +113,7 @@ def _fetch(name: str, revision: str | None, offline: bool) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "working offline" if offline or huggingface_hub.constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ModelNotFoundError(f"{at}: not in the local cache, and {why}; {hint}") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # of the hub, of its HTTP library, of the disk: all mean that there is no model
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelNotFoundError(f"{at}: could not be fetched: {reason}; {hint}") from error
     return Path(folder)

@@ -183,6 +183,8 @@ def _open_files(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Stored
         return {name: _Stored(file, name) for name in file.entries}
     if (folder / INDEX_FILE).exists():
         return _open_shards(folder, files)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected one with config.json and the weights")
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
     raise CheckpointError(
         f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found "
@@ -232,14 +234,25 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _unsafe_shard(folder: Path, shard: str) -> str | None:
-    """Why a shard's name must not be opened, or None. A download cache links its snapshots to its own blobs."""
+    """Why a shard's name must not be opened, or None."""
     if not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard) or not shard.isprintable():
         return f"{INDEX_FILE} names {shown(shard)}: expected a plain name ending in .safetensors, in the same folder"
-    home = folder.resolve()
-    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if (folder / shard).resolve().parent not in allowed:
+    try:
+        home, target = folder.resolve(), (folder / shard).resolve()
+    except (OSError, RuntimeError) as error:
+        return f"{INDEX_FILE} names {shown(shard)}, which cannot be followed: {error}"
+    if target.parent != home and not any(target.is_relative_to(store) for store in _blob_stores(home)):
         return f"{INDEX_FILE} names {shown(shard)}, a link that leads out of the folder"
     return None
+
+
+def _blob_stores(home: Path) -> list[Path]:
+    """Where the links of a download cache lead: CACHE/REPOSITORY/snapshots/COMMIT holds links to the blobs of the
+    repository, and those may be links to blobs that the whole cache shares."""
+    if home.parent.name != "snapshots":
+        return []
+    repository = home.parent.parent
+    return [repository / "blobs", repository.parent / "blobs"]
 
 
 def _match(
@@ -260,7 +273,7 @@ def _match(
     rows = list(names.expand(spec))
     for row in rows:
         if row.name not in found:
-            problems.append(f"missing {row.name}, expected {_stored_shape(row, shapes)}")
+            problems.append(f"missing {row.name}, expected shape {list(_stored_shape(row, shapes))}")
             continue
         tensor = found.pop(row.name)
         problem = _misfit(tensor, _stored_shape(row, shapes))

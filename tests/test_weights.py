@@ -171,7 +171,7 @@ def test_tied_under_both_names(tmp_path: Path) -> None:
 def test_untied_needs_both(tmp_path: Path, name: str) -> None:
     tensors = weights(LLAMA)
     del tensors[name]
-    assert f"missing {name}, expected (11, 8)" in refusal(write(tmp_path, LLAMA, tensors))
+    assert f"missing {name}, expected shape [11, 8]" in refusal(write(tmp_path, LLAMA, tensors))
 
 
 # Weights that do not fit
@@ -186,7 +186,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
     tensors["layers.0.mlp.up_proj.bias"] = np.ones(12, np.float32)
     message = refusal(write(tmp_path, LLAMA, prefixed(tensors, "model.")))
     assert "5 problems" in message
-    assert "missing norm.weight, expected (8,)" in message
+    assert "missing norm.weight, expected shape [8]" in message
     assert "model.safetensors: 'model.layers.0.mlp.up_proj.weight': expected shape [12, 8], found [12, 9]" in message
     assert "'model.layers.1.mlp.up_proj.weight': expected dtype F32, F16, BF16, found I64" in message
     assert "'model.layers.2.mlp.up_proj.weight' is not a weight of a llama model" in message
@@ -376,8 +376,10 @@ def test_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x\0.safetensors", "a\\b.safetensors"]
-    + ["C:evil.safetensors", "model.bin", "new\nline.safetensors"],
+    [
+        *("../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x\0.safetensors", "a\\b.safetensors"),
+        *("C:evil.safetensors", "model.bin", "new\nline.safetensors"),
+    ],
 )
 def test_shard_names_with_a_path(tmp_path: Path, name: str) -> None:
     def change(index: dict[str, Any], parts: dict[str, Tensors]) -> None:
@@ -404,6 +406,27 @@ def test_download_cache_with_links_to_its_blobs(tmp_path: Path) -> None:
         path.rename(blobs / str(number))
         path.symlink_to(Path("..") / ".." / "blobs" / str(number))
     open_checkpoint(folder).close()
+
+
+def test_download_cache_with_shared_blobs(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name" / "snapshots" / "0123abcd"
+    blobs = tmp_path / "models--owner--name" / "blobs"
+    shared = tmp_path / "blobs" / "ab"
+    for path in (folder, blobs, shared):
+        path.mkdir(parents=True)
+    write_shards(folder)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(shared / str(number))
+        (blobs / str(number)).symlink_to(Path("..") / ".." / "blobs" / "ab" / str(number))
+        path.symlink_to(Path("..") / ".." / "blobs" / str(number))
+    open_checkpoint(folder).close()
+
+
+def test_shard_that_links_to_itself(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path)
+    (folder / SHARDS[0]).unlink()
+    (folder / SHARDS[0]).symlink_to(SHARDS[0])
+    assert SHARDS[0] in refusal(folder)
 
 
 def test_wrong_shards_are_reported_together(tmp_path: Path) -> None:
