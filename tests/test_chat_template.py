@@ -41,7 +41,8 @@ TEMPLATES = {
 {%- endif %}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}""",
@@ -77,10 +78,15 @@ TEMPLATES = {
 {% else %}none{% endfor %}
 {{ messages | map(attribute='role') | unique | join(', ') }} {{ [1, 2] + [3] }} {{ {'k': (1, 'x')} }}
 {{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ 'a,b'.split(',')[::-1] }} {{ tools | tojson }}
-{% set ns = namespace(found=false, text='') %}{% for i in range(5) %}{% set ns.text = ns.text ~ i %}{% endfor %}{{ ns.text }}
-{% set block %}<{{ 'x' * 3 }}>{% endset %}{{ block }} {{ dict(a=1).items() | list }} {{ undefined_name }} {{ none }} {{ 7 // 2 }}
-{% call(x) show('c') %}{% endcall %}{{ 'abc'.replace('b', 'B').startswith('aB') }} {{ "{} and {n:>4}".format(1, n=2) }} {{ 1.5 | round }}
-{% filter upper %}shout{% endfilter %}{{ messages[0].content.strip() | indent(2) }} {{ 'x' if tools else 'y' }} {{ -3 | abs }}""",
+{% set ns = namespace(found=false, text='') %}{% for i in range(5) %}{% set ns.text = ns.text ~ i %}{% endfor %}
+{{ ns.text }}
+{% set block %}<{{ 'x' * 3 }}>{% endset %}{{ block }}
+{{ dict(a=1).items() | list }} {{ undefined_name }} {{ none }} {{ 7 // 2 }}
+{% macro wrap() %}<{{ caller('c') }}>{% endmacro %}{% call(x) wrap() %}{{ x }}{% endcall %}
+{{ 'abc'.replace('b', 'B').startswith('aB') }}
+{{ "{} and {n:>4}".format(1, n=2) }} {{ 1.5 | round }}
+{% filter upper %}shout{% endfilter %}{{ messages[0].content.strip() | indent(2) }}
+{{ 'x' if tools else 'y' }} {{ -3 | abs }}""",
 }
 
 
@@ -173,7 +179,7 @@ GREEDY = [
     "{{ 'a' * 10**10 }}",
     "{{ 10**10 * 'a' }}",
     "{{ [0] * 10**9 }}",
-    "{{ 9**9**9**9 }}",
+    "{{ 9**9**9**9**9 }}",
     "{{ (2**4000)**4000 }}",
     "{{ range(10**9)|list }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -184,7 +190,7 @@ GREEDY = [
     "{% set ns = namespace(x='a') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "{% set ns = namespace(x='a') %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{% set ns = namespace(x='a') %}{% for i in range(100) %}{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}",
     "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}",
     "{% set ns = namespace(x=(1,)) %}{% for i in range(100) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}",
     "{% set ns = namespace(x=9) %}{% for i in range(100) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",

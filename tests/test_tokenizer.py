@@ -1,8 +1,10 @@
+import contextlib
 import json
 import random
 import subprocess
 import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def hard_texts(shared_data: Path) -> list[str]:
     return texts
 
 
-# --- GPT-2 -----------------------------------------------------------------------------------------------------------
+# --- GPT-2 -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["tokenizer.json", "encoder.json + vocab.bpe", "vocab.json + merges.txt"])
@@ -99,7 +101,7 @@ def test_gpt2_special_tokens(gpt2: Tokenizer) -> None:
         gpt2.decode([-1])
 
 
-# --- SentencePiece -----------------------------------------------------------------------------------------------------
+# --- SentencePiece -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stories260K/tokenizer.model", "tokenizers/unigram-test.model"])
@@ -119,13 +121,35 @@ SMALL_MODELS = {
 }
 
 
+@lru_cache
+def small_encoders(name: str) -> tuple[SentencePieceEncoder, Any]:
+    library = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=SMALL_MODELS[name])
+    return SentencePieceEncoder(SentencePieceModel.parse(SMALL_MODELS[name])), library
+
+
 @pytest.mark.parametrize("name", SMALL_MODELS)
 @settings(max_examples=400, deadline=None)
 @given(text=st.text("\u2581theabloHw. <>br0xA1\u00e9\U0001f999\t", max_size=40) | st.text(max_size=20))
 def test_small_models_equal_the_library(name: str, text: str) -> None:
-    library = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=SMALL_MODELS[name])
-    model = SentencePieceModel.parse(SMALL_MODELS[name])
-    assert SentencePieceEncoder(model).encode(text) == library.encode(text)
+    encoder, library = small_encoders(name)
+    assert encoder.encode(text) == library.encode(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.lists(st.text("ab", min_size=2, max_size=7), max_size=12, unique=True),
+    texts=st.lists(st.text("ab", max_size=24), min_size=1, max_size=8),
+)
+def test_any_bpe_merges_in_the_order_of_the_library(words: list[str], texts: list[str]) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    pieces = CONTROL_PIECES + [(word, -float(rank), 1) for rank, word in enumerate([*words, "a", "b", "\u2581"])]
+    data = sentencepiece_model(pieces, 2)
+    encoder, library = (
+        SentencePieceEncoder(SentencePieceModel.parse(data)),
+        spm.SentencePieceProcessor(model_proto=data),
+    )
+    for text in texts:
+        assert encoder.encode(text) == library.encode(text)
 
 
 def load_model(folder: Path, data: bytes, **config: Any) -> Tokenizer:
@@ -248,10 +272,8 @@ def test_hostile_character_maps(blob: bytes, text: str) -> None:
     size = (len(blob) - 4) // 8 * 4
     blob = size.to_bytes(4, "little") + blob[4:]
     data = sentencepiece_model([*CONTROL_PIECES, ("a", 0.0, 1)], 1, charsmap=blob)
-    try:
+    with contextlib.suppress(TokenizerError):
         SentencePieceEncoder(SentencePieceModel.parse(data)).encode(text)
-    except TokenizerError:
-        pass
 
 
 def test_pieces_of_equal_score_are_reported() -> None:
@@ -260,7 +282,7 @@ def test_pieces_of_equal_score_are_reported() -> None:
         SentencePieceEncoder(SentencePieceModel.parse(sentencepiece_model(pieces, 2)))
 
 
-# --- the folder --------------------------------------------------------------------------------------------------------
+# --- the folder ----------------------------------------------------------------------------------------------------
 
 
 def test_byte_level_round_trip(tmp_path: Path) -> None:
