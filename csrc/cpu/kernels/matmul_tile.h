@@ -16,8 +16,8 @@ constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2;
 constexpr int kTileRows = 6;
 constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #else
-constexpr int kTileRows = 12;
-constexpr int tile_vectors(int rows) { return rows <= 6 ? 4 : 2; }
+constexpr int kTileRows = 6;
+constexpr int tile_vectors(int) { return 4; }
 #endif
 
 // How a step multiplies, one struct for each kind of weight:
@@ -76,10 +76,17 @@ struct StepBf16Wide {
 };
 #endif
 
+// Weights to bring into the cache while a tile works: each step asks for the lines of one step from `next` on and moves it by
+// `advance` bytes. Hardware prefetchers stop at every page, which a stream that takes few instructions per line feels.
+struct Ahead {
+  const char* next;
+  int64_t advance;
+};
+
 // sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart, those of x
 // kRowStride. Continues from what sums holds unless `first`.
-template <class Step, int Rows>
-void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first) {
+template <class Step, int Rows, bool Prefetch>
+void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
   F c[Rows][kVectors];
@@ -89,6 +96,12 @@ void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int
     for (int v = 0; v < kVectors; ++v) c[r][v] = first ? simd::zero() : simd::load(sums + r * kPanel + v * F::N);
   }
   for (int64_t s = 0; s < steps; ++s, x += Step::kX, w += Step::kW) {
+    if (Prefetch) {
+#pragma GCC unroll 16
+      for (int64_t line = 0; line < Step::kW * int64_t(sizeof(typename Step::W)); line += 64)
+        __builtin_prefetch(ahead.next + line, 0, 2);
+      ahead.next += ahead.advance;
+    }
     typename Step::Operand b[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
