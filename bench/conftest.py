@@ -6,13 +6,12 @@ and records GFLOP/s, GB/s and the fraction of this machine's limit measured in t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 
-from pyllm import _cpu
+from pyllm.isa import default_threads
 from pyllm.limits import Limits, measure
 from pyllm.ops import Ops
 
@@ -21,8 +20,8 @@ Record = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def threads() -> int:
-    """Threads that ours and the peers run on: PYLLM_THREADS, or the physical cores available."""
-    return int(os.environ.get("PYLLM_THREADS", 0)) or _cpu.available_cores()
+    """Threads that ours and the peers run on; PYLLM_THREADS chooses."""
+    return default_threads()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 
-from pyllm import _cpu
+from pyllm import _cpu, isa
 
 _READ_BYTES = 512 << 20  # beyond the largest last-level caches in use, of which a virtual machine rarely owns a fair share
 _REPEATS = 5
@@ -43,15 +43,15 @@ class Limits:
 
 
 def measure(threads: int | None = None, *, read_bytes: int = _READ_BYTES) -> Limits:
-    """Measure the limits on `threads` threads (default: the physical cores available to the process). Takes about a second.
+    """Measure the limits on `threads` threads (default: :func:`pyllm.isa.default_threads`). Takes about a second.
 
     Each figure is the median of several repeats. `read_bytes` is the size of the buffer that is read, cut to an eighth of
     the machine's free memory.
     """
-    context = _cpu.Context(threads if threads is not None else _cpu.available_cores())
+    context = _cpu.Context(threads if threads is not None else isa.default_threads())
     return Limits(
         threads=context.threads,
-        isa=_cpu.active_isa(),
+        isa=isa.active_isa(),
         read_gbps=read_bandwidth(context, read_bytes),
         f32_gflops=_compute(context, "f32"),
         bf16_gflops=_compute(context, "bf16"),
