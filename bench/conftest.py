@@ -1,7 +1,7 @@
 """Fixtures shared by all benchmarks: kernels, measured limits, and what is recorded beside every time.
 
-Run with ``pytest bench``. Every benchmark states the bytes it has to move and the operations it has to do, checks its result,
-and records GFLOP/s, GB/s and the fraction of this machine's limit measured in the same run in ``extra_info``.
+Run with ``pytest bench``. Every benchmark states the bytes it has to move and the operations it has to do, checks its
+result, and records GFLOP/s, GB/s and the fraction of this machine's limit measured in the same run in ``extra_info``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def limits(threads: int) -> Limits:
 def record(benchmark: Any, limits: Limits) -> Generator[Record, None, None]:
     """``record(dtype="float32", bytes=..., operations=...)``: state what one call has to move and do.
 
-    After the timing this puts GFLOP/s, GB/s, the fraction of the limit (the longer of the two times that bytes and operations
-    need at the limits, over the time taken), ISA level and threads into ``benchmark.extra_info``.
+    After the timing this puts GFLOP/s, GB/s, the fraction of the limit (the longer of the two times that bytes and
+    operations need at the limits, over the time taken), ISA level and threads into ``benchmark.extra_info``.
     """
     stated: dict[str, Any] = {}
 
@@ -53,7 +53,9 @@ def record(benchmark: Any, limits: Limits) -> Generator[Record, None, None]:
         benchmark.extra_info.update(describe(limits, benchmark.stats.stats.median, **stated))
 
 
-def describe(limits: Limits, seconds: float, *, dtype: str, bytes: float, operations: float, **more: Any) -> dict[str, Any]:
+def describe(
+    limits: Limits, seconds: float, *, dtype: str, bytes: float, operations: float, **more: Any
+) -> dict[str, Any]:
     """What a call that took `seconds` reached, beside the limits it was up against."""
     peak = {"float32": limits.f32_gflops, "bfloat16": limits.bf16_gflops, "int8": limits.int8_gops}[dtype]
     needed = max(bytes / limits.read_gbps, operations / peak) / 1e9

@@ -1,7 +1,8 @@
 """Which instruction-set level the kernels run at, and how many threads they use by default.
 
 Every kernel is compiled for several levels; the best one that the CPU and the operating system support is used. The
-environment variable PYLLM_ISA, read when this module is imported, or :func:`set_isa` choose another; PYLLM_THREADS chooses the
+environment variable PYLLM_ISA, read when this module is imported, or :func:`set_isa` choose another; PYLLM_THREADS
+chooses the
 default number of threads. A choice that cannot be had is a ``ValueError``.
 """
 
@@ -62,7 +63,9 @@ def build_info() -> dict[str, object]:
 def _thread_count(text: str) -> int:
     if text.isdecimal() and 1 <= int(text) <= MAX_THREADS:
         return int(text)
-    raise ValueError(f"PYLLM_THREADS: expected an integer from 1 to {MAX_THREADS}, got {text!r}; unset it to use all cores")
+    raise ValueError(
+        f"PYLLM_THREADS: expected an integer from 1 to {MAX_THREADS}, got {text!r}; unset it to use all cores"
+    )
 
 
 def _apply_environment() -> None:

@@ -1,7 +1,7 @@
 """The limits of this machine, measured: how fast it reads memory and how fast it multiplies and adds.
 
-A kernel's speed says little by itself; as a fraction of these it says how much is left to gain. The figures are those of the
-ISA level in use (see :mod:`pyllm.isa`)::
+A kernel's speed says little by itself; as a fraction of these it says how much is left to gain. The figures are those
+of the ISA level in use (see :mod:`pyllm.isa`)::
 
     >>> from pyllm.limits import measure
     >>> measure(threads=2).read_gbps
@@ -21,7 +21,9 @@ import numpy as np
 
 from pyllm import _cpu, isa
 
-_READ_BYTES = 512 << 20  # beyond the largest last-level caches in use, of which a virtual machine rarely owns a fair share
+_READ_BYTES = (
+    512 << 20
+)  # beyond the largest last-level caches in use, of which a virtual machine rarely owns a fair share
 _REPEATS = 5
 _SECONDS = 0.02  # of one repeat
 
@@ -45,8 +47,8 @@ class Limits:
 def measure(threads: int | None = None, *, read_bytes: int = _READ_BYTES) -> Limits:
     """Measure the limits on `threads` threads (default: :func:`pyllm.isa.default_threads`). Takes about a second.
 
-    Each figure is the median of several repeats. `read_bytes` is the size of the buffer that is read, cut to an eighth of
-    the machine's free memory.
+    Each figure is the median of several repeats. `read_bytes` is the size of the buffer that is read, cut to an
+    eighth of the machine's free memory.
     """
     context = _cpu.Context(threads if threads is not None else isa.default_threads())
     return Limits(

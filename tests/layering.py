@@ -1,7 +1,7 @@
 """The layering rules of the source tree, as data and as checks over source text: who may import or include whom.
 
-Every check takes sources as ``{path relative to the root: text}`` and gives a list of violations, so that the tests can show each
-one failing on a made-up source.
+Every check takes sources as ``{path relative to the root: text}`` and gives a list of violations, so that the tests
+can show each one failing on a made-up source.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 
 Sources = Mapping[str, str]
 
-# Python modules from the bottom up. A module imports from its own row or rows above it in this list, never from rows below.
+# Python modules from the bottom up. A module imports from its own row or rows above it in this list, never from rows
+# below.
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa"},
@@ -50,7 +51,10 @@ PRINTERS = {"cli", "__main__"}  # the only place that prints or ends the process
 MODELS_MAY_IMPORT = {"errors", "spec", "weights", "folder", "models"}
 
 CPU_HEADERS = ("cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
-CPU_SIZES = ("cpu/attention_workspace.h", "cpu/kernels/matmul_plan.h")  # sizes that a kernel and its caller must agree on
+CPU_SIZES = (
+    "cpu/attention_workspace.h",
+    "cpu/kernels/matmul_plan.h",
+)  # sizes that a kernel and its caller must agree on
 
 # C++ folders and what each may include from the project.
 CPP_LAYERS: list[tuple[str, tuple[str, ...]]] = [  # first match counts

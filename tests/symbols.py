@@ -1,8 +1,9 @@
 """Weak symbols of kernel objects: what `nm` must not find.
 
-All ISA levels are compiled from the same sources. A weak symbol (an inline function or template instance that was not inlined) which
-has the same name at two levels is kept once by the linker, perhaps compiled for instructions that this machine does not have.
-Run as a script on the object files of a build folder: ``python tests/symbols.py BUILD_FOLDER``.
+All ISA levels are compiled from the same sources. A weak symbol (an inline function or template instance that was not
+inlined) which has the same name at two levels is kept once by the linker, perhaps compiled for instructions that this
+machine does not have. Run as a script on the object files of a build folder: ``python tests/symbols.py
+BUILD_FOLDER``.
 """
 
 from __future__ import annotations

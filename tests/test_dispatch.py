@@ -63,7 +63,9 @@ def test_forced_level_is_active(level: str):
 
 
 def test_unknown_level_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown ISA level avx1024: expected one of avx512_bf16, avx512, avx2, baseline"):
+    with pytest.raises(
+        ValueError, match="unknown ISA level avx1024: expected one of avx512_bf16, avx512, avx2, baseline"
+    ):
         pyllm.set_isa("avx1024")
 
 

@@ -47,6 +47,8 @@ def test_a_weak_function_in_an_object_is_found(tmp_path: Path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     source, target = tmp_path / "a.cc", tmp_path / "a.o"
-    source.write_text("inline __attribute__((noinline)) int shared(int x) { return x * x; }\nint f(int x) { return shared(x); }\n")
+    source.write_text(
+        "inline __attribute__((noinline)) int shared(int x) { return x * x; }\nint f(int x) { return shared(x); }\n"
+    )
     subprocess.run([compiler, "-c", "-O2", str(source), "-o", str(target)], check=True)
     assert outside(shared_symbols(nm(target)), "baseline") == ["_Z6sharedi"]
