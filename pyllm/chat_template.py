@@ -327,6 +327,11 @@ def _environment() -> jinja2.Environment:
                 return attr in _STRING_METHODS
             return not isinstance(obj, int | float | bytes)
 
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            if attribute.startswith("__"):
+                return self.unsafe_undefined(obj, attribute)  # also where the object itself hides it
+            return super().getattr(obj, attribute)
+
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
 

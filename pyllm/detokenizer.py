@@ -108,9 +108,10 @@ def _maker(kind: str | None, spec: dict[str, Any], fused: bool) -> Callable[[], 
     if kind == "BPEDecoder":
         return lambda: _WordEnd(spec["suffix"])
     if kind == "Strip":
+        content, start, stop = spec["content"], spec["start"], spec["stop"]
         if fused:
-            return lambda: _StripText(spec["content"], spec["start"], spec["stop"])
-        return _per_token_maker(spec)
+            return lambda: _StripText(content, start, stop)
+        return lambda: _PerToken(lambda token: "".join(_StripText(content, start, stop).push(token)))
     if kind == "Replace":
         pattern = spec["pattern"]
         if fused and len(pattern.get("String", "")) != 1:

@@ -155,7 +155,11 @@ class LLM:
         """
         listed = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         each = _params_for(len(listed), sampling_params, params)
-        with self._requests([self._add(p, s) for p, s in zip(self._encoded(listed), each, strict=True)]) as requests:
+        encoded = [self._encode_prompt(prompt) for prompt in listed]
+        requests: list[Request] = []
+        with self._ended(requests):
+            for prompt, one in zip(encoded, each, strict=True):
+                requests.append(self._add(prompt, one))
             self._run(requests, progress)
         return [self._result(request) for request in requests]
 
@@ -164,8 +168,7 @@ class LLM:
     ) -> Iterator[StreamOutput]:
         """Complete one prompt, piece by piece; closing the iterator aborts the request."""
         [one] = _params_for(1, sampling_params, params)
-        request = self._add(self._encoded([prompt])[0], one)
-        return self._stream(request)
+        return self._stream(self._add(self._encode_prompt(prompt), one))
 
     def chat(
         self,
@@ -289,9 +292,6 @@ class LLM:
 
     # Inside
 
-    def _encoded(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
-        return [self._encode_prompt(prompt) for prompt in prompts]
-
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
@@ -314,10 +314,10 @@ class LLM:
             return self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed)
 
     @contextmanager
-    def _requests(self, requests: list[Request]) -> Iterator[list[Request]]:
+    def _ended(self, requests: list[Request]) -> Iterator[None]:
         """Whatever happens inside, nothing of these requests stays in the engine."""
         try:
-            yield requests
+            yield
         finally:
             with self._lock:
                 for request in requests:
@@ -333,7 +333,7 @@ class LLM:
                 progress(finished, len(requests))
 
     def _stream(self, request: Request) -> Iterator[StreamOutput]:
-        with self._requests([request]):
+        with self._ended([request]):
             while not request.finished or request.pieces:
                 while request.pieces:
                     yield request.pieces.popleft()

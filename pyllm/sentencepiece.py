@@ -3,7 +3,8 @@
 The ids are those of the sentencepiece library. BPE merges run in `tokenizers`; what differs between the two libraries
 is done here: the normalization rules, which pieces may match text, the order of equally good merges, and the bytes that
 stand for unknown characters. The Unigram search is done here as a whole, since its choice between equally good
-segmentations depends on how the library rounds the sums.
+segmentations depends on how the library rounds the sums (float32; beyond some 200,000 characters in one text, where the
+sums have lost the digits that decide, single pieces may differ from the library's).
 """
 
 from __future__ import annotations
@@ -299,7 +300,11 @@ def _bpe_name(index: int, piece: Piece) -> str:
 
 
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """All ways to make a piece of two, in the order in which the library tries them."""
+    """All ways to make a piece of two, in the order in which the library tries them.
+
+    The ways to make one piece share its score; the library takes the leftmost, and so does any order among them: random
+    models against the library show no text in which two of them meet.
+    """
     mergeable = {p.text for p in model.pieces if p.type in (PieceType.NORMAL, PieceType.UNUSED)}
     ranked = sorted(
         (index for index, p in enumerate(model.pieces) if p.text in mergeable and len(p.text) > 1),
@@ -322,7 +327,7 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
             )
         if splits:
             scores.append(piece.score)
-            merges.extend((text[:cut], text[cut:]) for cut in _leftmost_first(text, splits))
+            merges.extend((text[:cut], text[cut:]) for cut in splits)
     if len(set(scores)) < len(scores):
         warnings.warn(
             "the SentencePiece model has pieces of equal score: where two of them overlap in a text the lower id is "
@@ -330,20 +335,6 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
             stacklevel=2,
         )
     return merges
-
-
-def _leftmost_first(text: str, cuts: list[int]) -> list[int]:
-    """The ways to merge one piece, ordered so that ranks decide as the library's leftmost-first rule does.
-
-    Two ways compete only over symbols [x, y, z] with x+y == y+z == text: cuts at len(x) and at len(y), where y is both
-    a prefix and a suffix of the text. The cut whose right part y is such a border lies further left, so it goes first.
-    """
-
-    def key(cut: int) -> tuple[int, bool, int]:
-        right_is_border = text.startswith(text[cut:])
-        return min(cut, len(text) - cut), not right_is_border, -cut
-
-    return sorted(cuts, key=key)
 
 
 def _byte_ids(model: SentencePieceModel) -> list[int]:
