@@ -1,4 +1,4 @@
-# The compiled module. pyllm.ops is the documented way to call these kernels; shapes and dtypes are checked at each call.
+# The compiled kernels. pyllm.ops is the documented way to call them; arguments are checked at each call.
 from typing import Any, final
 
 import numpy as np

@@ -100,7 +100,8 @@ def test_thread_count_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 def test_affinity_bounds_the_default():
-    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import pyllm; print(pyllm.default_threads())"
+    pin = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+    code = pin + "import pyllm; print(pyllm.default_threads())"
     assert run_python(code).stdout.strip() == "1"
 
 
