@@ -1,18 +1,17 @@
 """Fixtures shared by all benchmarks: kernels, measured limits, and what is recorded beside every time.
 
-Run with ``pytest bench``. Every benchmark states the bytes it has to move and the operations it has to do, checks its result,
-and records GFLOP/s, GB/s and the fraction of this machine's limit measured in the same run in ``extra_info``.
+Run with ``pytest bench``. Every benchmark states the bytes it has to move and the operations it has to do, checks its
+result, and records GFLOP/s, GB/s and the fraction of this machine's limit measured in the same run in ``extra_info``.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 
-from pyllm import _cpu
+from pyllm.isa import default_threads
 from pyllm.limits import Limits, measure
 from pyllm.ops import Ops
 
@@ -21,8 +20,8 @@ Record = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def threads() -> int:
-    """Threads that ours and the peers run on: PYLLM_THREADS, or the physical cores available."""
-    return int(os.environ.get("PYLLM_THREADS", 0)) or _cpu.available_cores()
+    """Threads that ours and the peers run on; PYLLM_THREADS chooses."""
+    return default_threads()
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +40,8 @@ def limits(threads: int) -> Limits:
 def record(benchmark: Any, limits: Limits) -> Generator[Record, None, None]:
     """``record(dtype="float32", bytes=..., operations=...)``: state what one call has to move and do.
 
-    After the timing this puts GFLOP/s, GB/s, the fraction of the limit (the longer of the two times that bytes and operations
-    need at the limits, over the time taken), ISA level and threads into ``benchmark.extra_info``.
+    After the timing this puts GFLOP/s, GB/s, the fraction of the limit (the longer of the two times that bytes and
+    operations need at the limits, over the time taken), ISA level and threads into ``benchmark.extra_info``.
     """
     stated: dict[str, Any] = {}
 
@@ -54,7 +53,9 @@ def record(benchmark: Any, limits: Limits) -> Generator[Record, None, None]:
         benchmark.extra_info.update(describe(limits, benchmark.stats.stats.median, **stated))
 
 
-def describe(limits: Limits, seconds: float, *, dtype: str, bytes: float, operations: float, **more: Any) -> dict[str, Any]:
+def describe(
+    limits: Limits, seconds: float, *, dtype: str, bytes: float, operations: float, **more: Any
+) -> dict[str, Any]:
     """What a call that took `seconds` reached, beside the limits it was up against."""
     peak = {"float32": limits.f32_gflops, "bfloat16": limits.bf16_gflops, "int8": limits.int8_gops}[dtype]
     needed = max(bytes / limits.read_gbps, operations / peak) / 1e9

@@ -1,7 +1,7 @@
 """The limits of this machine, measured: how fast it reads memory and how fast it multiplies and adds.
 
-A kernel's speed says little by itself; as a fraction of these it says how much is left to gain. The figures are those of the
-ISA level in use (see :mod:`pyllm.isa`)::
+A kernel's speed says little by itself; as a fraction of these it says how much is left to gain. The figures are those
+of the ISA level in use (see :mod:`pyllm.isa`)::
 
     >>> from pyllm.limits import measure
     >>> measure(threads=2).read_gbps
@@ -19,9 +19,11 @@ from statistics import median
 
 import numpy as np
 
-from pyllm import _cpu
+from pyllm import _cpu, isa
 
-_READ_BYTES = 512 << 20  # beyond the largest last-level caches in use, of which a virtual machine rarely owns a fair share
+_READ_BYTES = (
+    512 << 20
+)  # beyond the largest last-level caches in use, of which a virtual machine rarely owns a fair share
 _REPEATS = 5
 _SECONDS = 0.02  # of one repeat
 
@@ -43,15 +45,15 @@ class Limits:
 
 
 def measure(threads: int | None = None, *, read_bytes: int = _READ_BYTES) -> Limits:
-    """Measure the limits on `threads` threads (default: the physical cores available to the process). Takes about a second.
+    """Measure the limits on `threads` threads (default: :func:`pyllm.isa.default_threads`). Takes about a second.
 
-    Each figure is the median of several repeats. `read_bytes` is the size of the buffer that is read, cut to an eighth of
-    the machine's free memory.
+    Each figure is the median of several repeats. `read_bytes` is the size of the buffer that is read, cut to an
+    eighth of the machine's free memory.
     """
-    context = _cpu.Context(threads if threads is not None else _cpu.available_cores())
+    context = _cpu.Context(threads if threads is not None else isa.default_threads())
     return Limits(
         threads=context.threads,
-        isa=_cpu.active_isa(),
+        isa=isa.active_isa(),
         read_gbps=read_bandwidth(context, read_bytes),
         f32_gflops=_compute(context, "f32"),
         bf16_gflops=_compute(context, "bf16"),
