@@ -1,4 +1,4 @@
-"""A tiny random LLaMA with a byte-level BPE tokenizer, as a folder: everything a test of the whole path needs, in milliseconds."""
+"""A tiny random LLaMA with a byte-level BPE tokenizer, as a folder: all that a test of the whole path needs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray
 
 
 def write_tokenizer(folder: Path, chat: bool = False) -> int:
-    """Train a byte-level BPE on a few sentences, write tokenizer.json and its config, and give the vocabulary's size."""
+    """Train a byte-level BPE on a few sentences, write it with its config, and give the vocabulary's size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

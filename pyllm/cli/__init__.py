@@ -1,7 +1,7 @@
 """The `pyllm` command: one file per group of subcommands; the only place that prints and ends the process.
 
-Text that was asked for goes to stdout; everything else (progress, statistics, warnings, errors) to stderr. Exit codes: 0 done,
-1 it could not be done, 2 the command line is wrong, 130 interrupted.
+Text that was asked for goes to stdout; everything else (progress, statistics, warnings, errors) to stderr. Exit
+codes: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
 
     show_warnings_plainly()
     try:
-        result: Any = build_app()(list(arguments), prog_name="pyllm", standalone_mode=False)
+        result: Any = build_app()(list(arguments) or ["--help"], prog_name="pyllm", standalone_mode=False)
     except typer.Abort:
         return INTERRUPTED
     except typer.Exit as done:
@@ -53,7 +53,6 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="pyllm",
         help="Run transformer language models on the CPU.",
-        no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -75,7 +74,7 @@ def explain(error: Exception) -> int:
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer's errors of usage
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "pyllm"
-        complain(f"{error.format_message()} Try '{command} --help'.")
+        complain(f"{error.format_message().rstrip('.')}. Try '{command} --help'.")
         return int(error.exit_code)
     if isinstance(error, PyllmError):
         complain(str(error))

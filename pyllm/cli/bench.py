@@ -61,27 +61,28 @@ def bench(
         room = llm.max_model_len - prompt_tokens
         if room < max_tokens:
             raise typer.BadParameter(
-                f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the context of {llm.max_model_len}."
+                f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the context, {llm.max_model_len}."
             )
     limits = measure(threads)
     facts: dict[str, Any] = {"limits": asdict(limits)}
     if not json:
         write(
             f"limits on {limits.threads} threads at {limits.isa}: read {limits.read_gbps:.1f} GB/s, float32 "
-            f"{limits.f32_gflops:.0f} GFLOP/s, bfloat16 {limits.bf16_gflops:.0f} GFLOP/s, int8 {limits.int8_gops:.0f} GOP/s",
+            f"{limits.f32_gflops:.0f} GFLOP/s, bfloat16 {limits.bf16_gflops:.0f} GFLOP/s, "
+            f"int8 {limits.int8_gops:.0f} GOP/s",
             end="\n",
         )
     if llm is not None:
-        facts["model"] = measured = _measure(llm, limits, prompt_tokens, max_tokens, repeat)
+        facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat)
         if not json:
             write(
-                f"prefill {prompt_tokens} tokens: {measured['prefill_tokens_per_second']:.1f} tok/s, "
-                f"{measured['prefill_gflops']:.0f} GFLOP/s, {measured['prefill_fraction']:.0%} of the {llm.plan.dtype} peak",
+                f"prefill {prompt_tokens} tokens: {found['prefill_tokens_per_second']:.1f} tok/s, "
+                f"{found['prefill_gflops']:.0f} GFLOP/s, {found['prefill_fraction']:.0%} of the limit",
                 end="\n",
             )
             write(
-                f"decode at depth {prompt_tokens}: {measured['decode_tokens_per_second']:.1f} tok/s, "
-                f"{measured['decode_gbps']:.1f} GB/s, {measured['decode_fraction']:.0%} of the read bandwidth",
+                f"decode at depth {prompt_tokens}: {found['decode_tokens_per_second']:.1f} tok/s, "
+                f"{found['decode_gbps']:.1f} GB/s, {found['decode_fraction']:.0%} of the read bandwidth",
                 end="\n",
             )
     if json:

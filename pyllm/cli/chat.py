@@ -90,6 +90,7 @@ class Conversation:
     """Messages so far, and the loop that reads and answers."""
 
     def __init__(self, llm: LLM, params: SamplingParams, system_prompt: str | None) -> None:
+        """Begin with the system prompt alone."""
         self.llm, self.params = llm, params
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
         self.messages = list(self.system)

@@ -40,8 +40,8 @@ def decoded(data: bytes, source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{source} is not valid UTF-8: {error.reason} at byte {error.start} (0x{data[error.start]:02x}). Convert it, "
-            "for example with iconv -t UTF-8."
+            f"{source} is not valid UTF-8: {error.reason} at byte {error.start} (0x{data[error.start]:02x}). "
+            "Convert it, for example with iconv -t UTF-8."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Options that several subcommands share. Each can also be given as an environment variable PYLLM_<NAME>; the flag wins."""
+"""Options that several subcommands share; most can also be given as environment variables PYLLM_<NAME>, the flag wins."""
 
 from __future__ import annotations
 

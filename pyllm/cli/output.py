@@ -47,7 +47,7 @@ def write_json(value: Any) -> None:
 
 
 def show_warnings_plainly() -> None:
-    """Python warnings as one line on stderr; text that the terminal's encoding lacks as question marks, not as an error."""
+    """Python warnings as one line on stderr; characters that the output's encoding lacks as question marks."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         note(f"pyllm: warning: {message}")
@@ -60,7 +60,7 @@ def show_warnings_plainly() -> None:
 
 @contextmanager
 def progress_bar(what: str, show: bool = True) -> Iterator[Callable[[float], None] | None]:
-    """A bar on stderr while this lasts, where stderr is a terminal: gives a function that takes the share done, else None."""
+    """A bar on stderr while this lasts: gives a function that takes the share done; None where that is no terminal."""
     if _quiet or not show or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return

@@ -48,9 +48,9 @@ def plan(
     lines = [
         f"{spec.family}, {spec.num_parameters() / 1e6:.1f} million parameters, {len(spec.blocks)} layers",
         f"weights    {_size(result.weights)}  as {result.dtype}",
-        f"cache      {_size(result.cache)}  {result.cache_tokens} tokens as {result.cache_dtype}, context {result.max_model_len}",
+        f"cache      {_size(result.cache)}  {result.cache_tokens} tokens as {result.cache_dtype}",
         f"workspace  {_size(result.workspace)}",
-        f"total      {_size(result.total)}",
+        f"total      {_size(result.total)}  for a context of {result.max_model_len} tokens",
         f"available  {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
     ]
     write("\n".join(lines), end="\n")
