@@ -139,11 +139,16 @@ def test_seed_is_unmoved_by_company(llm: LLM) -> None:
 def test_allowed_and_bad_words_are_kept(llm: LLM) -> None:
     [only] = llm.generate("Once", max_tokens=20, allowed_token_ids=[10, 11], ignore_eos=True)
     assert set(only.outputs[0].token_ids) <= {10, 11}
-    [plain] = llm.generate("Once", GREEDY)
-    word = llm.decode(plain.outputs[0].token_ids[:1])
-    if word.strip():
-        [without] = llm.generate("Once", temperature=0, max_tokens=16, ignore_eos=True, bad_words=[word])
-        assert without.outputs[0].token_ids[0] != plain.outputs[0].token_ids[0]
+    first, second = llm.encode("qx", add_special_tokens=False)  # a word of two tokens
+    likely = {first: 60.0, second: 50.0}
+    wish = {"temperature": 0, "max_tokens": 6, "logit_bias": likely, "repetition_penalty": 1.0, "ignore_eos": True}
+    [plain] = llm.generate("Once", frequency_penalty=2.0, **wish)
+    [without] = llm.generate("Once", frequency_penalty=2.0, bad_words=["qx"], **wish)
+    pairs = list(zip(without.outputs[0].token_ids, without.outputs[0].token_ids[1:], strict=False))
+    assert set(plain.outputs[0].token_ids) <= {first, second}
+    assert (first, second) not in pairs
+    [never] = llm.generate("Once", bad_words=["q"], **wish)
+    assert first not in never.outputs[0].token_ids and second in never.outputs[0].token_ids
 
 
 def test_logprobs_are_the_log_softmax_of_the_logits(llm: LLM) -> None:

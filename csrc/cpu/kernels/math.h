@@ -10,6 +10,11 @@ namespace pyllm::PYLLM_ISA {
 
 using simd::F;
 
+// 1 in the first n lanes, 0 in the others: keeps a counted tail out of a sum.
+constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static_assert(F::N <= 16);
+static inline F ones(int n) { return simd::load_n(kOnes, n); }
+
 // e^x within about 1 ulp; exact 0 below -104, denormals above it, inf above 88.73, NaN stays.
 // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q of degree 4 (3.1e-9).
 static inline F exp(F x) {

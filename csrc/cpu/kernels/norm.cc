@@ -1,14 +1,11 @@
 // Layer norm and RMS norm, with the residual addition before them.
+#include "cpu/kernels/math.h"
 #include "cpu/kernels/rows.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
 
 using namespace simd;
-
-// The counted vectors at the end of a row: lanes past it hold 0 in `ones` and 1 before.
-constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-static_assert(F::N <= 16);
 
 // Sum over i < n of term(i, count), where count is how many lanes stand before n; term gives 0 in the others.
 // Four partial sums hide the latency of the addition; they are added in a fixed order.
@@ -62,7 +59,7 @@ inline void norm_row(const NormArgs& a, float* y, Value&& value) {
   } else {
     const F mean = set(sum_terms(n, value)) / size;
     const float squares = sum_terms(n, [&](int64_t i, int count) {
-      const F v = (value(i, count) - mean) * load_n(kOnes, count);
+      const F v = (value(i, count) - mean) * ones(count);
       return v * v;
     });
     write_row(y, a.weight, a.bias, n, mean, one / sqrt(set(squares) / size + eps), value);
