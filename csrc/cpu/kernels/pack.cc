@@ -15,7 +15,6 @@ struct Tile {
   alignas(64) float values[kDepth][kPanel];
 };
 
-
 // Elements [0, count) from src, adjacent and of any alignment, as float32.
 void load_row(float* out, const unsigned char* src, DType dtype, int64_t count) {
   const auto* half = reinterpret_cast<const uint16_t*>(src);
@@ -24,9 +23,13 @@ void load_row(float* out, const unsigned char* src, DType dtype, int64_t count) 
     const int n = int(least(F::N, count - i));
     F v;
     if (n == F::N)
-      v = dtype == DType::f32 ? simd::load(full + i) : dtype == DType::f16 ? simd::load_f16(half + i) : simd::load_bf16(half + i);
+      v = dtype == DType::f32   ? simd::load(full + i)
+          : dtype == DType::f16 ? simd::load_f16(half + i)
+                                : simd::load_bf16(half + i);
     else
-      v = dtype == DType::f32 ? simd::load_n(full + i, n) : dtype == DType::f16 ? simd::load_f16_n(half + i, n) : simd::load_bf16_n(half + i, n);
+      v = dtype == DType::f32   ? simd::load_n(full + i, n)
+          : dtype == DType::f16 ? simd::load_f16_n(half + i, n)
+                                : simd::load_bf16_n(half + i, n);
     if (n == F::N)
       simd::store(out + i, v);
     else
@@ -47,7 +50,8 @@ void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, int64_t k
   for (int64_t c = 0; c < columns; ++c) {
     const unsigned char* from = src + c * a.row_stride * size;
     if (a.col_stride != 1) {
-      for (int64_t i = 0; i < depth; ++i) std::memcpy(gathered + i * size, from + i * a.col_stride * size, size_t(size));
+      for (int64_t i = 0; i < depth; ++i)
+        std::memcpy(gathered + i * size, from + i * a.col_stride * size, size_t(size));
       from = gathered;
     }
     load_row(line, from, a.src_dtype, depth);
@@ -56,7 +60,8 @@ void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, int64_t k
 }
 
 // The tile's rows to the panel's columns [column, column + columns), from inner element k on.
-void emit(const Tile& tile, const PackArgs& a, unsigned char* panel, int64_t column, int64_t columns, int64_t k, int64_t depth) {
+void emit(const Tile& tile, const PackArgs& a, unsigned char* panel, int64_t column, int64_t columns, int64_t k,
+          int64_t depth) {
   if (a.dst.dtype == DType::bf16) {
     alignas(64) uint16_t even[kPanel], odd[kPanel];
     for (int64_t i = 0; i < depth; i += 2) {
