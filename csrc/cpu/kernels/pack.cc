@@ -6,11 +6,11 @@ namespace {
 
 using simd::F;
 
-constexpr int64_t kDepth = 64;  // inner elements that go through the tile at once
+constexpr int64_t kDepth = 128;  // inner elements that go through the tile at once
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 64 inner elements by 64 columns as float32, on their way into a panel.
+// kDepth inner elements by 64 columns as float32, on their way into a panel.
 struct Tile {
   alignas(64) float values[kDepth][kPanel];
 };
@@ -37,6 +37,24 @@ void load_row(float* out, const unsigned char* src, DType dtype, int64_t count) 
   }
 }
 
+// tile[k][column + j] = lines[j][k], four by four.
+void transpose(Tile& tile, const float (*lines)[kDepth], int64_t column, int64_t depth) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef int32_t Index __attribute__((vector_size(16)));
+  for (int64_t k = 0; k < depth; k += 4) {
+    Four r[4];
+    for (int j = 0; j < 4; ++j) std::memcpy(&r[j], lines[j] + k, sizeof r[j]);
+    const Four low01 = __builtin_shuffle(r[0], r[1], Index{0, 4, 1, 5}),
+               low23 = __builtin_shuffle(r[2], r[3], Index{0, 4, 1, 5});
+    const Four high01 = __builtin_shuffle(r[0], r[1], Index{2, 6, 3, 7}),
+               high23 = __builtin_shuffle(r[2], r[3], Index{2, 6, 3, 7});
+    const Four out[4] = {
+        __builtin_shuffle(low01, low23, Index{0, 1, 4, 5}), __builtin_shuffle(low01, low23, Index{2, 3, 6, 7}),
+        __builtin_shuffle(high01, high23, Index{0, 1, 4, 5}), __builtin_shuffle(high01, high23, Index{2, 3, 6, 7})};
+    for (int j = 0; j < 4; ++j) std::memcpy(tile.values[k + j] + column, &out[j], sizeof out[j]);
+  }
+}
+
 // tile[k][c] for `depth` inner elements and `columns` rows of src from (row, k) on.
 void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, int64_t k, int64_t depth) {
   const int64_t size = dtype_bytes(a.src_dtype);
@@ -45,7 +63,7 @@ void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, int64_t k
     for (int64_t i = 0; i < depth; ++i) load_row(tile.values[i], src + i * a.col_stride * size, a.src_dtype, columns);
     return;
   }
-  alignas(64) float line[kDepth];
+  alignas(64) float lines[4][kDepth] = {};
   alignas(64) unsigned char gathered[kDepth * 4];
   for (int64_t c = 0; c < columns; ++c) {
     const unsigned char* from = src + c * a.row_stride * size;
@@ -54,8 +72,8 @@ void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, int64_t k
         std::memcpy(gathered + i * size, from + i * a.col_stride * size, size_t(size));
       from = gathered;
     }
-    load_row(line, from, a.src_dtype, depth);
-    for (int64_t i = 0; i < depth; ++i) tile.values[i][c] = line[i];
+    load_row(lines[c % 4], from, a.src_dtype, depth);
+    if (c % 4 == 3 || c + 1 == columns) transpose(tile, lines, c / 4 * 4, depth);
   }
 }
 
