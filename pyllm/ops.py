@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
+from pyllm.isa import default_threads
 from pyllm.spec import Activation, NormKind
 
 Array: TypeAlias = NDArray[Any]
@@ -40,7 +41,7 @@ class Ops:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.context = _cpu.Context(threads if threads is not None else _cpu.available_cores())
+        self.context = _cpu.Context(threads if threads is not None else default_threads())
         self._arena: Arena | None = None
 
     @property
@@ -134,6 +135,8 @@ class Ops:
         out: F32 | None = None,
     ) -> F32:
         """Layer norm or RMS norm of ``x + residual`` over the last dimension: x [R, D], weight and bias [D] -> [R, D].
+
+        x [T, H, E] with adjacent heads has each of its heads normalised, with one weight [E]; tokens may stand apart.
 
         The sum itself is also written to `sum_out` [R, D] where given (it may be x); `out` may be x.
         """

@@ -29,7 +29,7 @@ void check_array(const py::array& a, const char* name, const py::dtype& dtype, c
   }
   const auto size = a.itemsize();
   const py::ssize_t last = a.ndim() - 1;
-  const bool contiguous = a.size() == 0 || a.shape(last) <= 1 || a.strides(last) == size;
+  const bool contiguous = a.size() == 0 || a.shape(last) <= 1 || a.strides(last) == size;  // numpy gives empty arrays any strides
   const bool whole = a.size() == 0 || a.ndim() < 2 || a.shape(0) <= 1 || (a.strides(0) % size == 0 && a.strides(0) >= size * a.shape(1));
   if (!contiguous || !whole || reinterpret_cast<uintptr_t>(a.data()) % size != 0)
     throw py::value_error(std::string(name) + ": expected an aligned array whose last dimension is contiguous, got strides that are not: pass numpy.ascontiguousarray of it");

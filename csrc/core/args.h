@@ -35,14 +35,16 @@ struct MatmulArgs {
 };
 
 // y = norm(x + residual) * weight + bias, over the last dimension; the sum is also stored where sum is not null (may be x).
+// A row may hold several heads that are normalised each by itself, with the same weight and bias.
 struct NormArgs {
-  float* y;               // [R, D], may be x
-  float* sum;             // [R, D] or null
-  const float* x;         // [R, D]
-  const float* residual;  // [R, D] or null
+  float* y;               // [R, heads, D], may be x
+  float* sum;             // [R, heads, D] or null; not y
+  const float* x;         // [R, heads, D]
+  const float* residual;  // [R, heads, D] or null
   const float* weight;    // [D] or null
   const float* bias;      // [D] or null
-  int64_t rows, dim, x_stride, y_stride, sum_stride, residual_stride;
+  int64_t rows, heads, dim;
+  int64_t y_stride, sum_stride, x_stride, residual_stride;  // between rows; heads are adjacent
   float eps;
   NormKind kind;
 };

@@ -1,4 +1,5 @@
 // Scratch sizes of the kernels that need scratch, the same at every ISA level.
+#include "cpu/attention_workspace.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/matmul_plan.h"
 
@@ -7,7 +8,8 @@ namespace pyllm::cpu {
 int64_t workspace_bytes(const MatmulArgs& args, int threads) {
   return matmul_plan::workspace_bytes(args.rows, args.w.k, threads);
 }
-int64_t workspace_bytes(const AttentionArgs&, int) { return 0; }
+
+int64_t workspace_bytes(const AttentionArgs& args, int threads) { return attention_workspace(args, threads).bytes; }
 int64_t workspace_bytes(const SampleArgs&, int) { return 0; }
 
 }  // namespace pyllm::cpu

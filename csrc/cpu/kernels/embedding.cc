@@ -1,12 +1,70 @@
 // Row lookups: token and position embeddings, and the gather of the rows that need logits.
-#include "cpu/kernels/kernel.h"
+#include "cpu/kernels/rows.h"
 
 namespace pyllm::PYLLM_ISA {
+namespace {
 
-void embedding(const EmbeddingArgs&, Parallel&) {}
+using namespace simd;
+
+// Output n of a packed matrix, all k: one element, or pair of elements, from each line of its panel.
+inline void packed_row(float* y, const PackedView& w, int64_t n) {
+  const int64_t panel = n / kPanel, lane = n % kPanel;
+  const char* base = static_cast<const char*>(w.data) + panel * w.parts * w.panel_bytes();
+  if (w.dtype == DType::f32) {
+    const float* p = reinterpret_cast<const float*>(base) + lane;
+    for (int64_t k = 0; k < w.k; ++k) y[k] = p[k * kPanel];
+    return;
+  }
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(base) + (w.dtype == DType::bf16 ? 2 * lane : lane);
+  for (int64_t k = 0; k < w.k; k += F::N) {
+    const int count = int(w.k - k < F::N ? w.k - k : F::N);
+    uint16_t halves[F::N] = {};
+    if (w.dtype == DType::bf16) {
+      for (int i = 0; i < count; ++i) halves[i] = p[((k + i) / 2) * 2 * kPanel + (k + i) % 2];
+      store_n(y + k, load_bf16(halves), count);
+    } else {
+      for (int i = 0; i < count; ++i) halves[i] = p[(k + i) * kPanel];
+      store_n(y + k, load_f16(halves), count);
+    }
+  }
+}
+
+// Row n of a plain table, whose elements may lie at any address.
+inline void plain_row(float* y, const void* table, DType dtype, int64_t stride, int64_t n, int64_t dim) {
+  if (dtype == DType::f32) {
+    std::memcpy(y, static_cast<const char*>(table) + n * stride * int64_t(sizeof(float)), size_t(dim) * sizeof(float));
+    return;
+  }
+  const char* row = static_cast<const char*>(table) + n * stride * int64_t(sizeof(uint16_t));
+  for (int64_t k = 0; k < dim; k += F::N) {
+    const int count = int(dim - k < F::N ? dim - k : F::N);
+    uint16_t halves[F::N] = {};
+    std::memcpy(halves, row + k * int64_t(sizeof(uint16_t)), size_t(count) * sizeof(uint16_t));
+    store_n(y + k, dtype == DType::bf16 ? load_bf16(halves) : load_f16(halves), count);
+  }
+}
+
+inline void add_row(float* y, const float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + F::N <= n; i += F::N) store(y + i, load(y + i) + load(x + i));
+  if (i < n) store_n(y + i, load_n(y + i, int(n - i)) + load_n(x + i, int(n - i)), int(n - i));
+}
+
+}  // namespace
+
+void embedding(const EmbeddingArgs& a, Parallel& pool) {
+  for_rows(pool, a.rows, a.dim, [&](int64_t t) {
+    float* y = a.y + t * a.y_stride;
+    if (a.packed.data)
+      packed_row(y, a.packed, a.tokens[t]);
+    else
+      plain_row(y, a.table, a.table_dtype, a.table_stride, a.tokens[t], a.dim);
+    if (a.positions) add_row(y, a.position_table + a.positions[t] * a.position_stride, a.dim);
+  });
+}
 
 void gather(const GatherArgs& a, Parallel& pool) {
-  parallel_for(pool, a.rows, [&](int64_t r, int) {
+  for_rows(pool, a.rows, a.dim, [&](int64_t r) {
     std::memcpy(a.y + r * a.y_stride, a.x + a.index[r] * a.x_stride, size_t(a.dim) * sizeof(float));
   });
 }

@@ -1,0 +1,29 @@
+"""Activation functions from their formulas, in the precision of the input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def activation(x: Array, name: str) -> Array:
+    """`name` is a value of pyllm.spec.Activation."""
+    one = x.dtype.type(1)
+    half = x.dtype.type(0.5)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if name == "gelu_erf":
+            root = x / x.dtype.type(math.sqrt(2))
+            erf = np.array([math.erf(v) for v in root.ravel().tolist()]).reshape(x.shape)  # numpy has none
+            return np.asarray(half * x * (one + erf.astype(x.dtype)))
+        if name == "gelu_tanh":
+            inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
+            return np.asarray(half * x * (one + np.tanh(inner)))
+        if name == "silu":
+            return np.asarray(x / (one + np.exp(-x)))
+    assert name == "relu"
+    return np.maximum(x, x.dtype.type(0))

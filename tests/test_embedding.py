@@ -1,0 +1,106 @@
+"""Row lookups: exact, so compared bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from oracle.harness import DIMS, ISAS, Framed, at_isa
+
+from pyllm.ops import Ops
+
+OPS = Ops(threads=2)
+RNG = np.random.default_rng(7)
+DTYPES: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16]
+VOCAB = 131  # two panels and a piece
+
+
+def table(dim: int, dtype: Any, rows: int = VOCAB) -> np.ndarray:
+    return RNG.normal(0, 2, (rows, dim)).astype(dtype)
+
+
+def ids(count: int, limit: int = VOCAB) -> np.ndarray:
+    return RNG.integers(0, limit, count).astype(np.int32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_table(isa: str, dtype: Any) -> None:
+    for dim in DIMS:
+        weights = Framed(table(dim, dtype)).array
+        positions_table = Framed(table(dim, np.float32, 9)).array
+        for count in (0, 1, 5):
+            tokens, positions = ids(count), ids(count, 9)
+            expected = weights[tokens].astype(np.float32)
+            with at_isa(isa):
+                assert np.array_equal(OPS.embedding(tokens, weights), expected)
+                y = OPS.embedding(tokens, weights, positions, positions_table)
+                assert np.array_equal(y, expected + positions_table[positions])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_table(isa: str, dtype: Any) -> None:
+    for dim in DIMS:
+        weights = table(dim, dtype)
+        tokens = np.concatenate([ids(6), [0, 63, 64, VOCAB - 1]]).astype(np.int32)
+        with at_isa(isa):
+            y = OPS.embedding(tokens, OPS.pack(weights))
+        assert np.array_equal(y, weights[tokens].astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_table_at_any_address(isa: str, dtype: Any) -> None:
+    """Rows of a mapped file need not be aligned to their elements, and may be read-only."""
+    weights = table(67, dtype)
+    for shift in (1, 2, 3):
+        raw = bytes(shift) + weights.tobytes()
+        mapped = np.frombuffer(raw, np.uint8)[shift:].view(dtype).reshape(weights.shape)
+        tokens = np.array([VOCAB - 1, 0, 5], np.int32)
+        with at_isa(isa):
+            assert np.array_equal(OPS.embedding(tokens, mapped), weights[tokens].astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_output_frame_and_threads(isa: str) -> None:
+    weights, tokens = table(77, np.float16), ids(999)
+    out = Framed(np.zeros((999, 77), np.float32))
+    with at_isa(isa):
+        for threads in (1, 3):
+            Ops(threads).context.embedding(out.array, tokens, weights, None, None)
+            out.check()
+            assert np.array_equal(out.array, weights[tokens].astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gather(isa: str) -> None:
+    for dim in DIMS:
+        x = Framed(table(dim, np.float32)).array
+        index = ids(40)
+        with at_isa(isa):
+            assert np.array_equal(OPS.gather(x, index), x[index])
+            assert OPS.gather(x, index[:0]).shape == (0, dim)
+
+
+def test_bad_arguments() -> None:
+    weights, tokens = table(8, np.float32), ids(3)
+    for bad in (-1, VOCAB, 2**31 - 1):
+        tokens[1] = bad
+        with pytest.raises(ValueError, match=rf"tokens\[1\]: expected a row of table in \[0, {VOCAB}\), got {bad}"):
+            OPS.embedding(tokens, weights)
+    tokens = ids(3)
+    with pytest.raises(ValueError, match=r"positions\[2\]"):
+        OPS.embedding(tokens, weights, np.array([0, 1, 9], np.int32), table(8, np.float32, 9))
+    with pytest.raises(TypeError, match="positions: expected a numpy array"):
+        OPS.embedding(tokens, weights, None, table(8, np.float32, 9))
+    with pytest.raises(TypeError, match="tokens: expected int32"):
+        OPS.embedding(tokens.astype(np.int64), weights)
+    with pytest.raises(TypeError, match="table: expected float32, float16 or bfloat16"):
+        OPS.embedding(tokens, weights.astype(np.float64))
+    with pytest.raises(ValueError, match="table: expected rows that are contiguous"):
+        OPS.embedding(tokens, np.asfortranarray(weights))
+    with pytest.raises(ValueError, match="position_table: expected"):
+        OPS.embedding(tokens, weights, tokens, table(9, np.float32))
