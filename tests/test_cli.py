@@ -222,8 +222,8 @@ def test_unreadable_model_is_explained(tiny_folder: Path, tmp_path: Path):
 
 
 def test_a_cache_beyond_memory_is_refused_before_it_is_taken(tmp_path: Path):
-    folder = tiny_model.make(tmp_path / "long", max_position_embeddings=1 << 40)
-    refused(pyllm("generate", "-m", folder, "Once", "-n", 1, "--ctx-size", 1 << 40), 1, "memory", "--ctx-size")
+    folder = tiny_model.make(tmp_path / "long", max_position_embeddings=(1 << 31) - 1)
+    refused(pyllm("generate", "-m", folder, "Once", "-n", 1, "--ctx-size", (1 << 31) - 1), 1, "memory", "--ctx-size")
 
 
 def test_prompts_that_cannot_be_run(tiny_folder: Path):
