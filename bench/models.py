@@ -2,7 +2,7 @@
 
     python bench/models.py llama-1b /tmp/llama-1b --dtype bfloat16
 
-The values are small normals, repeated from one block of them: kernels take the same time for them as for trained weights.
+The values are small normals, repeated from one block of them: kernels take as long for them as for trained weights.
 There is no tokenizer: load such a folder with ``skip_tokenizer_init=True``.
 """
 

@@ -36,7 +36,8 @@ class KVCache:
     @staticmethod
     def block_bytes(spec: ModelSpec, dtype: str) -> int:
         """Bytes of one block over all layers."""
-        return sum(g * 2 * BLOCK_TOKENS * padded for g, padded in _layer_shapes(spec)) * CACHE_DTYPES[dtype].itemsize
+        elements = sum(kv_heads * 2 * BLOCK_TOKENS * padded for kv_heads, padded in _layer_shapes(spec))
+        return elements * int(CACHE_DTYPES[dtype].itemsize)
 
 
 def _layer_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
@@ -52,8 +53,8 @@ def blocks_for(tokens: int) -> int:
 class BlockPool:
     """Hands out block numbers and shares blocks of equal content.
 
-    A block is free (count 0) or held by one or more sequences. A full block is known by the hash of all tokens up to its
-    end; it stays findable when it becomes free, until its number is handed out again, least recently freed first.
+    A block is free (count 0) or held by one or more sequences. A full block is known by the hash of all tokens up to
+    its end; it stays findable when it becomes free, until its number is handed out again, least recently freed first.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -87,7 +88,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def publish(self, block: int, key: bytes) -> None:
-        """Make a full block findable by the hash of its content; the first block of equal content stays the one found."""
+        """Make a full block findable by the hash of its content; of equal ones the first stays the one found."""
         assert self._count[block] > 0
         if key not in self._by_hash and self._hash[block] is None:
             self._hash[block] = key

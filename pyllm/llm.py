@@ -33,7 +33,7 @@ from pyllm.tokenizer import Tokenizer
 from pyllm.weights import resolve
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
-Message: TypeAlias = Mapping[str, Any]
+Message: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class LLM:
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
-        self._runner = Runner(
-            self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len
-        )
+        self._runner = Runner(self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len)
         end_ids = {*self.spec.eos_token_ids, *_generation_end_ids(self.folder)}
         if self.tokenizer is not None:
             end_ids |= {*self.tokenizer.eos_token_ids}
@@ -175,7 +173,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
         **params: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation (or several), messages being ``{"role": ..., "content": ...}``."""
@@ -191,7 +189,7 @@ class LLM:
         return self.stream(self.chat_prompt(messages), sampling_params, **params)
 
     def chat_prompt(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
         """The prompt that the chat template makes of a conversation; special tokens are the template's own."""
         tokenizer = self._need_tokenizer()
@@ -201,7 +199,10 @@ class LLM:
     # Scoring
 
     def score(
-        self, texts: Sequence[str | tuple[str, str] | Mapping[str, Any]], *, progress: Callable[[int, int], None] | None = None
+        self,
+        texts: Sequence[str | tuple[str, str] | Mapping[str, Any]],
+        *,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Log-probabilities of given texts, in nats.
 
@@ -209,7 +210,7 @@ class LLM:
         the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
         """
         items = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
-        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         prompts: list[Prompt] = ["".join(item) if isinstance(item, tuple) else item for item in items]
         outputs = self.generate(prompts, params, progress=progress)
         scores = []
@@ -295,11 +296,11 @@ class LLM:
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
-        if not isinstance(prompt, Mapping) or not (set(prompt) & {"prompt", "prompt_token_ids"}):
-            raise TypeError(
-                f"prompt: expected a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}, got {type(prompt).__name__}"
-            )
-        _refuse_unknown("prompt", {k: None for k in prompt if k not in ("prompt", "prompt_token_ids")}, {"prompt": 0, "prompt_token_ids": 0})
+        keys = ("prompt", "prompt_token_ids")
+        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys):
+            expected = "a string, {'prompt': ...} or {'prompt_token_ids': [...]}"
+            raise TypeError(f"prompt: expected {expected}, got {type(prompt).__name__}")
+        _refuse_unknown("prompt", {key: None for key in prompt if key not in keys}, dict.fromkeys(keys))
         text = prompt.get("prompt")
         if "prompt_token_ids" not in prompt:
             return self._encode_prompt(str(text))
@@ -344,7 +345,7 @@ class LLM:
 
     def _result(self, request: Request) -> RequestOutput:
         if request.error is not None:
-            raise RequestError(request.error)
+            raise request.error
         return request.result()
 
     def _forward(self, sequence: EngineSequence, output_hidden_states: bool) -> ForwardOutput:
@@ -388,7 +389,9 @@ def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[Sam
         return [given or SamplingParams(**keywords)] * count
     each = list(given)
     if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
-        raise ValueError(f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}")
+        raise ValueError(
+            f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
+        )
     return each
 
 

@@ -92,7 +92,9 @@ def packed_bytes(spec: ModelSpec, dtype: str) -> int:
     total = matrix(spec.vocab_size, spec.hidden) * (1 if spec.tied else 2)
     for block in spec.blocks:
         a, m = block.attention, block.mlp
-        total += matrix((a.heads + 2 * a.kv_heads) * a.head_dim, spec.hidden) + matrix(spec.hidden, a.heads * a.head_dim)
+        total += matrix((a.heads + 2 * a.kv_heads) * a.head_dim, spec.hidden) + matrix(
+            spec.hidden, a.heads * a.head_dim
+        )
         total += matrix(m.hidden, spec.hidden) * (2 if m.gated else 1) + matrix(spec.hidden, m.hidden)
     return total
 
@@ -115,9 +117,7 @@ def pack_weights(
 
 
 class _Packer:
-    def __init__(
-        self, checkpoint: Checkpoint, ops: Ops, dtype: str, progress: Callable[[float], None] | None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, dtype: str, progress: Callable[[float], None] | None) -> None:
         self.checkpoint, self.ops, self.dtype, self.progress = checkpoint, ops, dtype, progress
         self.slots = checkpoint.spec.slots()
         self.done, self.total = 0, checkpoint.spec.num_parameters()

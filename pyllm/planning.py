@@ -19,7 +19,7 @@ SPARE = 200_000_000  # left to the interpreter and its libraries
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose. `available` is what the system can give now without swapping, its limits on this process included."""
+    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits."""
 
     spec: ModelSpec
     dtype: str
@@ -123,11 +123,15 @@ def _cache_size(
     spec: ModelSpec, block: int, length: int | None, asked: int | None, sequences: int, room: int
 ) -> tuple[int, int]:
     """Context length and number of blocks: at least one full context, at most what all sequences need."""
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions):
+    if length is not None and (
+        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
+    ):
         raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < block:
-            raise ValueError(f"kv_cache_bytes: expected at least one block of {block} bytes ({BLOCK_TOKENS} tokens), got {asked!r}")
+            raise ValueError(
+                f"kv_cache_bytes: expected at least one block of {block} bytes ({BLOCK_TOKENS} tokens), got {asked!r}"
+            )
         blocks = asked // block
         longest = min(spec.max_positions, blocks * BLOCK_TOKENS)
         if length is not None and length > longest:
@@ -144,7 +148,7 @@ def _cache_size(
 
 
 def available_memory() -> int:
-    """Bytes this process can still take: the system's estimate, and the limit of its control group where there is one."""
+    """Bytes this process can still take: the system's estimate, or less where its control group has a limit."""
     available = 1 << 62
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

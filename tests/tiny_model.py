@@ -23,8 +23,13 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def make(folder: Path, *, seed: int = 0, chat: bool = False, tokenizer: bool = True, **config: Any) -> Path:
-    """Write the model into `folder`; keywords replace values of its config. With `chat` it has a chat template."""
+def make(
+    folder: Path, *, seed: int = 0, chat: bool = False, tokenizer: bool = True, poison: str = "", **config: Any
+) -> Path:
+    """Write the model into `folder`; keywords replace values of its config.
+
+    With `chat` it has a chat template; the weight named by `poison` holds a NaN.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, chat) if tokenizer else 300
     values = {
@@ -43,7 +48,10 @@ def make(folder: Path, *, seed: int = 0, chat: bool = False, tokenizer: bool = T
         **config,
     }
     (folder / "config.json").write_text(json.dumps(values))
-    save_file(random_weights(values, seed), folder / "model.safetensors")
+    weights = random_weights(values, seed)
+    if poison:
+        weights[poison].flat[0] = np.nan
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 

@@ -17,7 +17,7 @@ def info(json: o.Json = False) -> int:
     """Version, compiler, instruction sets and the one in use, threads, CUDA."""
     import platform
 
-    from pyllm import build_info
+    from pyllm.isa import build_info
 
     facts = {**build_info(), "python": platform.python_version(), "platform": platform.platform()}
     if json:

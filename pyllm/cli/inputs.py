@@ -53,7 +53,7 @@ def checked(text: str, source: str) -> str:
 
 def load(model: str, *, quiet: bool = False, **options: Any) -> LLM:
     """The model, with a progress bar where stderr is a terminal; options of `LLM` that are None keep their defaults."""
-    from pyllm import LLM
+    from pyllm.llm import LLM
 
     template = options.pop("chat_template", None)
     if template is not None:
@@ -66,7 +66,8 @@ def sampling(seed: int | None, *, verbose: bool, **values: Any) -> tuple[Samplin
     """Parameters from the options that were given, and the seed, which is drawn when none was given."""
     from dataclasses import fields
 
-    from pyllm import SamplingParams, active_isa
+    from pyllm.isa import active_isa
+    from pyllm.sampling import SamplingParams
 
     chosen = seed if seed is not None else secrets.randbits(32)
     params = SamplingParams(seed=chosen, **present(values))

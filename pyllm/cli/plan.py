@@ -29,9 +29,9 @@ def plan(
     json: o.Json = False,
 ) -> int:
     """Bytes for weights, cache and workspace, from config.json and the headers of the weights alone."""
-    import pyllm
+    from pyllm.planning import plan as plan_of
 
-    result = pyllm.plan(
+    result = plan_of(
         model,
         revision=revision,
         offline=offline,

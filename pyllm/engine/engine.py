@@ -25,7 +25,7 @@ from pyllm.tokenizer import Tokenizer
 
 @dataclass
 class Stats:
-    """Counters since the engine began; the seconds are those of steps that held prompt tokens, and of pure decode steps."""
+    """Counters since the engine began: seconds of steps that held prompt tokens, and of pure decode steps."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(pool, max_sequences, max_tokens, share_prefixes)
-        self.sampler = Sampler(runner.ops, runner.model.spec.vocab_size)
+        self.sampler = Sampler(runner.ops)
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
         self.max_length = max_length
@@ -67,9 +67,10 @@ class Engine:
         """Queue a request; raises `RequestError` for a prompt that cannot be run."""
         self.check_prompt(prompt_ids)
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
+        vocabulary = self.runner.model.spec.vocab_size
         room = self.max_length - len(prompt_ids)
         limit = min(room, params.max_tokens if params.max_tokens is not None else room)
-        banned = self.end_ids if not params.ignore_eos else ()
+        ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
             share = params.prompt_logprobs is None and self.scheduler.share_prefixes
             sequence = Sequence(prompt_ids, limit, share)
@@ -77,11 +78,11 @@ class Engine:
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
             text = CompletionText(detokenizer, params.stop, params.include_stop_str_in_output)
-            row = RowState(params, seed + index, prompt_ids, self.tokenizer, banned)
-            completion = Completion(request, index, sequence, text, row)
-            request.completions.append(completion)
-            self._running[sequence] = completion
-            self.scheduler.add(sequence)
+            row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends)
+            request.completions.append(Completion(request, index, sequence, text, row))
+        for completion in request.completions:
+            self._running[completion.sequence] = completion
+            self.scheduler.add(completion.sequence)
         return request
 
     def abort(self, request: Request) -> None:
@@ -139,11 +140,11 @@ class Engine:
                 continue
             completion.sequence.tokens.append(token)
             completion.output.token_ids.append(token)
-            completion.sampling.accept(token)
-            if completion.output.logprobs is not None and chosen.logprobs is not None:
-                entry = chosen.logprobs[i]
+            completion.sampling.append(token)
+            entry = chosen.logprobs[i]
+            if entry is not None:
+                assert completion.output.logprobs is not None and completion.output.cumulative_logprob is not None
                 completion.output.logprobs.append(self._described(entry))
-                assert completion.output.cumulative_logprob is not None
                 completion.output.cumulative_logprob += entry[token].logprob
             self._advance(completion, token)
 
@@ -178,12 +179,9 @@ class Engine:
     def _fail(self, completion: Completion) -> None:
         """The logits of this sequence are no numbers: end it, and say where that began."""
         layer = self._first_bad_layer(completion.sequence)
-        completion.request.error = str(
-            NonFiniteError(
-                f"the model gives no finite logits after token {len(completion.sequence.tokens)} of request "
-                f"{completion.request.id}: values are not finite from {layer} on. Expected finite weights and activations; "
-                "check the checkpoint, or load it with dtype float32 if it overflows in a smaller one."
-            )
+        completion.request.error = NonFiniteError(
+            f"the model gives no finite logits after {len(completion.sequence.tokens)} tokens: values are not finite "
+            f"from {layer} on. Check the checkpoint, or load it with dtype float32 if it overflows in a smaller one."
         )
         self._finish(completion, "error")
         completion.deliver([])
@@ -259,8 +257,7 @@ class Engine:
     def _reset(self) -> None:
         """A step failed midway (memory, Ctrl-C): nothing in the cache can be trusted, so every request ends here."""
         for completion in list(self._running.values()):
-            completion.request.error = completion.request.error or "the step that computed this request failed"
+            completion.request.error = RequestError("the step that computed this request failed; run it again")
             self._finish(completion, "error")
             completion.deliver([])
-        pool = BlockPool(self.scheduler.pool.size)
-        self.scheduler.pool = pool
+        self.scheduler.pool = BlockPool(self.scheduler.pool.size)

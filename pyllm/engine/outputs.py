@@ -27,7 +27,7 @@ class CompletionOutput:
     """One completion. `finish_reason` is None while it runs, then "stop", "length", "abort" or "error".
 
     `stop_reason` is the stop string or the stop token id that ended it, None where the model's own end token did.
-    `logprobs` has an entry a token when they were asked for; `cumulative_logprob` is then the sum over the tokens chosen.
+    `logprobs` has an entry a token when they were asked for; `cumulative_logprob` is then the sum over those chosen.
     """
 
     index: int

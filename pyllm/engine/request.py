@@ -8,6 +8,7 @@ from pyllm.engine.outputs import CompletionOutput, Logprob, RequestOutput, Strea
 from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.text import CompletionText
+from pyllm.errors import PyllmError
 from pyllm.sampling import SamplingParams
 
 
@@ -57,9 +58,11 @@ class Request:
         self.prompt_ids = prompt_ids
         self.params = params
         self.completions: list[Completion] = []
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None if params.prompt_logprobs is None else [None]
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
         self.pieces: deque[StreamOutput] = deque()
-        self.error: str | None = None
+        self.error: PyllmError | None = None
 
     @property
     def finished(self) -> bool:
@@ -76,5 +79,5 @@ class Request:
             prompt_logprobs=self.prompt_logprobs,
             finished=self.finished,
             cached_tokens=self.completions[0].sequence.cached if self.completions else 0,
-            error=self.error,
+            error=None if self.error is None else str(self.error),
         )

@@ -117,7 +117,7 @@ class Runner:
         return batch
 
     def _fill_rope(self, batch: Batch, row: int, sequence: Sequence, position: int) -> None:
-        """Frequencies that depend on the length: a prompt's are those of its whole length, later tokens' of their own."""
+        """Frequencies that depend on the length: a prompt's are those of all of it, later tokens' of their own."""
         rope = self.model.spec.rope
         assert rope is not None and batch.inv_freq is not None
         length = max(sequence.prompt_length, position + 1)

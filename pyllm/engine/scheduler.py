@@ -11,7 +11,7 @@ from pyllm.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens [start, start + count) of a sequence; with `last`, they reach its end and the next token is to be chosen."""
+    """Tokens [start, start + count) of a sequence; with `last` they reach its end, and the next one is to be chosen."""
 
     sequence: Sequence
     start: int

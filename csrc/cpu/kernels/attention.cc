@@ -18,6 +18,9 @@ using cpu::AttentionWorkspace;
 using cpu::kTileRows;
 using cpu::SequencePlan;
 
+// Without it gcc 12 keeps the register tiles below in memory.
+#define PYLLM_UNROLL _Pragma("GCC unroll 8")
+
 constexpr float kInfinity = __builtin_inff();
 
 // Register tiles: query rows x vectors. bf16 needs registers for the second of a pair.
@@ -37,18 +40,26 @@ template <int R, int V>
 void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64_t group, int64_t channels, int first) {
   F acc[R][V];
   const float* k[V];
+  PYLLM_UNROLL
   for (int v = 0; v < V; ++v) k[v] = keys + (first + v) / kGroupVectors * group + (first + v) % kGroupVectors * F::N;
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   for (int64_t e = 0; e < channels; ++e) {
     F key[V];
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) key[v] = load(k[v] + e * kKeyGroup);
+    PYLLM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F query = set(q[r * q_stride + e]);
+      PYLLM_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = fma(query, key[v], acc[r][v]);
     }
   }
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) store(p + r * kBlockTokens + (first + v) * F::N, acc[r][v]);
 }
 
@@ -56,22 +67,32 @@ template <int R, int V>
 void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, int64_t group, int64_t channels, int first) {
   F acc[R][V];
   const uint16_t* k[V];
+  PYLLM_UNROLL
   for (int v = 0; v < V; ++v) k[v] = keys + (first + v) / kGroupVectors * group + (first + v) % kGroupVectors * (2 * F::N);
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   for (int64_t e = 0; e < channels; e += 2) {
     F even[V], odd[V];
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) load_bf16_pairs(k[v] + e * kKeyGroup, even[v], odd[v]);
+    PYLLM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F query = set(q[r * q_stride + e]);
+      PYLLM_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = fma(query, even[v], acc[r][v]);
     }
+    PYLLM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F query = set(q[r * q_stride + e + 1]);
+      PYLLM_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = fma(query, odd[v], acc[r][v]);
     }
   }
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) store(p + r * kBlockTokens + (first + v) * F::N, acc[r][v]);
 }
 
@@ -79,17 +100,24 @@ void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, in
 template <int R, int V>
 void weigh(float* o, int64_t o_stride, const float* p, const float* values, int64_t Ep, int64_t begin, int64_t end) {
   F acc[R][V];
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
   for (int64_t j = begin; j < end; ++j) {
     F value[V];
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) value[v] = load(values + j * Ep + v * F::N);
+    PYLLM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F weight = set(p[r * kBlockTokens + j]);
+      PYLLM_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
     }
   }
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
 }
 
@@ -97,16 +125,21 @@ void weigh(float* o, int64_t o_stride, const float* p, const float* values, int6
 template <int R, int V>
 void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, int64_t Ep, int64_t begin, int64_t end) {
   F acc[R][V];
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
   const auto add = [&](int64_t j, const F(&value)[V]) {
+    PYLLM_UNROLL
     for (int r = 0; r < R; ++r) {
       const F weight = set(p[r * kBlockTokens + j]);
+      PYLLM_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
     }
   };
   F even[V], odd[V];
   const auto pair = [&](int64_t j) {
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) load_bf16_pairs(values + j * Ep + v * (2 * F::N), even[v], odd[v]);
   };
   if (begin % 2 != 0 && begin < end) {
@@ -122,7 +155,9 @@ void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, i
     pair(begin);
     add(begin, even);
   }
+  PYLLM_UNROLL
   for (int r = 0; r < R; ++r)
+    PYLLM_UNROLL
     for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
 }
 
