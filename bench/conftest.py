@@ -71,3 +71,9 @@ def describe(
         "threads": limits.threads,
         **more,
     }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the end-to-end benchmark."""
+    parser.addoption("--models", default="gpt2:float32", help="shape:dtype,... of bench/models.py")
+    parser.addoption("--model-folder", help="keep the made models here, to use them again")

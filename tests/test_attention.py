@@ -38,12 +38,14 @@ class Case:
         q = np.concatenate([self.queries[b][i:j] for b, i, j in ranges])
         starts = np.cumsum([0] + [j - i for _, i, j in ranges]).astype(np.int32)
         lengths = np.array([j for _, _, j in ranges], np.int32)
-        return q.reshape(len(q), -1), starts, lengths, self.tables[[b for b, _, _ in ranges]]
+        return q.reshape(len(q), q.shape[1] * q.shape[2]), starts, lengths, self.tables[[b for b, _, _ in ranges]]
 
     def attend(self, ops: Ops, *ranges: tuple[int, int, int], window: int = 0) -> np.ndarray:
         q, starts, lengths, tables = self.rows(*ranges)
         scale = self.head_size**-0.5
-        return ops.attention(q, self.cache, starts, lengths, tables, head_size=self.head_size, scale=scale, window=window)
+        return ops.attention(
+            q, self.cache, starts, lengths, tables, head_size=self.head_size, scale=scale, window=window
+        )
 
     def formula(self, *ranges: tuple[int, int, int], window: int = 0, dtype: type = np.float64) -> np.ndarray:
         q = np.concatenate([self.queries[b][i:j] for b, i, j in ranges]).astype(dtype)
@@ -54,7 +56,9 @@ class Case:
 
 def make(lengths: list[int], heads: int, groups: int, size: int, dtype: np.dtype, seed: int = 0) -> Case:
     rng = np.random.default_rng(seed)
-    keys, values, queries = ([rng.normal(size=(n, h, size)).astype(np.float32) for n in lengths] for h in (groups, groups, heads))
+    keys, values, queries = (
+        [rng.normal(size=(n, h, size)).astype(np.float32) for n in lengths] for h in (groups, groups, heads)
+    )
     keys, values = ([a.astype(dtype).astype(np.float32) for a in part] for part in (keys, values))
     queries = [q * 2 for q in queries]
     pages = [(n + PAGE - 1) // PAGE for n in lengths]
@@ -71,53 +75,54 @@ def make(lengths: list[int], heads: int, groups: int, size: int, dtype: np.dtype
     return Case(keys, values, queries, cache, tables)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_matches_formula(isa: str, dtype: np.dtype, size: int) -> None:
+def test_matches_formula(dtype: np.dtype, size: int) -> None:
     """Decode rows, prefill chunks and whole prompts in one batch, in guarded and misaligned arrays."""
     case = make([17, 65, 300, 64], 6, 2, size, dtype, seed=size)
     for window in (0, 1, 30, 257):
         ranges = [(0, 0, 17), (1, 64, 65), (2, 200, 300), (3, 63, 64), (2, 299, 300), (1, 40, 40)]
         q, starts, lengths, tables = case.rows(*ranges)
-        query, out = Framed(q, offset=size % 9), Framed(np.zeros_like(q), offset=1, gap=5)
-        with at_isa(isa):
-            context = POOLS[2].context
-            context.attention(out.array, query.array, case.cache, starts, lengths, tables, size, size**-0.5, window)
-        out.check()
-        oracle = case.formula(*ranges, window=window)
-        assert_close(out.array, oracle, case.formula(*ranges, window=window, dtype=np.float32))
+        oracle, naive = (case.formula(*ranges, window=window, dtype=d) for d in (np.float64, np.float32))
+        for isa in ISAS:
+            query, out = Framed(q, offset=size % 9), Framed(np.zeros_like(q), offset=1, gap=5)
+            with at_isa(isa):
+                context = POOLS[2].context
+                context.attention(out.array, query.array, case.cache, starts, lengths, tables, size, size**-0.5, window)
+            out.check()
+            assert_close(out.array, oracle, naive)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (7, 7), (8, 2), (7, 1), (100, 1), (28, 4), (32, 8)])
-def test_lengths_and_heads(isa: str, dtype: np.dtype, heads: int, groups: int) -> None:
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (7, 7), (8, 2), (7, 1), (30, 1), (28, 4), (32, 8)])
+def test_lengths_and_heads(dtype: np.dtype, heads: int, groups: int) -> None:
     case = make(LENGTHS, heads, groups, 16, dtype, seed=heads)
     everything = [(b, n - 1, n) for b, n in enumerate(LENGTHS)]
     some = [(b, max(0, n - 9), n) for b, n in enumerate(LENGTHS)]
-    with at_isa(isa):
-        for ranges in (everything, some, everything[-1:], [(10, 600, 700)]):
-            for window in (0, 100):
-                oracle = case.formula(*ranges, window=window)
-                actual = case.attend(POOLS[2], *ranges, window=window)
-                assert_close(actual, oracle, case.formula(*ranges, window=window, dtype=np.float32))
+    for ranges in (everything, some, everything[-1:], [(10, 600, 700)]):
+        for window in (0, 100):
+            oracle, naive = (case.formula(*ranges, window=window, dtype=d) for d in (np.float64, np.float32))
+            for isa in ISAS:
+                with at_isa(isa):
+                    assert_close(case.attend(POOLS[2], *ranges, window=window), oracle, naive)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "groups", "size", "window"), [(6, 2, 33, 0), (8, 8, 64, 0), (4, 2, 80, 100), (5, 1, 16, 3)])
-def test_same_bits_however_it_is_cut(isa: str, dtype: np.dtype, heads: int, groups: int, size: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "window"), [(6, 2, 33, 0), (8, 8, 64, 0), (4, 2, 80, 100), (5, 1, 16, 3)]
+)
+def test_same_bits_however_it_is_cut(
+    isa: str, dtype: np.dtype, heads: int, groups: int, size: int, window: int
+) -> None:
     """Prefill, decode, chunks, company and threads change nothing."""
-    n = 333
+    n = 300
     case = make([n, 70, 513], heads, groups, size, dtype, seed=size)
     with at_isa(isa):
         whole = case.attend(POOLS[1], (0, 0, n), window=window)
         assert not np.isnan(whole).any()
         for ops in POOLS.values():
-            for step in (1, 2, 7, 64, 100, n):
-                if step == 1 and ops.threads == 1:
-                    continue
+            for step in (1, 7, 64, 100) if ops.threads == 2 else (64, n):
                 parts = [case.attend(ops, (0, i, min(n, i + step)), window=window) for i in range(0, n, step)]
                 assert np.array_equal(np.concatenate(parts).view(np.int32), whole.view(np.int32)), (ops.threads, step)
             company = case.attend(ops, (1, 3, 70), (0, 100, n), (2, 512, 513), (0, 57, 58), window=window)
@@ -146,10 +151,16 @@ def test_large_scores(dtype: np.dtype) -> None:
     """Scores far apart: softmax picks one key, nothing overflows, what vanishes is 0."""
     case = make([520], 2, 1, 8, dtype)
     case.queries[0] *= 1000
+    oracle = case.formula((0, 0, 520))
+    # A score is a sum of 8 products, each rounded; weights and so the result move by as much as scores do.
+    largest = np.abs(case.queries[0]).max() * np.abs(case.keys[0]).max() * 8**0.5
+    allowed = 8 * 2**-24 * largest * np.abs(case.values[0]).max()
     for isa in ISAS:
         with at_isa(isa):
             actual = case.attend(POOLS[2], (0, 0, 520))
-        assert_close(actual, case.formula((0, 0, 520)), case.formula((0, 0, 520), dtype=np.float32))
+        assert np.isfinite(actual).all()
+        assert np.abs(actual - oracle).max() <= allowed
+        assert np.median(np.abs(actual - oracle)) <= 2**-22
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -175,7 +186,9 @@ def test_nothing_to_do() -> None:
     assert case.attend(POOLS[2], (0, 5, 5)).shape == (0, 16)
     none = np.zeros(0, np.int32)
     empty = np.zeros((0, 16), np.float32)
-    out = POOLS[2].attention(empty, case.cache, np.zeros(1, np.int32), none, np.zeros((0, 4), np.int32), head_size=8, scale=1.0)
+    out = POOLS[2].attention(
+        empty, case.cache, np.zeros(1, np.int32), none, np.zeros((0, 4), np.int32), head_size=8, scale=1.0
+    )
     assert out.shape == (0, 16)
 
 
@@ -184,7 +197,8 @@ def test_refuses_bad_arguments() -> None:
     q, starts, lengths, tables = case.rows((0, 68, 70), (1, 4, 5))
 
     def call(**changed: object) -> None:
-        given = dict(q=q, cache=case.cache, starts=starts, lengths=lengths, tables=tables, head_size=8, scale=1.0, window=0)
+        given: dict[str, object] = {"q": q, "cache": case.cache, "starts": starts, "lengths": lengths, "tables": tables}
+        given |= {"head_size": 8, "scale": 1.0, "window": 0}
         POOLS[1].attention(**{**given, **changed})  # type: ignore[arg-type]
 
     call()

@@ -72,7 +72,9 @@ def test_keeps_special_values() -> None:
 def test_tokens_of_one_pair_on_different_threads() -> None:
     ops, size, rows = Ops(3), 16, PAGE * 4
     k, v = (RNG.normal(size=(rows, size)).astype(np.float32) for _ in range(2))
-    slots = np.concatenate([np.arange(0, rows, 2), np.arange(1, rows, 2)]).astype(np.int64)  # a pair's tokens lie far apart
+    slots = np.concatenate([np.arange(0, rows, 2), np.arange(1, rows, 2)]).astype(
+        np.int64
+    )  # a pair's tokens lie far apart
     expected = empty_cache(4, 1, size, DTYPES[1])
     Ops(1).kv_write(expected, k, v, slots, size)
     for _ in range(50):

@@ -1,22 +1,22 @@
-// Sizes of the attention kernel's scratch memory, shared by the kernel and workspace_bytes. They depend on shapes only, for
-// lengths change between replays of a recorded call.
+// Sizes of the attention kernel's scratch memory, shared by the kernel and workspace_bytes. They depend on shapes only,
+// for lengths change between replays of a recorded call.
 //
-// The workspace is [plans][partials][threads]: one plan per sequence, `slots` partial results of one query row and key block,
-// and each thread's scratch. All parts are 64-byte aligned.
+// The workspace is [plans][partials][threads]: one plan per sequence, `slots` partial results of one query row and key
+// block, and each thread's scratch. All parts are 64-byte aligned.
 #pragma once
 #include "core/args.h"
 
 namespace pyllm::cpu {
 
-// Query rows (tokens x heads of a group) that one work item holds: enough that keys widened to float32 are used often, few
-// enough that queries, accumulators and a block of keys and values stay in a 1 MB L2 at every head size.
+// Query rows (tokens x heads of a group) that one work item holds: enough that keys widened to float32 are used often,
+// few enough that queries, accumulators and a block of keys and values stay in a 1 MB L2 at every head size.
 constexpr int64_t kTileRows = 96;
 
 // How one sequence is cut into work items, made at the start of each call.
 struct SequencePlan {
-  int64_t first_item;  // the sequence's items are [first_item, next plan's first_item)
-  int64_t first_slot;  // of its partial results
-  int64_t first_row;   // its place among the rows that are merged from partial results
+  int64_t first_item;           // the sequence's items are [first_item, next plan's first_item)
+  int64_t first_slot;           // of its partial results
+  int64_t first_row;            // its place among the rows that are merged from partial results
   int64_t first_block, blocks;  // key blocks that its rows see
   int64_t tiles, pieces;        // of query rows; of key/value heads
   bool split;                   // an item takes one key block; else it walks them all

@@ -1,11 +1,12 @@
 """The `pyllm` command: one file per group of subcommands; the only place that prints and ends the process.
 
 Text that was asked for goes to stdout; everything else (progress, statistics, warnings, errors) to stderr. Exit
-codes: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
+codes: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted. PYLLM_TRACEBACK=1 adds tracebacks.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:
+        if os.environ.get("PYLLM_TRACEBACK"):
+            raise
         code = explain(error)
     sys.exit(code)
 
@@ -102,8 +105,6 @@ def _close_stdout() -> None:
 
 def _drop_stdout() -> None:
     """Forget what could not be written, lest the interpreter tries again as it ends and complains."""
-    import os
-
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

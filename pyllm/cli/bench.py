@@ -61,7 +61,7 @@ def bench(
         room = llm.max_model_len - prompt_tokens
         if room < max_tokens:
             raise typer.BadParameter(
-                f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the context, {llm.max_model_len}."
+                f"--prompt-tokens {prompt_tokens} + --max-tokens {max_tokens} exceed the context, {llm.max_model_len}."
             )
     limits = measure(threads)
     facts: dict[str, Any] = {"limits": asdict(limits)}

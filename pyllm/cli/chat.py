@@ -9,7 +9,7 @@ import typer
 
 from pyllm.cli import options as o
 from pyllm.cli.inputs import checked, decoded, load, sampling
-from pyllm.cli.output import be_quiet, complain, note, read_bandwidth, statistics, write
+from pyllm.cli.output import be_quiet, complain, note, report, write
 from pyllm.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def chat(
         raise TokenizerError(f"{model} has no chat template: give one with --chat-template FILE, or use pyllm generate")
     note(HELP)
     failed = Conversation(llm, params, system_prompt).run()
-    if not quiet:
-        read_gbps = read_bandwidth(llm.ops.threads) if llm.stats.decode_steps else None
-        note(statistics(llm.stats, weight_bytes=llm.weight_bytes, read_gbps=read_gbps, seed=seed))
+    report(llm, seed)
     return int(failed)
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyllm.cli import INTERRUPTED, OK
 from pyllm.cli import options as o
 from pyllm.cli.inputs import given_text, load, sampling
-from pyllm.cli.output import be_quiet, note, peak_memory, read_bandwidth, statistics, write, write_json
+from pyllm.cli.output import be_quiet, peak_memory, report, write, write_json
 
 if TYPE_CHECKING:
     from pyllm.llm import LLM
@@ -89,12 +90,8 @@ def generate(
     if json:
         return _as_json(llm, request, params, seed)
     interrupted = _stream(llm, request, params)
-    if not quiet and not interrupted:
-        read_gbps = read_bandwidth(llm.ops.threads) if llm.stats.decode_steps else None
-        note(statistics(llm.stats, weight_bytes=llm.weight_bytes, read_gbps=read_gbps, seed=seed))
-    elif interrupted:
-        note(statistics(llm.stats, weight_bytes=llm.weight_bytes, read_gbps=None, seed=seed) + " | interrupted")
-    return 130 if interrupted else 0
+    report(llm, seed, interrupted=interrupted)
+    return INTERRUPTED if interrupted else OK
 
 
 def _request(llm: LLM, text: str, system_prompt: str | None, ignore_template: bool, own_template: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Options that several subcommands share; most can also be given as environment variables PYLLM_<NAME>, the flag wins."""
+"""Options that several subcommands share; most are also read from variables PYLLM_<NAME>, which a flag overrides."""
 
 from __future__ import annotations
 

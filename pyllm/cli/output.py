@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Stats
+    from pyllm.llm import LLM
 
 _quiet = False
 
@@ -73,8 +74,18 @@ def progress_bar(what: str, show: bool = True) -> Iterator[Callable[[float], Non
         yield lambda share: progress.update(task, completed=share)
 
 
-def statistics(stats: Stats, *, weight_bytes: int, read_gbps: float | None, seed: int) -> str:
-    """The closing line: tokens and speeds, the share of the read bandwidth that decoding reached, memory, seed."""
+def report(llm: LLM, seed: int, *, interrupted: bool = False) -> None:
+    """The closing line on stderr, unless --quiet; measures the read bandwidth that it compares with."""
+    if _quiet:
+        return
+    memory = peak_memory()  # before the measurement takes its own
+    read_gbps = None if interrupted or not llm.stats.decode_steps else read_bandwidth(llm.ops.threads)
+    line = statistics(llm.stats, weight_bytes=llm.weight_bytes, read_gbps=read_gbps, memory=memory, seed=seed)
+    note(line + (" | interrupted" if interrupted else ""))
+
+
+def statistics(stats: Stats, *, weight_bytes: int, read_gbps: float | None, memory: int, seed: int) -> str:
+    """Tokens and speeds, the share of the read bandwidth that decoding reached, memory, seed."""
     parts = [f"prompt: {stats.prompt_tokens} tokens, {_rate(stats.prompt_tokens, stats.prompt_seconds)} tok/s"]
     generation = (
         f"generation: {stats.generated_tokens} tokens, {_rate(stats.decode_steps, stats.generation_seconds)} tok/s"
@@ -83,7 +94,7 @@ def statistics(stats: Stats, *, weight_bytes: int, read_gbps: float | None, seed
     if share is not None:
         within = f"{share:.0%} of this machine's read bandwidth" if share <= 1.1 else "from the caches, not memory"
         generation += f" ({within})"
-    return " | ".join([*parts, generation, f"peak memory {peak_memory() / 1e9:.2f} GB", f"seed {seed}"])
+    return " | ".join([*parts, generation, f"peak memory {memory / 1e9:.2f} GB", f"seed {seed}"])
 
 
 def bandwidth_share(stats: Stats, weight_bytes: int, read_gbps: float | None) -> float | None:

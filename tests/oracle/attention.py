@@ -13,7 +13,9 @@ Array = NDArray[Any]
 PAGE, PAD, GROUP = 64, 16, 16
 
 
-def attention(q: Array, keys: Sequence[Array], values: Array | Sequence[Array], starts: Array, scale: float, window: int) -> Array:
+def attention(
+    q: Array, keys: Sequence[Array], values: Sequence[Array], starts: Array, scale: float, window: int
+) -> Array:
     """Softmax attention in the dtype of q [T, H, E]; keys[b] and values[b] are [length, G, E] of sequence b.
 
     The rows [starts[b], starts[b + 1]) stand at the last positions of sequence b; row i sees keys j <= i, i - j < window.

@@ -1,9 +1,10 @@
 // Causal attention over the paged cache.
 //
-// A query row is one head of one token. For each key block of kKeyBlock keys, the row's (max, sum, weighted values) start from
-// nothing and take in the block's pages of kBlockTokens keys one after the other, by an online softmax; key blocks are then
-// merged in rising order. A score is one chain of multiply-adds over channels, a weighted value one chain over the visible keys,
-// both in rising order. So a row's bits depend on its own keys only, and every way of cutting the work gives the same ones.
+// A query row is one head of one token. For each key block of kKeyBlock keys, the row's (max, sum, weighted values)
+// start from nothing and take in the block's pages of kBlockTokens keys one after the other, by an online softmax; key
+// blocks are then merged in rising order. A score is one chain of multiply-adds over channels, a weighted value one
+// chain over the visible keys, both in rising order. So a row's bits depend on its own keys only, and every way of
+// cutting the work gives the same ones.
 //
 // A work item is a tile of query rows of one sequence, some key/value heads, and a range of key blocks. It walks pages
 // outermost, then heads: a page's heads, each its keys and then its values, are one contiguous stream.
@@ -28,25 +29,38 @@ constexpr int kVectors = F::N == 16 ? 4 : 2;
 constexpr int kMaxRows = 6, kMaxRowsBf16 = 4;
 constexpr int kPageVectors = kBlockTokens / F::N;
 constexpr int kGroupVectors = kKeyGroup / F::N;
-constexpr int64_t kWidenRows = 24;  // from here on a bf16 page is widened to float32 once for all rows
+// From here on arithmetic costs more than memory: a bf16 page is widened to float32 once for all rows, and nothing is
+// fetched ahead.
+constexpr int64_t kManyRows = 24;
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Asks for V vectors' worth of T at `p`. Into the second level of cache: the first is full
+// of what is being worked on.
+template <int V, class T>
+inline void prefetch(const T* p) {
+  constexpr int64_t kLine = 64 / sizeof(T), kElements = V * F::N * int64_t(sizeof(float) / sizeof(T));
+  PYLLM_UNROLL
+  for (int64_t i = 0; i < kElements; i += kLine) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Scores of R query rows against V vectors of a page's keys, from vector `first` on: p[r][kBlockTokens].
-// `group` is the distance in elements between groups of kKeyGroup keys.
-template <int R, int V>
-void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64_t group, int64_t channels, int first) {
+// `group` is the distance in elements between groups of kKeyGroup keys. While it works, what will be needed next is
+// fetched from `ahead`, in order, if kAhead: the hardware does not guess it, for keys are read as several streams.
+template <bool kAhead, int R, int V>
+void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64_t group, int64_t channels, int first,
+            const float* ahead) {
   F acc[R][V];
   const float* k[V];
   PYLLM_UNROLL
   for (int v = 0; v < V; ++v) k[v] = keys + (first + v) / kGroupVectors * group + (first + v) % kGroupVectors * F::N;
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) acc[r][v] = zero();
   for (int64_t e = 0; e < channels; ++e) {
+    if (kAhead) prefetch<V>(ahead + first * F::N * channels + e * V * F::N);
     F key[V];
     PYLLM_UNROLL
     for (int v = 0; v < V; ++v) key[v] = load(k[v] + e * kKeyGroup);
@@ -58,22 +72,23 @@ void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64
     }
   }
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) store(p + r * kBlockTokens + (first + v) * F::N, acc[r][v]);
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) store(p + r * kBlockTokens + (first + v) * F::N, acc[r][v]);
 }
 
-template <int R, int V>
-void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, int64_t group, int64_t channels, int first) {
+template <bool kAhead, int R, int V>
+void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, int64_t group, int64_t channels,
+            int first, const uint16_t* ahead) {
   F acc[R][V];
   const uint16_t* k[V];
   PYLLM_UNROLL
-  for (int v = 0; v < V; ++v) k[v] = keys + (first + v) / kGroupVectors * group + (first + v) % kGroupVectors * (2 * F::N);
+  for (int v = 0; v < V; ++v)
+    k[v] = keys + (first + v) / kGroupVectors * group + (first + v) % kGroupVectors * (2 * F::N);
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) acc[r][v] = zero();
   for (int64_t e = 0; e < channels; e += 2) {
+    if (kAhead) prefetch<V>(ahead + first * F::N * channels + e * V * F::N);
     F even[V], odd[V];
     PYLLM_UNROLL
     for (int v = 0; v < V; ++v) load_bf16_pairs(k[v] + e * kKeyGroup, even[v], odd[v]);
@@ -91,20 +106,20 @@ void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, in
     }
   }
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) store(p + r * kBlockTokens + (first + v) * F::N, acc[r][v]);
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) store(p + r * kBlockTokens + (first + v) * F::N, acc[r][v]);
 }
 
 // o[r] += sum over tokens [begin, end) of p[r][token] * values[token], for R rows and V vectors of channels.
-template <int R, int V>
-void weigh(float* o, int64_t o_stride, const float* p, const float* values, int64_t Ep, int64_t begin, int64_t end) {
+template <bool kAhead, int R, int V>
+void weigh(float* o, int64_t o_stride, const float* p, const float* values, int64_t Ep, int64_t begin, int64_t end,
+           const float* ahead) {
   F acc[R][V];
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
   for (int64_t j = begin; j < end; ++j) {
+    if (kAhead) prefetch<V>(ahead + j * Ep);
     F value[V];
     PYLLM_UNROLL
     for (int v = 0; v < V; ++v) value[v] = load(values + j * Ep + v * F::N);
@@ -116,19 +131,18 @@ void weigh(float* o, int64_t o_stride, const float* p, const float* values, int6
     }
   }
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
 }
 
 // A pair's other token may never have been written, so at odd ends only one of the two is used.
-template <int R, int V>
-void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, int64_t Ep, int64_t begin, int64_t end) {
+template <bool kAhead, int R, int V>
+void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, int64_t Ep, int64_t begin, int64_t end,
+           const uint16_t* ahead) {
   F acc[R][V];
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
   const auto add = [&](int64_t j, const F(&value)[V]) {
     PYLLM_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -139,6 +153,7 @@ void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, i
   };
   F even[V], odd[V];
   const auto pair = [&](int64_t j) {
+    if (kAhead) prefetch<V>(ahead + j * Ep);
     PYLLM_UNROLL
     for (int v = 0; v < V; ++v) load_bf16_pairs(values + j * Ep + v * (2 * F::N), even[v], odd[v]);
   };
@@ -156,9 +171,8 @@ void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, i
     add(begin, even);
   }
   PYLLM_UNROLL
-  for (int r = 0; r < R; ++r)
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
+  for (int r = 0; r < R; ++r) PYLLM_UNROLL
+  for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
 }
 
 // Calls fn(tag) with tag.value = n, 1 <= n <= most, as a constant.
@@ -179,33 +193,40 @@ constexpr int max_rows() {
 }
 
 // The two loops above over all vectors of keys [first, last), and of channels.
-template <class T>
-void all_scores(int rows, float* p, const float* q, int64_t q_stride, const T* keys, int64_t group, int64_t channels, int first, int last) {
+template <bool kAhead, class T>
+void all_scores(int rows, float* p, const float* q, int64_t q_stride, const T* keys, int64_t group, int64_t channels,
+                int first, int last, const T* ahead) {
   with_constant<max_rows<T>()>(rows, [&](auto r) {
     constexpr int R = decltype(r)::value;
-    for (; first + kVectors <= last; first += kVectors) scores<R, kVectors>(p, q, q_stride, keys, group, channels, first);
+    for (; first + kVectors <= last; first += kVectors)
+      scores<kAhead, R, kVectors>(p, q, q_stride, keys, group, channels, first, ahead);
     if (first < last)
-      with_constant<kVectors - 1>(last - first, [&](auto v) { scores<R, decltype(v)::value>(p, q, q_stride, keys, group, channels, first); });
+      with_constant<kVectors - 1>(last - first, [&](auto v) {
+        scores<kAhead, R, decltype(v)::value>(p, q, q_stride, keys, group, channels, first, ahead);
+      });
   });
 }
 
-template <class T>
-void all_values(int rows, float* o, const float* p, const T* values, int64_t Ep, int64_t begin, int64_t end) {
+template <bool kAhead, class T>
+void all_values(int rows, float* o, const float* p, const T* values, int64_t Ep, int64_t begin, int64_t end,
+                const T* ahead) {
   if (begin >= end) return;
   constexpr int64_t kPerToken = sizeof(T) == 2 ? 2 : 1;  // a pair's channel, or one token's
   with_constant<max_rows<T>()>(rows, [&](auto r) {
     constexpr int R = decltype(r)::value;
     int64_t e = 0;
     for (; e + kVectors * F::N <= Ep; e += kVectors * F::N)
-      weigh<R, kVectors>(o + e, Ep, p, values + e * kPerToken, Ep, begin, end);
+      weigh<kAhead, R, kVectors>(o + e, Ep, p, values + e * kPerToken, Ep, begin, end, ahead + e * kPerToken);
     if (e < Ep)
       with_constant<kVectors - 1>(int(Ep - e) / F::N, [&](auto v) {
-        weigh<R, decltype(v)::value>(o + e, Ep, p, values + e * kPerToken, Ep, begin, end);
+        weigh<kAhead, R, decltype(v)::value>(o + e, Ep, p, values + e * kPerToken, Ep, begin, end,
+                                             ahead + e * kPerToken);
       });
   });
 }
 
-// A page of one head, widened to float32 in float32's layout: keys, and the values of tokens [begin, end) and their pairs.
+// A page of one head, widened to float32 in float32's layout: keys, and the values of tokens [begin, end) and their
+// pairs.
 void widen_page(float* keys, float* values, const uint16_t* page, int64_t Ep, int64_t begin, int64_t end) {
   const int64_t half = kBlockTokens * Ep;
   for (int64_t i = 0; i < half; i += 2 * kKeyGroup) {  // [group][channel pair][16 keys][2]
@@ -224,6 +245,13 @@ void widen_page(float* keys, float* values, const uint16_t* page, int64_t Ep, in
       store(values + (t + 1) * Ep + e, odd);
     }
   }
+}
+
+// e^x for x <= 0, and 0 where it is below 1.7e-38: beside a largest weight of 1 that is nothing, and denormals are
+// slow.
+inline F weight_of(F x) {
+  const F least = set(-87.0f);
+  return select_gt(least, x, zero(), exp(simd::max(least, x)));
 }
 
 // A thread's scratch. Rows are those of the item's first head, then those of its second, and so on.
@@ -258,9 +286,10 @@ Scratch scratch_of(float* memory, int64_t Ep) {
 }
 
 // (max, sum, o) <- itself merged with the next key block's.
-inline void merge(float& max, float& sum, float* o, float block_max, float block_sum, const float* block_o, int64_t Ep) {
+inline void merge(float& max, float& sum, float* o, float block_max, float block_sum, const float* block_o,
+                  int64_t Ep) {
   const float both = max > block_max ? max : block_max;
-  const F a = exp(set(max - both)), b = exp(set(block_max - both));
+  const F a = weight_of(set(max - both)), b = weight_of(set(block_max - both));
   alignas(64) float lane[2][F::N];
   store(lane[0], a);
   store(lane[1], b);
@@ -280,8 +309,8 @@ inline void finish(float* out, const float* o, float sum, int64_t E) {
 // A work item.
 struct Item {
   int64_t sequence;
-  int64_t row, rows;           // query rows of a head: row / group is the token, row % group the head of the group
-  int64_t head, heads;         // key/value heads
+  int64_t row, rows;            // query rows of a head: row / group is the token, row % group the head of the group
+  int64_t head, heads;          // key/value heads
   int64_t first_key, last_key;  // whole key blocks, or the end of what is visible
   bool split;
 };
@@ -297,11 +326,13 @@ class Attention {
         group(args.heads / args.cache.kv_heads),
         plans(static_cast<SequencePlan*>(args.workspace)),
         partials(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes)),
-        threads(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes + workspace.partial_bytes)) {}
+        threads(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes +
+                                         workspace.partial_bytes)) {}
 
   void run(Parallel& pool) {
     make_plans(pool.threads());
-    parallel_for(pool, plans[a.sequences].first_item, [&](int64_t i, int worker) { attend(item(i), threads + worker * w.thread_floats); });
+    parallel_for(pool, plans[a.sequences].first_item,
+                 [&](int64_t i, int worker) { attend(item(i), threads + worker * w.thread_floats); });
     parallel_for(pool, plans[a.sequences].first_row * a.cache.kv_heads, [&](int64_t i, int) { merge_partials(i); });
   }
 
@@ -316,8 +347,8 @@ class Attention {
     return rows >= kTileRows ? 1 : min_of(a.cache.kv_heads, kTileRows / rows);
   }
 
-  // Sequences are cut so that no item is more than a quarter of a thread's share: first over key blocks, as long as there is
-  // room for partial results, then over heads.
+  // Sequences are cut so that no item is more than a quarter of a thread's share: first over key blocks, as long as
+  // there is room for partial results, then over heads.
   void make_plans(int64_t thread_count) {
     const int64_t G = a.cache.kv_heads;
     int64_t work = 0;
@@ -405,7 +436,12 @@ class Attention {
       std::memset(s.lanes, 0, size_t(rows) * cpu::kSumLanes * sizeof(float));
       std::memset(s.o, 0, size_t(rows * Ep) * sizeof(float));
       const int64_t last_page = min_of(end, key + kKeyBlock);
-      for (int64_t page = max_of(key, begin) / kBlockTokens * kBlockTokens; page < last_page; page += kBlockTokens) attend_page(t, s, page);
+      for (int64_t page = max_of(key, begin) / kBlockTokens * kBlockTokens; page < last_page; page += kBlockTokens) {
+        if (a.cache.dtype == DType::f32)
+          attend_page<float>(t, s, page, end);
+        else
+          attend_page<uint16_t>(t, s, page, end);
+      }
       for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
     }
     if (t.split) return;
@@ -426,32 +462,39 @@ class Attention {
     return partials + (slot * a.heads + head) * w.slot_floats;
   }
 
-  // Takes in the keys [key, key + kBlockTokens) for all heads and rows of an item.
-  void attend_page(const Item& t, const Scratch& s, int64_t key) const {
-    const CacheView& cache = a.cache;
+  // Where one head's part of a page begins, in elements.
+  int64_t page_of(const Item& t, int64_t key, int64_t head) const {
     const int64_t block = a.tables[t.sequence * a.table_width + key / kBlockTokens];
+    return block * a.cache.block_elements() + (t.head + head) * a.cache.head_elements();
+  }
+
+  // Takes in the keys [key, key + kBlockTokens) for all heads and rows of an item; `end` is where its keys end.
+  template <class T>
+  void attend_page(const Item& t, const Scratch& s, int64_t key, int64_t end) const {
+    const T* data = static_cast<const T*>(a.cache.data);
+    const int64_t half = a.cache.half_elements(), key_group = kKeyGroup * (sizeof(T) == 2 ? Ep : E);
+    const int64_t next_page =
+        key + kBlockTokens < end ? page_of(t, key + kBlockTokens, 0) : page_of(t, key, t.heads - 1);
     for (int64_t h = 0; h < t.heads; ++h) {
-      const int64_t head = block * cache.block_elements() + (t.head + h) * cache.head_elements();
+      const T* page = data + page_of(t, key, h);
       const int64_t row = h * t.rows;
-      if (cache.dtype == DType::f32) {
-        const float* page = static_cast<const float*>(cache.data) + head;
-        attend_rows(s, row, t.rows, key, page, page + cache.half_elements(), E * kKeyGroup);
-        continue;
-      }
-      const uint16_t* page = static_cast<const uint16_t*>(cache.data) + head;
-      if (t.rows < kWidenRows) {
-        attend_rows(s, row, t.rows, key, page, page + cache.half_elements(), Ep * kKeyGroup);
+      if (t.rows < kManyRows) {
+        const T* next = h + 1 < t.heads ? page + a.cache.head_elements() : data + next_page;
+        attend_rows<true>(s, row, t.rows, key, page, page + half, key_group, next, next + half);
+      } else if constexpr (sizeof(T) == 2) {
+        const int64_t low = max_of(0, s.first[row] - key), high = min_of(kBlockTokens, s.last[row + t.rows - 1] - key);
+        widen_page(s.keys, s.values, page, Ep, low, high);
+        attend_rows<false, float>(s, row, t.rows, key, s.keys, s.values, key_group, s.keys, s.values);
       } else {
-        const int64_t begin = max_of(0, s.first[row] - key), end = min_of(kBlockTokens, s.last[row + t.rows - 1] - key);
-        widen_page(s.keys, s.values, page, Ep, begin, end);
-        attend_rows<float>(s, row, t.rows, key, s.keys, s.values, Ep * kKeyGroup);
+        attend_rows<false>(s, row, t.rows, key, page, page + half, key_group, page, page);
       }
     }
   }
 
   // One head's page for its rows, as many at a time as the registers hold.
-  template <class T>
-  void attend_rows(const Scratch& s, int64_t row, int64_t rows, int64_t key, const T* keys, const T* values, int64_t key_group) const {
+  template <bool kAhead, class T>
+  void attend_rows(const Scratch& s, int64_t row, int64_t rows, int64_t key, const T* keys, const T* values,
+                   int64_t key_group, const T* next_keys, const T* next_values) const {
     const int64_t strips = divide_up(rows, max_rows<T>());
     alignas(64) float p[kMaxRows * kBlockTokens];
     for (int64_t i = 0; i < strips; ++i) {
@@ -460,7 +503,7 @@ class Attention {
       const int64_t low = max_of(0, s.first[begin] - key), high = min_of(kBlockTokens, s.last[begin + count - 1] - key);
       if (low >= high) continue;
       const int first = int(low / F::N), last = int(divide_up(high, F::N));
-      all_scores(int(count), p, s.q + begin * Ep, Ep, keys, key_group, channels, first, last);
+      all_scores<kAhead>(int(count), p, s.q + begin * Ep, Ep, keys, key_group, channels, first, last, next_keys);
       int64_t all_first = 0, all_last = kBlockTokens;  // what every row sees
       for (int64_t r = 0; r < count; ++r) {
         const int64_t b = max_of(0, s.first[begin + r] - key), e = min_of(kBlockTokens, s.last[begin + r] - key);
@@ -470,25 +513,26 @@ class Attention {
       }
       const auto one_by_one = [&](int64_t from, int64_t to) {
         for (int64_t r = 0; r < count; ++r)
-          all_values(1, s.o + (begin + r) * Ep, p + r * kBlockTokens, values, Ep, max_of(from, s.first[begin + r] - key),
-                     min_of(to, s.last[begin + r] - key));
+          all_values<false>(1, s.o + (begin + r) * Ep, p + r * kBlockTokens, values, Ep,
+                            max_of(from, s.first[begin + r] - key), min_of(to, s.last[begin + r] - key), values);
       };
       if (all_first >= all_last) {
         one_by_one(0, kBlockTokens);
       } else {
         one_by_one(0, all_first);
-        all_values(int(count), s.o + begin * Ep, p, values, Ep, all_first, all_last);
+        all_values<kAhead>(int(count), s.o + begin * Ep, p, values, Ep, all_first, all_last, next_values);
         one_by_one(all_last, kBlockTokens);
       }
     }
   }
 
-  // Turns a row's scores into weights, p[j] = e^(p[j] - max) for the places [begin, end) it sees and 0 for the others of vectors
-  // [first, last), and rescales what it has gathered in this key block to the new max.
+  // Turns a row's scores into weights, p[j] = e^(p[j] - max) for the places [begin, end) it sees and 0 for the others
+  // of vectors [first, last), and rescales what it has gathered in this key block to the new max.
   void weights(const Scratch& s, int64_t row, float* p, int64_t begin, int64_t end, int first, int last) const {
     alignas(64) static const float kPlaces[kBlockTokens] = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-        32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+        44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
     const F hidden = set(-kInfinity);
     if (begin > first * F::N || end < last * F::N) {
       const F b = set(float(begin) - 0.5f), e = set(float(end) - 0.5f);
@@ -505,14 +549,14 @@ class Attention {
     float* lanes = s.lanes + row * cpu::kSumLanes;
     F sum = load(lanes);
     if (now != old) {
-      const F shrink = exp(set(old - now));
+      const F shrink = weight_of(set(old - now));
       sum = sum * shrink;
       float* o = s.o + row * Ep;
       for (int64_t e = 0; e < Ep; e += F::N) store(o + e, load(o + e) * shrink);
     }
     const F m = set(now);
     for (int v = first; v < last; ++v) {
-      const F weight = exp(load(p + v * F::N) - m);
+      const F weight = weight_of(load(p + v * F::N) - m);
       store(p + v * F::N, weight);
       sum = sum + weight;
     }

@@ -18,8 +18,8 @@ void narrow(uint16_t* dst, const float* src, int64_t E, int64_t Ep) {
   for (e = E; e < Ep; ++e) dst[e] = 0;
 }
 
-// One head of one token. `at` is the token's place in its block. Tokens of one group or pair may be written by different threads
-// at once: each stores only elements of its own.
+// One head of one token. `at` is the token's place in its block. Tokens of one group or pair may be written by
+// different threads at once: each stores only elements of its own.
 void write_f32(float* head, const CacheView& cache, int64_t at, const float* k, const float* v) {
   const int64_t E = cache.head_size, Ep = cache.padded_head();
   float* keys = head + at / kKeyGroup * (E * kKeyGroup) + at % kKeyGroup;
@@ -46,7 +46,8 @@ void kv_write(const KvWriteArgs& a, Parallel& pool) {
   const CacheView& cache = a.cache;
   const int64_t E = cache.head_size;
   parallel_for(pool, (a.rows + kTokensPerChunk - 1) / kTokensPerChunk, [&](int64_t chunk, int) {
-    const int64_t begin = chunk * kTokensPerChunk, end = begin + kTokensPerChunk < a.rows ? begin + kTokensPerChunk : a.rows;
+    const int64_t begin = chunk * kTokensPerChunk,
+                  end = begin + kTokensPerChunk < a.rows ? begin + kTokensPerChunk : a.rows;
     float rotated[kMaxHead];
     for (int64_t t = begin; t < end; ++t) {
       if (a.slots[t] < 0) continue;

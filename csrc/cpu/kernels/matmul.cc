@@ -1,9 +1,10 @@
 // y = act(x W^T + bias) (* up) + residual over packed weights.
 //
-// A worker takes whole panels of 64 outputs. Over a panel K is cut into blocks, and each block is multiplied with all rows, a
-// register tile at a time (matmul_tile.h); between blocks the partial sums rest in the worker's scratch, so that every output is
-// one chain over rising k. Many rows read x from a copy laid out by blocks, and weights that must be widened are widened once
-// per block. The epilogue then goes over the finished panel.
+// A worker takes some rows by some panels of 64 outputs. K is cut into blocks, and each block of a panel is multiplied
+// with all those rows, a register tile at a time (matmul_tile.h); between blocks the partial sums rest in the worker's
+// scratch, so that every output is one chain over rising k. Rows of x are read from a copy laid out by blocks, and
+// where there are many of them, weights that must be widened are widened once per block. The epilogue then goes over
+// the finished panels.
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/math.h"
 #include "cpu/kernels/matmul_tile.h"
@@ -14,18 +15,23 @@ namespace {
 namespace plan = cpu::matmul_plan;
 using simd::F;
 
-constexpr int64_t kInlineCopy = 16384;         // elements of x below which copying it on several threads costs more than it saves
+constexpr int64_t kInlineCopy =
+    16384;  // elements of x below which copying it on several threads costs more than it saves
 constexpr int64_t kChunkBytes = 64 * 1024;     // of weights, at least, that a worker takes at a time
+constexpr int64_t kChunksPerThread = 8;        // at least, so that threads finish together on a noisy machine
 constexpr int64_t kWidenRows = 2 * kTileRows;  // from this many rows on, widening a block of weights first is cheaper
 
-constexpr int64_t kStreamTiles = 8;            // up to this many row tiles the weights come from memory faster than they are used up
-constexpr int64_t kStreamAhead = 8192;         // bytes; measured on Sapphire Rapids: 0.62 of the read bandwidth without, 0.93 with
+constexpr int64_t kStreamTiles =
+    8;  // up to this many row tiles the weights come from memory faster than they are used up
+constexpr int64_t kStreamAhead =
+    8192;  // bytes; measured on Sapphire Rapids: 0.62 of the read bandwidth without, 0.93 with
 
 // Intel's cores need prefetching to read one stream at full speed; on AMD's Zen 4 it was measured to hurt.
 inline bool streams_need_prefetch() { return __builtin_cpu_is("intel"); }
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+using plan::divide_up;
 
 // One pass: at most plan::kMaxRows rows of the call, and how it goes over them.
 struct Pass {
@@ -38,10 +44,11 @@ struct Pass {
   int64_t x_block;         // between blocks of x, in 4-byte elements
   unsigned char* scratch;  // of all workers
 
-  float* sums(int worker, int part) const {
-    return reinterpret_cast<float*>(scratch + worker * (plan::sums_bytes(rows) + plan::widened_bytes())) + part * rows * kPanel;
+  float* sums(int worker, int64_t slot) const {
+    return reinterpret_cast<float*>(scratch + worker * (plan::sums_bytes(rows) + plan::widened_bytes())) +
+           slot * plan::even_part(rows, plan::kRows) * kPanel;
   }
-  float* widened(int worker) const { return sums(worker, 2); }
+  float* widened(int worker) const { return sums(worker, plan::kSlots); }
 };
 
 // Copies x to dst [blocks][rows][kRowStride], rounded to bf16 where `pairs`; odd K is padded with zero.
@@ -72,20 +79,27 @@ void copy_x(const Pass& p, void* dst, Parallel& pool) {
   }
 }
 
+// The block of weights that will be needed after this one.
+struct Next {
+  const char* data;
+  int64_t bytes;
+};
+
 // All columns of a panel for Rows rows.
 template <class Step, int Rows, bool Prefetch>
-void tile_panel(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, int64_t columns, bool first,
-                Ahead ahead) {
+void tile_panel(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, int64_t columns,
+                bool first, Ahead ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
   constexpr bool kWhole = kColumns == kPanel;
   for (int64_t c = 0; c < columns; c += kColumns)
     tile<Step, Rows, Prefetch && kWhole>(sums + c, x, w + c * Step::kColumn, steps, first, ahead);
 }
 
-// One block of K for all rows: sums[rows][kPanel] (+)= x w^T over the first `columns` columns of the panel.
+// One block of K for all rows: sums[rows][kPanel] (+)= x w^T over the first `columns` columns of the panel. Meanwhile
+// the next block is brought into the cache.
 template <class Step>
-void multiply_block(float* sums, const typename Step::X* x, const void* weights, int64_t rows, int64_t steps, int64_t columns,
-                    bool first) {
+void multiply_block(float* sums, const typename Step::X* x, const void* weights, int64_t rows, int64_t steps,
+                    int64_t columns, bool first, Next next) {
   using Tile = void (*)(float*, const typename Step::X*, const typename Step::W*, int64_t, int64_t, bool, Ahead);
   static constexpr Tile kTiles[][2] = {
 #define PYLLM_TILE(rows) {tile_panel<Step, rows, false>, tile_panel<Step, rows, true>}
@@ -99,13 +113,17 @@ void multiply_block(float* sums, const typename Step::X* x, const void* weights,
   const auto* w = static_cast<const typename Step::W*>(weights);
   const int64_t step_bytes = Step::kW * int64_t(sizeof(typename Step::W));
   const int64_t tiles = divide_up(rows, kTileRows);
-  // With several tiles only the first meets weights that are not in the cache yet, so each fetches its share of the next block.
-  const bool prefetch = tiles <= kStreamTiles && (tiles > 1 || streams_need_prefetch());
+  // With several tiles only the first meets weights that are not in the cache yet, so each fetches its share of what
+  // comes next.
+  const bool stream = tiles <= kStreamTiles && (tiles > 1 || streams_need_prefetch());
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-    const int64_t distance = tiles == 1 ? kStreamAhead : step_bytes * steps * (tiles + t) / tiles;
-    const Ahead ahead{static_cast<const char*>(weights) + distance, step_bytes / tiles};
-    kTiles[end - begin - 1][prefetch](sums + begin * kPanel, x + begin * kRowStride, w, steps, columns, first, ahead);
+    const int64_t share = next.bytes * t / tiles;
+    const Ahead ahead = tiles == 1 ? Ahead{static_cast<const char*>(weights) + kStreamAhead, step_bytes}
+                                   : Ahead{next.data + share, step_bytes / tiles};
+    if (!stream && tiles > 1)
+      for (int64_t i = share; i < next.bytes * (t + 1) / tiles; i += 64) __builtin_prefetch(next.data + i, 0, 2);
+    kTiles[end - begin - 1][stream](sums + begin * kPanel, x + begin * kRowStride, w, steps, columns, first, ahead);
   }
 }
 
@@ -125,46 +143,59 @@ void widen_block(float* out, const uint16_t* w, DType dtype, int64_t k) {
   }
 }
 
-void multiply_panel(const Pass& p, int64_t panel, int part, int64_t columns, int worker) {
+// What a worker takes at once: rows of the pass, from `row` on, by panels of each part.
+struct Chunk {
+  int64_t row, rows, panel, panels;
+};
+
+void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
   const PackedView& w = p.args.w;
-  const auto* data = static_cast<const unsigned char*>(w.data) + (panel * w.parts + part) * w.panel_bytes();
-  const int64_t step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(w.dtype));
-  float* sums = p.sums(worker, part);
+  const auto* data = static_cast<const char*>(w.data);
+  const int64_t panel_bytes = w.panel_bytes(), step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(w.dtype));
+  const int64_t begin = chunk.panel * w.parts, end = begin + chunk.panels * w.parts;  // panels of both parts alternate
   int64_t s = 0;
   do {
     const int64_t steps = least(p.block, p.steps - s);
-    const auto* x = static_cast<const float*>(p.x) + s / p.block * p.x_block;
-    const void* block = data + s * step_bytes;
-    const bool first = s == 0;
-    if (p.widen) {
-      widen_block(p.widened(worker), static_cast<const uint16_t*>(block), w.dtype, steps);
-      block = p.widened(worker);
-    }
-    if (p.widen || w.dtype == DType::f32)
-      multiply_block<StepF32>(sums, x, block, p.rows, steps, columns, first);
-    else if (w.dtype == DType::f16)
-      multiply_block<StepF16>(sums, x, block, p.rows, steps, columns, first);
-    else
+    const auto* x = static_cast<const float*>(p.x) + s / p.block * p.x_block + chunk.row * kRowStride;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const void* block = data + panel * panel_bytes + s * step_bytes;
+      const int64_t columns = least(kPanel, w.n - panel / w.parts * kPanel);
+      float* sums = p.sums(worker, panel - begin);
+      Next next{data + (panel + 1) * panel_bytes + s * step_bytes, steps * step_bytes};
+      if (panel + 1 == end && s + steps < p.steps) next.data = data + begin * panel_bytes + (s + steps) * step_bytes;
+      if (p.widen) {
+        widen_block(p.widened(worker), static_cast<const uint16_t*>(block), w.dtype, steps);
+        block = p.widened(worker);
+      }
+      if (p.widen || w.dtype == DType::f32)
+        multiply_block<StepF32>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
+      else if (w.dtype == DType::f16)
+        multiply_block<StepF16>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
+      else
 #if PYLLM_HAS_BF16_DOT
-      multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), block, p.rows, steps, columns, first);
+        multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), block, chunk.rows, steps, columns,
+                                    s == 0, next);
 #else
-      multiply_block<StepBf16Wide>(sums, x, block, p.rows, steps / 2, columns, first);
+        multiply_block<StepBf16Wide>(sums, x, block, chunk.rows, steps / 2, columns, s == 0, next);
 #endif
+    }
     s += p.block;
   } while (s < p.steps);
 }
 
-// Bias, activation, gate and residual for one vector of outputs; n < F::N at the end of a row.
 inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
 
-void finish_panel(const Pass& p, int64_t column, int64_t columns, int worker) {
+// Bias, activation, gate and residual: one panel of y from the sums in `slot` (and the next one, where gated).
+void finish_panel(const Pass& p, const Chunk& chunk, int64_t panel, int64_t slot, int worker) {
   const MatmulArgs& a = p.args;
   const bool gated = a.w.parts == 2;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const float* sums = p.sums(worker, 0) + r * kPanel;
-    const float* up = p.sums(worker, 1) + r * kPanel;
-    float* y = a.y + (p.row + r) * a.y_stride + column;
-    const float* residual = a.residual ? a.residual + (p.row + r) * a.residual_stride + column : nullptr;
+  const int64_t column = panel * kPanel, columns = least(kPanel, a.w.n - column);
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const int64_t row = p.row + chunk.row + r;
+    const float* sums = p.sums(worker, slot) + r * kPanel;
+    const float* up = gated ? p.sums(worker, slot + 1) + r * kPanel : nullptr;
+    float* y = a.y + row * a.y_stride + column;
+    const float* residual = a.residual ? a.residual + row * a.residual_stride + column : nullptr;
     for (int64_t c = 0; c < columns; c += F::N) {
       const int n = int(least(F::N, columns - c));
       F v = simd::load(sums + c);
@@ -189,8 +220,7 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   p.pairs = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
   p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= kWidenRows;
   p.steps = p.pairs ? a.w.padded_k() / 2 : a.w.padded_k();
-  const int64_t blocks = divide_up(p.steps, kBlock);
-  p.block = blocks == 0 ? 2 : round_up(divide_up(p.steps, blocks), 2);
+  p.block = p.steps == 0 ? 2 : round_up(plan::even_part(p.steps, kBlock), 2);
   auto* workspace = static_cast<unsigned char*>(a.workspace);
   p.scratch = workspace + plan::x_bytes(rows, round_up(a.w.k, 2));
   if (rows == 1 && !p.pairs && a.w.padded_k() == a.w.k) {
@@ -202,15 +232,20 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
     copy_x(p, workspace, pool);
   }
 
-  const int64_t panels = a.w.panels();
-  const int64_t per_chunk = 1 + least(kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1), panels / (4 * pool.threads()));
-  parallel_for(pool, divide_up(panels, per_chunk), [&](int64_t chunk, int worker) {
-    const int64_t end = least(panels, (chunk + 1) * per_chunk);
-    for (int64_t panel = chunk * per_chunk; panel < end; ++panel) {
-      const int64_t columns = least(kPanel, a.w.n - panel * kPanel);
-      for (int part = 0; part < a.w.parts; ++part) multiply_panel(p, panel, part, columns, worker);
-      finish_panel(p, panel * kPanel, columns, worker);
-    }
+  // Few rows: single panels (several where they are small), each of which streams from memory. Many rows: blocks of
+  // rows by groups of panels that share a block of x, but no larger than leaves every thread several chunks.
+  const int64_t panels = a.w.panels(), most = plan::kSlots / a.w.parts;
+  const int64_t chunk_rows = plan::even_part(rows, plan::kRows), row_chunks = divide_up(rows, chunk_rows);
+  const bool streams = rows <= kStreamTiles * kTileRows;
+  const int64_t wanted = streams ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1) : most;
+  const int64_t share = panels * row_chunks / (kChunksPerThread * pool.threads());
+  const int64_t group = greatest(1, least(least(wanted, most), share));
+  const int64_t groups = divide_up(panels, group);
+  parallel_for(pool, groups * row_chunks, [&](int64_t index, int worker) {
+    const int64_t row = index / groups * chunk_rows, panel = index % groups * group;
+    const Chunk chunk{row, least(chunk_rows, rows - row), panel, least(group, panels - panel)};
+    multiply_chunk(p, chunk, worker);
+    for (int64_t i = 0; i < chunk.panels; ++i) finish_panel(p, chunk, panel + i, i * a.w.parts, worker);
   });
 }
 
@@ -218,7 +253,7 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
 
 void matmul(const MatmulArgs& a, Parallel& pool) {
   if (a.w.n == 0) return;
-  const int64_t most = plan::pass_rows(a.rows);
+  const int64_t most = plan::even_part(a.rows, plan::kMaxRows);
   for (int64_t row = 0; row < a.rows; row += most) multiply_rows(a, row, least(most, a.rows - row), pool);
 }
 

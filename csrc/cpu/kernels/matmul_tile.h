@@ -8,7 +8,8 @@ namespace pyllm::PYLLM_ISA {
 using cpu::matmul_plan::kBlock;
 using cpu::matmul_plan::kRowStride;
 
-// Most rows of a tile, and the vectors of columns that go with so many rows: as many accumulators as the registers hold.
+// Most rows of a tile, and the vectors of columns that go with so many rows: as many accumulators as the registers
+// hold.
 #if defined(PYLLM_ISA_BASELINE)
 constexpr int kTileRows = 4;
 constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
@@ -76,15 +77,16 @@ struct StepBf16Wide {
 };
 #endif
 
-// Weights to bring into the cache while a tile works: each step asks for the lines of one step from `next` on and moves it by
-// `advance` bytes. Hardware prefetchers stop at every page, which a stream that takes few instructions per line feels.
+// Weights to bring into the cache while a tile works: each step asks for the lines of one step from `next` on and moves
+// it by `advance` bytes. Hardware prefetchers stop at every page, which a stream that takes few instructions per line
+// feels.
 struct Ahead {
   const char* next;
   int64_t advance;
 };
 
-// sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart, those of x
-// kRowStride. Continues from what sums holds unless `first`.
+// sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
+// those of x kRowStride. Continues from what sums holds unless `first`.
 template <class Step, int Rows, bool Prefetch>
 void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
   using simd::F;

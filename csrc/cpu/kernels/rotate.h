@@ -4,8 +4,9 @@
 
 namespace pyllm::PYLLM_ISA {
 
-// y[i] = x[i] cos[i] - x[i + half] sin[i];  y[i + half] = x[i + half] cos[i] + x[i] sin[i], i < half, of one head of E channels;
-// the channels from 2 * half on are copied. y may be x. Products are rounded before they are added, as the published models do.
+// y[i] = x[i] cos[i] - x[i + half] sin[i];  y[i + half] = x[i + half] cos[i] + x[i] sin[i], i < half, of one head of E
+// channels; the channels from 2 * half on are copied. y may be x. Products are rounded before they are added, as the
+// published models do.
 static inline void rotate(float* y, const float* x, const float* cos, const float* sin, int64_t half, int64_t E) {
   using namespace simd;
   const auto step = [&](int64_t i, int n) {
