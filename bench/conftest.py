@@ -49,7 +49,7 @@ def record(benchmark: Any, limits: Limits) -> Generator[Record, None, None]:
         stated.update(dtype=dtype, bytes=bytes, operations=operations, **more)
 
     yield state
-    if stated and benchmark.stats is not None:
+    if stated and benchmark.stats is not None and benchmark.stats.stats.data:
         benchmark.extra_info.update(describe(limits, benchmark.stats.stats.median, **stated))
 
 

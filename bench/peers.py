@@ -1,9 +1,9 @@
 """Other engines behind one small interface, each imported only when asked for, so that a benchmark can have a row for
 each.
 
-An engine takes token ids: ``prefill(ids)`` runs a prompt from nothing and gives the next token; ``decode(depth,
-count)`` generates `count` tokens greedily behind a prompt of `depth` tokens that `prepare(depth)` has run before. All
-run on the given number of threads.
+An engine takes token ids: ``prefill(ids)`` runs a prompt from nothing and gives the next token; ``prepare(ids)`` runs one
+and ``decode(count)`` then generates `count` tokens greedily behind it, each call going on where the last one ended
+(CTranslate2, which cannot, begins again behind the prompt). All run on the given number of threads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Pyllm:
             enable_prefix_caching=True,
         )
         self.fresh = 0
-        self.ids: list[int] = []
+        self.pieces: Any = None
 
     def _run(self, ids: Sequence[int], count: int) -> int:
         request = {"prompt_token_ids": list(ids)}
@@ -59,12 +59,15 @@ class Pyllm:
         return self._run([self.fresh, *ids[1:]], 1)
 
     def prepare(self, ids: Sequence[int]) -> None:
-        self.ids = list(ids)
-        self._run(ids, 1)
+        if self.pieces is not None:
+            self.pieces.close()
+        room = self.llm.max_model_len - len(ids)
+        request = {"prompt_token_ids": list(ids)}
+        self.pieces = self.llm.stream(request, max_tokens=room, temperature=0, ignore_eos=True, detokenize=False)
+        next(self.pieces)
 
     def decode(self, count: int) -> int:
-        self._run(self.ids, count)  # all but the last block of the prompt comes from the prefix cache
-        return count
+        return sum(len(next(self.pieces).token_ids) for _ in range(count))
 
 
 class Torch:
@@ -89,14 +92,11 @@ class Torch:
         return self._step(ids, None)[0]
 
     def prepare(self, ids: Sequence[int]) -> None:
-        self.depth = len(ids)
         self.token, self.cache = self._step(ids, None)
 
     def decode(self, count: int) -> int:
-        self.cache.crop(self.depth)
-        token = self.token
         for _ in range(count):
-            token, self.cache = self._step([token], self.cache)
+            self.token, self.cache = self._step([self.token], self.cache)
         return count
 
 
@@ -127,14 +127,12 @@ class LlamaCpp:
         return self._last()
 
     def prepare(self, ids: Sequence[int]) -> None:
-        self.depth, self.token = len(ids), self.prefill(ids)
+        self.token = self.prefill(ids)
 
     def decode(self, count: int) -> int:
-        self.llm.n_tokens = self.depth
-        token = self.token
         for _ in range(count):
-            self.llm.eval([token])
-            token = self._last()
+            self.llm.eval([self.token])
+            self.token = self._last()
         return count
 
 
