@@ -95,7 +95,7 @@ class SamplingParams:
     ``skip_special_tokens``       True      leave special tokens out of the text
     ============================  ========  ==================================================================
 
-    Hugging Face spellings (``max_new_tokens``, ``do_sample``, ``stop_strings``, ...) are accepted with a ``UserWarning``
+    Hugging Face spellings (``max_new_tokens``, ``do_sample``, ``stop_strings``) are accepted with a ``UserWarning``
     that names the parameter meant. An unknown name or a wrong type is a ``TypeError``, a wrong value a ``ValueError``.
     """
 
