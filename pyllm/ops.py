@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
+from pyllm.isa import default_threads
 from pyllm.sampling import SampleInputs
 from pyllm.spec import Activation, NormKind
 
@@ -41,7 +42,7 @@ class Ops:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.context = _cpu.Context(threads if threads is not None else _cpu.available_cores())
+        self.context = _cpu.Context(threads if threads is not None else default_threads())
         self._arena: Arena | None = None
 
     @property

@@ -72,7 +72,7 @@ class SamplingParams:
 
     ============================  ========  ==================================================================
     ``n``                         1         completions of the prompt, at most 16
-    ``max_tokens``                128       most tokens to generate; None: as many as the context holds
+    ``max_tokens``                128       most tokens to generate; 0: only score the prompt; None: all that fit
     ``min_tokens``                0         tokens before which the output may not end
     ``temperature``               1.0       0 (anything below 1e-5): always the most probable token
     ``top_k``                     0         keep the k most probable and ties with the last; 0, -1: all
@@ -127,7 +127,7 @@ class SamplingParams:
         put = functools.partial(object.__setattr__, self)
         put("n", _integer("n", self.n, 1, MAX_N))
         if self.max_tokens is not None:
-            put("max_tokens", _integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
+            put("max_tokens", _integer("max_tokens", self.max_tokens, 0, 2**31 - 1))
         put("min_tokens", _integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: expected at most max_tokens = {self.max_tokens}, got {self.min_tokens}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -13,3 +14,15 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaMA with a tokenizer and without a chat template."""
+    return tiny_model.make(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template."""
+    return tiny_model.make(tmp_path_factory.mktemp("tiny") / "chat", chat=True)

@@ -1,8 +1,186 @@
+// rope_angles, rope, kv_write and attention.
+#include <cmath>
+
 #include "bindings/arrays.h"
 #include "bindings/context.h"
 
 namespace pyllm::bindings {
+namespace {
 
-void bind_attention(py::module_& module, ContextClass& context) { (void)module, (void)context; }
+constexpr int64_t kMaxHeadSize = 256;
+
+std::string at(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+
+// Rows without gaps between them, for kernels that take no stride.
+template <class T>
+Rows<T> dense_rows_of(const py::object& object, const char* name, int64_t rows, int64_t cols) {
+  const auto view = rows_of<T>(object, name, rows, cols);
+  if (view.stride != view.cols)
+    throw py::value_error(std::string(name) + ": expected rows without gaps, got a stride of " +
+                          std::to_string(view.stride) + " for " + std::to_string(view.cols) +
+                          " columns: pass numpy.ascontiguousarray of it");
+  return view;
+}
+
+void check_head_size(int64_t head_size) {
+  if (head_size < 1 || head_size > kMaxHeadSize)
+    throw py::value_error("head_size: expected 1 to " + std::to_string(kMaxHeadSize) + ", got " +
+                          std::to_string(head_size));
+}
+
+// How many heads of head_size make up the columns of an array.
+int64_t heads_of(int64_t cols, const char* name, int64_t head_size) {
+  if (cols % head_size != 0 || cols == 0)
+    throw py::value_error(std::string(name) + ": expected a multiple of head_size = " + std::to_string(head_size) +
+                          " columns, got " + std::to_string(cols));
+  return cols / head_size;
+}
+
+void check_half(int64_t half, int64_t head_size) {
+  if (2 * half > head_size)
+    throw py::value_error("cos: expected at most head_size / 2 = " + std::to_string(head_size / 2) + " columns, got " +
+                          std::to_string(half));
+}
+
+// One layer's cache [blocks, G, 2, 64 * Ep], float32 or bfloat16.
+CacheView cache_of(const py::object& object, int64_t head_size, bool writable) {
+  check_head_size(head_size);
+  if (!py::isinstance<py::array>(object))
+    throw py::type_error("cache: expected a numpy array, got " + std::string(py::str(py::type::of(object))));
+  const auto a = py::reinterpret_borrow<py::array>(object);
+  CacheView cache{const_cast<void*>(a.data()), 0, 0, head_size, dtype_of(a, "cache")};
+  if (cache.dtype == DType::f16) throw py::type_error("cache: expected float32 or bfloat16, got " + shape_text(a));
+  if (a.ndim() != 4 || a.shape(1) < 1 || a.shape(2) != 2 || a.shape(3) != cache.half_elements())
+    throw py::value_error("cache: expected [blocks, kv_heads, 2, " + std::to_string(cache.half_elements()) +
+                          "] for head_size " + std::to_string(head_size) + ", got " + shape_text(a));
+  const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % uintptr_t(a.itemsize()) == 0;
+  if (!(a.flags() & py::array::c_style) || !aligned)
+    throw py::value_error("cache: expected an aligned C-contiguous array, got one that is not");
+  if (writable && !a.writeable()) throw py::value_error("cache: expected a writable array, got a read-only one");
+  cache.blocks = a.shape(0);
+  cache.kv_heads = a.shape(1);
+  return cache;
+}
+
+void rope_angles(Context& context, const py::object& cos, const py::object& sin, const py::object& positions,
+                 const py::object& inv_freq, const py::object& table, float scaling) {
+  const auto frequencies = dense_rows_of<const float>(inv_freq, "inv_freq", -1, -1);
+  int64_t rows = 0;
+  const int32_t* position = vector_of<const int32_t>(positions, "positions", -1, false, &rows);
+  const auto cosines = dense_rows_of<float>(cos, "cos", rows, frequencies.cols);
+  const auto sines = dense_rows_of<float>(sin, "sin", rows, frequencies.cols);
+  const int32_t* row = vector_of<const int32_t>(table, "table", rows, true);
+  if (frequencies.rows < 1) throw py::value_error("inv_freq: expected at least one row, got none");
+  if (!std::isfinite(scaling))
+    throw py::value_error("scaling: expected a finite number, got " + std::to_string(scaling));
+  if (!context.recording()) {
+    for (int64_t t = 0; t < rows; ++t)
+      if (position[t] < 0)
+        throw py::value_error(at("positions", t) + ": expected >= 0, got " + std::to_string(position[t]));
+    if (row) check_ids(row, rows, frequencies.rows, "table", "a row of inv_freq");
+  }
+  RopeAnglesArgs args{cosines.data, sines.data, position, frequencies.data, row, rows, frequencies.cols, scaling};
+  context.submit(&cpu::KernelTable::rope_angles, args, {cos, sin, positions, inv_freq, table});
+}
+
+void rope(Context& context, const py::object& x, const py::object& cos, const py::object& sin, int64_t head_size) {
+  check_head_size(head_size);
+  const auto in = rows_of<float>(x, "x", -1, -1);
+  const auto cosines = dense_rows_of<const float>(cos, "cos", in.rows, -1);
+  const auto sines = dense_rows_of<const float>(sin, "sin", in.rows, cosines.cols);
+  check_half(cosines.cols, head_size);
+  RopeArgs args{in.data,   cosines.data, sines.data, in.rows, heads_of(in.cols, "x", head_size),
+                head_size, cosines.cols, in.stride};
+  context.submit(&cpu::KernelTable::rope, args, {x, cos, sin});
+}
+
+void kv_write(Context& context, const py::object& cache, const py::object& k, const py::object& v,
+              const py::object& slots, int64_t head_size, const py::object& cos, const py::object& sin) {
+  const CacheView view = cache_of(cache, head_size, true);
+  const int64_t columns = view.kv_heads * head_size;
+  const auto keys = rows_of<const float>(k, "k", -1, columns);
+  const auto values = rows_of<const float>(v, "v", keys.rows, columns);
+  const int64_t* slot = vector_of<const int64_t>(slots, "slots", keys.rows);
+  if (cos.is_none() != sin.is_none()) throw py::value_error("cos and sin: expected both or neither, got one of them");
+  Rows<const float> cosines{}, sines{};
+  if (!cos.is_none()) {
+    cosines = dense_rows_of<const float>(cos, "cos", keys.rows, -1);
+    sines = dense_rows_of<const float>(sin, "sin", keys.rows, cosines.cols);
+    check_half(cosines.cols, head_size);
+  }
+  if (!context.recording())
+    for (int64_t t = 0; t < keys.rows; ++t)
+      if (slot[t] >= view.blocks * kBlockTokens)
+        throw py::value_error(at("slots", t) + ": expected below blocks * " + std::to_string(kBlockTokens) + " = " +
+                              std::to_string(view.blocks * kBlockTokens) + ", got " + std::to_string(slot[t]));
+  KvWriteArgs args{view, keys.data, values.data,  cosines.data, sines.data,
+                   slot, keys.rows, cosines.cols, keys.stride,  values.stride};
+  context.submit(&cpu::KernelTable::kv_write, args, {cache, k, v, slots, cos, sin});
+}
+
+// What changes from step to step: row ranges, lengths and the blocks they reach.
+void check_batch(const AttentionArgs& a) {
+  if (a.starts[0] != 0) throw py::value_error("starts[0]: expected 0, got " + std::to_string(a.starts[0]));
+  for (int64_t b = 0; b < a.sequences; ++b) {
+    const int64_t rows = int64_t(a.starts[b + 1]) - a.starts[b];
+    if (rows < 0)
+      throw py::value_error(at("starts", b + 1) + ": expected at least " + std::to_string(a.starts[b]) +
+                            ", the one before, got " + std::to_string(a.starts[b + 1]));
+    const int64_t most = a.table_width * kBlockTokens;
+    if (a.lengths[b] < rows || a.lengths[b] > most)
+      throw py::value_error(at("lengths", b) + ": expected from " + std::to_string(rows) +
+                            ", the rows of the sequence, to " + std::to_string(most) +
+                            ", the tokens of its block table, got " + std::to_string(a.lengths[b]));
+    if (rows == 0) continue;
+    const int64_t first_position = a.lengths[b] - rows;
+    const int64_t first_key = a.window > 0 && first_position >= a.window ? first_position - a.window + 1 : 0;
+    const int64_t first = first_key / kBlockTokens, count = (a.lengths[b] + kBlockTokens - 1) / kBlockTokens;
+    for (int64_t i = first; i < count; ++i) {
+      const int32_t block = a.tables[b * a.table_width + i];
+      if (block < 0 || block >= a.cache.blocks)
+        throw py::value_error(at("tables", b) + "[" + std::to_string(i) + "]: expected a block in [0, " +
+                              std::to_string(a.cache.blocks) + "), got " + std::to_string(block));
+    }
+  }
+  if (a.starts[a.sequences] != a.rows)
+    throw py::value_error(at("starts", a.sequences) + ": expected " + std::to_string(a.rows) + ", the rows of q, got " +
+                          std::to_string(a.starts[a.sequences]));
+}
+
+void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
+               const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
+               float scale, int64_t window) {
+  const CacheView view = cache_of(cache, head_size, false);
+  const auto queries = rows_of<const float>(q, "q", -1, -1);
+  const auto result = rows_of<float>(out, "out", queries.rows, queries.cols);
+  const int64_t heads = heads_of(queries.cols, "q", head_size);
+  if (heads % view.kv_heads != 0)
+    throw py::value_error("q: expected a multiple of the cache's " + std::to_string(view.kv_heads) + " heads, got " +
+                          std::to_string(heads));
+  int64_t sequences = 0;
+  const int32_t* length = vector_of<const int32_t>(lengths, "lengths", -1, false, &sequences);
+  const int32_t* start = vector_of<const int32_t>(starts, "starts", sequences + 1);
+  const auto blocks = dense_rows_of<const int32_t>(tables, "tables", sequences, -1);
+  if (window < 0) throw py::value_error("window: expected >= 0, got " + std::to_string(window));
+  if (!std::isfinite(scale)) throw py::value_error("scale: expected a finite number, got " + std::to_string(scale));
+  AttentionArgs args{result.data,    queries.data,  view,         start, length,
+                     blocks.data,    sequences,     queries.rows, heads, blocks.cols,
+                     queries.stride, result.stride, window,       scale, nullptr};
+  if (!context.recording()) check_batch(args);
+  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables});
+}
+
+}  // namespace
+
+void bind_attention(py::module_&, ContextClass& context) {
+  context
+      .def("rope_angles", &rope_angles, py::arg("cos"), py::arg("sin"), py::arg("positions"), py::arg("inv_freq"),
+           py::arg("table"), py::arg("scaling"))
+      .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("head_size"))
+      .def("kv_write", &kv_write, py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("head_size"),
+           py::arg("cos"), py::arg("sin"))
+      .def("attention", &attention, py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("starts"),
+           py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"));
+}
 
 }  // namespace pyllm::bindings

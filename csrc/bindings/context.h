@@ -93,5 +93,6 @@ void bind_packed(py::module_& module, ContextClass& context);     // PackedMatri
 void bind_layers(py::module_& module, ContextClass& context);     // norm, activation, embedding, gather
 void bind_attention(py::module_& module, ContextClass& context);  // rope_angles, rope, kv_write, attention
 void bind_sampling(py::module_& module, ContextClass& context);   // sample, logprobs
+void bind_limits(py::module_& module, ContextClass& context);     // limits
 
 }  // namespace pyllm::bindings

@@ -70,6 +70,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_layers(module, context);
   bind_attention(module, context);
   bind_sampling(module, context);
+  bind_limits(module, context);
 }
 
 }  // namespace pyllm::bindings

@@ -2,6 +2,7 @@
 // A kernel is a plain function over views: it never allocates, throws, prints or reads the environment.
 #pragma once
 #include "core/args.h"
+#include "core/limits.h"
 #include "core/sampling.h"
 #include "cpu/parallel.h"
 
@@ -17,7 +18,8 @@
   X(kv_write, KvWriteArgs)      \
   X(attention, AttentionArgs)   \
   X(sample, SampleArgs)         \
-  X(logprobs, LogprobsArgs)
+  X(logprobs, LogprobsArgs)     \
+  X(limits, LimitsArgs)
 
 namespace pyllm::cpu {
 

@@ -1,10 +1,16 @@
 // Scratch sizes of the kernels that need scratch, the same at every ISA level.
+#include "cpu/attention_workspace.h"
 #include "cpu/kernels.h"
+#include "cpu/kernels/matmul_plan.h"
 
 namespace pyllm::cpu {
 
-int64_t workspace_bytes(const MatmulArgs&, int) { return 0; }
-int64_t workspace_bytes(const AttentionArgs&, int) { return 0; }
+int64_t workspace_bytes(const MatmulArgs& args, int threads) {
+  return matmul_plan::workspace_bytes(args.rows, args.w.k, threads);
+}
+
+int64_t workspace_bytes(const AttentionArgs& args, int threads) { return attention_workspace(args, threads).bytes; }
+
 int64_t workspace_bytes(const SampleArgs& a, int threads) { return threads * sample_floats(a.vocab) * int64_t(sizeof(float)); }
 
 }  // namespace pyllm::cpu

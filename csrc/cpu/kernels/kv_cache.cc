@@ -1,7 +1,72 @@
+// Writes keys and values into the paged cache, in the layouts of CacheView.
 #include "cpu/kernels/kernel.h"
+#include "cpu/kernels/rotate.h"
 
 namespace pyllm::PYLLM_ISA {
+namespace {
 
-void kv_write(const KvWriteArgs&, Parallel&) {}
+using namespace simd;
+
+constexpr int64_t kTokensPerChunk = 16;
+constexpr int64_t kMaxHead = 256;
+
+// src[0, E) rounded to bfloat16, zeros up to Ep.
+void narrow(uint16_t* dst, const float* src, int64_t E, int64_t Ep) {
+  int64_t e = 0;
+  for (; e + F::N <= E; e += F::N) store_bf16(dst + e, load(src + e));
+  if (e < E) store_bf16_n(dst + e, load_n(src + e, int(E - e)), int(E - e));
+  for (e = E; e < Ep; ++e) dst[e] = 0;
+}
+
+// One head of one token. `at` is the token's place in its block. Tokens of one group or pair may be written by
+// different threads at once: each stores only elements of its own.
+void write_f32(float* head, const CacheView& cache, int64_t at, const float* k, const float* v) {
+  const int64_t E = cache.head_size, Ep = cache.padded_head();
+  float* keys = head + at / kKeyGroup * (E * kKeyGroup) + at % kKeyGroup;
+  for (int64_t e = 0; e < E; ++e) keys[e * kKeyGroup] = k[e];
+  float* values = head + cache.half_elements() + at * Ep;
+  std::memcpy(values, v, size_t(E) * sizeof(float));
+  for (int64_t e = E; e < Ep; ++e) values[e] = 0;
+}
+
+void write_bf16(uint16_t* head, const CacheView& cache, int64_t at, const float* k, const float* v) {
+  const int64_t Ep = cache.padded_head();
+  alignas(64) uint16_t row[kMaxHead];
+  narrow(row, k, cache.head_size, Ep);
+  uint16_t* keys = head + at / kKeyGroup * (Ep * kKeyGroup) + at % kKeyGroup * 2;
+  for (int64_t e = 0; e < Ep; e += 2) std::memcpy(keys + e * kKeyGroup, row + e, 2 * sizeof(uint16_t));
+  narrow(row, v, cache.head_size, Ep);
+  uint16_t* values = head + cache.half_elements() + at / 2 * (Ep * 2) + at % 2;
+  for (int64_t e = 0; e < Ep; ++e) values[e * 2] = row[e];
+}
+
+}  // namespace
+
+void kv_write(const KvWriteArgs& a, Parallel& pool) {
+  const CacheView& cache = a.cache;
+  const int64_t E = cache.head_size;
+  parallel_for(pool, (a.rows + kTokensPerChunk - 1) / kTokensPerChunk, [&](int64_t chunk, int) {
+    const int64_t begin = chunk * kTokensPerChunk,
+                  end = begin + kTokensPerChunk < a.rows ? begin + kTokensPerChunk : a.rows;
+    float rotated[kMaxHead];
+    for (int64_t t = begin; t < end; ++t) {
+      if (a.slots[t] < 0) continue;
+      const int64_t block = a.slots[t] / kBlockTokens, at = a.slots[t] % kBlockTokens;
+      for (int64_t g = 0; g < cache.kv_heads; ++g) {
+        const float* k = a.k + t * a.k_stride + g * E;
+        const float* v = a.v + t * a.v_stride + g * E;
+        if (a.cos) {
+          rotate(rotated, k, a.cos + t * a.half, a.sin + t * a.half, a.half, E);
+          k = rotated;
+        }
+        const int64_t head = block * cache.block_elements() + g * cache.head_elements();
+        if (cache.dtype == DType::f32)
+          write_f32(static_cast<float*>(cache.data) + head, cache, at, k, v);
+        else
+          write_bf16(static_cast<uint16_t*>(cache.data) + head, cache, at, k, v);
+      }
+    }
+  });
+}
 
 }  // namespace pyllm::PYLLM_ISA

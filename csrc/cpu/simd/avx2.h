@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #define PYLLM_HAS_BF16_DOT 0
+#define PYLLM_HAS_VNNI 0
 
 namespace pyllm::PYLLM_ISA::simd {
 
@@ -87,6 +88,22 @@ static inline float max(F a) {
   const __m128 h = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+// Held as a vector of int: gcc 12 copies and spills integer accumulators of the intrinsics' own types.
+typedef int Lanes __attribute__((vector_size(32)));
+struct I {
+  Lanes v;
+};
+static inline I set_bytes(int a) { return {(Lanes)_mm256_set1_epi8(char(a))}; }
+static inline I dot_bytes(I acc, I x, I w) {
+  return {acc.v + (Lanes)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)x.v, (__m256i)w.v), _mm256_set1_epi16(1))};
+}
+static inline void opaque(I& a) { __asm__ volatile("" : "+x"(a.v)); }
+static inline int32_t sum(I a) {
+  const __m128i h = _mm_add_epi32(_mm256_castsi256_si128((__m256i)a.v), _mm256_extracti128_si256((__m256i)a.v, 1));
+  const __m128i q = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 1)));
 }
 
 }  // namespace pyllm::PYLLM_ISA::simd

@@ -1,6 +1,11 @@
 // AVX-512 F/BW/CD/DQ/VL, and with BF16 where the level has it. See simd.h for the contract.
 #pragma once
+// gcc 12 warns of the deliberately undefined vectors in its own headers.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 namespace pyllm::PYLLM_ISA::simd {
 
@@ -74,5 +79,25 @@ static inline F dot_bf16(F acc, B x, B w) { return {_mm512_dpbf16_ps(acc.v, (__m
 #else
 #define PYLLM_HAS_BF16_DOT 0
 #endif
+
+// Held as a vector of int: gcc 12 copies and spills integer accumulators of the intrinsics' own types.
+typedef int Lanes __attribute__((vector_size(64)));
+struct I {
+  Lanes v;
+};
+static inline I set_bytes(int a) { return {(Lanes)_mm512_set1_epi8(char(a))}; }
+#if defined(PYLLM_ISA_AVX512_BF16)
+#define PYLLM_HAS_VNNI 1
+static inline I dot_bytes(I acc, I x, I w) {
+  return {(Lanes)_mm512_dpbusd_epi32((__m512i)acc.v, (__m512i)x.v, (__m512i)w.v)};
+}
+#else
+#define PYLLM_HAS_VNNI 0
+static inline I dot_bytes(I acc, I x, I w) {
+  return {acc.v + (Lanes)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)x.v, (__m512i)w.v), _mm512_set1_epi16(1))};
+}
+#endif
+static inline void opaque(I& a) { __asm__ volatile("" : "+v"(a.v)); }
+static inline int32_t sum(I a) { return _mm512_reduce_add_epi32((__m512i)a.v); }
 
 }  // namespace pyllm::PYLLM_ISA::simd

@@ -2,6 +2,7 @@
 #pragma once
 #include <nmmintrin.h>
 #define PYLLM_HAS_BF16_DOT 0
+#define PYLLM_HAS_VNNI 0
 
 namespace pyllm::PYLLM_ISA::simd {
 
@@ -122,5 +123,17 @@ static inline float max(F a) {
   const __m128 q = _mm_max_ps(a.v, _mm_movehl_ps(a.v, a.v));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+
+// Held as a vector of int: gcc 12 copies and spills integer accumulators of the intrinsics' own types.
+typedef int Lanes __attribute__((vector_size(16)));
+struct I {
+  Lanes v;
+};
+static inline I set_bytes(int a) { return {(Lanes)_mm_set1_epi8(char(a))}; }
+static inline I dot_bytes(I acc, I x, I w) {
+  return {acc.v + (Lanes)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)x.v, (__m128i)w.v), _mm_set1_epi16(1))};
+}
+static inline void opaque(I& a) { __asm__ volatile("" : "+x"(a.v)); }
+static inline int32_t sum(I a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
 }  // namespace pyllm::PYLLM_ISA::simd

@@ -12,6 +12,9 @@
 //   float sum(F), max(F): over lanes, in a fixed order
 //   PYLLM_HAS_BF16_DOT 0/1, and where 1: struct B (2N bf16), B load_pairs(const uint16_t*), B set_pair(uint32_t),
 //   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does
+//   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
+//   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits
+//   void opaque(I&): the compiler no longer knows the value; int32_t sum(I)
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,0 +1,114 @@
+"""Attention over the paged cache: decode at depth, from memory, and prefill of a prompt, at the Llama-3.2-1B shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pyllm import _cpu
+from pyllm.ops import Ops
+
+HEADS, GROUPS, SIZE = 32, 8, 64
+SCALE = SIZE**-0.5
+PAGE = 64
+CACHE_BYTES = 1 << 30  # beyond every level of cache, so that decode reads memory
+DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
+RNG = np.random.default_rng(0)
+
+
+def caches(layers: int, blocks: int, dtype: np.dtype) -> np.ndarray:
+    """Written caches of all layers [layers, blocks, G, 2, 64 * E] on huge pages."""
+    shape = (layers, blocks, GROUPS, 2, PAGE * SIZE)
+    memory = _cpu.allocate(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+    memory[:] = RNG.normal(size=shape[1:]).astype(dtype)
+    return memory
+
+
+def contents(cache: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [tokens, G, E] of one layer whose blocks stand in order."""
+    blocks = len(cache)
+    keys, values = cache[:, :, 0].astype(np.float32), cache[:, :, 1].astype(np.float32)
+    if cache.dtype == np.float32:
+        keys = keys.reshape(blocks, GROUPS, PAGE // 16, SIZE, 16).transpose(0, 2, 4, 1, 3)
+        values = values.reshape(blocks, GROUPS, PAGE, SIZE).transpose(0, 2, 1, 3)
+    else:
+        keys = keys.reshape(blocks, GROUPS, PAGE // 16, SIZE // 2, 16, 2).transpose(0, 2, 4, 1, 3, 5)
+        values = values.reshape(blocks, GROUPS, PAGE // 2, SIZE, 2).transpose(0, 2, 4, 1, 3)
+    return tuple(np.ascontiguousarray(a.reshape(-1, GROUPS, SIZE)[:tokens]) for a in (keys, values))  # type: ignore[return-value]
+
+
+def formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Causal attention with numpy: q [T, H, E] at the last positions of keys and values [S, G, E] -> [T, H * E]."""
+    rows, length = len(q), len(keys)
+    grouped = q.reshape(rows, GROUPS, -1, SIZE).transpose(1, 2, 0, 3)
+    score = grouped @ keys.transpose(1, 2, 0)[:, None] * np.float32(SCALE)
+    hidden = np.arange(length)[None, :] > np.arange(length - rows, length)[:, None]
+    score[..., hidden] = -np.inf
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    weight /= weight.sum(axis=-1, keepdims=True)
+    return (weight @ values.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(rows, -1)
+
+
+@pytest.mark.parametrize("blocks_in", ["order", "shuffled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("depth", [512, 2048, 8192])
+def test_decode(
+    benchmark: Any, record: Callable[..., None], ops: Ops, depth: int, dtype: np.dtype, blocks_in: str
+) -> None:
+    blocks = depth // PAGE
+    memory = caches(max(2, CACHE_BYTES // (2 * depth * GROUPS * SIZE * dtype.itemsize)), blocks, dtype)
+    order = np.arange(blocks) if blocks_in == "order" else RNG.permutation(blocks)
+    tables = order.astype(np.int32)[None]
+    q = RNG.normal(size=(1, HEADS * SIZE)).astype(np.float32)
+    starts, lengths = np.array([0, 1], np.int32), np.array([depth], np.int32)
+    ops.begin_recording()
+    out = [ops.attention(q, layer, starts, lengths, tables, head_size=SIZE, scale=SCALE) for layer in memory]
+    graph = ops.end_recording()
+    work = len(memory) * depth
+    record(
+        dtype="float32",
+        bytes=2 * work * GROUPS * SIZE * dtype.itemsize,
+        operations=4 * work * HEADS * SIZE,
+        cache=str(dtype),
+        layers=len(memory),
+        state="cache in memory",
+    )
+    benchmark.pedantic(ops.replay, (graph,), warmup_rounds=1, rounds=5)
+    expected = formula(q.reshape(1, HEADS, SIZE), *contents(memory[0][order], depth))
+    assert np.abs(out[0] - expected).max() < 1e-5
+    assert np.array_equal(out[0], out[-1])
+
+
+@pytest.mark.parametrize("by", ["pyllm-float32", "pyllm-bfloat16", "numpy", "torch"])
+@pytest.mark.parametrize("tokens", [512, 2048])
+def test_prefill(benchmark: Any, record: Callable[..., None], ops: Ops, threads: int, tokens: int, by: str) -> None:
+    dtype = DTYPES[by == "pyllm-bfloat16"]
+    cache = caches(1, tokens // PAGE, dtype)[0]
+    keys, values = contents(cache, tokens)
+    q = RNG.normal(size=(tokens, HEADS * SIZE)).astype(np.float32)
+    heads = q.reshape(tokens, HEADS, SIZE)
+    call: Callable[[], Any]
+    if by == "numpy":
+        call = lambda: formula(heads, keys, values)  # noqa: E731
+    elif by == "torch":
+        torch = pytest.importorskip("torch")
+        torch.set_num_threads(threads)
+        parts = [torch.from_numpy(np.ascontiguousarray(a.transpose(1, 0, 2)))[None] for a in (heads, keys, values)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        call = lambda: (  # noqa: E731
+            attend(*parts, is_causal=True, enable_gqa=True, scale=SCALE)[0]
+            .numpy()
+            .transpose(1, 0, 2)
+            .reshape(tokens, -1)
+        )
+    else:
+        starts, lengths = np.array([0, tokens], np.int32), np.array([tokens], np.int32)
+        tables = np.arange(tokens // PAGE, dtype=np.int32)[None]
+        call = lambda: ops.attention(q, cache, starts, lengths, tables, head_size=SIZE, scale=SCALE)  # noqa: E731
+    record(dtype="float32", operations=4 * HEADS * SIZE * tokens * (tokens + 1) / 2, by=by, state="in cache")
+    result = benchmark.pedantic(call, warmup_rounds=1, rounds=5)
+    assert np.abs(result - formula(heads, keys, values)).max() < 1e-4

@@ -1,0 +1,32 @@
+// Sizes that the matmul kernel and its workspace agree on, the same at every ISA level.
+#pragma once
+#include "core/args.h"
+
+namespace pyllm::cpu::matmul_plan {
+
+// x is read in blocks of at most kBlock steps (a step is one k, or one pair of k for the bf16 dot product). The copy of
+// it has rows this far apart: a constant, so that a tile addresses all its rows from one pointer, and not a power of
+// two, so that they do not fall into the same cache sets.
+constexpr int64_t kBlock = 256;
+constexpr int64_t kRowStride = kBlock + 16;  // in 4-byte elements: floats or bf16 pairs
+// More rows than kMaxRows are done in several passes, which bounds the workspace. Within a pass a worker takes up to
+// kRows rows by kSlots panels at a time: one block of x and the sums then stay in its cache.
+constexpr int64_t kMaxRows = 512;
+constexpr int64_t kRows = 256;
+constexpr int64_t kSlots = 4;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// `n` cut into the fewest parts of at most `most`, of about equal size.
+constexpr int64_t even_part(int64_t n, int64_t most) { return n == 0 ? 0 : divide_up(n, divide_up(n, most)); }
+
+// The workspace: the copy of x [blocks][rows][kRowStride], then for each worker its sums [kSlots][rows][kPanel] and one
+// widened block of weights [kBlock][kPanel].
+constexpr int64_t x_bytes(int64_t rows, int64_t k) { return divide_up(k, kBlock) * rows * kRowStride * 4; }
+constexpr int64_t sums_bytes(int64_t rows) { return kSlots * even_part(rows, kRows) * kPanel * 4; }
+constexpr int64_t widened_bytes() { return kBlock * kPanel * 4; }
+constexpr int64_t workspace_bytes(int64_t rows, int64_t k, int threads) {
+  const int64_t pass = even_part(rows, kMaxRows);
+  return x_bytes(pass, round_up(k, 2)) + threads * (sums_bytes(pass) + widened_bytes());
+}
+
+}  // namespace pyllm::cpu::matmul_plan

@@ -1,0 +1,124 @@
+// The register tile of the matmul: a few rows of x against a few vectors of one panel's columns, over a run of k.
+#pragma once
+#include "cpu/kernels/kernel.h"
+#include "cpu/kernels/matmul_plan.h"
+
+namespace pyllm::PYLLM_ISA {
+
+using cpu::matmul_plan::kBlock;
+using cpu::matmul_plan::kRowStride;
+
+// Most rows of a tile, and the vectors of columns that go with so many rows: as many accumulators as the registers
+// hold.
+#if defined(PYLLM_ISA_BASELINE)
+constexpr int kTileRows = 4;
+constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+#elif defined(PYLLM_ISA_AVX2)
+constexpr int kTileRows = 6;
+constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+#else
+constexpr int kTileRows = 6;
+constexpr int tile_vectors(int) { return 4; }
+#endif
+
+// How a step multiplies, one struct for each kind of weight:
+//   X, W            elements of x and of the packed weights
+//   kX, kW          how many of them a step takes: of one row of x, of one panel
+//   kColumn         weight elements per column of a step
+//   Operand         one vector of columns of a step
+//   step(c, x, w)   c + x * w, in rising order of k
+struct StepF32 {
+  using X = float;
+  using W = float;
+  using Operand = simd::F;
+  static constexpr int64_t kX = 1, kW = kPanel, kColumn = 1;
+  static inline Operand load(const W* w) { return simd::load(w); }
+  static inline simd::F broadcast(const X* x) { return simd::set(*x); }
+  static inline simd::F step(simd::F c, simd::F x, Operand w) { return simd::fma(x, w, c); }
+};
+
+struct StepF16 : StepF32 {
+  using W = uint16_t;
+  static inline Operand load(const W* w) { return simd::load_f16(w); }
+};
+
+#if PYLLM_HAS_BF16_DOT
+// One step is the pair (k, k + 1), which the instruction multiplies and adds.
+struct StepBf16Dot {
+  using X = uint32_t;  // a pair of bf16
+  using W = uint16_t;
+  using Operand = simd::B;
+  static constexpr int64_t kX = 1, kW = 2 * kPanel, kColumn = 2;
+  static inline Operand load(const W* w) { return simd::load_pairs(w); }
+  static inline simd::B broadcast(const X* x) { return simd::set_pair(*x); }
+  static inline simd::F step(simd::F c, simd::B x, Operand w) { return simd::dot_bf16(c, x, w); }
+};
+#else
+// bf16 weights widened; one step is the pair (k, k + 1).
+struct StepBf16Wide {
+  using X = float;
+  using W = uint16_t;
+  struct Operand {
+    simd::F even, odd;
+  };
+  struct Pair {
+    simd::F even, odd;
+  };
+  static constexpr int64_t kX = 2, kW = 2 * kPanel, kColumn = 2;
+  static inline Operand load(const W* w) {
+    Operand o;
+    simd::load_bf16_pairs(w, o.even, o.odd);
+    return o;
+  }
+  static inline Pair broadcast(const X* x) { return {simd::set(x[0]), simd::set(x[1])}; }
+  static inline simd::F step(simd::F c, Pair x, Operand w) {
+    return simd::fma(x.odd, w.odd, simd::fma(x.even, w.even, c));
+  }
+};
+#endif
+
+// Weights to bring into the cache while a tile works: each step asks for the lines of one step from `next` on and moves
+// it by `advance` bytes. Hardware prefetchers stop at every page, which a stream that takes few instructions per line
+// feels.
+struct Ahead {
+  const char* next;
+  int64_t advance;
+};
+
+// sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
+// those of x kRowStride. Continues from what sums holds unless `first`.
+template <class Step, int Rows, bool Prefetch>
+void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
+  using simd::F;
+  constexpr int kVectors = tile_vectors(Rows);
+  F c[Rows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) c[r][v] = first ? simd::zero() : simd::load(sums + r * kPanel + v * F::N);
+  }
+  for (int64_t s = 0; s < steps; ++s, x += Step::kX, w += Step::kW) {
+    if (Prefetch) {
+#pragma GCC unroll 16
+      for (int64_t line = 0; line < Step::kW * int64_t(sizeof(typename Step::W)); line += 64)
+        __builtin_prefetch(ahead.next + line, 0, 2);
+      ahead.next += ahead.advance;
+    }
+    typename Step::Operand b[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const auto a = Step::broadcast(x + r * kRowStride);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) c[r][v] = Step::step(c[r][v], a, b[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) simd::store(sums + r * kPanel + v * F::N, c[r][v]);
+  }
+}
+
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,103 @@
+# The compiled kernels. pyllm.ops is the documented way to call them; arguments are checked at each call.
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Array = NDArray[Any]
+_F32 = NDArray[np.float32]
+_I32 = NDArray[np.int32]
+_I64 = NDArray[np.int64]
+
+BLOCK_TOKENS: int
+HEAD_PAD: int
+KEY_BLOCK: int
+LIMITS_CHUNK: int
+COMPILER: str
+BUILD_TYPE: str
+
+def allocate(bytes: int) -> NDArray[np.uint8]: ...
+def available_cores() -> int: ...
+def isa_levels() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def set_isa(name: str) -> None: ...
+
+@final
+class PackedMatrix:
+    def __init__(self, n: int, k: int, dtype: str, gated: bool = False) -> None: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
+class Graph:
+    def __len__(self) -> int: ...
+
+@final
+class Context:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    def begin_recording(self) -> None: ...
+    def end_recording(self) -> Graph: ...
+    def replay(self, graph: Graph) -> None: ...
+    def pack(self, dst: PackedMatrix, src: _Array, row: int = 0, part: int = 0) -> None: ...
+    def matmul(
+        self,
+        out: _F32,
+        x: _F32,
+        w: PackedMatrix,
+        bias: _F32 | None,
+        bias_up: _F32 | None,
+        residual: _F32 | None,
+        activation: int,
+    ) -> None: ...
+    def norm(
+        self,
+        y: _F32,
+        x: _F32,
+        weight: _F32 | None,
+        bias: _F32 | None,
+        residual: _F32 | None,
+        sum: _F32 | None,
+        eps: float,
+        kind: int,
+    ) -> None: ...
+    def activation(self, y: _F32, x: _F32, up: _F32 | None, activation: int) -> None: ...
+    def embedding(
+        self,
+        y: _F32,
+        tokens: _I32,
+        table: PackedMatrix | _Array,
+        positions: _I32 | None,
+        position_table: _F32 | None,
+    ) -> None: ...
+    def gather(self, y: _F32, x: _F32, index: _I32) -> None: ...
+    def rope_angles(
+        self, cos: _F32, sin: _F32, positions: _I32, inv_freq: _F32, table: _I32 | None, scaling: float
+    ) -> None: ...
+    def rope(self, x: _F32, cos: _F32, sin: _F32, head_size: int) -> None: ...
+    def kv_write(
+        self, cache: _Array, k: _F32, v: _F32, slots: _I64, head_size: int, cos: _F32 | None, sin: _F32 | None
+    ) -> None: ...
+    def attention(
+        self,
+        out: _F32,
+        q: _F32,
+        cache: _Array,
+        starts: _I32,
+        lengths: _I32,
+        tables: _I32,
+        head_size: int,
+        scale: float,
+        window: int,
+    ) -> None: ...
+    def limits(
+        self, limit: str, data: _F32 | None = None, streams: int = 1, chunks: int = 0, rounds: int = 0
+    ) -> int: ...

@@ -1,0 +1,44 @@
+"""The inputs of one step of the model: the tokens of all sequences in one row of arrays, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.ops import F32
+from pyllm.spec import RopeSpec
+
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of B sequences. A recorded step reads these arrays anew at every replay, so they are filled in place."""
+
+    tokens: I32  # [T]
+    positions: I32  # [T]
+    slots: I64  # [T] where the cache takes each token: block * block tokens + offset
+    starts: I32  # [B + 1] first token of each sequence
+    lengths: I32  # [B] keys in the cache after this step
+    tables: I32  # [B, width] block numbers
+    rope_rows: I32 | None  # [T] row of inv_freq for each token; None: row 0
+    inv_freq: F32 | None  # [C, R / 2]
+
+    @classmethod
+    def empty(cls, tokens: int, sequences: int, width: int, rope: RopeSpec | None) -> Batch:
+        """Arrays for a step of this shape. Where frequencies depend on the length, each token has a row of its own."""
+        varies = rope is not None and rope.length_class(1) is not None
+        rows = tokens if varies else 1
+        return cls(
+            tokens=np.zeros(tokens, np.int32),
+            positions=np.zeros(tokens, np.int32),
+            slots=np.full(tokens, -1, np.int64),
+            starts=np.zeros(sequences + 1, np.int32),
+            lengths=np.zeros(sequences, np.int32),
+            tables=np.zeros((sequences, width), np.int32),
+            rope_rows=np.arange(tokens, dtype=np.int32) if varies else None,
+            inv_freq=None if rope is None else np.tile(rope.inv_freq(1), (rows, 1)),
+        )

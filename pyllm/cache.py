@@ -1,0 +1,126 @@
+"""The paged KV cache: its memory, and the bookkeeping of its blocks.
+
+`KVCache` is memory only. `BlockPool` is bookkeeping only: ids, reference counts and content hashes, no arrays.
+A block holds the keys and values of `BLOCK_TOKENS` tokens of one sequence, in every layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from pyllm import _cpu
+from pyllm.ops import Array
+from pyllm.spec import ModelSpec
+
+BLOCK_TOKENS: int = _cpu.BLOCK_TOKENS
+CACHE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class KVCache:
+    """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written."""
+
+    def __init__(self, spec: ModelSpec, blocks: int, dtype: str) -> None:
+        self.dtype = dtype
+        self.blocks = blocks
+        self.layers: list[Array] = []
+        for kv_heads, padded in _layer_shapes(spec):
+            shape = (blocks, kv_heads, 2, BLOCK_TOKENS * padded)
+            memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
+            self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
+
+    @staticmethod
+    def block_bytes(spec: ModelSpec, dtype: str) -> int:
+        """Bytes of one block over all layers."""
+        elements = sum(kv_heads * 2 * BLOCK_TOKENS * padded for kv_heads, padded in _layer_shapes(spec))
+        return elements * int(CACHE_DTYPES[dtype].itemsize)
+
+
+def _layer_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    pad = _cpu.HEAD_PAD
+    return [(b.attention.kv_heads, -(-b.attention.head_dim // pad) * pad) for b in spec.blocks]
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class BlockPool:
+    """Hands out block numbers and shares blocks of equal content.
+
+    A block is free (count 0) or held by one or more sequences. A full block is known by the hash of all tokens up to
+    its end; it stays findable when it becomes free, until its number is handed out again, least recently freed first.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.size = blocks
+        self._count = [0] * blocks
+        self._hash: list[bytes | None] = [None] * blocks
+        self._by_hash: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(blocks))
+
+    @property
+    def free(self) -> int:
+        """Number of blocks that can be handed out."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free block, now held once; its old content is forgotten."""
+        block, _ = self._free.popitem(last=False)
+        assert self._count[block] == 0
+        self._forget(block)
+        self._count[block] = 1
+        return block
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Drop one hold on each block. The last ones of a sequence are reused first: its beginning is shared most."""
+        for block in reversed(blocks):
+            assert self._count[block] > 0
+            self._count[block] -= 1
+            if self._count[block] == 0:
+                self._free[block] = None
+                if self._hash[block] is None:  # nothing to find in it again
+                    self._free.move_to_end(block, last=False)
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a full block findable by the hash of its content; of equal ones the first stays the one found."""
+        assert self._count[block] > 0
+        if key not in self._by_hash and self._hash[block] is None:
+            self._hash[block] = key
+            self._by_hash[key] = block
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest known prefix of `keys`, each now held once more."""
+        found: list[int] = []
+        for key in keys:
+            block = self._by_hash.get(key)
+            if block is None:
+                break
+            if self._count[block] == 0:
+                del self._free[block]
+            self._count[block] += 1
+            found.append(block)
+        return found
+
+    def _forget(self, block: int) -> None:
+        key = self._hash[block]
+        if key is not None:
+            del self._by_hash[key]
+            self._hash[block] = None
+
+    def check(self) -> None:
+        """Assert the invariants; for tests."""
+        assert all(count >= 0 for count in self._count)
+        assert {i for i, count in enumerate(self._count) if count == 0} == set(self._free)
+        assert all(self._hash[block] == key for key, block in self._by_hash.items())
+        assert sum(key is not None for key in self._hash) == len(self._by_hash)
+
+
+def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Content hash of a full block: of its tokens and of everything before them (`parent`, empty for the first)."""
+    return hashlib.blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()

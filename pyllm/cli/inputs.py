@@ -1,0 +1,83 @@
+"""What the user hands over: prompts from arguments, files and stdin, and the objects made of options."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pyllm.cli.output import note, progress_bar
+from pyllm.errors import RequestError
+
+if TYPE_CHECKING:
+    from pyllm.llm import LLM
+    from pyllm.sampling import SamplingParams
+
+MAX_TEXT_BYTES = 1 << 30
+
+
+def given_text(argument: str | None, file: Path | None, what: str = "prompt") -> str:
+    """The text that was given as argument, as - for stdin, or as file: exactly one of them."""
+    if (argument is None) == (file is None):
+        raise typer.BadParameter(f"give the {what} either as argument (- for stdin) or with --file.")
+    if file is not None:
+        with file.open("rb") as stream:
+            return decoded(stream.read(MAX_TEXT_BYTES), str(file))
+    if argument == "-":
+        if sys.stdin is None:
+            raise OSError(9, "standard input is closed", "stdin")
+        return decoded(sys.stdin.buffer.read(MAX_TEXT_BYTES), "stdin")
+    assert argument is not None
+    return checked(argument, "the command line")
+
+
+def decoded(data: bytes, source: str) -> str:
+    """UTF-8 text; says where it is not."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{source} is not valid UTF-8: {error.reason} at byte {error.start} (0x{data[error.start]:02x}). "
+            "Convert it, for example with iconv -t UTF-8."
+        ) from error
+
+
+def checked(text: str, source: str) -> str:
+    """Text of an argument: what was not UTF-8 there came as lone surrogates."""
+    decoded(text.encode("utf-8", "surrogateescape"), source)
+    return text
+
+
+def load(model: str, *, quiet: bool = False, **options: Any) -> LLM:
+    """The model, with a progress bar where stderr is a terminal; options of `LLM` that are None keep their defaults."""
+    from pyllm.llm import LLM
+
+    template = options.pop("chat_template", None)
+    if template is not None:
+        options["chat_template"] = given_text(None, template, "template")
+    with progress_bar("loading", not quiet) as progress:
+        return LLM(model, progress=progress, **present(options))
+
+
+def sampling(seed: int | None, *, verbose: bool, **values: Any) -> tuple[SamplingParams, int]:
+    """Parameters from the options that were given, and the seed, which is drawn when none was given."""
+    from dataclasses import fields
+
+    from pyllm.isa import active_isa
+    from pyllm.sampling import SamplingParams
+
+    chosen = seed if seed is not None else secrets.randbits(32)
+    params = SamplingParams(seed=chosen, **present(values))
+    if verbose:
+        shown = ", ".join(f"{f.name}={getattr(params, f.name)!r}" for f in fields(params))
+        note(f"sampling: {shown}")
+        note(f"kernels: {active_isa()}")
+    return params, chosen
+
+
+def present(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the options that were not given."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,120 @@
+"""Options that several subcommands share; most are also read from variables PYLLM_<NAME>, which a flag overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def option(*names: str, help: str, env: str | None = None, **more: Any) -> Any:
+    """A typer option that also reads PYLLM_<ENV>."""
+    return typer.Option(*names, help=help, envvar=f"PYLLM_{env}" if env else None, show_default=False, **more)
+
+
+def _threads(value: int | None) -> int | None:
+    if value is None:
+        from pyllm.isa import default_threads
+
+        default_threads()  # PYLLM_THREADS is checked here, before anything is loaded
+    return value
+
+
+Model = Annotated[
+    str, option("--model", "-m", env="MODEL", help="Folder in the Hugging Face layout, or a hub name (owner/name).")
+]
+Prompt = Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)]
+PromptFile = Annotated[Path | None, option("--file", "-f", help="Read the prompt from this file.")]
+
+# How the model is loaded
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        "-t",
+        min=1,
+        max=1024,
+        help="Default: PYLLM_THREADS, else all physical cores.",
+        callback=_threads,
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None, option("--dtype", env="DTYPE", help="Of the weights: auto (default), float32, float16 or bfloat16.")
+]
+CacheDtype = Annotated[
+    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32 or bfloat16.")
+]
+ContextSize = Annotated[
+    int | None,
+    option(
+        "--ctx-size", "-c", env="CTX_SIZE", min=1, help="Most tokens of prompt and completion; default the model's."
+    ),
+]
+Revision = Annotated[str | None, option("--revision", env="REVISION", help="Branch, tag or commit of a hub model.")]
+Offline = Annotated[bool, option("--offline", env="OFFLINE", help="Use only what is downloaded already.")]
+
+# Sampling
+MaxTokens = Annotated[
+    int | None, option("--max-tokens", "-n", env="MAX_TOKENS", min=1, help="Most tokens to generate; default 128.")
+]
+MinTokens = Annotated[int | None, option("--min-tokens", env="MIN_TOKENS", min=0, help="Fewest tokens; default 0.")]
+Temperature = Annotated[
+    float | None,
+    option("--temperature", "--temp", env="TEMPERATURE", help="0: always the likeliest token; default 1."),
+]
+TopK = Annotated[int | None, option("--top-k", env="TOP_K", help="Draw from the k likeliest tokens; 0 (default): all.")]
+TopP = Annotated[
+    float | None, option("--top-p", env="TOP_P", help="Draw from the likeliest that hold this share; default 1.")
+]
+MinP = Annotated[
+    float | None, option("--min-p", env="MIN_P", help="Leave out tokens below this share of the likeliest; default 0.")
+]
+RepetitionPenalty = Annotated[
+    float | None, option("--repetition-penalty", env="REPETITION_PENALTY", help="Above 1: repeat less; default 1.")
+]
+PresencePenalty = Annotated[
+    float | None, option("--presence-penalty", env="PRESENCE_PENALTY", help="-2 to 2; default 0.")
+]
+FrequencyPenalty = Annotated[
+    float | None, option("--frequency-penalty", env="FREQUENCY_PENALTY", help="-2 to 2; default 0.")
+]
+Seed = Annotated[
+    int | None, option("--seed", "-s", env="SEED", min=0, help="Of the draws; default fresh, and printed at the end.")
+]
+Stop = Annotated[list[str] | None, option("--stop", help="End before this text; may be given several times.")]
+IgnoreEos = Annotated[bool, option("--ignore-eos", help="Go on after the model's end token.")]
+
+# Chat templates
+SystemPrompt = Annotated[
+    str | None, option("--system-prompt", env="SYSTEM_PROMPT", help="First message of the conversation.")
+]
+ChatTemplate = Annotated[
+    Path | None, option("--chat-template", help="File with a jinja template that replaces the model's own.")
+]
+IgnoreTemplate = Annotated[
+    bool, option("--ignore-chat-template", help="Give the prompt to the model as it is, template or not.")
+]
+
+# Output
+Verbose = Annotated[bool, option("--verbose", "-v", help="Say which sampling values and which ISA level are used.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="No progress, statistics or warnings on stderr.")]
+Json = Annotated[bool, option("--json", help="Print one JSON object on stdout instead of text.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pyllm import __version__
+        from pyllm.cli.output import write
+
+        write(f"pyllm {__version__}", end="\n")
+        raise typer.Exit
+
+
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Run transformer language models on the CPU."""

@@ -1,0 +1,61 @@
+"""`pyllm plan`: the memory a model will take, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pyllm.cli import options as o
+from pyllm.cli.inputs import present
+from pyllm.cli.output import write, write_json
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("plan")(plan)
+
+
+def plan(
+    model: o.Model,
+    dtype: o.Dtype = None,
+    kv_cache_dtype: o.CacheDtype = None,
+    ctx_size: o.ContextSize = None,
+    max_num_seqs: Annotated[
+        int | None, o.option("--max-num-seqs", env="MAX_NUM_SEQS", min=1, help="Completions that run together.")
+    ] = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    json: o.Json = False,
+) -> int:
+    """Bytes for weights, cache and workspace, from config.json and the headers of the weights alone."""
+    from pyllm.planning import plan as plan_of
+
+    result = plan_of(
+        model,
+        revision=revision,
+        offline=offline,
+        **present(
+            {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "max_model_len": ctx_size, "max_num_seqs": max_num_seqs}
+        ),
+    )
+    spec = result.spec
+    if json:
+        names = ("dtype", "cache_dtype", "max_model_len", "cache_tokens", "weights", "cache", "workspace", "total")
+        facts = {name: getattr(result, name) for name in (*names, "available", "fits")}
+        write_json({"family": spec.family, "parameters": spec.num_parameters(), **facts})
+        return 0
+    lines = [
+        f"{spec.family}, {spec.num_parameters() / 1e6:.1f} million parameters, {len(spec.blocks)} layers",
+        f"weights    {_size(result.weights)}  as {result.dtype}",
+        f"cache      {_size(result.cache)}  {result.cache_tokens} tokens as {result.cache_dtype}",
+        f"workspace  {_size(result.workspace)}",
+        f"total      {_size(result.total)}  for a context of {result.max_model_len} tokens",
+        f"available  {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
+    ]
+    write("\n".join(lines), end="\n")
+    return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:8.3f} GB" if count >= 10_000_000 else f"{count / 1e6:8.3f} MB"

@@ -1,0 +1,117 @@
+"""Chooses tokens: from requests' parameters to the sampling kernel's arrays, and from its results to log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyllm.batch import I32
+from pyllm.engine.outputs import Logprob
+from pyllm.errors import RequestError
+from pyllm.ops import F32, Ops
+from pyllm.sampling import SamplingParams, SamplingState, sample_inputs
+from pyllm.tokenizer import Tokenizer
+
+
+class RowState(SamplingState):
+    """What choosing the next token of one completion depends on, beside its logits."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        index: int,
+        prompt: Sequence[int],
+        vocab: int,
+        tokenizer: Tokenizer | None,
+        end_ids: Sequence[int],
+    ) -> None:
+        for where, ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids or ())):
+            for token in ids:
+                if token >= vocab:
+                    raise RequestError(
+                        f"{where}: expected token ids below {vocab}, the size of the vocabulary, got {token}"
+                    )
+        super().__init__(params, prompt, seed, index)
+        self.params = params
+        self._output: list[int] = []
+        self._ends = sorted({*end_ids, *(i for i in params.stop_token_ids if i < vocab)})
+        self._bad_words = _bad_words(params, tokenizer)
+
+    def append(self, token: int) -> None:
+        """The token was chosen."""
+        super().append(token)
+        self._output.append(token)
+
+    def forbidden(self) -> list[int]:
+        """Tokens that must not be chosen next: ends before the minimum, and the last token of a bad word begun."""
+        banned = list(self._ends) if len(self._output) < self.params.min_tokens else []
+        for word in self._bad_words:
+            begun = len(word) - 1
+            if len(self._output) >= begun and self._output[len(self._output) - begun :] == word[:-1]:
+                banned.append(word[-1])
+        return banned
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Tokens [R], -1 where the logits are no numbers; log-probabilities for the rows that asked for them."""
+
+    tokens: I32
+    logprobs: list[dict[int, Logprob] | None]
+
+
+class Sampler:
+    """Chooses tokens of many completions in one kernel call."""
+
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+
+    def sample(self, logits: F32, states: Sequence[RowState]) -> Chosen:
+        """The next token for each row of logits [R, V], which are changed in place."""
+        forbidden = [s.forbidden() for s in states]
+        inputs = sample_inputs(states, forbidden if any(forbidden) else None)
+        wanted = [s.params.logprobs for s in states]
+        asked = max((n for n in wanted if n is not None), default=None)
+        changed = inputs.history or inputs.bias or inputs.allowed
+        raw = logits.copy() if asked is not None and changed else logits
+        tokens = self.ops.sample(logits, inputs)
+        if asked is None:
+            return Chosen(tokens, [None] * len(states))
+        entries = self.logprobs(raw, np.maximum(tokens, 0), asked)
+        return Chosen(tokens, [_first(e, n) if n is not None else None for e, n in zip(entries, wanted, strict=True)])
+
+    def logprobs(self, logits: F32, ids: I32, top: int) -> list[dict[int, Logprob]]:
+        """Log-probabilities of ids [R] and of the `top` likeliest tokens of each row: id first, then by rank."""
+        chosen, ranks, best, best_ids = self.ops.logprobs(logits, ids, min(top, logits.shape[1]))
+        return [
+            {int(ids[i]): Logprob(float(chosen[i]), int(ranks[i]))}
+            | {
+                int(token): Logprob(float(value), rank)
+                for rank, (token, value) in enumerate(zip(best_ids[i], best[i], strict=True), 1)
+                if token >= 0 and token != ids[i]
+            }
+            for i in range(len(ids))
+        ]
+
+
+def _first(entry: dict[int, Logprob], top: int) -> dict[int, Logprob]:
+    """The chosen token and those of rank `top` or better."""
+    return {token: value for i, (token, value) in enumerate(entry.items()) if i == 0 or value.rank <= top}
+
+
+def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Token sequences of the bad words, at the start of a text and after a space."""
+    if not params.bad_words:
+        return []
+    if tokenizer is None:
+        raise RequestError("bad_words need a tokenizer; this model was loaded with skip_tokenizer_init")
+    words: list[list[int]] = []
+    for word in params.bad_words:
+        for text in (word, f" {word.lstrip()}"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and ids not in words:
+                words.append(ids)
+    return words

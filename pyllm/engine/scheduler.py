@@ -1,0 +1,97 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill. Bookkeeping only."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from pyllm.cache import BlockPool
+from pyllm.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens [start, start + count) of a sequence; with `last` they reach its end, and the next one is to be chosen."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    last: bool
+
+
+class Scheduler:
+    """Running sequences come first, oldest first; what is left of a step's token budget admits waiting ones in order.
+
+    When blocks run out the youngest running sequence gives its blocks back and waits again; it is recomputed later, to
+    the same bits.
+    """
+
+    def __init__(self, pool: BlockPool, max_sequences: int, max_tokens: int, share_prefixes: bool) -> None:
+        self.pool = pool
+        self.max_sequences = max_sequences
+        self.max_tokens = max_tokens
+        self.share_prefixes = share_prefixes
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks; unknown ones are ignored."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            sequence.leave(self.pool)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The work of the next step; `advance` tells when it is done. Empty when nothing is queued."""
+        budget = self.max_tokens
+        plan: list[Work] = []
+        index, preempted = 0, self.preemptions
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            while not sequence.reserve(self.pool, sequence.computed + count):
+                self._preempt()
+                if len(self.running) <= index:
+                    break
+            else:
+                plan.append(self._work(sequence, count))
+                budget -= count
+                index += 1
+        # Who was just put back must not take at once the blocks that others were short of.
+        room = self.preemptions == preempted
+        while room and self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            sequence.adopt_prefix(self.pool)
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if not sequence.reserve(self.pool, sequence.computed + count):
+                sequence.leave(self.pool)
+                break
+            self.running.append(self.waiting.popleft())
+            plan.append(self._work(sequence, count))
+            budget -= count
+        assert plan or not (self.running or self.waiting), "the cache must hold at least one sequence of full length"
+        return plan
+
+    def advance(self, plan: list[Work]) -> None:
+        """The step is done: its keys and values are in the cache."""
+        for work in plan:
+            work.sequence.computed = work.start + work.count
+
+    def _work(self, sequence: Sequence, count: int) -> Work:
+        # Published before it is computed: whoever finds the block in this very step reads it after this step's writes.
+        end = sequence.computed + count
+        if self.share_prefixes:
+            sequence.publish(self.pool, end)
+        return Work(sequence, sequence.computed, count, end == len(sequence.tokens) < sequence.limit)
+
+    def _preempt(self) -> None:
+        sequence = self.running.pop()
+        sequence.leave(self.pool)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1

@@ -1,0 +1,81 @@
+"""One running completion: its tokens and what of them is in the cache. Ids and counts only, no model arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from pyllm.batch import I32
+from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
+
+
+class Sequence:
+    """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`."""
+
+    def __init__(self, prompt: Seq[int], max_tokens: int, share_prefix: bool) -> None:
+        self.tokens = list(prompt)
+        self.prompt_length = len(self.tokens)
+        self.limit = self.prompt_length + max_tokens
+        self.share_prefix = share_prefix  # may start from blocks that others computed
+        self.computed = 0
+        self.cached = 0  # of these, taken from the prefix cache
+        self.blocks: list[int] = []
+        self.table: I32 = np.zeros(blocks_for(self.limit), np.int32)  # blocks again, as the kernels read them
+        self.residence = 0  # counts how often the sequence was given blocks anew
+        self._hashes: list[bytes] = []  # of full blocks
+        self._published = 0  # blocks that others can find
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    def adopt_prefix(self, pool: BlockPool) -> None:
+        """Start from the longest computed prefix that the pool knows; the last token is always computed anew."""
+        assert not self.blocks and self.computed == 0
+        if self.share_prefix:
+            full = (len(self.tokens) - 1) // BLOCK_TOKENS
+            self._hash_until(full)
+            self._append(pool.find(self._hashes[:full]))
+        self._published = len(self.blocks)
+        self.computed = self.cached = len(self.blocks) * BLOCK_TOKENS
+        self.residence += 1
+
+    def reserve(self, pool: BlockPool, tokens: int) -> bool:
+        """Hold blocks for the first `tokens` tokens; False, with nothing taken, where the pool has too few."""
+        missing = blocks_for(tokens) - len(self.blocks)
+        if missing > pool.free:
+            return False
+        if missing > 0:
+            self._append([pool.take() for _ in range(missing)])
+        return True
+
+    def publish(self, pool: BlockPool, until: int) -> None:
+        """Make the blocks that are full once `until` tokens are computed findable for others."""
+        full = until // BLOCK_TOKENS
+        self._hash_until(full)
+        for i in range(self._published, full):
+            pool.publish(self.blocks[i], self._hashes[i])
+        self._published = max(self._published, full)
+
+    def leave(self, pool: BlockPool) -> None:
+        """Give all blocks back; what was computed is forgotten, but may be found again by its hash."""
+        pool.give_back(self.blocks)
+        self.blocks.clear()
+        self.computed = self._published = 0
+
+    def _append(self, blocks: Seq[int]) -> None:
+        self.table[len(self.blocks) : len(self.blocks) + len(blocks)] = blocks
+        self.blocks.extend(blocks)
+
+    def _hash_until(self, full: int) -> None:
+        while len(self._hashes) < full:
+            start = len(self._hashes) * BLOCK_TOKENS
+            parent = self._hashes[-1] if self._hashes else b""
+            self._hashes.append(chain_hash(parent, self.tokens[start : start + BLOCK_TOKENS]))

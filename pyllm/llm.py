@@ -1,0 +1,412 @@
+"""`LLM`: a model loaded and ready, the synchronous face of the engine."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pyllm import isa
+from pyllm.cache import BlockPool, KVCache
+from pyllm.engine.engine import Engine, Stats
+from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
+from pyllm.engine.request import Request
+from pyllm.engine.runner import Runner
+from pyllm.engine.scheduler import Work
+from pyllm.engine.sequence import Sequence as EngineSequence
+from pyllm.errors import ConfigError, RequestError, TokenizerError
+from pyllm.folder import read_json
+from pyllm.model import Model
+from pyllm.models import open_checkpoint
+from pyllm.ops import F32, Ops
+from pyllm.packed import pack_weights
+from pyllm.planning import Plan, plan_memory
+from pyllm.sampling import SamplingParams
+from pyllm.tokenizer import Tokenizer
+from pyllm.weights import resolve
+
+Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
+Message: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """Logits float32 [T, V] of every token; hidden states as transformers gives them, L + 1 arrays [T, D]:
+    the embedding, the residual stream after each block but the last, and the final norm's output."""
+
+    logits: F32
+    hidden_states: list[F32] | None = None
+
+
+class LLM:
+    """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU.
+
+    Args:
+        model: a folder, or a hub name ("org/name"), which is downloaded through huggingface_hub into its cache.
+        dtype: of the weights: "auto" (as the checkpoint), "float32", "float16" or "bfloat16".
+        device: "auto" or "cpu".
+        max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
+        seed: of requests that have none; None takes fresh entropy for each request.
+        threads: default PYLLM_THREADS, else the physical cores available.
+        kv_cache_dtype: "auto" (bfloat16 for bfloat16 weights, else float32), "float32" or "bfloat16".
+        kv_cache_bytes: memory for keys and values; default what `max_num_seqs` full contexts take, at most half of what
+            is free.
+        max_num_seqs: completions that run together.
+        max_num_batched_tokens: tokens of one step; longer prompts are taken in chunks of it.
+        enable_prefix_caching: share the keys and values of equal prompt beginnings.
+        skip_tokenizer_init: serve token ids only, from a folder that need not have a tokenizer.
+        chat_template: replaces the folder's chat template.
+        revision, offline: of a hub name.
+        progress: called with a share in [0, 1] while weights are packed.
+
+    Raises:
+        pyllm.errors.PyllmError: the model cannot be found, read or run, or does not fit memory; the message says why.
+        ValueError, TypeError: an argument is out of its range or unknown.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        seed: int | None = None,
+        threads: int | None = None,
+        kv_cache_dtype: str = "auto",
+        kv_cache_bytes: int | None = None,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        enable_prefix_caching: bool = True,
+        skip_tokenizer_init: bool = False,
+        chat_template: str | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        progress: Callable[[float], None] | None = None,
+        **unknown: object,
+    ) -> None:
+        _refuse_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or {})
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"device: expected auto or cpu, got {device!r}; this build has no other backend")
+        self.seed = _checked_seed(seed)
+        self.folder = resolve(str(model), revision=revision, offline=offline)
+        self.tokenizer = None if skip_tokenizer_init else Tokenizer.load(self.folder)
+        self.chat_template = chat_template
+        self.ops = Ops(threads if threads is not None else isa.default_threads())
+        with open_checkpoint(self.folder) as checkpoint:
+            self.spec = checkpoint.spec
+            self.plan: Plan = plan_memory(
+                checkpoint,
+                dtype=dtype,
+                kv_cache_dtype=kv_cache_dtype,
+                kv_cache_bytes=kv_cache_bytes,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            )
+            self.plan.check()
+            weights = pack_weights(checkpoint, self.ops, self.plan.dtype, progress)
+        self.model = Model(self.spec, weights)
+        self.max_model_len = self.plan.max_model_len
+        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
+        self._runner = Runner(self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len)
+        end_ids = {*self.spec.eos_token_ids, *_generation_end_ids(self.folder)}
+        if self.tokenizer is not None:
+            end_ids |= {*self.tokenizer.eos_token_ids}
+        rope_varies = self.spec.rope is not None and self.spec.rope.length_class(1) is not None
+        self.engine = Engine(
+            self._runner,
+            BlockPool(cache.blocks),
+            self.tokenizer,
+            sorted(i for i in end_ids if 0 <= i < self.spec.vocab_size),
+            max_sequences=max_num_seqs,
+            max_tokens=max_num_batched_tokens,
+            max_length=self.max_model_len,
+            share_prefixes=enable_prefix_caching and not rope_varies,
+        )
+        self._lock = threading.RLock()
+
+    # Generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **params: Any,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all together; results in the order of the prompts.
+
+        A prompt is text, ``{"prompt": text}`` or ``{"prompt_token_ids": [...]}``. Parameters are one `SamplingParams`
+        for all, one each, or keywords of `SamplingParams`. `progress` gets (finished, all) requests.
+
+        Raises `RequestError` for a prompt that is empty, too long or has ids outside the vocabulary, before anything is
+        run; `NonFiniteError` when the model's logits are no numbers.
+        """
+        listed = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        each = _params_for(len(listed), sampling_params, params)
+        encoded = [self._encode_prompt(prompt) for prompt in listed]
+        requests: list[Request] = []
+        with self._ended(requests):
+            for prompt, one in zip(encoded, each, strict=True):
+                requests.append(self._add(prompt, one))
+            self._run(requests, progress)
+        return [self._result(request) for request in requests]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **params: Any
+    ) -> Iterator[StreamOutput]:
+        """Complete one prompt, piece by piece; closing the iterator aborts the request."""
+        [one] = _params_for(1, sampling_params, params)
+        return self._stream(self._add(self._encode_prompt(prompt), one))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **params: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation (or several), messages being ``{"role": ..., "content": ...}``."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = [self.chat_prompt(conversation, tools=tools) for conversation in conversations]
+        return self.generate(prompts, sampling_params, **params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **params: Any
+    ) -> Iterator[StreamOutput]:
+        """Answer a conversation piece by piece."""
+        return self.stream(self.chat_prompt(messages), sampling_params, **params)
+
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """The prompt that the chat template makes of a conversation; special tokens are the template's own."""
+        tokenizer = self._need_tokenizer()
+        text = tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tools=tools)
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    # Scoring
+
+    def score(
+        self,
+        texts: Sequence[str | tuple[str, str] | Mapping[str, Any]],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Log-probabilities of given texts, in nats.
+
+        An item is a text, ``{"prompt_token_ids": [...]}``, or a pair (context, continuation) of which only the tokens of
+        the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
+        """
+        items = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
+        prompts: list[Prompt] = ["".join(item) if isinstance(item, tuple) else item for item in items]
+        outputs = self.generate(prompts, params, progress=progress)
+        scores = []
+        for item, output in zip(items, outputs, strict=True):
+            start = max(1, len(self.encode(item[0])) if isinstance(item, tuple) else 1)
+            ids = output.prompt_token_ids
+            entries = output.prompt_logprobs or []
+            values = [entry[token].logprob for token, entry in zip(ids[start:], entries[start:], strict=True) if entry]
+            scores.append(Score(output.prompt, ids[start:], values))
+        return scores
+
+    def perplexity(
+        self,
+        text: str | Sequence[int],
+        *,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PerplexityResult:
+        """Perplexity of a text or of token ids, in windows of the context that overlap by all but `stride` tokens.
+
+        Only tokens that no earlier window scored count (default stride: half the context).
+        """
+        ids = self.encode(text) if isinstance(text, str) else list(text)
+        size = len(text.encode()) if isinstance(text, str) else 0
+        if len(ids) < 2:
+            raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
+        window = self.max_model_len
+        step = stride if stride is not None else max(1, window // 2)
+        if not 1 <= step <= window:
+            raise ValueError(f"stride: expected 1 to {window}, got {stride}")
+        nll, scored, end = 0.0, 1, 0
+        for begin in range(0, len(ids), step):
+            end = min(begin + window, len(ids))
+            [score] = self.score([{"prompt_token_ids": ids[begin:end]}])
+            fresh = end - scored
+            if fresh > 0:
+                nll -= sum(score.logprobs[-fresh:])
+            scored = end
+            if progress:
+                progress(end, len(ids))
+            if end == len(ids):
+                break
+        tokens = len(ids) - 1
+        return PerplexityResult(float(np.exp(nll / tokens)), nll, tokens, size)
+
+    def forward(self, token_ids: Sequence[int], *, output_hidden_states: bool = False) -> ForwardOutput:
+        """Logits of every token, and what transformers calls hidden states; memory grows with T x V."""
+        with self._lock:
+            self.engine.check_prompt(token_ids)
+            pool = self.engine.scheduler.pool
+            sequence = EngineSequence(token_ids, 0, share_prefix=False)
+            if not sequence.reserve(pool, len(sequence.tokens)):
+                raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
+            try:
+                return self._forward(sequence, output_hidden_states)
+            finally:
+                sequence.leave(pool)
+
+    # Text
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._need_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._need_tokenizer().decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    # Figures
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of the engine since it began."""
+        return self.engine.stats
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads."""
+        return self.model.weights.bytes_per_token
+
+    # Inside
+
+    def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.encode(prompt)
+        keys = ("prompt", "prompt_token_ids")
+        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys):
+            expected = "a string, {'prompt': ...} or {'prompt_token_ids': [...]}"
+            raise TypeError(f"prompt: expected {expected}, got {type(prompt).__name__}")
+        _refuse_unknown("prompt", {key: None for key in prompt if key not in keys}, dict.fromkeys(keys))
+        text = prompt.get("prompt")
+        if "prompt_token_ids" not in prompt:
+            return self._encode_prompt(str(text))
+        ids = prompt["prompt_token_ids"]
+        return text, [_checked_id(i, token) for i, token in enumerate(ids)]
+
+    def _add(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Request:
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer; this model was loaded with skip_tokenizer_init")
+        seed = params.seed if params.seed is not None else self.seed
+        with self._lock:
+            return self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed)
+
+    @contextmanager
+    def _ended(self, requests: list[Request]) -> Iterator[None]:
+        """Whatever happens inside, nothing of these requests stays in the engine."""
+        try:
+            yield
+        finally:
+            with self._lock:
+                for request in requests:
+                    self.engine.abort(request)
+
+    def _run(self, requests: list[Request], progress: Callable[[int, int], None] | None) -> None:
+        finished = -1
+        while any(not request.finished for request in requests):
+            with self._lock:
+                self.engine.step()
+            if progress and (now := sum(request.finished for request in requests)) != finished:
+                finished = now
+                progress(finished, len(requests))
+
+    def _stream(self, request: Request) -> Iterator[StreamOutput]:
+        with self._ended([request]):
+            while not request.finished or request.pieces:
+                while request.pieces:
+                    yield request.pieces.popleft()
+                if not request.finished:
+                    with self._lock:
+                        self.engine.step()
+        self._result(request)
+
+    def _result(self, request: Request) -> RequestOutput:
+        if request.error is not None:
+            raise request.error
+        return request.result()
+
+    def _forward(self, sequence: EngineSequence, output_hidden_states: bool) -> ForwardOutput:
+        total, vocabulary = len(sequence.tokens), self.spec.vocab_size
+        logits = np.empty((total, vocabulary), np.float32)
+        hidden: list[list[F32]] = []
+        for start in range(0, total, self._runner.max_tokens):
+            work = Work(sequence, start, min(self._runner.max_tokens, total - start), False)
+            trace: list[F32] | None = [] if output_hidden_states else None
+            x = self._runner.forward([work], trace)
+            for first, piece in self._runner.logits(x, np.arange(work.count, dtype=np.int32)):
+                logits[start + first : start + first + len(piece)] = piece
+            if trace is not None:
+                hidden.append([*trace, self.model.final_norm(self.ops, x)])
+            sequence.computed = start + work.count
+        states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
+        return ForwardOutput(logits, states)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "this model was loaded with skip_tokenizer_init: give prompts as {'prompt_token_ids': [...]}"
+            )
+        return self.tokenizer
+
+
+def _generation_end_ids(folder: Path) -> list[int]:
+    """End tokens that generation_config.json names, if the folder has one."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return []
+    ids = read_json(path, 1 << 20, ConfigError).get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+
+
+def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
+    """One `SamplingParams` for each of `count` prompts."""
+    if given is not None and keywords:
+        raise TypeError(f"give either sampling_params or keywords, not both: got also {', '.join(sorted(keywords))}")
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams(**keywords)] * count
+    each = list(given)
+    if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
+        raise ValueError(
+            f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
+        )
+    return each
+
+
+def _checked_seed(seed: int | None) -> int | None:
+    return seed if seed is None else replace(SamplingParams(), seed=seed).seed
+
+
+def _checked_id(index: int, token: Any) -> int:
+    if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__"):
+        raise TypeError(f"prompt_token_ids[{index}]: expected an integer, got {token!r}")
+    return int(token)
+
+
+def _refuse_unknown(where: str, unknown: Mapping[str, object], known: Mapping[str, object]) -> None:
+    for name in unknown:
+        nearest = difflib.get_close_matches(str(name), list(known), 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
+        raise TypeError(f"{where}: unknown argument {name!r}{hint}")

@@ -1,0 +1,45 @@
+"""The families that pyllm knows, by the `model_type` of their config.json. To add one, write its file and list it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pyllm.errors import ConfigError, shown
+from pyllm.models.family import Family
+from pyllm.models.gpt2 import GPT2
+from pyllm.models.llama import LLAMA
+from pyllm.models.mistral import MISTRAL
+from pyllm.models.qwen2 import QWEN2
+from pyllm.models.qwen3 import QWEN3
+from pyllm.spec import ModelSpec
+from pyllm.weights import Checkpoint, load, read_config
+
+__all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a config names; raises `ConfigError` for one that is not supported."""
+    name = config.get("model_type")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    near = get_close_matches(name, FAMILIES, n=1) if isinstance(name, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"config.json: model_type: expected one of {', '.join(FAMILIES)}, found {shown(name)}{hint}")
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """What the config.json in `folder` describes; raises `ConfigError`. No weights are opened."""
+    config = read_config(folder)
+    return family_of(config).read(config)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Config and weights of `folder`, checked against each other; raises `ConfigError` or `CheckpointError`."""
+    config = read_config(folder)
+    family = family_of(config)
+    return load(folder, family.read(config), family.names)

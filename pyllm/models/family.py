@@ -1,0 +1,19 @@
+"""What a family is: a way to read its config, and a table of its weight names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyllm.spec import ModelSpec
+from pyllm.weights import NameTable
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything pyllm knows about one `model_type`; `read` raises `ConfigError`."""
+
+    model_type: str
+    read: Callable[[Mapping[str, Any]], ModelSpec]
+    names: NameTable

@@ -1,0 +1,88 @@
+"""GPT-2: learned positions, layer norms, one fused q/k/v projection, matrices stored as [in, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyllm.models.config_reader import ConfigReader
+from pyllm.models.family import Family
+from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS
+from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
+from pyllm.weights import NameTable, Row, Transform
+
+
+def read(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a GPT-2 config."""
+    reader = ConfigReader(config, "gpt2")
+    vocab_size = reader.integer("vocab_size", default=50257)
+    hidden = reader.integer(*HIDDEN, default=768)
+    layers = reader.integer(*LAYERS, default=12, maximum=10_000)
+    heads = reader.integer(*HEADS, default=12)
+    positions = reader.integer(*POSITIONS, default=1024)
+    norm = NormSpec(NormKind.LAYER, reader.number(*NORM_EPS, default=1e-5, maximum=0.1), bias=True)
+    mlp = MlpSpec(
+        hidden=reader.integer(*MLP_HIDDEN, default=4 * hidden),
+        activation=reader.choice("activation_function", options=ACTIVATIONS, default="gelu_new"),
+        gated=False,
+        bias=True,
+    )
+    scaled = reader.boolean("scale_attn_weights", default=True)
+    by_layer = reader.boolean("scale_attn_by_inverse_layer_idx", default=False)
+    tied = reader.boolean("tie_word_embeddings", default=True)
+    reader.get("n_ctx")  # size of the causal mask, which is not stored here
+    tokens = {
+        "bos_token_id": reader.token_id("bos_token_id", 50256, vocab_size),
+        "eos_token_ids": reader.token_ids("eos_token_id", (50256,), vocab_size),
+        "pad_token_id": reader.token_id("pad_token_id", None, vocab_size),
+    }
+    dtype = reader.dtype()
+    if hidden % heads:
+        reader.refuse("n_head", heads, f"a divisor of n_embd = {hidden}")
+    reader.finish()
+
+    def block(layer: int) -> BlockSpec:
+        head_dim = hidden // heads
+        scale = (head_dim**-0.5 if scaled else 1.0) / (layer + 1 if by_layer else 1)
+        return BlockSpec(norm, AttentionSpec(heads, heads, head_dim, scale, qkv_bias=True, out_bias=True), mlp)
+
+    return ModelSpec(
+        family="gpt2",
+        vocab_size=vocab_size,
+        hidden=hidden,
+        blocks=tuple(block(layer) for layer in range(layers)),
+        final_norm=norm,
+        max_positions=positions,
+        learned_positions=positions,
+        tied=tied,
+        dtype=dtype,
+        **tokens,  # type: ignore[arg-type]
+    )
+
+
+def _pair(name: str, *slots: str, transform: Transform = Transform.AS_STORED) -> tuple[Row, Row]:
+    return (
+        Row(f"{name}.weight", tuple(f"{slot}.weight" for slot in slots), transform),
+        Row(f"{name}.bias", tuple(f"{slot}.bias" for slot in slots)),
+    )
+
+
+_ATTENTION, _MLP = "blocks.{i}.attn", "blocks.{i}.mlp"
+NAMES = NameTable(
+    prefix="transformer.",
+    rows=(
+        Row("wte.weight", ("embed.weight",)),
+        Row("wpe.weight", ("positions.weight",)),
+        *_pair("h.{i}.ln_1", "blocks.{i}.attn_norm"),
+        *_pair("h.{i}.attn.c_attn", *(f"{_ATTENTION}.{part}" for part in "qkv"), transform=Transform.TRANSPOSED),
+        *_pair("h.{i}.attn.c_proj", f"{_ATTENTION}.o", transform=Transform.TRANSPOSED),
+        *_pair("h.{i}.ln_2", "blocks.{i}.mlp_norm"),
+        *_pair("h.{i}.mlp.c_fc", f"{_MLP}.up", transform=Transform.TRANSPOSED),
+        *_pair("h.{i}.mlp.c_proj", f"{_MLP}.down", transform=Transform.TRANSPOSED),
+        *_pair("ln_f", "final_norm"),
+        Row("lm_head.weight", ("head.weight",)),
+    ),
+    ignored=("h.*.attn.bias", "h.*.attn.masked_bias", "multiple_choice_head.*"),
+)
+
+GPT2 = Family("gpt2", read, NAMES)

@@ -1,0 +1,179 @@
+"""LLaMA 1, 2, 3, and what its descendants share with it: RMS norms, rotary positions, grouped heads, gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyllm.models.config_reader import ConfigReader
+from pyllm.models.family import Family
+from pyllm.models.shared import (
+    ACTIVATIONS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MLP_HIDDEN,
+    NORM_EPS,
+    POSITIONS,
+    read_layer_windows,
+    read_rope,
+)
+from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
+from pyllm.weights import NameTable, Row
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which projections have a bias."""
+
+    qkv: bool
+    out: bool
+    mlp: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a descendant of LLaMA differs: the defaults of its config class, and the parts that it reads itself."""
+
+    model_type: str
+    vocab_size: int
+    intermediate_size: int
+    max_positions: int
+    biases: Callable[[ConfigReader], Biases]
+    windows: Callable[[ConfigReader, int], list[int | None]]
+    hidden: int = 4096
+    kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden / heads
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def llama_like(variant: Variant) -> Family:
+    """The family of a variant."""
+
+    def read(config: Mapping[str, Any]) -> ModelSpec:
+        return _read(config, variant)
+
+    return Family(variant.model_type, read, NAMES)
+
+
+def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
+    reader = ConfigReader(config, variant.model_type)
+    vocab_size = reader.integer("vocab_size", default=variant.vocab_size)
+    hidden = reader.integer(*HIDDEN, default=variant.hidden)
+    layers = reader.integer(*LAYERS, default=32, maximum=10_000)
+    heads = reader.integer(*HEADS, default=32)
+    kv_default = variant.kv_heads if variant.kv_heads and not reader.has("num_key_value_heads") else heads
+    kv_heads = reader.integer("num_key_value_heads", default=kv_default)
+    head_dim = reader.integer("head_dim", default=variant.head_dim or max(hidden // heads, 1))
+    max_positions = reader.integer(*POSITIONS, default=variant.max_positions)
+    norm = NormSpec(NormKind.RMS, reader.number(*NORM_EPS, default=1e-6, maximum=0.1), bias=False)
+    biases = variant.biases(reader)
+    mlp = MlpSpec(
+        hidden=reader.integer(*MLP_HIDDEN, default=variant.intermediate_size),
+        activation=reader.choice("hidden_act", options=ACTIVATIONS, default="silu"),
+        gated=True,
+        bias=biases.mlp,
+    )
+    windows = variant.windows(reader, layers)
+    tied = reader.boolean("tie_word_embeddings", default=False)
+    tokens = {
+        "bos_token_id": reader.token_id("bos_token_id", variant.bos_token_id, vocab_size),
+        "eos_token_ids": reader.token_ids("eos_token_id", variant.eos_token_ids, vocab_size),
+        "pad_token_id": reader.token_id("pad_token_id", None, vocab_size),
+    }
+    dtype = reader.dtype()
+    if not reader.has("head_dim") and variant.head_dim is None and hidden % heads:
+        reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, or head_dim beside it")
+    if heads % kv_heads:
+        reader.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+    if head_dim > MAX_HEAD_DIM:
+        reader.refuse("head_dim", head_dim, f"at most {MAX_HEAD_DIM}")
+    rope = read_rope(reader, head_dim, max_positions)
+    reader.finish()
+
+    def block(window: int | None) -> BlockSpec:
+        return BlockSpec(
+            norm=norm,
+            attention=AttentionSpec(
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=biases.qkv,
+                out_bias=biases.out,
+                qk_norm=norm if variant.qk_norm else None,
+                window=window,
+            ),
+            mlp=mlp,
+        )
+
+    return ModelSpec(
+        family=variant.model_type,
+        vocab_size=vocab_size,
+        hidden=hidden,
+        blocks=tuple(block(window) for window in windows),
+        final_norm=norm,
+        max_positions=rope.stretched_positions,
+        rope=rope,
+        tied=tied,
+        dtype=dtype,
+        **tokens,  # type: ignore[arg-type]
+    )
+
+
+def _llama_biases(reader: ConfigReader) -> Biases:
+    attention = reader.boolean("attention_bias", default=False)
+    return Biases(qkv=attention, out=attention, mlp=reader.boolean("mlp_bias", default=False))
+
+
+def _no_windows(reader: ConfigReader, layers: int) -> list[int | None]:
+    reader.only("sliding_window", None)
+    return read_layer_windows(reader, layers, None)
+
+
+_LINEARS = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+_NORMS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn.q_norm",
+    "self_attn.k_norm": "attn.k_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
+NAMES = NameTable(
+    prefix="model.",
+    rows=(
+        Row("embed_tokens.weight", ("embed.weight",)),
+        *(Row(f"layers.{{i}}.{name}.weight", (f"blocks.{{i}}.{slot}.weight",)) for name, slot in _NORMS.items()),
+        *(
+            Row(f"layers.{{i}}.{name}.{kind}", (f"blocks.{{i}}.{slot}.{kind}",))
+            for name, slot in _LINEARS.items()
+            for kind in ("weight", "bias")
+        ),
+        Row("norm.weight", ("final_norm.weight",)),
+        Row("lm_head.weight", ("head.weight",)),
+    ),
+    ignored=("*rotary_emb.inv_freq",),
+)
+
+LLAMA = llama_like(
+    Variant(
+        model_type="llama",
+        vocab_size=32000,
+        intermediate_size=11008,
+        max_positions=2048,
+        biases=_llama_biases,
+        windows=_no_windows,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )
+)

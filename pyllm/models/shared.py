@@ -1,0 +1,127 @@
+"""Pieces of config reading that several families share: activations, rotary parameters, windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyllm.errors import ConfigError
+from pyllm.models.config_reader import MAX_SIZE, ConfigReader
+from pyllm.spec import Activation, RopeKind, RopeSpec
+
+# Spellings of one size, of which a config uses any.
+HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+MLP_HIDDEN = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "inner_hidden_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+NORM_EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon")
+
+ACTIVATIONS = {
+    "gelu": Activation.GELU_ERF,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+}
+ROPE_KINDS = {kind.value: kind for kind in RopeKind}
+NEEDED = {  # parameters without which a scaling kind is not defined
+    RopeKind.LINEAR: ("factor",),
+    RopeKind.DYNAMIC: ("factor",),
+    RopeKind.LLAMA3: ("factor", "low_freq_factor", "high_freq_factor"),
+    RopeKind.LONGROPE: ("short_factor", "long_factor"),
+}
+OF_KIND = {  # parameters that mean something to a scaling kind, besides the needed ones
+    RopeKind.YARN: ("factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor"),
+    RopeKind.LONGROPE: ("factor", "attention_factor"),
+}
+LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+
+
+def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_theta: float = 10000.0) -> RopeSpec:
+    """Rotary parameters, spelled as `rope_theta` + `rope_scaling` (older files) or all in `rope_parameters`."""
+    parameters = _rope_parameters(reader)
+    inner = reader.nested("rope_parameters" if reader.has("rope_parameters") else "rope_scaling", parameters)
+    theta = reader.number("rope_theta", default=default_theta, minimum=1.0000001)
+    theta = inner.number("rope_theta", default=theta, minimum=1.0000001)
+    partial = reader.number("partial_rotary_factor", default=1.0, minimum=1e-6, maximum=1.0)
+    partial = inner.number("partial_rotary_factor", default=partial, minimum=1e-6, maximum=1.0)
+    problems = len(inner.problems)
+    kind = inner.choice("rope_type", "type", options=ROPE_KINDS, default="default")
+    is_known = len(inner.problems) == problems
+    for name in NEEDED.get(kind, ()):
+        if inner.get(name) is None:
+            inner.problems.append(f"rope scaling {kind.value} needs {name}")
+    original = _original_positions(reader, inner)
+    values: dict[str, Any] = {}
+    for name in (*NEEDED.get(kind, ()), *OF_KIND.get(kind, ())):
+        if inner.get(name) is not None:
+            values[name] = _rope_value(inner, name)
+    if kind in (RopeKind.YARN, RopeKind.LONGROPE):
+        values.setdefault("factor", max_positions / (original or max_positions))
+    if is_known:  # else nobody can say which parameters belong here
+        inner.check_unused()
+    try:
+        return RopeSpec(int(head_dim * partial), theta, kind, max_positions, original, **values)
+    except ConfigError as error:
+        inner.problems.append(str(error))
+        return RopeSpec(dim=2)
+
+
+def read_window(reader: ConfigReader, default: int | None) -> int | None:
+    """`sliding_window`: null means none, absent means the default of the family."""
+    if reader.has("sliding_window") and reader.get("sliding_window") is None:
+        return None
+    if not reader.has("sliding_window") and default is None:
+        return None
+    return reader.integer("sliding_window", default=default or 1)
+
+
+def read_layer_windows(reader: ConfigReader, layers: int, window: int | None, first: int = 0) -> list[int | None]:
+    """The window of each layer: from layer `first` on, unless `layer_types` says which layers have it."""
+    windows = [window if layer >= first else None for layer in range(layers)]
+    types = reader.get("layer_types")
+    if types is None:
+        return windows
+    if not isinstance(types, list) or len(types) != layers or any(t not in LAYER_TYPES for t in map(_hashable, types)):
+        reader.refuse("layer_types", types, f"a list of {layers}, each {' or '.join(LAYER_TYPES)}")
+        return windows
+    if window is None and "sliding_attention" in types:
+        reader.refuse("layer_types", types, "full_attention everywhere, as no sliding window is in use")
+    return [window if LAYER_TYPES[name] else None for name in types]
+
+
+def _rope_parameters(reader: ConfigReader) -> dict[str, Any]:
+    value = reader.get("rope_parameters", "rope_scaling")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        reader.refuse(
+            "rope_parameters" if reader.has("rope_parameters") else "rope_scaling", value, "an object or null"
+        )
+        return {}
+    if value and all(isinstance(inner, dict) for inner in value.values()):  # one object per layer type
+        variants = list(value.values())
+        if any(variant != variants[0] for variant in variants):
+            reader.refuse("rope_parameters", value, "the same parameters for every layer type")
+        return dict(variants[0])
+    return value
+
+
+def _original_positions(reader: ConfigReader, inner: ConfigReader) -> int | None:
+    """Beside the object it wins over the one inside."""
+    inside = inner.integer("original_max_position_embeddings", default=0) or None
+    beside = reader.integer("original_max_position_embeddings", default=0) or None
+    return beside or inside
+
+
+def _rope_value(inner: ConfigReader, name: str) -> Any:
+    if name in ("short_factor", "long_factor"):
+        return inner.numbers(name)
+    if name == "truncate":
+        return inner.boolean(name, default=True)
+    return inner.number(name, default=1.0, maximum=float(MAX_SIZE))
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, str) else None

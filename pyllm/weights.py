@@ -1,0 +1,339 @@
+"""Checkpoint folders in the Hugging Face layout: finding them, their config, and their weights under canonical names.
+
+Loading is strict both ways: every weight that the model's spec needs must be there with its shape and a known dtype,
+every tensor in the files must be known, and everything wrong is reported at once. Weights are views of memory-mapped
+files: nothing is copied or converted here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from pyllm.errors import CheckpointError, listed, shown
+from pyllm.folder import read_config, read_json, resolve
+from pyllm.safetensors_file import DTYPES, Array, SafetensorsFile
+from pyllm.spec import ModelSpec
+
+__all__ = ["Checkpoint", "NameTable", "Row", "Transform", "load", "read_config", "resolve"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 100_000_000
+EMBED, HEAD = "embed.weight", "head.weight"
+
+
+class Transform(Enum):
+    """How a stored matrix becomes [out, in]."""
+
+    AS_STORED = "as stored"
+    TRANSPOSED = "transposed"  # stored [in, out], as GPT-2's Conv1D does
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's name table; `{i}` in the names stands for the layer.
+
+    Several slots mean that the checkpoint holds them in one tensor, one after the other along the out dimension.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    transform: Transform = Transform.AS_STORED
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """How a family names its weights.
+
+    `prefix` is that of the base model; files may hold it or not, and the rows are written without it. `ignored` are
+    shell-style patterns, also without prefix, of tensors that carry no weights, such as saved causal masks.
+    """
+
+    prefix: str
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()
+
+    def base_name(self, name: str) -> str:
+        """The name as the rows have it: no base prefix, no legacy endings."""
+        name = name.removeprefix(self.prefix)
+        for legacy, current in ((".gamma", ".weight"), (".beta", ".bias")):
+            if name.endswith(legacy):
+                return name.removesuffix(legacy) + current
+        return name
+
+    def is_ignored(self, base_name: str) -> bool:
+        """Whether the tensor carries no weights."""
+        return any(fnmatchcase(base_name, pattern) for pattern in self.ignored)
+
+    def expand(self, spec: ModelSpec) -> Iterator[Row]:
+        """The rows of this model: one per layer where `{i}` stands, and only those whose slots the spec has."""
+        slots = spec.slots()
+        for row in self.rows:
+            layers = range(len(spec.blocks)) if "{i}" in row.name else range(1)
+            for layer in layers:
+                named = tuple(slot.format(i=layer) for slot in row.slots)
+                if all(slot in slots for slot in named):
+                    yield replace(row, name=row.name.format(i=layer), slots=named)
+
+
+class Checkpoint:
+    """Weights of one model: `tensors` maps every slot of `spec` to a read-only view of a mapped file.
+
+    Views are float32, float16 or ml_dtypes.bfloat16, may be strided or transposed, and their base may be unaligned.
+    `spec` is the one given to `load`, except that it is untied when the file holds a head of its own. Use it as a
+    context manager, or `close` it, when the weights have been packed.
+    """
+
+    def __init__(self, spec: ModelSpec, sources: Mapping[str, _Source], files: list[SafetensorsFile]) -> None:
+        """Take over `files`, which `sources` refer to."""
+        self.spec = spec
+        self.tensors: Mapping[str, Array] = _Views(sources)
+        self._sources = dict(sources)
+        self._files = files
+
+    def release(self, slot: str) -> None:
+        """Give back the memory of pages that the slot's tensor was read from; call it when the slot is packed."""
+        source = self._sources[slot]
+        source.file.release(source.name)
+
+    def close(self) -> None:
+        """Unmap the files; views that are still held keep their file alive."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close."""
+        self.close()
+
+
+def load(folder: Path, spec: ModelSpec, names: NameTable) -> Checkpoint:
+    """Open the weights in `folder` for a model of this spec; raises one `CheckpointError` for everything wrong."""
+    files: list[SafetensorsFile] = []
+    try:
+        stored = _open_files(folder, files)
+        return _match(folder, spec, names, stored, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A slot's place: rows `start` to `stop` of a stored tensor, seen as [out, in]."""
+
+    file: SafetensorsFile
+    name: str
+    transform: Transform
+    start: int
+    stop: int
+
+    def view(self) -> Array:
+        stored = self.file.view(self.name)
+        matrix = stored.T if self.transform is Transform.TRANSPOSED else stored
+        return matrix[self.start : self.stop]
+
+
+class _Views(Mapping[str, Array]):
+    """Slot -> view, made anew at each access so that the file is checked each time."""
+
+    def __init__(self, sources: Mapping[str, _Source]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, slot: str) -> Array:
+        return self._sources[slot].view()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the files name it."""
+
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.file.path.name}: {shown(self.name)}"
+
+
+def _open_files(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Stored]:
+    """Every tensor of the folder by its stored name; opened files are added to `files`."""
+    if (folder / SINGLE_FILE).exists():
+        file = SafetensorsFile(folder / SINGLE_FILE)
+        files.append(file)
+        return {name: _Stored(file, name) for name in file.entries}
+    if (folder / INDEX_FILE).exists():
+        return _open_shards(folder, files)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected one with config.json and the weights")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
+    raise CheckpointError(
+        f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found "
+        + (f"only {', '.join(others[:8])}; export the model as safetensors" if others else "neither")
+    )
+
+
+def _open_shards(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Stored]:
+    weight_map = _read_weight_map(folder / INDEX_FILE)
+    problems: list[str] = []
+    shards: dict[str, SafetensorsFile] = {}
+    for shard in sorted(set(weight_map.values())):
+        problem = _unsafe_shard(folder, shard)
+        try:
+            if problem is None:
+                shards[shard] = SafetensorsFile(folder / shard)
+                files.append(shards[shard])
+        except CheckpointError as error:
+            problem = str(error)
+        if problem is not None:
+            problems.append(problem)
+    held = Counter(name for file in shards.values() for name in file.entries)
+    for shard, file in shards.items():
+        for name in file.entries:
+            if held[name] > 1 and weight_map.get(name) != shard:
+                problems.append(f"{shard}: {shown(name)} is also in another shard")
+            elif weight_map.get(name) != shard:
+                problems.append(f"{shard}: {shown(name)} is not listed in {INDEX_FILE} for this file")
+    for name, shard in weight_map.items():
+        if shard in shards and name not in shards[shard].entries:
+            problems.append(f"{shard}: {shown(name)} is listed in {INDEX_FILE} but not in the file")
+    if problems:
+        raise CheckpointError(listed(f"{folder}: the shards do not fit {INDEX_FILE}", problems))
+    return {name: _Stored(shards[shard], name) for name, shard in weight_map.items()}
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    index = read_json(path, MAX_INDEX_BYTES, CheckpointError)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map: expected an object of tensor and file names, found "
+                              f"{shown(weight_map)}")  # fmt: skip
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{path}: {shown(name)}: expected a file name, found {shown(shard)}")
+    return weight_map
+
+
+def _unsafe_shard(folder: Path, shard: str) -> str | None:
+    """Why a shard's name must not be opened, or None."""
+    if not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard) or not shard.isprintable():
+        return f"{INDEX_FILE} names {shown(shard)}: expected a plain name ending in .safetensors, in the same folder"
+    try:
+        home, target = folder.resolve(), (folder / shard).resolve()
+    except (OSError, RuntimeError) as error:
+        return f"{INDEX_FILE} names {shown(shard)}, which cannot be followed: {error}"
+    if target.parent != home and not any(target.is_relative_to(store) for store in _blob_stores(home)):
+        return f"{INDEX_FILE} names {shown(shard)}, a link that leads out of the folder"
+    return None
+
+
+def _blob_stores(home: Path) -> list[Path]:
+    """Where the links of a download cache lead: CACHE/REPOSITORY/snapshots/COMMIT holds links to the blobs of the
+    repository, and those may be links to blobs that the whole cache shares."""
+    if home.parent.name != "snapshots":
+        return []
+    repository = home.parent.parent
+    return [repository / "blobs", repository.parent / "blobs"]
+
+
+def _match(
+    folder: Path, spec: ModelSpec, names: NameTable, stored: Mapping[str, _Stored], files: list[SafetensorsFile]
+) -> Checkpoint:
+    problems: list[str] = []
+    found: dict[str, _Stored] = {}
+    for name, tensor in stored.items():
+        base = names.base_name(name)
+        if names.is_ignored(base):
+            continue
+        if base in found:
+            problems.append(f"{tensor.place} and {found[base].place} are two names of one weight")
+        found[base] = tensor
+    spec = _resolve_tie(spec, names, found, problems)
+    shapes = spec.slots()
+    sources: dict[str, _Source] = {}
+    rows = list(names.expand(spec))
+    for row in rows:
+        if row.name not in found:
+            problems.append(f"missing {row.name}, expected shape {list(_stored_shape(row, shapes))}")
+            continue
+        tensor = found.pop(row.name)
+        problem = _misfit(tensor, _stored_shape(row, shapes))
+        if problem is not None:
+            problems.append(f"{tensor.place}: {problem}")
+            continue
+        start = 0
+        for slot in row.slots:
+            stop = start + shapes[slot][0]
+            sources[slot] = _Source(tensor.file, tensor.name, row.transform, start, stop)
+            start = stop
+    problems += [f"{tensor.place} is not a weight of a {spec.family} model with this config"
+                 for tensor in found.values()]  # fmt: skip
+    if problems:
+        raise CheckpointError(listed(f"{folder}: the weights do not fit the config", problems))
+    return Checkpoint(spec, {slot: sources[slot] for slot in shapes}, files)
+
+
+def _resolve_tie(spec: ModelSpec, names: NameTable, found: dict[str, _Stored], problems: list[str]) -> ModelSpec:
+    """Settle where a tied pair lies: under either name; under both it is one weight only if the values agree."""
+    if not spec.tied:
+        return spec
+    embed, head = (next(row.name for row in names.rows if row.slots == (slot,)) for slot in (EMBED, HEAD))
+    if head not in found:
+        return spec
+    if embed not in found:
+        found[embed] = found.pop(head)
+        return spec
+    shape = spec.slots()[EMBED]
+    if any(_misfit(found[name], shape) is not None for name in (embed, head)):
+        problem = _misfit(found[head], shape)
+        if problem is not None:
+            problems.append(f"{found[head].place}: {problem}")
+        del found[head]
+        return spec
+    if _same_values(found[embed].file.view(found[embed].name), found[head].file.view(found[head].name)):
+        del found[head]
+        return spec
+    return replace(spec, tied=False)
+
+
+def _same_values(left: Array, right: Array, rows: int = 1024) -> bool:
+    """Equality by value, NaN equal to NaN, a few rows at a time."""
+    return all(
+        np.array_equal(left[at : at + rows].astype(np.float32), right[at : at + rows].astype(np.float32), True)
+        for at in range(0, len(left), rows)
+    )
+
+
+def _stored_shape(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    first = shapes[row.slots[0]]
+    shape = (sum(shapes[slot][0] for slot in row.slots), *first[1:])
+    return shape[::-1] if row.transform is Transform.TRANSPOSED else shape
+
+
+def _misfit(tensor: _Stored, shape: tuple[int, ...]) -> str | None:
+    entry = tensor.file.entries[tensor.name]
+    problems = []
+    if entry.shape != shape:
+        problems.append(f"expected shape {list(shape)}, found {shown(list(entry.shape))}")
+    if entry.dtype not in DTYPES:
+        problems.append(f"expected dtype {', '.join(DTYPES)}, found {entry.dtype}")
+    return "; ".join(problems) or None

@@ -1,0 +1,228 @@
+"""Tiny models of every family and variant, with what Hugging Face transformers computes for them.
+
+    python tests/golden/make_goldens.py            # rewrite all golden folders beside this script
+    python tests/golden/make_goldens.py llama      # only the named ones
+
+Every parameter is random, norm weights and biases included: with transformers' own initialisation (unit norms, zero
+biases) many loading errors would not show. A golden folder holds config.json, model.safetensors (float32) and
+expected.npz. Needs the `oracle` extra; reading the goldens needs only numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+NEW_TOKENS = 64
+DISTINCT_IDS = 10  # at least so many in a greedy continuation: a model that repeats itself tests little
+SMALLEST_GAP = 2e-3  # between the best two logits of a greedy step; float32 noise is about a thousandth of it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tiny model: its transformers config, and the prompt length and seed to run it with."""
+
+    config: dict[str, Any]
+    prompt: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What transformers computes, all float32 or int64: T prompt tokens, D hidden, V vocabulary, L layers."""
+
+    ids: np.ndarray  # [T]
+    logits: np.ndarray  # [T, V]
+    hidden_states: np.ndarray  # [L + 1, T, D]: embeddings, after each block, and the last after the final norm
+    greedy_ids: np.ndarray  # [NEW_TOKENS]
+
+
+def variants() -> dict[str, Variant]:
+    """All variants by name."""
+    # The norms' eps is large here, so that a wrong one shows.
+    gpt2 = {
+        "model_type": "gpt2",
+        "vocab_size": 67,
+        "n_positions": 100,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "layer_norm_epsilon": 2e-3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    base = {
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 3e-3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    llama = {**base, "model_type": "llama"}
+
+    def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
+        return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
+
+    short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
+    return {
+        "gpt2": Variant(gpt2),
+        "gpt2-scaled-relu": Variant(
+            {**gpt2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "n_inner": 52}
+        ),
+        "llama": Variant({**llama, "hidden_size": 64, "num_attention_heads": 8}),
+        "llama-tied-biased": Variant(
+            {**llama, "tie_word_embeddings": True, "head_dim": 10, "attention_bias": True, "mlp_bias": True}
+        ),
+        "llama-linear": Variant({**llama, **rope("linear", factor=2.5)}),
+        "llama-dynamic": Variant({**llama, **rope("dynamic", factor=4.0), "max_position_embeddings": 40}, prompt=24),
+        "llama-dynamic-prompt": Variant({**llama, **rope("dynamic", factor=6.0), "max_position_embeddings": 20}),
+        "llama-llama3": Variant(
+            {
+                **llama,
+                **rope(
+                    "llama3",
+                    theta=500.0,
+                    factor=8.0,
+                    low_freq_factor=1.0,
+                    high_freq_factor=4.0,
+                    original_max_position_embeddings=64,
+                ),
+            }
+        ),
+        "llama-yarn": Variant(
+            {**llama, **rope("yarn", theta=100.0, factor=4.0, original_max_position_embeddings=32, beta_fast=8.0)}
+        ),
+        "llama-longrope": Variant(
+            {
+                **llama,
+                **rope("longrope", short_factor=short, long_factor=long, original_max_position_embeddings=40),
+            },
+            prompt=24,
+        ),
+        "mistral": Variant({**base, "model_type": "mistral", "sliding_window": 9}),
+        "qwen2": Variant({**base, "model_type": "qwen2"}),
+        "qwen2-window": Variant(
+            {
+                **base,
+                "model_type": "qwen2",
+                "num_hidden_layers": 3,
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "max_window_layers": 1,
+            }
+        ),
+        "qwen3": Variant({**base, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
+    }
+
+
+def build(name: str, folder: Path) -> Expected:
+    """Write the variant's model folder and return what transformers computes for it."""
+    variant = variants()[name]
+    for seed in range(variant.seed, variant.seed + 100):
+        model = _random_model(variant.config, seed)
+        expected, gap = _run(model, variant, seed)
+        if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
+            break
+    else:
+        raise RuntimeError(f"{name}: no seed gives a varied continuation with a clear winner at each step")
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.to_json_file(folder / "config.json", use_diff=False)
+    _save_weights(model, folder / "model.safetensors")
+    return expected
+
+
+def read_expected(folder: Path) -> Expected:
+    """The committed results of a golden folder."""
+    with np.load(folder / "expected.npz", allow_pickle=False) as stored:
+        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
+
+
+def _random_model(config: dict[str, Any], seed: int) -> Any:
+    import torch
+    import transformers
+
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    # transformers completes the nested rope parameters in place
+    if "rope_parameters" in fields:
+        fields["rope_parameters"] = dict(fields["rope_parameters"])
+    hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = "norm" in name or "ln_" in name
+            if name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            elif is_norm:
+                parameter.copy_(1 + 0.3 * noise)
+            elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
+                parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
+            else:
+                parameter.copy_(1.5 * noise / hf_config.hidden_size**0.5)
+    return model
+
+
+def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
+    import torch
+
+    ids = np.random.default_rng(seed).integers(3, variant.config["vocab_size"], variant.prompt)
+    tokens = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        output = model(
+            tokens, output_hidden_states=True
+        )  # before generating: dynamic rope remembers the longest length
+        greedy = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    best = torch.stack(greedy.logits).topk(2).values
+    expected = Expected(
+        ids=ids,
+        logits=output.logits[0].numpy(),
+        hidden_states=torch.stack(output.hidden_states)[:, 0].numpy(),
+        greedy_ids=greedy.sequences[0, variant.prompt :].numpy(),
+    )
+    return expected, float((best[..., 0] - best[..., 1]).min())
+
+
+def _save_weights(model: Any, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    tied = model.config.tie_word_embeddings
+    tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def main(names: list[str]) -> None:
+    """Write the golden folders of `names`, or all."""
+    for name in names or variants():
+        folder = HERE / name
+        expected = build(name, folder)
+        np.savez_compressed(folder / "expected.npz", **vars(expected))
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        distinct = len(set(expected.greedy_ids.tolist()))
+        print(f"{name:22} {size:8,} bytes  |logits| <= {np.abs(expected.logits).max():.1f}  {distinct} distinct ids")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,61 @@
+"""Attention of a ragged batch from its formula, and the layout of the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+PAGE, PAD, GROUP = 64, 16, 16
+
+
+def attention(
+    q: Array, keys: Sequence[Array], values: Sequence[Array], starts: Array, scale: float, window: int
+) -> Array:
+    """Softmax attention in the dtype of q [T, H, E]; keys[b] and values[b] are [length, G, E] of sequence b.
+
+    The rows [starts[b], starts[b + 1]) stand at the last positions of sequence b; row i sees keys j <= i, i - j < window.
+    """
+    out = np.empty_like(q)
+    for b, (k, v) in enumerate(zip(keys, values, strict=True)):
+        rows = q[starts[b] : starts[b + 1]]
+        group = q.shape[1] // k.shape[1]
+        k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
+        i = np.arange(len(k) - len(rows), len(k))[:, None]
+        j = np.arange(len(k))[None, :]
+        seen = (j <= i) & ((i - j < window) if window else True)
+        score = np.einsum("the,she->hts", rows, k) * q.dtype.type(scale)
+        score = np.where(seen, score, -np.inf)
+        weight = np.exp(score - score.max(axis=-1, keepdims=True))
+        weight /= weight.sum(axis=-1, keepdims=True)
+        out[starts[b] : starts[b + 1]] = np.einsum("hts,she->the", weight, v)
+    return out
+
+
+def padded(head_size: int) -> int:
+    """Head size rounded up as the cache stores it."""
+    return (head_size + PAD - 1) // PAD * PAD
+
+
+def put(cache: Array, slot: int, k: Array, v: Array) -> None:
+    """Write one token's k and v [G, E] into its slot of cache [blocks, G, 2, PAGE * Ep], element by element."""
+    block, at = divmod(slot, PAGE)
+    heads, size = k.shape
+    width = padded(size)
+    for g in range(heads):
+        if cache.dtype == np.float32:
+            keys = cache[block, g, 0, : PAGE * size].reshape(PAGE // GROUP, size, GROUP)
+            keys[at // GROUP, :, at % GROUP] = k[g]
+            row = cache[block, g, 1].reshape(PAGE, width)[at]
+        else:
+            keys = cache[block, g, 0].reshape(PAGE // GROUP, width // 2, GROUP, 2)[at // GROUP, :, at % GROUP]
+            full = np.zeros(width, cache.dtype)
+            full[:size] = k[g].astype(cache.dtype)
+            keys[...] = full.reshape(-1, 2)
+            row = cache[block, g, 1].reshape(PAGE // 2, width, 2)[at // 2, :, at % 2]
+        row[:size] = v[g].astype(cache.dtype)
+        row[size:] = 0

@@ -1,0 +1,49 @@
+"""float64 reference of the matmul kernel, written from the formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
+    None: lambda v: v,
+    "gelu_erf": lambda v: v * 0.5 * (1.0 + _erf(v / math.sqrt(2.0))),
+    "gelu_tanh": lambda v: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
+    "silu": lambda v: v / (1.0 + np.exp(-v)),
+    "relu": lambda v: np.maximum(v, 0.0),
+}
+
+
+def matmul(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    gate: Array | None = None,
+    bias_up: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
+    round_x: bool = False,
+) -> Array:
+    """``act(x w^T + bias) + residual``, or gated ``act(x gate^T + bias) * (x w^T + bias_up) + residual``, in float64.
+
+    x [T, K], w and gate [N, K] of any dtype -> float64 [T, N]. `round_x` rounds x to bfloat16 first, as the instruction
+    sets with bfloat16 dot products do.
+    """
+    x = (x.astype(ml_dtypes.bfloat16) if round_x else x).astype(np.float64)
+    first = x @ (w if gate is None else gate).astype(np.float64).T
+    y = ACTIVATIONS[activation](first if bias is None else first + bias)
+    if gate is not None:
+        up = x @ w.astype(np.float64).T
+        y = y * (up if bias_up is None else up + bias_up)
+    return y if residual is None else y + residual
+

@@ -1,0 +1,90 @@
+"""The whole decoder in float64 numpy, one token sequence at a time, written from the formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllm.spec import Activation, AttentionSpec, MlpSpec, ModelSpec, NormKind, NormSpec, RopeSpec
+
+Array = npt.NDArray[np.float64]
+
+
+def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) -> tuple[Array, list[Array]]:
+    """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
+    last one after the final norm."""
+    weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
+    x = weights["embed.weight"][ids]
+    if spec.learned_positions:
+        x = x + weights["positions.weight"][: len(ids)]
+    hidden = [x]
+    for index, block in enumerate(spec.blocks):
+        at = f"blocks.{index}"
+        x = x + attend(normalise(x, block.norm, weights, f"{at}.attn_norm"), block.attention, spec.rope, weights, at)
+        x = x + feed_forward(normalise(x, block.norm, weights, f"{at}.mlp_norm"), block.mlp, weights, at)
+        hidden.append(x)
+    hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
+    return hidden[-1] @ weights["embed.weight" if spec.tied else "head.weight"].T, hidden
+
+
+def normalise(x: Array, norm: NormSpec, weights: Mapping[str, Array], name: str) -> Array:
+    if norm.kind is NormKind.LAYER:
+        x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + norm.eps) * weights[f"{name}.weight"]
+    return y + weights[f"{name}.bias"] if norm.bias else y
+
+
+def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", np.zeros(1))
+
+
+def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
+    length = len(x)
+    heads = {}
+    for name, count in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads)):
+        projected = linear(x, weights, f"{at}.attn.{name}").reshape(length, count, spec.head_dim)
+        if name != "v" and spec.qk_norm is not None:
+            projected = normalise(projected, spec.qk_norm, weights, f"{at}.attn.{name}_norm")
+        if name != "v" and rope is not None:
+            projected = rotate(projected, rope)
+        heads[name] = projected
+    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+    visible = (distance >= 0) & (distance < (spec.window or length))
+    out = np.empty((length, spec.heads, spec.head_dim))
+    for head in range(spec.heads):
+        group = head // (spec.heads // spec.kv_heads)
+        scores = np.where(visible, spec.scale * heads["q"][:, head] @ heads["k"][:, group].T, -np.inf)
+        weight = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, head] = weight / weight.sum(-1, keepdims=True) @ heads["v"][:, group]
+    return linear(out.reshape(length, -1), weights, f"{at}.attn.o")
+
+
+def rotate(x: Array, rope: RopeSpec) -> Array:
+    angles = np.arange(len(x))[:, None, None] * rope.inv_freq(len(x)).astype(np.float64)
+    cos, sin = np.cos(angles) * rope.attention_scaling, np.sin(angles) * rope.attention_scaling
+    half = rope.dim // 2
+    a, b = x[..., :half], x[..., half : rope.dim]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rope.dim :]], -1)
+
+
+def feed_forward(x: Array, spec: MlpSpec, weights: Mapping[str, Array], at: str) -> Array:
+    up = linear(x, weights, f"{at}.mlp.up")
+    if spec.gated:
+        inner = activate(linear(x, weights, f"{at}.mlp.gate"), spec.activation) * up
+    else:
+        inner = activate(up, spec.activation)
+    return linear(inner, weights, f"{at}.mlp.down")
+
+
+def activate(x: Array, kind: Activation) -> Array:
+    if kind is Activation.GELU_ERF:
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if kind is Activation.GELU_TANH:
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if kind is Activation.SILU:
+        return x / (1 + np.exp(-x))
+    return np.maximum(x, 0)

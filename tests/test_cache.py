@@ -1,0 +1,67 @@
+"""Bookkeeping of cache blocks."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
+
+
+def test_blocks_for_rounds_up() -> None:
+    assert [blocks_for(n) for n in (0, 1, BLOCK_TOKENS, BLOCK_TOKENS + 1)] == [0, 1, 1, 2]
+
+
+def test_chain_hash_depends_on_tokens_and_on_all_before() -> None:
+    a, b = list(range(BLOCK_TOKENS)), list(range(1, BLOCK_TOKENS + 1))
+    first = chain_hash(b"", a)
+    assert first == chain_hash(b"", list(a))
+    assert len({first, chain_hash(b"", b), chain_hash(first, a), chain_hash(chain_hash(b"", b), a)}) == 4
+
+
+def test_freed_block_is_found_until_its_number_is_handed_out_again() -> None:
+    pool = BlockPool(2)
+    block = pool.take()
+    pool.publish(block, b"key")
+    pool.give_back([block])
+    assert pool.find([b"key", b"other"]) == [block]
+    pool.give_back([block])
+    assert {pool.take(), pool.take()} == {0, 1}
+    assert pool.find([b"key"]) == []
+    pool.check()
+
+
+def test_blocks_without_content_are_reused_before_cached_ones() -> None:
+    pool = BlockPool(3)
+    cached, plain = pool.take(), pool.take()
+    pool.publish(cached, b"key")
+    pool.give_back([cached])
+    pool.give_back([plain])
+    assert [pool.take(), pool.take()] == [plain, 2]
+    assert pool.find([b"key"]) == [cached]
+
+
+def test_shared_block_is_free_only_when_all_let_go() -> None:
+    pool = BlockPool(1)
+    block = pool.take()
+    pool.publish(block, b"key")
+    assert pool.find([b"key"]) == [block]
+    pool.give_back([block])
+    assert pool.free == 0
+    pool.give_back([block])
+    assert pool.free == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["take", "back", "publish", "find"]), st.integers(0, 7)), max_size=60))
+def test_invariants_hold_whatever_is_done(actions: list[tuple[str, int]]) -> None:
+    pool, held = BlockPool(5), []
+    for action, n in actions:
+        if action == "take" and pool.free:
+            held.append(pool.take())
+        elif action == "back" and held:
+            pool.give_back([held.pop(n % len(held))])
+        elif action == "publish" and held:
+            pool.publish(held[n % len(held)], b"%d" % n)
+        elif action == "find":
+            held += pool.find([b"%d" % n])
+        pool.check()
+        assert pool.free == 5 - len(set(held))

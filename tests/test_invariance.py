@@ -1,0 +1,115 @@
+"""Bit for bit: how a batch is cut, ordered, threaded or replayed never changes a token's logits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyllm import LLM, SamplingParams, active_isa, available_isas, set_isa
+from pyllm.engine.scheduler import Work
+from pyllm.engine.sequence import Sequence
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+MODELS = ["gpt2", "llama", "llama-tied-biased", "mistral", "qwen3"]
+SHARED = np.random.default_rng(0).integers(0, 60, 130).tolist()  # a beginning of more than two cache blocks
+
+
+@pytest.fixture(params=available_isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = active_isa()
+    set_isa(request.param)
+    yield request.param
+    set_isa(before)
+
+
+def load(name: str, dtype: str, **options: object) -> LLM:
+    options.setdefault("threads", 2)
+    return LLM(GOLDEN / name, dtype=dtype, skip_tokenizer_init=True, **options)
+
+
+def logits_of(llm: LLM, ids: list[int], chunks: list[int]) -> np.ndarray:
+    """Logits of every token when the tokens are computed in these chunks; a chunk of 1 is a recorded decode step."""
+    pool = llm.engine.scheduler.pool
+    sequence = Sequence(ids, 1, share_prefix=False)
+    assert sequence.reserve(pool, len(ids))
+    rows, start = [], 0
+    for count in chunks:
+        work = Work(sequence, start, count, True)
+        if count == 1:
+            rows.append(llm._runner.decode([work]).copy())
+        else:
+            x = llm._runner.forward([work])
+            rows += [piece.copy() for _, piece in llm._runner.logits(x, np.arange(count, dtype=np.int32))]
+        start += count
+    sequence.leave(pool)
+    assert start == len(ids)
+    return np.concatenate(rows)
+
+
+def prompt_of(llm: LLM, length: int) -> list[int]:
+    length = min(length, llm.max_model_len)
+    return np.random.default_rng(length).integers(0, llm.spec.vocab_size, length).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_equals_decode_equals_any_chunking(name: str, dtype: str) -> None:
+    llm = load(name, dtype)
+    ids = prompt_of(llm, 100)
+    n = len(ids)
+    whole = llm.forward(ids).logits
+    assert np.isfinite(whole).all()
+    for chunks in ([1] * n, [n // 2, n - n // 2], [1, 2, 3, 5, 8, n - 19], [17] * (n // 17) + [1] * (n % 17)):
+        np.testing.assert_array_equal(logits_of(llm, ids, chunks), whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_threads_and_reruns_do_not_matter(name: str, dtype: str) -> None:
+    ids = prompt_of(load(name, dtype), 80)
+    first = load(name, dtype, threads=1).forward(ids).logits
+    for threads in (1, 2, 3):
+        llm = load(name, dtype, threads=threads)
+        np.testing.assert_array_equal(llm.forward(ids).logits, first)
+        np.testing.assert_array_equal(logits_of(llm, ids, [1] * len(ids)), first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_sequence_alone_equals_the_same_in_any_batch(name: str, dtype: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, prompt_logprobs=3)
+    llm = load(name, dtype)
+    prompts = [{"prompt_token_ids": prompt_of(llm, n)} for n in (1, 2, 17, 40, 64, 65, 90)]
+    alone = [llm.generate([p], params)[0] for p in prompts]
+    for options in ({}, {"max_num_seqs": 2}, {"max_num_batched_tokens": 13}, {"enable_prefix_caching": False}):
+        together = load(name, dtype, **options).generate(prompts, params)
+        for a, b in zip(alone, together, strict=True):
+            assert a.outputs == b.outputs
+            assert a.prompt_logprobs == b.prompt_logprobs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graph_equals_eager(dtype: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=3)
+    llm = load("llama", dtype)
+    prompts = [{"prompt_token_ids": prompt_of(llm, n)} for n in (5, 30)]
+    replayed = llm.generate(prompts, params)
+    llm.engine.use_graphs = False
+    assert [o.outputs for o in llm.generate(prompts, params)] == [o.outputs for o in replayed]
+
+
+def test_shared_prefix_and_preemption_give_the_same(tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    plain = load("llama", "float32", enable_prefix_caching=False)
+    head = SHARED[: min(130, plain.max_model_len - 60)]
+    prompts = [{"prompt_token_ids": [*head, *prompt_of(plain, n)[:10]]} for n in (10, 11, 12)]
+    expected = [o.outputs for o in plain.generate(prompts, params)]
+    cached = load("llama", "float32")
+    assert [o.outputs for o in cached.generate(prompts, params)] == expected
+    assert [o.outputs for o in cached.generate(prompts, params)] == expected
+    assert cached.stats.cached_tokens > 0
+    block = cached.plan.cache // cached.plan.cache_blocks
+    need = -(-(len(head) + 50) // 64)
+    tight = load("llama", "float32", kv_cache_bytes=block * (need + 1), max_model_len=len(head) + 50)
+    assert [o.outputs for o in tight.generate(prompts, params)] == expected
