@@ -232,9 +232,9 @@ class Ops:
     def sample(self, logits: F32, inputs: SampleInputs) -> NDArray[np.int32]:
         """Choose a token for each row: logits [R, V], changed in place by penalties and biases -> int32 [R].
 
-        `inputs` says how, row by row: see :func:`pyllm.sampling.sample_inputs`. In this order: penalties, bias, allowed tokens,
-        temperature, top-k, top-p, min-p, a draw. Nothing but a row and its own inputs decides its token. It is -1 where nothing
-        can be chosen: a NaN or +inf logit, or none that is allowed.
+        `inputs` says how, row by row: see :func:`pyllm.sampling.sample_inputs`. In this order: penalties, bias, allowed
+        tokens, temperature, top-k, top-p, min-p, a draw. Nothing but a row and its own inputs decides its token. It is -1
+        where nothing can be chosen: a NaN or +inf logit, or none that is allowed.
         """
         out = np.empty(logits.shape[0], np.int32)
         self.context.sample(out, logits, inputs.rows, inputs.history, inputs.bias, inputs.allowed)
@@ -245,9 +245,9 @@ class Ops:
     ) -> tuple[F32, NDArray[np.int32], F32, NDArray[np.int32]]:
         """Log-softmax of logits [R, V] at ids int32 [R] and at the `top_n` largest.
 
-        Returns log-probabilities [R] and ranks int32 [R] of `ids` (1 is the most probable), then log-probabilities [R, top_n]
-        and ids int32 [R, top_n] of the most probable, falling, the lowest id first among equals. A row with a NaN or +inf logit
-        gives NaN, rank 0 and ids -1; where fewer than top_n logits are finite, -inf and -1 fill up.
+        Returns log-probabilities [R] and ranks int32 [R] of `ids` (1 is the most probable), then log-probabilities
+        [R, top_n] and ids int32 [R, top_n] of the most probable, falling, the lowest id first among equals. A row with a NaN
+        or +inf logit gives NaN, rank 0 and ids -1; where fewer than top_n logits are finite, -inf and -1 fill up.
         """
         rows = logits.shape[0]
         chosen, ranks = np.empty(rows, np.float32), np.empty(rows, np.int32)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the parameters of a request, and what the sampling kernel is given for each sequence."""
+"""How the next token is chosen: a request's parameters, and what the sampling kernel is given for each sequence."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _ABSENT: dict[str, Any] = {
 
 
 def _with_aliases(cls: type[T]) -> type[T]:
-    """Let the constructor of dataclass `cls` take Hugging Face spellings, and name the nearest parameter to an unknown one."""
+    """Let the constructor of `cls` take Hugging Face spellings, and name the parameter nearest to an unknown one."""
     construct = cls.__init__
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
 
@@ -61,7 +61,7 @@ def _with_aliases(cls: type[T]) -> type[T]:
     def init(self: T, **given: Any) -> None:
         construct(self, **_translate(given, names))
 
-    cls.__init__ = init  # type: ignore[method-assign]
+    cls.__init__ = init  # type: ignore[method-assign, assignment]
     return cls
 
 
@@ -73,30 +73,30 @@ class SamplingParams:
     ============================  ========  ==================================================================
     ``n``                         1         completions of the prompt, at most 16
     ``max_tokens``                128       most tokens to generate; 0: only score the prompt; None: all that fit
-    ``min_tokens``                0         tokens before which neither end-of-sequence nor a stop may come
+    ``min_tokens``                0         tokens before which the output may not end
     ``temperature``               1.0       0 (anything below 1e-5): always the most probable token
-    ``top_k``                     0         keep the k most probable tokens and what ties with the last; 0 or -1: all
-    ``top_p``                     1.0       keep the fewest most probable tokens that together hold this probability
+    ``top_k``                     0         keep the k most probable and ties with the last; 0, -1: all
+    ``top_p``                     1.0       keep the fewest most probable that hold this probability
     ``min_p``                     0.0       keep tokens at least this probable relative to the most probable
-    ``repetition_penalty``        1.0       logits of tokens seen in prompt or output: divided by it, or multiplied where negative
+    ``repetition_penalty``        1.0       logits of tokens seen: divided by it, multiplied where negative
     ``presence_penalty``          0.0       subtracted from logits of tokens in the output; -2 to 2
     ``frequency_penalty``         0.0       the same, times how often the token stands there; -2 to 2
     ``seed``                      None      of the draws; None: fresh entropy
-    ``stop``                      ()        a string or up to 16 of 256 characters; text ends before the first that appears
+    ``stop``                      ()        a string, or up to 16; the text ends before the first found
     ``stop_token_ids``            ()        tokens that end the output, besides the model's own
     ``include_stop_str_in_output``  False   keep the stop string at the end of the text
     ``ignore_eos``                False     go on after the model's end-of-sequence token
     ``bad_words``                 ()        strings that must not be generated
     ``allowed_token_ids``         None      the only tokens that may be generated
     ``logit_bias``                {}        token id -> number added to its logit; -100 to 100
-    ``logprobs``                  None      log-probabilities of each output token and of this many most probable ones, at most 20
+    ``logprobs``                  None      log-probabilities of each output token and this many best, <= 20
     ``prompt_logprobs``           None      the same for the prompt
     ``detokenize``                True      produce text; without it there are only token ids
     ``skip_special_tokens``       True      leave special tokens out of the text
     ============================  ========  ==================================================================
 
-    Hugging Face spellings (``max_new_tokens``, ``do_sample``, ``stop_strings``, ...) are accepted with a ``UserWarning`` that
-    names the parameter meant. An unknown name or a wrong type is a ``TypeError``, a wrong value a ``ValueError``.
+    Hugging Face spellings (``max_new_tokens``, ``do_sample``, ``stop_strings``) are accepted with a ``UserWarning``
+    that names the parameter meant. An unknown name or a wrong type is a ``TypeError``, a wrong value a ``ValueError``.
     """
 
     n: int = 1
@@ -156,7 +156,9 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.stop and not self.detokenize:
-            raise ValueError("stop: expected no stop strings where detokenize is False: use stop_token_ids, or let it be True")
+            raise ValueError(
+                "stop: expected no stop strings where detokenize is False: use stop_token_ids, or let it be True"
+            )
         if self.greedy and self.n > 1:
             raise ValueError(f"n: expected 1 where temperature is 0, for all completions would be equal, got {self.n}")
 
@@ -180,13 +182,16 @@ def _translate(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
         elif name == "do_sample":
             if not isinstance(value, bool):
                 raise TypeError(f"do_sample: expected True or False, got {value!r}")
-            _warn(name, "temperature (0 chooses the most probable token)")
             if value:
                 if given.get("temperature") == 0:
                     raise ValueError("do_sample: True contradicts temperature = 0: give temperature alone")
+                _warn(name, "temperature (above 0)")
                 continue
             if "temperature" in given:
-                raise ValueError("do_sample: False means temperature = 0, and temperature is given too: give temperature alone")
+                raise ValueError(
+                    "do_sample: False means temperature = 0, and temperature is given too: give temperature alone"
+                )
+            _warn(name, "temperature (0 chooses the most probable token)")
             target, value = "temperature", 0.0
         elif name in _ALIASES:
             target = _ALIASES[name]
@@ -197,8 +202,10 @@ def _translate(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
                 value = [value] if isinstance(value, int) else value
         elif name in _ABSENT:
             if value != _ABSENT[name] or isinstance(value, bool) != isinstance(_ABSENT[name], bool):
-                raise ValueError(f"{name}: pyllm does not have this yet: expected {_ABSENT[name]!r} or no {name}, got {value!r}")
-            warnings.warn(f"{name} has no effect in pyllm", UserWarning, stacklevel=4)
+                raise ValueError(
+                    f"{name}: pyllm does not have this yet: expected {_ABSENT[name]!r} or no {name}, got {value!r}"
+                )
+            warnings.warn(f"{name} has no effect in pyllm", UserWarning, stacklevel=3)
             continue
         else:
             nearest = difflib.get_close_matches(name, [*names, *_ALIASES, "do_sample"], n=1, cutoff=0.5)
@@ -209,7 +216,7 @@ def _translate(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def _warn(name: str, target: str) -> None:
-    warnings.warn(f"{name} is the Hugging Face spelling; pyllm's name is {target}", UserWarning, stacklevel=5)
+    warnings.warn(f"{name} is the Hugging Face spelling; pyllm's name is {target}", UserWarning, stacklevel=4)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
@@ -265,7 +272,9 @@ def _biases(values: Any) -> dict[int, float]:
         raise TypeError(f"logit_bias: expected a mapping from token id to number, got {values!r}")
     result: dict[int, float] = {}
     for key, value in values.items():
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else key  # JSON keys
+        token = (
+            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else key
+        )  # JSON keys
         result[_integer("logit_bias key", token, 0, 2**31 - 1)] = _number(f"logit_bias[{key}]", value, -100, 100)
     return result
 
@@ -288,7 +297,7 @@ SAMPLE_ROW = np.dtype(
 
 
 class SampleInputs(NamedTuple):
-    """Arguments of :meth:`pyllm.ops.Ops.sample`; row r of a list is ids[starts[r] : starts[r + 1]] and the values beside them."""
+    """Arguments of :meth:`pyllm.ops.Ops.sample`; row r of a list is ids[starts[r] : starts[r + 1]]."""
 
     rows: NDArray[np.void]  # [R] of SAMPLE_ROW
     history: tuple[Int64s, Int32s, Int32s] | None = None  # starts [R + 1], ids, how often each stands in the output
@@ -297,13 +306,14 @@ class SampleInputs(NamedTuple):
 
 
 class SamplingState:
-    """What one sequence brings to each draw: its parameters, and the tokens it has seen where penalties need them.
+    """What one sequence brings to each draw: its parameters, and the tokens seen where penalties need them.
 
-    `seed` names the request's random numbers and `stream` the completion among its `n`; the draw of output token i is number i
-    of that stream, so it hangs on nothing else.
+    `seed` names the request's random numbers and `stream` the completion among its `n`; the draw of output token i is
+    number i of that stream, so it hangs on nothing else.
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], seed: int, stream: int = 0) -> None:
+        """State before the first output token."""
         self.row = np.zeros(1, SAMPLE_ROW)
         for name in SAMPLE_ROW.names or ():
             if name not in ("seed", "position", "stream"):
@@ -346,11 +356,17 @@ def sample_inputs(states: Sequence[SamplingState], forbidden: Sequence[Sequence[
     if any(ids.size for ids, _ in parts):
         starts, ids = _join([ids for ids, _ in parts])
         history = (starts, ids, np.concatenate([counts for _, counts in parts]))
-    bans = [np.array(f, np.int32) for f in forbidden] if forbidden is not None else [np.zeros(0, np.int32)] * len(states)
+    bans = (
+        [np.array(f, np.int32) for f in forbidden] if forbidden is not None else [np.zeros(0, np.int32)] * len(states)
+    )
     if any(s.bias_ids.size or ban.size for s, ban in zip(states, bans, strict=True)):
         starts, ids = _join([np.concatenate([s.bias_ids, ban]) for s, ban in zip(states, bans, strict=True)])
         never = [np.full(ban.size, -np.inf, np.float32) for ban in bans]
-        bias = (starts, ids, np.concatenate([v for s, n in zip(states, never, strict=True) for v in (s.bias_values, n)]))
+        bias = (
+            starts,
+            ids,
+            np.concatenate([v for s, n in zip(states, never, strict=True) for v in (s.bias_values, n)]),
+        )
     if any(s.allowed.size for s in states):
         allowed = _join([s.allowed for s in states])
     return SampleInputs(rows, history, bias, allowed)

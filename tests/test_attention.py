@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from oracle.attention import PAGE, attention, padded, put
-from oracle.harness import ISAS, Framed, assert_close, at_isa
+from oracle.harness import ISAS, Framed, at_isa
 
 from pyllm.ops import Ops
 
@@ -54,6 +54,20 @@ class Case:
         return attention(q, keys, values, starts, self.head_size**-0.5, window).reshape(len(q), -1)
 
 
+def assert_close_to_formula(case: Case, actual: np.ndarray, oracle: np.ndarray, naive: np.ndarray) -> None:
+    """The tolerance of all kernels, with a floor for batches so small that the naive version is exact by luck.
+
+    A score is wrong by about half a unit in its last place, and a weight, so an output, by as much as its score.
+    """
+    norms = [max(float(np.linalg.norm(a, axis=-1).max()) for a in part) for part in (case.queries, case.keys)]
+    score = norms[0] * norms[1] * case.head_size**-0.5
+    floor = 2**-24 * score * max(float(np.abs(v).max()) for v in case.values)
+    assert np.isfinite(actual).all()
+    error, usual = (float(np.abs(a - oracle).max(initial=0)) for a in (actual, naive))
+    allowed = 2 * max(usual, floor) + 4 * 2**-23 * float(np.abs(oracle).max(initial=0))
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
 def make(lengths: list[int], heads: int, groups: int, size: int, dtype: np.dtype, seed: int = 0) -> Case:
     rng = np.random.default_rng(seed)
     keys, values, queries = (
@@ -90,7 +104,7 @@ def test_matches_formula(dtype: np.dtype, size: int) -> None:
                 context = POOLS[2].context
                 context.attention(out.array, query.array, case.cache, starts, lengths, tables, size, size**-0.5, window)
             out.check()
-            assert_close(out.array, oracle, naive)
+            assert_close_to_formula(case, out.array, oracle, naive)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +118,7 @@ def test_lengths_and_heads(dtype: np.dtype, heads: int, groups: int) -> None:
             oracle, naive = (case.formula(*ranges, window=window, dtype=d) for d in (np.float64, np.float32))
             for isa in ISAS:
                 with at_isa(isa):
-                    assert_close(case.attend(POOLS[2], *ranges, window=window), oracle, naive)
+                    assert_close_to_formula(case, case.attend(POOLS[2], *ranges, window=window), oracle, naive)
 
 
 @pytest.mark.parametrize("isa", ISAS)

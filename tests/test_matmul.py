@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from oracle import matmul as oracle
 
 from pyllm import _cpu
 from pyllm.ops import Ops
 from pyllm.spec import Activation
-from tests.oracle import matmul as oracle
 
 Array = NDArray[Any]
 
@@ -56,7 +56,7 @@ def normal(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> Arr
 def check(y: Array, x: Array, w: Array, isa: str, dtype: str) -> None:
     """y = x w^T within the worst case of a float32 chain, and no worse than the naive version in float32.
 
-    Where the naive version was lucky (few outputs), 2 eps sum |x| |w| is allowed: chains of random terms stay well below.
+    Where the naive version was lucky (few outputs), 2 eps sum |x| |w| is allowed: random chains stay well below.
     """
     round_x = rounds_x(isa, dtype)
     expected = oracle.matmul(x, w, round_x=round_x)
@@ -112,11 +112,9 @@ def test_epilogue(isa: str, activation: Activation | None, gated: bool, ops: Ops
         bias_up = normal(rng, n) if bits & 2 and gated else None
         residual = normal(rng, rows, n) if bits & 4 else None
         name = None if activation is None else activation.value
-        want = oracle.matmul(
-            x, w, bias, gate=gate, bias_up=bias_up, residual=residual, activation=name
-        )
+        want = oracle.matmul(x, w, bias, gate=gate, bias_up=bias_up, residual=residual, activation=name)
         y = ops.matmul(x, packed, bias, bias_up, activation, residual)
-        # Sums of 24 terms of magnitude about 1, an activation of slope at most 1.2, a product: 64 ulps of the largest value.
+        # Sums of 24 terms of about 1, an activation of slope at most 1.2, a product: 64 ulps of the largest value.
         assert np.abs(y - want).max() <= 64 * EPS * max(1.0, np.abs(want).max())
         if residual is not None:
             assert ops.matmul(x, packed, bias, bias_up, activation, residual, out=residual) is residual
@@ -247,19 +245,19 @@ def test_bad_arguments(ops: Ops, rng: np.random.Generator) -> None:
         ops.context.matmul(np.zeros((3, 5), np.float32), x, np.zeros((5, 8), np.float32), None, None, None, 0)
     with pytest.raises(ValueError, match=r"x: expected float32\[any, 8\], got float32\[3, 7\]"):
         ops.matmul(normal(rng, 3, 7), w)
-    with pytest.raises(ValueError, match="x: .*contiguous"):
+    with pytest.raises(ValueError, match=r"x: .*contiguous"):
         ops.matmul(np.asfortranarray(x), w)
     with pytest.raises(ValueError, match=r"bias: expected float32\[5\], got float32\[4\]"):
         ops.matmul(x, w, normal(rng, 4))
-    with pytest.raises(ValueError, match="bias_up: .*not gated"):
+    with pytest.raises(ValueError, match=r"bias_up: .*not gated"):
         ops.matmul(x, w, bias_up=normal(rng, 5))
     with pytest.raises(ValueError, match=r"out: expected float32\[3, 5\], got float32\[2, 5\]"):
         ops.matmul(x, w, out=np.zeros((2, 5), np.float32))
-    with pytest.raises(ValueError, match="out: .*read-only"):
+    with pytest.raises(ValueError, match=r"out: .*read-only"):
         ops.matmul(x, w, out=read_only)
-    with pytest.raises(ValueError, match="out: .*overlaps x"):
+    with pytest.raises(ValueError, match=r"out: .*overlaps x"):
         ops.matmul(shared[:24].reshape(3, 8), w, out=shared[20:35].reshape(3, 5))
-    with pytest.raises(ValueError, match="out: .*overlaps residual"):
+    with pytest.raises(ValueError, match=r"out: .*overlaps residual"):
         ops.matmul(x, w, residual=shared[:15].reshape(3, 5), out=shared[1:16].reshape(3, 5))
     with pytest.raises(ValueError, match="activation: expected 0 to 4, got 9"):
         ops.context.matmul(np.zeros((3, 5), np.float32), x, w, None, None, None, 9)

@@ -116,14 +116,14 @@ def test_graph_equals_eager(isa: str) -> None:
 def test_bad_arguments() -> None:
     x = random(3, 8)
     cases = [
-        (dict(weight=random(7)), ValueError, "weight: expected float32"),
-        (dict(weight=random(8).astype(np.float64)), TypeError, "weight: expected float32"),
-        (dict(out=np.zeros((3, 9), np.float32)), ValueError, "out: expected"),
-        (dict(residual=random(2, 8)), ValueError, "residual: expected"),
-        (dict(sum_out=random(3, 8)), ValueError, "sum_out: expected a residual"),
-        (dict(eps=float("nan")), ValueError, "eps: expected"),
-        (dict(eps=-1e-5), ValueError, "eps: expected"),
-        (dict(out=random(8, 3).T), ValueError, "out: expected an aligned array"),
+        ({"weight": random(7)}, ValueError, "weight: expected float32"),
+        ({"weight": random(8).astype(np.float64)}, TypeError, "weight: expected float32"),
+        ({"out": np.zeros((3, 9), np.float32)}, ValueError, "out: expected"),
+        ({"residual": random(2, 8)}, ValueError, "residual: expected"),
+        ({"sum_out": random(3, 8)}, ValueError, "sum_out: expected a residual"),
+        ({"eps": float("nan")}, ValueError, "eps: expected"),
+        ({"eps": -1e-5}, ValueError, "eps: expected"),
+        ({"out": random(8, 3).T}, ValueError, "out: expected an aligned array"),
     ]
     for changes, error, message in cases:
         arguments = {"weight": None, "kind": NormKind.RMS, "eps": 1e-5} | changes

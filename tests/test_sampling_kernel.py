@@ -97,7 +97,13 @@ def test_kept_sets_of_a_large_vocabulary(isa: str, spread: float) -> None:
     """Draws at both ends and all along the kept mass, flat rows and whole rows of ties included."""
     vocab = 32003
     x = rng(1).normal(0, spread, vocab).astype(np.float32)
-    for chain in ({"top_p": 0.9}, {"top_p": 0.5, "temperature": 0.7}, {"top_k": 2000}, {"top_k": 40, "top_p": 0.95}, {}):
+    for chain in (
+        {"top_p": 0.9},
+        {"top_p": 0.5, "temperature": 0.7},
+        {"top_k": 2000},
+        {"top_k": 40, "top_p": 0.95},
+        {},
+    ):
         params = SamplingParams(**chain)
         p = probabilities(x, params)
         with at_isa(isa):
@@ -164,7 +170,12 @@ def test_penalties_bias_and_lists(isa: str) -> None:
         (SamplingParams(logit_bias={3: 5.0, 130: -100.0}), [1], [2], [4]),
         (SamplingParams(allowed_token_ids=[130, 4, 64]), [], [], [4]),
         (SamplingParams(), [5], [6], []),
-        (SamplingParams(temperature=0, repetition_penalty=0.5, frequency_penalty=2, logit_bias={8: 1.0}), [8], [8, 8], [0]),
+        (
+            SamplingParams(temperature=0, repetition_penalty=0.5, frequency_penalty=2, logit_bias={8: 1.0}),
+            [8],
+            [8, 8],
+            [0],
+        ),
         (SamplingParams(top_k=1, allowed_token_ids=[77]), [], [], []),
     ]
     states, expected = [], []

@@ -17,7 +17,25 @@ from hypothesis import strategies as st
 from pyllm.sampling import SamplingParams, SamplingState, sample_inputs
 
 NAMES = [f.name for f in dataclasses.fields(SamplingParams)]
-ODD: list[Any] = [math.nan, math.inf, -math.inf, -1, 2**63, -(2**63), 2**64, 10**400, 1e300, 1e-300, "1", b"", None, True, [], {}, object()]
+ODD: list[Any] = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    2**63,
+    -(2**63),
+    2**64,
+    10**400,
+    1e300,
+    1e-300,
+    "1",
+    b"",
+    None,
+    True,
+    [],
+    {},
+    object(),
+]
 
 VALID = {
     "n": st.integers(1, 16),
@@ -65,7 +83,7 @@ def test_valid_values_are_kept(values: dict[str, Any]) -> None:
 @given(st.sampled_from(NAMES), st.sampled_from(ODD) | st.floats() | st.integers() | st.text(max_size=3))
 @settings(deadline=None, max_examples=500)
 def test_any_value_is_taken_or_named(name: str, value: Any) -> None:
-    """A constructor that returns has finite values in range; one that does not names the parameter, and never dies otherwise."""
+    """What is accepted is finite and in range; what is not is an error that names the parameter."""
     try:
         params = SamplingParams(**{name: value})
     except (TypeError, ValueError) as error:
@@ -113,7 +131,11 @@ def test_defaults_are_those_of_the_table() -> None:
         ({"max_new_token": 1}, TypeError, "unknown sampling parameter max_new_token: did you mean max_new_tokens?"),
         ({"qqqq": 1}, TypeError, "unknown sampling parameter qqqq: expected one of n, max_tokens"),
         ({"num_beams": 4}, ValueError, "num_beams: pyllm does not have this yet: expected 1 or no num_beams, got 4"),
-        ({"max_tokens": 1, "max_new_tokens": 1}, ValueError, "max_new_tokens: the same as max_tokens, which is given too"),
+        (
+            {"max_tokens": 1, "max_new_tokens": 1},
+            ValueError,
+            "max_new_tokens: the same as max_tokens, which is given too",
+        ),
         ({"do_sample": False, "temperature": 0.5}, ValueError, "do_sample: False means temperature = 0"),
     ],
 )

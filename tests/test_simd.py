@@ -1,4 +1,4 @@
-"""Half-precision conversions of the vector type, through the kernels that use them, over every value of both formats."""
+"""Half-precision conversions of the vector type, through the kernels that use them, over every value."""
 
 from __future__ import annotations
 

@@ -25,16 +25,21 @@ Heads<T> heads_of(const py::object& object, const char* name, int64_t rows, int6
   const auto a = py::reinterpret_borrow<py::array>(object);
   check_array(a, name, py::dtype::of<std::remove_const_t<T>>(), {rows, heads, dim}, !std::is_const_v<T>);
   const int64_t size = sizeof(T), width = a.shape(1) * a.shape(2);
-  const bool apart = (a.shape(1) > 1 && a.strides(1) != size * a.shape(2)) || (a.shape(0) > 1 && a.strides(0) < size * width);
+  const bool apart =
+      (a.shape(1) > 1 && a.strides(1) != size * a.shape(2)) || (a.shape(0) > 1 && a.strides(0) < size * width);
   if (a.size() > 0 && apart)
-    throw py::value_error(std::string(name) + ": expected adjacent heads, got strides that part them: pass numpy.ascontiguousarray of it");
-  return {static_cast<T*>(const_cast<void*>(a.data())), a.shape(0), a.shape(1), a.shape(2), a.shape(0) > 1 ? a.strides(0) / size : width};
+    throw py::value_error(std::string(name) +
+                          ": expected adjacent heads, got strides that part them: pass numpy.ascontiguousarray of it");
+  return {static_cast<T*>(const_cast<void*>(a.data())), a.shape(0), a.shape(1), a.shape(2),
+          a.shape(0) > 1 ? a.strides(0) / size : width};
 }
 
 void norm(Context& context, const py::object& y, const py::object& x, const py::object& weight, const py::object& bias,
           const py::object& residual, const py::object& sum, double eps, int kind) {
-  if (!(eps >= 0 && std::isfinite(eps))) throw py::value_error("eps: expected a finite number >= 0, got " + std::to_string(eps));
-  if (kind != int(NormKind::layer) && kind != int(NormKind::rms)) throw py::value_error("kind: expected 0 (layer) or 1 (rms), got " + std::to_string(kind));
+  if (!(eps >= 0 && std::isfinite(eps)))
+    throw py::value_error("eps: expected a finite number >= 0, got " + std::to_string(eps));
+  if (kind != int(NormKind::layer) && kind != int(NormKind::rms))
+    throw py::value_error("kind: expected 0 (layer) or 1 (rms), got " + std::to_string(kind));
   const auto in = heads_of<const float>(x, "x", -1, -1, -1);
   const auto out = heads_of<float>(y, "out", in.rows, in.heads, in.dim);
   NormArgs args{};
@@ -48,8 +53,10 @@ void norm(Context& context, const py::object& y, const py::object& x, const py::
   }
   if (!sum.is_none()) {
     const auto view = heads_of<float>(sum, "sum_out", in.rows, in.heads, in.dim);
-    if (residual.is_none()) throw py::value_error("sum_out: expected a residual with it, got none: without one the sum is x");
-    if (view.data == out.data && in.rows * in.dim > 0) throw py::value_error("sum_out: expected an array of its own, got that of the output");
+    if (residual.is_none())
+      throw py::value_error("sum_out: expected a residual with it, got none: without one the sum is x");
+    if (view.data == out.data && in.rows * in.dim > 0)
+      throw py::value_error("sum_out: expected an array of its own, got that of the output");
     args.sum = view.data, args.sum_stride = view.stride;
   }
   args.rows = in.rows, args.heads = in.heads, args.dim = in.dim;
@@ -60,7 +67,8 @@ void norm(Context& context, const py::object& y, const py::object& x, const py::
 }
 
 void activation(Context& context, const py::object& y, const py::object& x, const py::object& up, int kind) {
-  if (kind < int(Activation::none) || kind > int(Activation::relu)) throw py::value_error("activation: expected 0 to 4, got " + std::to_string(kind));
+  if (kind < int(Activation::none) || kind > int(Activation::relu))
+    throw py::value_error("activation: expected 0 to 4, got " + std::to_string(kind));
   const auto in = rows_of<const float>(x, "x", -1, -1);
   const auto out = rows_of<float>(y, "out", in.rows, in.cols);
   ActivationArgs args{out.data, in.data, nullptr, in.rows, in.cols, in.stride, 0, out.stride, Activation(kind)};
@@ -71,29 +79,36 @@ void activation(Context& context, const py::object& y, const py::object& x, cons
   context.submit(&cpu::KernelTable::activation, args, {y, x, up});
 }
 
-// The table of embedding: a packed matrix, or an array whose rows are contiguous but may lie at any address. Returns its rows.
+// The table of embedding: a packed matrix, or an array whose rows are contiguous but may lie at any address. Returns
+// its rows.
 int64_t set_table(EmbeddingArgs& args, const py::object& table) {
   if (py::isinstance<PackedMatrix>(table)) {
     const PackedView view = py::cast<const PackedMatrix&>(table).view;
     if (view.parts != 1) throw py::value_error("table: expected a matrix of one part, got a gated one");
-    if (view.k != args.dim) throw py::value_error("table: expected width " + std::to_string(args.dim) + " like the output, got " + std::to_string(view.k));
+    if (view.k != args.dim)
+      throw py::value_error("table: expected width " + std::to_string(args.dim) + " like the output, got " +
+                            std::to_string(view.k));
     args.packed = view;
     return view.n;
   }
-  if (!py::isinstance<py::array>(table)) throw py::type_error("table: expected a PackedMatrix or a numpy array, got " + std::string(py::str(py::type::of(table))));
+  if (!py::isinstance<py::array>(table))
+    throw py::type_error("table: expected a PackedMatrix or a numpy array, got " +
+                         std::string(py::str(py::type::of(table))));
   const auto a = py::reinterpret_borrow<py::array>(table);
   args.table_dtype = dtype_of(a, "table");
-  if (a.ndim() != 2 || a.shape(1) != args.dim) throw py::value_error("table: expected [any, " + std::to_string(args.dim) + "], got " + shape_text(a));
+  if (a.ndim() != 2 || a.shape(1) != args.dim)
+    throw py::value_error("table: expected [any, " + std::to_string(args.dim) + "], got " + shape_text(a));
   const int64_t size = dtype_bytes(args.table_dtype);
   if (a.size() > 0 && ((a.shape(1) > 1 && a.strides(1) != size) || a.strides(0) % size))
-    throw py::value_error("table: expected rows that are contiguous, got strides that are not: pass numpy.ascontiguousarray of it");
+    throw py::value_error(
+        "table: expected rows that are contiguous, got strides that are not: pass numpy.ascontiguousarray of it");
   args.table = a.data();
   args.table_stride = a.strides(0) / size;
   return a.shape(0);
 }
 
-void embedding(Context& context, const py::object& y, const py::object& tokens, const py::object& table, const py::object& positions,
-               const py::object& position_table) {
+void embedding(Context& context, const py::object& y, const py::object& tokens, const py::object& table,
+               const py::object& positions, const py::object& position_table) {
   const auto out = rows_of<float>(y, "out", -1, -1);
   EmbeddingArgs args{};
   args.y = out.data, args.y_stride = out.stride, args.rows = out.rows, args.dim = out.cols;
@@ -121,9 +136,11 @@ void gather(Context& context, const py::object& y, const py::object& x, const py
 }  // namespace
 
 void bind_layers(py::module_&, ContextClass& context) {
-  context.def("norm", &norm, py::arg("y"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("sum"), py::arg("eps"), py::arg("kind"));
+  context.def("norm", &norm, py::arg("y"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+              py::arg("sum"), py::arg("eps"), py::arg("kind"));
   context.def("activation", &activation, py::arg("y"), py::arg("x"), py::arg("up"), py::arg("activation"));
-  context.def("embedding", &embedding, py::arg("y"), py::arg("tokens"), py::arg("table"), py::arg("positions"), py::arg("position_table"));
+  context.def("embedding", &embedding, py::arg("y"), py::arg("tokens"), py::arg("table"), py::arg("positions"),
+              py::arg("position_table"));
   context.def("gather", &gather, py::arg("y"), py::arg("x"), py::arg("index"));
 }
 

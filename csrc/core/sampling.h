@@ -24,14 +24,16 @@ struct RowLists {
 };
 
 // Chooses a token for each row. In this order:
-//   history   each distinct token of prompt and output, with how often it stands in the output: repetition penalty on all,
+//   history   each distinct token of prompt and output, with how often it stands in the output: repetition penalty on
+//   all,
 //             frequency times count and presence penalties on those with a count above 0
 //   bias      added; -inf forbids
 //   allowed   a row with a list keeps only its ids
-//   temperature; top-k, ties at the k-th value kept; top-p, a token staying while the tokens before it, by falling logit and
-//   then rising id, hold less than top_p of what top-k left; min-p, relative to the largest probability; a draw.
-// Greedy rows choose the largest logit, the lowest id among equals. A logit of -inf is never chosen. A row that has a NaN or
-// +inf logit, or nothing but -inf, gets token -1.
+//   temperature; top-k, ties at the k-th value kept; top-p, a token staying while the tokens before it, by falling
+//   logit and then rising id, hold less than top_p of what top-k left; min-p, relative to the largest probability; a
+//   draw.
+// Greedy rows choose the largest logit, the lowest id among equals. A logit of -inf is never chosen. A row that has a
+// NaN or +inf logit, or nothing but -inf, gets token -1.
 struct SampleArgs {
   int32_t* tokens;        // [R]
   float* logits;          // [R, V], changed in place by history, bias and allowed
@@ -47,17 +49,20 @@ struct SampleArgs {
 
 // The scratch that one thread needs for a row.
 constexpr int64_t kMaximaBlock = 64;  // logits whose maximum is kept
-constexpr int64_t sample_floats(int64_t vocab) { return ((vocab + kMaximaBlock - 1) / kMaximaBlock + 5 * vocab + 15) / 16 * 16; }
+constexpr int64_t sample_floats(int64_t vocab) {
+  return ((vocab + kMaximaBlock - 1) / kMaximaBlock + 5 * vocab + 15) / 16 * 16;
+}
 
-// Log-softmax of each row at one id and at the top_n largest logits (falling, lowest id first among equals). A row that has a NaN
-// or +inf logit, or nothing but -inf, gets NaN, rank 0 and ids -1; places past the last finite logit get -inf and -1.
+// Log-softmax of each row at one id and at the top_n largest logits (falling, lowest id first among equals). A row that
+// has a NaN or +inf logit, or nothing but -inf, gets NaN, rank 0 and ids -1; places past the last finite logit get -inf
+// and -1.
 struct LogprobsArgs {
-  float* chosen;         // [R] log-probability of ids
-  int32_t* ranks;        // [R] 1 + how many tokens have a larger one
-  float* top;            // [R, top_n]
-  int32_t* top_ids;      // [R, top_n]
-  const float* logits;   // [R, V]
-  const int32_t* ids;    // [R]
+  float* chosen;        // [R] log-probability of ids
+  int32_t* ranks;       // [R] 1 + how many tokens have a larger one
+  float* top;           // [R, top_n]
+  int32_t* top_ids;     // [R, top_n]
+  const float* logits;  // [R, V]
+  const int32_t* ids;   // [R]
   int64_t count, vocab, stride, top_n;
 };
 

@@ -36,7 +36,8 @@ constexpr auto kSpin = std::chrono::microseconds(200);
 struct alignas(64) Share {
   std::atomic<uint64_t> range{0};
 
-  void set(uint64_t begin, uint64_t end) { range.store(begin << 32 | end, std::memory_order_relaxed); }
+  // Release and acquire: who takes a chunk sees the run it belongs to.
+  void set(uint64_t begin, uint64_t end) { range.store(begin << 32 | end, std::memory_order_release); }
 
   int64_t take(bool front) {
     uint64_t r = range.load(std::memory_order_relaxed);
@@ -44,7 +45,7 @@ struct alignas(64) Share {
       const uint64_t begin = r >> 32, end = r & 0xffffffffu;
       if (begin >= end) return -1;
       const uint64_t next = front ? (begin + 1) << 32 | end : begin << 32 | (end - 1);
-      if (range.compare_exchange_weak(r, next, std::memory_order_relaxed)) return int64_t(front ? begin : end - 1);
+      if (range.compare_exchange_weak(r, next, std::memory_order_acquire, std::memory_order_relaxed)) return int64_t(front ? begin : end - 1);
     }
   }
 };
@@ -66,13 +67,17 @@ struct Parallel::Team {
     for (auto& w : workers) w.join();
   }
 
+  // Takes and runs chunks until none is left. Who comes late, even from the run before, just helps with the present one: a
+  // chunk can only be taken while its run lasts, and the run lasts until every chunk is done.
   void work(int self) {
     const int n = int(shares.size());
-    for (int64_t c; (c = shares[self].take(true)) >= 0;) fn(context, c, self);
+    int64_t count = 0;
+    for (int64_t c; (c = shares[self].take(true)) >= 0; ++count) fn(context, c, self);
     for (int d = 1; d < n; ++d) {
       Share& other = shares[(self + d) % n];
-      for (int64_t c; (c = other.take(false)) >= 0;) fn(context, c, self);
+      for (int64_t c; (c = other.take(false)) >= 0; ++count) fn(context, c, self);
     }
+    if (count) done.fetch_add(count, std::memory_order_release);
   }
 
   void loop(int self) {
@@ -91,7 +96,6 @@ struct Parallel::Team {
       seen = epoch.load(std::memory_order_acquire);
       if (stop.load()) return;
       work(self);
-      pending.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -99,15 +103,15 @@ struct Parallel::Team {
     const int n = int(shares.size());
     fn = f;
     context = ctx;
+    done.store(0, std::memory_order_relaxed);
     for (int i = 0; i < n; ++i) shares[i].set(uint64_t(chunks * i / n), uint64_t(chunks * (i + 1) / n));
-    pending.store(n - 1, std::memory_order_relaxed);
     epoch.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
     }
     work(0);
-    for (int spins = 0; pending.load(std::memory_order_acquire) > 0; ++spins) {
+    for (int spins = 0; done.load(std::memory_order_acquire) < chunks; ++spins) {
       relax();
       if (spins > 4096) std::this_thread::yield();
     }
@@ -116,7 +120,8 @@ struct Parallel::Team {
   std::vector<Share> shares;
   std::vector<std::thread> workers;
   std::atomic<uint64_t> epoch{0};
-  std::atomic<int> pending{0}, sleeping{0};
+  std::atomic<int64_t> done{0};
+  std::atomic<int> sleeping{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::condition_variable wake;

@@ -33,7 +33,7 @@ def at_isa(name: str) -> Iterator[None]:
 class Framed:
     """An array inside larger memory: misaligned by `offset` elements, `gap` between rows, all of it guarded.
 
-    What lies around the array is NaN for floats, so that a value read there shows, and is compared bit for bit by `check`.
+    What lies around the array is NaN for floats, so that a value read there shows; `check` compares it.
     """
 
     def __init__(self, values: Array, offset: int = 1, gap: int = 3) -> None:
@@ -49,7 +49,9 @@ class Framed:
         view = memory[grid].reshape(rows, width + gap)[:, :width]
         item = values.itemsize
         strides = (view.strides[0], *(item * int(np.prod(values.shape[i + 1 :])) for i in range(1, values.ndim)))
-        self.array: Array = np.lib.stride_tricks.as_strided(view, values.shape, strides if lead else (item,), writeable=True)
+        self.array: Array = np.lib.stride_tricks.as_strided(
+            view, values.shape, strides if lead else (item,), writeable=True
+        )
         self.array[...] = values
         self._memory, self._inside, self._before = memory, inside, memory.tobytes()
 

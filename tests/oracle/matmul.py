@@ -46,4 +46,3 @@ def matmul(
         up = x @ w.astype(np.float64).T
         y = y * (up if bias_up is None else up + bias_up)
     return y if residual is None else y + residual
-

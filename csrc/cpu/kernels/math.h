@@ -1,8 +1,8 @@
-// Elementary functions and activations over the float vector. Every lane is computed by the same operations, so a value's bits
-// do not depend on where in a vector, or in a counted tail, it stands.
+// Elementary functions and activations over the float vector. Every lane is computed by the same operations, so a
+// value's bits do not depend on where in a vector, or in a counted tail, it stands.
 //
-// The polynomials are minimax fits of the relative error, found with the Remez exchange in 50-digit arithmetic and rounded to
-// float32; the error named beside each is that of the polynomial, before rounding.
+// The polynomials are minimax fits of the relative error, found with the Remez exchange in 50-digit arithmetic and
+// rounded to float32; the error named beside each is that of the polynomial, before rounding.
 #pragma once
 #include "cpu/kernels/kernel.h"
 
@@ -18,7 +18,8 @@ static inline F ones(int n) { return simd::load_n(kOnes, n); }
 // e^x within about 1 ulp; exact 0 below -104, denormals above it, inf above 88.73, NaN stays.
 // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q of degree 4 (3.1e-9).
 static inline F exp(F x) {
-  x = max(simd::set(-105.0f), min(simd::set(89.0f), x));  // constants first: min and max return the second operand for NaN
+  x = max(simd::set(-105.0f),
+          min(simd::set(89.0f), x));  // constants first: min and max return the second operand for NaN
   const F n = round(x * simd::set(1.44269504f));
   // ln 2 in two parts, the first short enough that n times it is exact.
   const F r = fma(n, simd::set(2.12194440e-4f), fma(n, simd::set(-0.693359375f), x));
@@ -39,8 +40,8 @@ static inline F logistic_times(F x, F z) {
   return select_gt(simd::zero(), z, x * e, x) / (simd::set(1.0f) + e);
 }
 
-// The normal distribution function, relative error below 7e-7 down to -5: for a = |x|, its tail is e^(-a^2/2) p(u) / (a + 3),
-// u = (a - 3) / (a + 3), p of degree 8 fitted for a <= 14.5 (5.2e-8), where the tail is 0 in float32.
+// The normal distribution function, relative error below 7e-7 down to -5: for a = |x|, its tail is e^(-a^2/2) p(u) / (a
+// + 3), u = (a - 3) / (a + 3), p of degree 8 fitted for a <= 14.5 (5.2e-8), where the tail is 0 in float32.
 static inline F normal_cdf(F x) {
   const F a = min(simd::set(14.5f), abs(x));
   const F w = simd::set(1.0f) / (a + simd::set(3.0f));
@@ -100,7 +101,8 @@ static inline F apply(Activation activation, F x) {
   return x;
 }
 
-// Calls fn(tag), where tag.value is the activation as a constant: with_activation(a, [&](auto tag) { apply<tag.value>(x); }).
+// Calls fn(tag), where tag.value is the activation as a constant: with_activation(a, [&](auto tag) {
+// apply<tag.value>(x); }).
 template <Activation activation>
 struct ActivationTag {
   static constexpr Activation value = activation;

@@ -38,6 +38,7 @@ struct Pass {
   const MatmulArgs& args;
   int64_t row, rows;
   bool pairs;              // bf16 dot products: x is bf16, a step is two k
+  bool streams;            // few rows: the time is that of reading the weights
   bool widen;              // weights become float32 a block at a time
   int64_t steps, block;    // of K in all, and per block
   const void* x;           // copy [blocks][rows][kRowStride] of float or bf16 pairs, or the one row itself
@@ -148,11 +149,11 @@ struct Chunk {
   int64_t row, rows, panel, panels;
 };
 
-void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
+// The sums of packed panels [begin, end), which are those of both parts in turn, into the worker's slots from `slot` on.
+void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t end, int64_t slot, int worker) {
   const PackedView& w = p.args.w;
   const auto* data = static_cast<const char*>(w.data);
   const int64_t panel_bytes = w.panel_bytes(), step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(w.dtype));
-  const int64_t begin = chunk.panel * w.parts, end = begin + chunk.panels * w.parts;  // panels of both parts alternate
   int64_t s = 0;
   do {
     const int64_t steps = least(p.block, p.steps - s);
@@ -160,7 +161,7 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const void* block = data + panel * panel_bytes + s * step_bytes;
       const int64_t columns = least(kPanel, w.n - panel / w.parts * kPanel);
-      float* sums = p.sums(worker, panel - begin);
+      float* sums = p.sums(worker, slot + panel - begin);
       Next next{data + (panel + 1) * panel_bytes + s * step_bytes, steps * step_bytes};
       if (panel + 1 == end && s + steps < p.steps) next.data = data + begin * panel_bytes + (s + steps) * step_bytes;
       if (p.widen) {
@@ -181,6 +182,14 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
     }
     s += p.block;
   } while (s < p.steps);
+}
+
+// Few rows take one panel after the other, so that its weights stream from memory in order; many take a block of K of all panels,
+// which share the block of x.
+void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
+  const int64_t begin = chunk.panel * p.args.w.parts, end = begin + chunk.panels * p.args.w.parts;
+  const int64_t width = p.streams ? 1 : end - begin;
+  for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, i, i + width, i - begin, worker);
 }
 
 inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
@@ -216,7 +225,7 @@ void finish_panel(const Pass& p, const Chunk& chunk, int64_t panel, int64_t slot
 }
 
 void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& pool) {
-  Pass p{a, row, rows, false, false, 0, 0, nullptr, 0, nullptr};
+  Pass p{a, row, rows, false, rows <= kStreamTiles * kTileRows, false, 0, 0, nullptr, 0, nullptr};
   p.pairs = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
   p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= kWidenRows;
   p.steps = p.pairs ? a.w.padded_k() / 2 : a.w.padded_k();
@@ -236,8 +245,7 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   // rows by groups of panels that share a block of x, but no larger than leaves every thread several chunks.
   const int64_t panels = a.w.panels(), most = plan::kSlots / a.w.parts;
   const int64_t chunk_rows = plan::even_part(rows, plan::kRows), row_chunks = divide_up(rows, chunk_rows);
-  const bool streams = rows <= kStreamTiles * kTileRows;
-  const int64_t wanted = streams ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1) : most;
+  const int64_t wanted = p.streams ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1) : most;
   const int64_t share = panels * row_chunks / (kChunksPerThread * pool.threads());
   const int64_t group = greatest(1, least(least(wanted, most), share));
   const int64_t groups = divide_up(panels, group);

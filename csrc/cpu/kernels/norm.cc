@@ -35,7 +35,8 @@ inline void for_vectors(int64_t n, Fn&& fn) {
   if (i < n) fn(i, int(n - i));
 }
 
-// y = (v - mean) * scale * weight + bias, v read through `value`. Any of the pointers may be the ones that `value` reads.
+// y = (v - mean) * scale * weight + bias, v read through `value`. Any of the pointers may be the ones that `value`
+// reads.
 template <class Value>
 inline void write_row(float* y, const float* weight, const float* bias, int64_t n, F mean, F scale, Value&& value) {
   for_vectors(n, [&](int64_t i, int count) {

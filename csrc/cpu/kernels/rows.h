@@ -4,7 +4,8 @@
 
 namespace pyllm::PYLLM_ISA {
 
-// fn(row) for each row, in chunks of rows that hold about this many elements: less is done sooner than a second thread is woken.
+// fn(row) for each row, in chunks of rows that hold about this many elements: less is done sooner than a second thread
+// is woken.
 constexpr int64_t kChunkElements = 16384;
 
 template <class Fn>

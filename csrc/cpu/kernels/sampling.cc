@@ -1,7 +1,8 @@
 // The choice of the next token from a row of logits, and log-probabilities.
 //
-// Rows are independent and each is handled by one thread in a fixed order, so a row's token depends on nothing but the row and
-// its parameters. Nothing is sorted: the k-th largest logit and the border of the nucleus are found by selection.
+// Rows are independent and each is handled by one thread in a fixed order, so a row's token depends on nothing but the
+// row and its parameters. Nothing is sorted: the k-th largest logit and the border of the nucleus are found by
+// selection.
 #include "core/random.h"
 #include "cpu/kernels/math.h"
 
@@ -76,15 +77,15 @@ struct Scratch {
   }
 };
 
-// Walking the elements by falling x: the value of the last one before which less than `target` has been passed, and how much
-// lies above that value. What is passed is w, or 1 for each element where w is null.
+// Walking the elements by falling x: the value of the last one before which less than `target` has been passed, and how
+// much lies above that value. What is passed is w, or 1 for each element where w is null.
 struct Border {
   float value;
   double above;
 };
 
-// Each round sums what lies above and at a few bars taken from the elements, then leaves those between two of the bars. There is
-// no branch on the data in the loops over it, for half of these would be mispredicted.
+// Each round sums what lies above and at a few bars taken from the elements, then leaves those between two of the bars.
+// There is no branch on the data in the loops over it, for half of these would be mispredicted.
 Border find_border(const float* x, const float* w, int64_t n, double target, const Scratch& s) {
   constexpr int kBars = 4, kSample = 31;
   double passed = 0;  // above all that is left
@@ -147,8 +148,8 @@ inline float block_max(const float* x) {
   return max(most);
 }
 
-// Copies the tokens whose `by` is at least `bar` into the scratch, with their weights where c has any; blocks without such a
-// token are passed over by their maximum.
+// Copies the tokens whose `by` is at least `bar` into the scratch, with their weights where c has any; blocks without
+// such a token are passed over by their maximum.
 Candidates collect(const Candidates& c, const float* by, float bar, const Scratch& s) {
   int64_t count = 0;
   for (int64_t begin = 0; begin < c.n; begin += kBlock) {
@@ -170,7 +171,8 @@ double sum_of(const float* w, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     F s = zero();
-    for_vectors(begin, least(begin + kBlock, n), [&](int64_t i, int count) { s = s + (count == F::N ? load(w + i) : load_n(w + i, count)); });
+    for_vectors(begin, least(begin + kBlock, n),
+                [&](int64_t i, int count) { s = s + (count == F::N ? load(w + i) : load_n(w + i, count)); });
     total += sum(s);
   }
   return total;
@@ -220,8 +222,8 @@ void adjust(const SampleArgs& a, int64_t r, float* x, float* kept) {
   }
 }
 
-// The k largest and what equals the k-th. Each of the k largest block maxima is an element, so the k-th of them is a bar that
-// at least k elements reach: the rest are never looked at again.
+// The k largest and what equals the k-th. Each of the k largest block maxima is an element, so the k-th of them is a
+// bar that at least k elements reach: the rest are never looked at again.
 Candidates keep_top_k(const float* x, int64_t n, int64_t k, const Scratch& s) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   float bar = -kLargest;
