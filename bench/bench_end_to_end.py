@@ -79,7 +79,7 @@ def cache_bytes(spec: ModelSpec, dtype: str) -> float:
 
 
 def prefill_operations(spec: ModelSpec, tokens: int) -> float:
-    """Multiplications and additions of a prompt: the blocks' matrices, causal attention, the head for the last row."""
+    """Multiplications and additions of a prompt: the blocks' matrices, causal attention, the head once."""
     attention = sum(2 * b.attention.heads * b.attention.head_dim for b in spec.blocks) * tokens * (tokens + 1) / 2
     return 2 * (_block_parameters(spec) * tokens + attention + spec.vocab_size * spec.hidden)
 
