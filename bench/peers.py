@@ -1,8 +1,7 @@
-"""Other engines behind one small interface, each imported only when asked for, so that a benchmark can have a row for
-each.
+"""Other engines behind one small interface, each imported only when asked for, so that a benchmark has a row for each.
 
-An engine takes token ids: ``prefill(ids)`` runs a prompt from nothing and gives the next token; ``prepare(ids)`` runs one
-and ``decode(count)`` then generates `count` tokens greedily behind it, each call going on where the last one ended
+An engine takes token ids: ``prefill(ids)`` runs a prompt from nothing and gives the next token; ``prepare(ids)`` runs
+one and ``decode(count)`` then generates `count` tokens greedily behind it, each call going on where the last one ended
 (CTranslate2, which cannot, begins again behind the prompt). All run on the given number of threads.
 """
 
