@@ -206,8 +206,8 @@ class LLM:
     ) -> list[Score]:
         """Log-probabilities of given texts, in nats.
 
-        An item is a text, ``{"prompt_token_ids": [...]}``, or a pair (context, continuation) of which only the tokens of
-        the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
+        An item is a text, ``{"prompt_token_ids": [...]}``, or a pair (context, continuation) of which only the tokens
+        of the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
         """
         items = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)

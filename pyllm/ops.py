@@ -10,8 +10,9 @@ This is how the model calls kernels and the public way to call one by itself::
     y = ops.matmul(np.ones((3, 64), "float32"), w)  # float32 [3, 1000]
 
 Shapes: T tokens (rows) of all sequences of a step, B sequences, D model width, H heads, G key/value heads, E head size,
-N outputs, K inner dimension, V vocabulary, R rows. Activations are float32; the last dimension of every array is contiguous.
-A wrong dtype is a ``TypeError``, a wrong shape or value a ``ValueError``; both say what was expected and what came.
+N outputs, K inner dimension, V vocabulary, R rows. Activations are float32; the last dimension of every array is
+contiguous. A wrong dtype is a ``TypeError``, a wrong shape or value a ``ValueError``; both say what was expected and
+what came.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class Ops:
     def pack(self, *weights: Array, dtype: str | None = None, gate: Array | None = None) -> _cpu.PackedMatrix:
         """Pack weights[i] [Ni, K] (float32, float16 or bfloat16, any strides), stacked along N, for :meth:`matmul`.
 
-        `dtype` is "float32", "float16" or "bfloat16" (default: that of the first weight). With `gate` [N, K] the result is
-        gated: matmul computes ``act(x gate^T) * (x weight^T)``.
+        `dtype` is "float32", "float16" or "bfloat16" (default: that of the first weight). With `gate` [N, K] the result
+        is gated: matmul computes ``act(x gate^T) * (x weight^T)``.
         """
         rows = sum(w.shape[0] for w in weights)
         packed = _cpu.PackedMatrix(rows, weights[0].shape[1], dtype or str(weights[0].dtype), gate is not None)
@@ -178,7 +179,8 @@ class Ops:
     ) -> tuple[F32, F32]:
         """Cosines and sines [T, half] of ``positions[t] * inv_freq[table[t]]``, times `scaling`.
 
-        positions int32 [T]; inv_freq float32 [C, half]; table int32 [T], the row of inv_freq for each token (default 0).
+        positions int32 [T]; inv_freq float32 [C, half]; table int32 [T], the row of inv_freq for each token (default
+        0).
         """
         cos = self.empty(positions.shape[0], inv_freq.shape[1])
         sin = self.empty(positions.shape[0], inv_freq.shape[1])
@@ -202,8 +204,8 @@ class Ops:
     ) -> None:
         """Write keys (rotated first where cos is given) and values into one layer's cache.
 
-        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T], each
-        block * 64 + offset, negative to skip; cos and sin [T, half].
+        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T],
+        each block * 64 + offset, negative to skip; cos and sin [T, half].
         """
         self.context.kv_write(cache, k, v, slots, head_size, cos, sin)
 
@@ -221,9 +223,9 @@ class Ops:
     ) -> F32:
         """Causal attention of a ragged batch over the paged cache, which already holds this step's keys and values.
 
-        q [T, H * E], already rotated; cache as in :meth:`kv_write`; starts int32 [B + 1], first row of each sequence; lengths
-        int32 [B], keys in the cache, this step's included; tables int32 [B, width], block numbers. A query sees keys up to its
-        own position, and only the last `window` of them where given -> [T, H * E].
+        q [T, H * E], already rotated; cache as in :meth:`kv_write`; starts int32 [B + 1], first row of each sequence;
+        lengths int32 [B], keys in the cache, this step's included; tables int32 [B, width], block numbers. A query sees
+        keys up to its own position, and only the last `window` of them where given -> [T, H * E].
         """
         out = self.empty(*q.shape)
         self.context.attention(out, q, cache, starts, lengths, tables, head_size, scale, window or 0)
@@ -233,8 +235,8 @@ class Ops:
         """Choose a token for each row: logits [R, V], changed in place by penalties and biases -> int32 [R].
 
         `inputs` says how, row by row: see :func:`pyllm.sampling.sample_inputs`. In this order: penalties, bias, allowed
-        tokens, temperature, top-k, top-p, min-p, a draw. Nothing but a row and its own inputs decides its token. It is -1
-        where nothing can be chosen: a NaN or +inf logit, or none that is allowed.
+        tokens, temperature, top-k, top-p, min-p, a draw. Nothing but a row and its own inputs decides its token. It is
+        -1 where nothing can be chosen: a NaN or +inf logit, or none that is allowed.
         """
         out = np.empty(logits.shape[0], np.int32)
         self.context.sample(out, logits, inputs.rows, inputs.history, inputs.bias, inputs.allowed)
@@ -245,9 +247,9 @@ class Ops:
     ) -> tuple[F32, NDArray[np.int32], F32, NDArray[np.int32]]:
         """Log-softmax of logits [R, V] at ids int32 [R] and at the `top_n` largest.
 
-        Returns log-probabilities [R] and ranks int32 [R] of `ids` (1 is the most probable), then log-probabilities
-        [R, top_n] and ids int32 [R, top_n] of the most probable, falling, the lowest id first among equals. A row with a NaN
-        or +inf logit gives NaN, rank 0 and ids -1; where fewer than top_n logits are finite, -inf and -1 fill up.
+        Returns log-probabilities [R] and ranks int32 [R] of `ids` (1 is the most probable), then log-probabilities [R,
+        top_n] and ids int32 [R, top_n] of the most probable, falling, the lowest id first among equals. A row with a
+        NaN or +inf logit gives NaN, rank 0 and ids -1; where fewer than top_n logits are finite, -inf and -1 fill up.
         """
         rows = logits.shape[0]
         chosen, ranks = np.empty(rows, np.float32), np.empty(rows, np.int32)
@@ -257,7 +259,7 @@ class Ops:
 
 
 class Arena:
-    """One block of memory, laid out once per recorded step: outputs are taken from it in order and given back by mark."""
+    """One block of memory, laid out once per recorded step: outputs are taken in order and given back by mark."""
 
     def __init__(self, floats: int) -> None:
         self.memory: F32 = _cpu.allocate(floats * 4).view(np.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllm import LLM, SamplingParams, available_isas, active_isa, set_isa
+from pyllm import LLM, SamplingParams, active_isa, available_isas, set_isa
 
 
 @pytest.fixture(params=available_isas())

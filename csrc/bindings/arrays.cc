@@ -16,30 +16,38 @@ DType dtype_of(const py::array& a, const char* name) {
   throw py::type_error(std::string(name) + ": expected float32, float16 or bfloat16, got " + shape_text(a));
 }
 
-void check_array(const py::array& a, const char* name, const py::dtype& dtype, const std::vector<int64_t>& shape, bool writable) {
+void check_array(const py::array& a, const char* name, const py::dtype& dtype, const std::vector<int64_t>& shape,
+                 bool writable) {
   bool ok = a.dtype().is(dtype) || a.dtype().equal(dtype);
   ok = ok && a.ndim() == py::ssize_t(shape.size());
   for (size_t i = 0; ok && i < shape.size(); ++i) ok = shape[i] < 0 || a.shape(py::ssize_t(i)) == shape[i];
   if (!ok) {
     std::string expected = std::string(py::str(dtype)) + "[";
-    for (size_t i = 0; i < shape.size(); ++i) expected += (i ? ", " : "") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
+    for (size_t i = 0; i < shape.size(); ++i)
+      expected += (i ? ", " : "") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
     const std::string message = std::string(name) + ": expected " + expected + "], got " + shape_text(a);
     if (!a.dtype().equal(dtype)) throw py::type_error(message);
     throw py::value_error(message);
   }
   const auto size = a.itemsize();
   const py::ssize_t last = a.ndim() - 1;
-  const bool contiguous = a.size() == 0 || a.shape(last) <= 1 || a.strides(last) == size;  // numpy gives empty arrays any strides
-  const bool whole = a.size() == 0 || a.ndim() < 2 || a.shape(0) <= 1 || (a.strides(0) % size == 0 && a.strides(0) >= size * a.shape(1));
+  const bool contiguous =
+      a.size() == 0 || a.shape(last) <= 1 || a.strides(last) == size;  // numpy gives empty arrays any strides
+  const bool whole = a.size() == 0 || a.ndim() < 2 || a.shape(0) <= 1 ||
+                     (a.strides(0) % size == 0 && a.strides(0) >= size * a.shape(1));
   if (!contiguous || !whole || reinterpret_cast<uintptr_t>(a.data()) % size != 0)
-    throw py::value_error(std::string(name) + ": expected an aligned array whose last dimension is contiguous, got strides that are not: pass numpy.ascontiguousarray of it");
-  if (writable && !a.writeable()) throw py::value_error(std::string(name) + ": expected a writable array, got a read-only one");
+    throw py::value_error(std::string(name) +
+                          ": expected an aligned array whose last dimension is contiguous, got strides that are not: "
+                          "pass numpy.ascontiguousarray of it");
+  if (writable && !a.writeable())
+    throw py::value_error(std::string(name) + ": expected a writable array, got a read-only one");
 }
 
 void check_ids(const int32_t* ids, int64_t count, int64_t limit, const char* name, const char* what) {
   for (int64_t i = 0; i < count; ++i)
     if (ids[i] < 0 || ids[i] >= limit)
-      throw py::value_error(std::string(name) + "[" + std::to_string(i) + "]: expected " + what + " in [0, " + std::to_string(limit) + "), got " + std::to_string(ids[i]));
+      throw py::value_error(std::string(name) + "[" + std::to_string(i) + "]: expected " + what + " in [0, " +
+                            std::to_string(limit) + "), got " + std::to_string(ids[i]));
 }
 
 }  // namespace pyllm::bindings

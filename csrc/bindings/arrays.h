@@ -19,16 +19,19 @@ struct Rows {
   int64_t rows, cols, stride;
 };
 
-std::string shape_text(const py::array& a);             // "float32[3, 4]"
-DType dtype_of(const py::array& a, const char* name);   // float32, float16 or bfloat16, else TypeError
+std::string shape_text(const py::array& a);            // "float32[3, 4]"
+DType dtype_of(const py::array& a, const char* name);  // float32, float16 or bfloat16, else TypeError
 
 // The checks behind the templates below; -1 in `shape` matches anything.
-void check_array(const py::array& a, const char* name, const py::dtype& dtype, const std::vector<int64_t>& shape, bool writable);
+void check_array(const py::array& a, const char* name, const py::dtype& dtype, const std::vector<int64_t>& shape,
+                 bool writable);
 
 // Array `a` of T with exactly this shape (-1: any), last dimension contiguous, as rows. 1-D arrays count as one row.
 template <class T>
 Rows<T> rows_of(const py::object& object, const char* name, int64_t rows, int64_t cols) {
-  if (!py::isinstance<py::array>(object)) throw py::type_error(std::string(name) + ": expected a numpy array, got " + std::string(py::str(py::type::of(object))));
+  if (!py::isinstance<py::array>(object))
+    throw py::type_error(std::string(name) + ": expected a numpy array, got " +
+                         std::string(py::str(py::type::of(object))));
   auto a = py::reinterpret_borrow<py::array>(object);
   check_array(a, name, py::dtype::of<std::remove_const_t<T>>(), {rows, cols}, !std::is_const_v<T>);
   const int64_t stride = a.shape(0) > 1 ? a.strides(0) / int64_t(sizeof(T)) : a.shape(1);
@@ -37,9 +40,12 @@ Rows<T> rows_of(const py::object& object, const char* name, int64_t rows, int64_
 
 // Contiguous 1-D array of T with this many elements (-1: any), or null for None where `optional`.
 template <class T>
-T* vector_of(const py::object& object, const char* name, int64_t size, bool optional = false, int64_t* length = nullptr) {
+T* vector_of(const py::object& object, const char* name, int64_t size, bool optional = false,
+             int64_t* length = nullptr) {
   if (optional && object.is_none()) return nullptr;
-  if (!py::isinstance<py::array>(object)) throw py::type_error(std::string(name) + ": expected a numpy array, got " + std::string(py::str(py::type::of(object))));
+  if (!py::isinstance<py::array>(object))
+    throw py::type_error(std::string(name) + ": expected a numpy array, got " +
+                         std::string(py::str(py::type::of(object))));
   auto a = py::reinterpret_borrow<py::array>(object);
   check_array(a, name, py::dtype::of<std::remove_const_t<T>>(), {size}, !std::is_const_v<T>);
   if (length) *length = a.shape(0);

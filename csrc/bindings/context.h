@@ -31,7 +31,7 @@ class Context {
 
   // Runs the active level's kernel now, without the GIL; or adds it to the graph being recorded, which keeps `arrays` alive.
   template <class Args>
-  void submit(cpu::Kernel<Args> cpu::KernelTable::*kernel, Args& args, std::initializer_list<py::handle> arrays) {
+  void submit(cpu::Kernel<Args> cpu::KernelTable::* kernel, Args& args, std::initializer_list<py::handle> arrays) {
     const cpu::Kernel<Args> function = cpu::active_isa().kernels().*kernel;
     std::shared_ptr<cpu::Buffer> scratch = workspace(args);
     if (recording_) {

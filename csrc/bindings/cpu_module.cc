@@ -29,7 +29,9 @@ void set_isa(const std::string& name) {
     if (level.supported()) available += (available.empty() ? "" : ", ") + std::string(level.name);
     if (name == level.name) needs = level.requires_;
   }
-  if (needs) throw py::value_error("ISA level " + name + " needs " + needs + ", which this machine does not have; available here: " + available);
+  if (needs)
+    throw py::value_error("ISA level " + name + " needs " + needs +
+                          ", which this machine does not have; available here: " + available);
   throw py::value_error("unknown ISA level " + name + ": expected one of " + known);
 }
 
@@ -37,16 +39,21 @@ void set_isa(const std::string& name) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled CPU kernels of pyllm; pyllm.ops is the documented way to call them.";
-  module.def("allocate", &allocate, py::arg("bytes"), "Zeroed uint8[bytes] on huge pages where granted, 64-byte aligned.");
+  module.def("allocate", &allocate, py::arg("bytes"),
+             "Zeroed uint8[bytes] on huge pages where granted, 64-byte aligned.");
   module.def("available_cores", &cpu::available_cores, "Physical cores this process may use.");
-  module.def("isa_levels", [] {
-    py::list names;
-    for (const auto& level : cpu::isa_levels()) names.append(level.name);
-    return names;
-  }, "Names of all levels in this build, best first.");
+  module.def(
+      "isa_levels",
+      [] {
+        py::list names;
+        for (const auto& level : cpu::isa_levels()) names.append(level.name);
+        return names;
+      },
+      "Names of all levels in this build, best first.");
   module.def("available_isas", &available_isas, "Names of the levels this machine can run, best first.");
   module.def("active_isa", [] { return cpu::active_isa().name; }, "Name of the level in use.");
-  module.def("set_isa", &set_isa, py::arg("name"), "Choose a level; ValueError where it is unknown or cannot run here.");
+  module.def("set_isa", &set_isa, py::arg("name"),
+             "Choose a level; ValueError where it is unknown or cannot run here.");
   module.attr("BLOCK_TOKENS") = kBlockTokens;
   module.attr("HEAD_PAD") = kHeadPad;
   module.attr("KEY_BLOCK") = kKeyBlock;
@@ -57,11 +64,13 @@ PYBIND11_MODULE(_cpu, module) {
       .def("__len__", [](const RecordedGraph& g) { return g.graph.size(); });
 
   ContextClass context(module, "Context", "Threads and scratch memory that kernel calls run on.");
-  context.def(py::init([](int threads) {
-                if (threads < 1 || threads > 1024) throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
-                return std::make_unique<Context>(threads);
-              }),
-              py::arg("threads"))
+  context
+      .def(py::init([](int threads) {
+             if (threads < 1 || threads > 1024)
+               throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
+             return std::make_unique<Context>(threads);
+           }),
+           py::arg("threads"))
       .def_property_readonly("threads", &Context::threads)
       .def("begin_recording", &Context::begin_recording, "From here kernel calls are recorded, not run.")
       .def("end_recording", &Context::end_recording, "The graph of the calls since begin_recording.")

@@ -60,11 +60,11 @@ struct ActivationArgs {
 
 // y[t] = table[tokens[t]] + position_table[positions[t]]; ids are checked by the caller.
 struct EmbeddingArgs {
-  float* y;               // [T, D]
-  const int32_t* tokens;  // [T]
+  float* y;                  // [T, D]
+  const int32_t* tokens;     // [T]
   const int32_t* positions;  // [T] or null
-  PackedView packed;      // the table when packed.data is not null
-  const void* table;      // else [V, D], rows of dtype, any alignment
+  PackedView packed;         // the table when packed.data is not null
+  const void* table;         // else [V, D], rows of dtype, any alignment
   DType table_dtype;
   int64_t table_stride;
   const float* position_table;  // [P, D] or null
@@ -81,11 +81,11 @@ struct GatherArgs {
 
 // cos/sin[t, i] = scaling * cos/sin(positions[t] * inv_freq[table[t], i]), angles in float32 as the published models compute them.
 struct RopeAnglesArgs {
-  float* cos;               // [T, half]
-  float* sin;               // [T, half]
+  float* cos;                // [T, half]
+  float* sin;                // [T, half]
   const int32_t* positions;  // [T]
-  const float* inv_freq;    // [C, half]
-  const int32_t* table;     // [T], which row of inv_freq, or null for row 0
+  const float* inv_freq;     // [C, half]
+  const int32_t* table;      // [T], which row of inv_freq, or null for row 0
   int64_t rows, half;
   float scaling;
 };
@@ -103,9 +103,9 @@ struct RopeArgs {
 // A negative slot is skipped.
 struct KvWriteArgs {
   CacheView cache;
-  const float* k;        // [T, G, E]
-  const float* v;        // [T, G, E]
-  const float* cos;      // [T, half] or null
+  const float* k;    // [T, G, E]
+  const float* v;    // [T, G, E]
+  const float* cos;  // [T, half] or null
   const float* sin;
   const int64_t* slots;  // [T]
   int64_t rows, half, k_stride, v_stride;
@@ -118,12 +118,12 @@ struct KvWriteArgs {
 // result depends neither on the other rows nor on how work is split.
 constexpr int64_t kKeyBlock = 256;
 struct AttentionArgs {
-  float* out;             // [T, H, E]
-  const float* q;         // [T, H, E], already rotated
+  float* out;      // [T, H, E]
+  const float* q;  // [T, H, E], already rotated
   CacheView cache;
-  const int32_t* starts;  // [B + 1] first row of each sequence
+  const int32_t* starts;   // [B + 1] first row of each sequence
   const int32_t* lengths;  // [B] keys in the cache, this step's included
-  const int32_t* tables;  // [B, table_width] block numbers
+  const int32_t* tables;   // [B, table_width] block numbers
   int64_t sequences, rows, heads, table_width;
   int64_t q_stride, out_stride;
   int64_t window;

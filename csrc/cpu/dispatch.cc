@@ -9,8 +9,8 @@
 
 namespace pyllm {
 
-#define PYLLM_DECLARE(ns)         \
-  namespace ns {                  \
+#define PYLLM_DECLARE(ns)            \
+  namespace ns {                     \
   const cpu::KernelTable& kernels(); \
   }
 PYLLM_DECLARE(isa_baseline)
@@ -50,12 +50,14 @@ uint32_t os_state() {
 
 // Bits after Intel's manual, volume 2, CPUID.
 bool has_baseline() {  // SSE3, SSSE3, CX16, SSE4.1, SSE4.2, POPCNT; LAHF
-  return all(cpuid(1, 0).c, bit(0) | bit(9) | bit(13) | bit(19) | bit(20) | bit(23)) && all(cpuid_extended(0x80000001u).c, bit(0));
+  return all(cpuid(1, 0).c, bit(0) | bit(9) | bit(13) | bit(19) | bit(20) | bit(23)) &&
+         all(cpuid_extended(0x80000001u).c, bit(0));
 }
 
 bool has_avx2() {  // FMA, MOVBE, AVX, F16C; BMI1, AVX2, BMI2; LZCNT; XMM and YMM saved
   return has_baseline() && all(cpuid(1, 0).c, bit(12) | bit(22) | bit(28) | bit(29)) &&
-         all(cpuid(7, 0).b, bit(3) | bit(5) | bit(8)) && all(cpuid_extended(0x80000001u).c, bit(5)) && all(os_state(), 0x6);
+         all(cpuid(7, 0).b, bit(3) | bit(5) | bit(8)) && all(cpuid_extended(0x80000001u).c, bit(5)) &&
+         all(os_state(), 0x6);
 }
 
 bool has_avx512() {  // F, DQ, CD, BW, VL; opmask and ZMM saved

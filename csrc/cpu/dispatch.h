@@ -6,8 +6,8 @@ namespace pyllm::cpu {
 
 struct IsaLevel {
   const char* name;
-  const char* requires_;            // for messages
-  bool (*supported)();              // CPU and operating system
+  const char* requires_;  // for messages
+  bool (*supported)();    // CPU and operating system
   const KernelTable& (*kernels)();
 };
 

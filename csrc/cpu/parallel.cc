@@ -45,7 +45,8 @@ struct alignas(64) Share {
       const uint64_t begin = r >> 32, end = r & 0xffffffffu;
       if (begin >= end) return -1;
       const uint64_t next = front ? (begin + 1) << 32 | end : begin << 32 | (end - 1);
-      if (range.compare_exchange_weak(r, next, std::memory_order_acquire, std::memory_order_relaxed)) return int64_t(front ? begin : end - 1);
+      if (range.compare_exchange_weak(r, next, std::memory_order_acquire, std::memory_order_relaxed))
+        return int64_t(front ? begin : end - 1);
     }
   }
 };

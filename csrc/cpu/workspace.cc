@@ -11,6 +11,8 @@ int64_t workspace_bytes(const MatmulArgs& args, int threads) {
 
 int64_t workspace_bytes(const AttentionArgs& args, int threads) { return attention_workspace(args, threads).bytes; }
 
-int64_t workspace_bytes(const SampleArgs& a, int threads) { return threads * sample_floats(a.vocab) * int64_t(sizeof(float)); }
+int64_t workspace_bytes(const SampleArgs& a, int threads) {
+  return threads * sample_floats(a.vocab) * int64_t(sizeof(float));
+}
 
 }  // namespace pyllm::cpu

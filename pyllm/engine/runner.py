@@ -7,7 +7,8 @@ other step calls the kernels directly. Both are the same model code and give the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np

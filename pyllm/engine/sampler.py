@@ -1,4 +1,4 @@
-"""Chooses tokens: from requests' parameters to the sampling kernel's arrays, and from its results to log-probabilities."""
+"""Chooses tokens: requests' parameters become the sampling kernel's arrays, its results log-probabilities."""
 
 from __future__ import annotations
 

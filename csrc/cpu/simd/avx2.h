@@ -36,7 +36,9 @@ static inline F ldexp(F a, F e) {
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(e.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
 }
-static inline F select_gt(F a, F b, F x, F y) { return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))}; }
+static inline F select_gt(F a, F b, F x, F y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
+}
 
 // Counted 16-bit loads and stores go through a small buffer: AVX2 has no masked ones.
 static inline __m128i load_u16_n(const uint16_t* p, int n) {

@@ -63,7 +63,8 @@ static inline F widen_f16(__m128i h) {
   const __m128i w = _mm_cvtepu16_epi32(h);
   const __m128i magnitude = _mm_and_si128(w, _mm_set1_epi32(0x7fff));
   const __m128i sign = _mm_slli_epi32(_mm_and_si128(w, _mm_set1_epi32(0x8000)), 16);
-  const __m128 scaled = _mm_mul_ps(_mm_castsi128_ps(_mm_slli_epi32(magnitude, 13)), _mm_castsi128_ps(_mm_set1_epi32((127 + 112) << 23)));
+  const __m128 scaled =
+      _mm_mul_ps(_mm_castsi128_ps(_mm_slli_epi32(magnitude, 13)), _mm_castsi128_ps(_mm_set1_epi32((127 + 112) << 23)));
   const __m128i special = _mm_cmpgt_epi32(magnitude, _mm_set1_epi32(0x7bff));
   const __m128i value = _mm_or_si128(_mm_castps_si128(scaled), _mm_and_si128(special, _mm_set1_epi32(0x7f800000)));
   return {_mm_castsi128_ps(_mm_or_si128(value, sign))};
