@@ -166,7 +166,9 @@ class LLM:
     ) -> Iterator[StreamOutput]:
         """Complete one prompt, piece by piece; closing the iterator aborts the request."""
         [one] = _params_for(1, sampling_params, params)
-        return self._stream(self._add(self._encode_prompt(prompt), one))
+        request = self._add(self._encode_prompt(prompt), one)
+        request.streamed = True
+        return self._stream(request)
 
     def chat(
         self,

@@ -319,6 +319,7 @@ class SamplingState:
             if name not in ("seed", "position", "stream"):
                 self.row[name] = getattr(params, name)
         self.row["seed"], self.row["stream"] = seed, stream
+        self._position = self.row["position"]
         self.allowed = np.array(params.allowed_token_ids or (), np.int32)
         self.bias_ids = np.array(list(params.logit_bias), np.int32)
         self.bias_values = np.array(list(params.logit_bias.values()), np.float32)
@@ -328,6 +329,7 @@ class SamplingState:
             self._place = {token: i for i, token in enumerate(dict.fromkeys(prompt))}
             self._ids = np.fromiter(self._place, np.int32, len(self._place))
             self._counts = np.zeros(len(self._place), np.int32)
+        self.plain = not (params.penalised or params.logit_bias or params.allowed_token_ids)  # nothing but its row
 
     @property
     def history(self) -> tuple[Int32s, Int32s]:
@@ -337,7 +339,7 @@ class SamplingState:
 
     def append(self, token: int) -> None:
         """The sequence goes on with `token`."""
-        self.row["position"] += np.uint64(1)
+        self._position[0] += 1
         if self._place is None:
             return
         place = self._place.setdefault(token, len(self._place))
@@ -351,6 +353,8 @@ class SamplingState:
 def sample_inputs(states: Sequence[SamplingState], forbidden: Sequence[Sequence[int]] | None = None) -> SampleInputs:
     """Arguments for a draw of one token for each of `states`; none of `forbidden[r]` may be chosen in row r."""
     rows = states[0].row if len(states) == 1 else np.concatenate([s.row for s in states])
+    if forbidden is None and all(s.plain for s in states):
+        return SampleInputs(rows)
     history = bias = allowed = None
     parts = [s.history for s in states]
     if any(ids.size for ids, _ in parts):

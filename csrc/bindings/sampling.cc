@@ -25,8 +25,9 @@ const SampleRow* sample_rows(const py::object& object, int64_t count) {
     throw py::type_error("rows: expected a numpy array of pyllm.sampling.SAMPLE_ROW, got " +
                          std::string(py::str(py::type::of(object))));
   const auto a = py::reinterpret_borrow<py::array>(object);
-  const py::dtype expected = py::module_::import("pyllm.sampling").attr("SAMPLE_ROW");
-  if (expected.itemsize() != py::ssize_t(sizeof(SampleRow)) || !a.dtype().equal(expected))
+  static const auto* expected = new py::dtype(py::module_::import("pyllm.sampling").attr("SAMPLE_ROW"));  // lives on
+  if (expected->itemsize() != py::ssize_t(sizeof(SampleRow)) ||
+      !(a.dtype().is(*expected) || a.dtype().equal(*expected)))
     throw py::type_error("rows: expected dtype pyllm.sampling.SAMPLE_ROW, got " + std::string(py::str(a.dtype())));
   const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % alignof(SampleRow) == 0;
   if (a.ndim() != 1 || a.shape(0) != count || (count > 1 && a.strides(0) != py::ssize_t(sizeof(SampleRow))) || !aligned)

@@ -34,8 +34,10 @@ class Completion:
 
     def deliver(self, new_tokens: list[int]) -> None:
         """Queue what is new for the reader of a stream."""
-        piece = self.text.take(self.finished)
         self.output.text = self.text.text
+        if not self.request.streamed:
+            return
+        piece = self.text.take(self.finished)
         if piece or new_tokens or self.finished:
             logprobs = self.output.logprobs
             self.request.pieces.append(
@@ -61,6 +63,7 @@ class Request:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
+        self.streamed = False  # whether anyone reads the pieces
         self.pieces: deque[StreamOutput] = deque()
         self.error: PyllmError | None = None
 
