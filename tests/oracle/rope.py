@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 
 def rope_angles(positions: Array, inv_freq: Array, scaling: float) -> tuple[Array, Array]:
-    """Cosines and sines [T, half], float64, of the float32 angles positions * inv_freq; inv_freq [T, half] or [half]."""
+    """Cosines and sines [T, half], float64, of the float32 angles positions * inv_freq [T, half] or [half]."""
     angle = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)
     return np.cos(angle) * scaling, np.sin(angle) * scaling
 
