@@ -18,8 +18,7 @@ def attention(
 ) -> Array:
     """Softmax attention in the dtype of q [T, H, E]; keys[b] and values[b] are [length, G, E] of sequence b.
 
-    The rows [starts[b], starts[b + 1]) stand at the last positions of sequence b; row i sees keys j <= i, i - j <
-    window.
+    Rows [starts[b], starts[b + 1]) stand at the last positions of sequence b; row i sees keys j <= i, i - j < window.
     """
     out = np.empty_like(q)
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):

@@ -21,6 +21,8 @@ using cpu::SequencePlan;
 
 // Without it gcc 12 keeps the register tiles below in memory.
 #define PYLLM_UNROLL _Pragma("GCC unroll 8")
+// Inlined into one function, the tiles of all sizes would compete for registers.
+#define PYLLM_NOINLINE __attribute__((noinline))
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -50,8 +52,8 @@ inline void prefetch(const T* p) {
 // `group` is the distance in elements between groups of kKeyGroup keys. While it works, what will be needed next is
 // fetched from `ahead`, in order, if kAhead: the hardware does not guess it, for keys are read as several streams.
 template <bool kAhead, int R, int V>
-void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64_t group, int64_t channels, int first,
-            const float* ahead) {
+PYLLM_NOINLINE void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64_t group,
+                           int64_t channels, int first, const float* ahead) {
   F acc[R][V];
   const float* k[V];
   PYLLM_UNROLL
@@ -77,8 +79,8 @@ void scores(float* p, const float* q, int64_t q_stride, const float* keys, int64
 }
 
 template <bool kAhead, int R, int V>
-void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, int64_t group, int64_t channels,
-            int first, const uint16_t* ahead) {
+PYLLM_NOINLINE void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, int64_t group,
+                           int64_t channels, int first, const uint16_t* ahead) {
   F acc[R][V];
   const uint16_t* k[V];
   PYLLM_UNROLL
@@ -112,8 +114,8 @@ void scores(float* p, const float* q, int64_t q_stride, const uint16_t* keys, in
 
 // o[r] += sum over tokens [begin, end) of p[r][token] * values[token], for R rows and V vectors of channels.
 template <bool kAhead, int R, int V>
-void weigh(float* o, int64_t o_stride, const float* p, const float* values, int64_t Ep, int64_t begin, int64_t end,
-           const float* ahead) {
+PYLLM_NOINLINE void weigh(float* o, int64_t o_stride, const float* p, const float* values, int64_t Ep, int64_t begin,
+                          int64_t end, const float* ahead) {
   F acc[R][V];
   PYLLM_UNROLL
   for (int r = 0; r < R; ++r) PYLLM_UNROLL
@@ -135,41 +137,45 @@ void weigh(float* o, int64_t o_stride, const float* p, const float* values, int6
   for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
 }
 
+// acc[r] += weight[r * kBlockTokens] * value, for one token.
+template <int R, int V>
+inline __attribute__((always_inline)) void add_token(F (&acc)[R][V], const float* weight, const F (&value)[V]) {
+  PYLLM_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const F w = set(weight[r * kBlockTokens]);
+    PYLLM_UNROLL
+    for (int v = 0; v < V; ++v) acc[r][v] = fma(w, value[v], acc[r][v]);
+  }
+}
+
 // A pair's other token may never have been written, so at odd ends only one of the two is used.
 template <bool kAhead, int R, int V>
-void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, int64_t Ep, int64_t begin, int64_t end,
-           const uint16_t* ahead) {
+PYLLM_NOINLINE void weigh(float* o, int64_t o_stride, const float* p, const uint16_t* values, int64_t Ep, int64_t begin,
+                          int64_t end, const uint16_t* ahead) {
   F acc[R][V];
   PYLLM_UNROLL
   for (int r = 0; r < R; ++r) PYLLM_UNROLL
   for (int v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * F::N);
-  const auto add = [&](int64_t j, const F(&value)[V]) {
+  const auto half_pair = [&](int64_t pair, bool second) __attribute__((always_inline)) {
+    F value[V];
     PYLLM_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const F weight = set(p[r * kBlockTokens + j]);
-      PYLLM_UNROLL
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      F even, odd;
+      load_bf16_pairs(values + pair * Ep + v * (2 * F::N), even, odd);
+      value[v] = second ? odd : even;
     }
+    add_token<R, V>(acc, p + pair + second, value);
   };
-  F even[V], odd[V];
-  const auto pair = [&](int64_t j) {
-    if (kAhead) prefetch<V>(ahead + j * Ep);
-    PYLLM_UNROLL
-    for (int v = 0; v < V; ++v) load_bf16_pairs(values + j * Ep + v * (2 * F::N), even[v], odd[v]);
-  };
-  if (begin % 2 != 0 && begin < end) {
-    pair(begin - 1);
-    add(begin++, odd);
-  }
+  if (begin % 2 != 0 && begin < end) half_pair(begin++ - 1, true);
   for (; begin + 2 <= end; begin += 2) {
-    pair(begin);
-    add(begin, even);
-    add(begin + 1, odd);
+    if (kAhead) prefetch<V>(ahead + begin * Ep);
+    F even[V], odd[V];
+    PYLLM_UNROLL
+    for (int v = 0; v < V; ++v) load_bf16_pairs(values + begin * Ep + v * (2 * F::N), even[v], odd[v]);
+    add_token<R, V>(acc, p + begin, even);
+    add_token<R, V>(acc, p + begin + 1, odd);
   }
-  if (begin < end) {
-    pair(begin);
-    add(begin, even);
-  }
+  if (begin < end) half_pair(begin, false);
   PYLLM_UNROLL
   for (int r = 0; r < R; ++r) PYLLM_UNROLL
   for (int v = 0; v < V; ++v) store(o + r * o_stride + v * F::N, acc[r][v]);
