@@ -262,7 +262,13 @@ def start(*args: object) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
+        preexec_fn=interruptible,
     )
+
+
+def interruptible() -> None:
+    """Undo that a background job's children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("delay", [0.25, 0.5, 0.8])
@@ -327,6 +333,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(TERM="dumb"),
+        preexec_fn=interruptible,
     )
     os.close(terminal)
     assert process.stdout is not None

@@ -98,3 +98,14 @@ def test_a_forked_child_computes_too(threads: int):
         for _ in range(50):
             assert np.array_equal(ops.matmul(x, packed), right)
         assert wait_for(pid) == 0
+
+
+def test_a_graph_is_replayed_only_where_it_was_recorded() -> None:
+    one, two = Ops(threads=1), Ops(threads=2)
+    x, index = np.ones((2, 4), np.float32), np.zeros(1, np.int32)
+    one.begin_recording()
+    one.gather(x, index)
+    graph = one.end_recording()
+    one.replay(graph)
+    with pytest.raises(ValueError, match="recorded on these ops"):
+        two.replay(graph)

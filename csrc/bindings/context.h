@@ -20,11 +20,12 @@ struct RecordedGraph {
   cpu::Graph graph;
   std::vector<py::object> arrays;
   std::vector<std::shared_ptr<cpu::Buffer>> workspaces;
+  std::shared_ptr<const int> threads;  // of the context it was recorded on, which alone may replay it
 };
 
 class Context {
  public:
-  explicit Context(int threads) : pool_(threads) {}
+  explicit Context(int threads) : pool_(threads), threads_(std::make_shared<const int>(threads)) {}
 
   int threads() const { return pool_.threads(); }
   bool recording() const { return recording_ != nullptr; }
@@ -50,6 +51,7 @@ class Context {
   void begin_recording() {
     if (recording_) throw py::value_error("a graph is already being recorded on these ops: end that recording first");
     recording_ = std::make_shared<RecordedGraph>();
+    recording_->threads = threads_;
   }
 
   std::shared_ptr<RecordedGraph> end_recording() {
@@ -58,6 +60,9 @@ class Context {
   }
 
   void replay(const RecordedGraph& recorded) {
+    if (recorded.threads != threads_)
+      throw py::value_error(
+          "graph: expected one recorded on these ops, got one of other ops, whose scratch memory it uses");
     py::gil_scoped_release release;
     std::lock_guard<std::mutex> lock(mutex_);
     recorded.graph.replay(pool_);
@@ -81,6 +86,7 @@ class Context {
   static void set_workspace(Args&, void*, long) {}
 
   cpu::Parallel pool_;
+  std::shared_ptr<const int> threads_;
   std::mutex mutex_;
   std::shared_ptr<cpu::Buffer> workspace_;
   std::shared_ptr<RecordedGraph> recording_;

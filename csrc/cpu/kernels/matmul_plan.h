@@ -7,7 +7,7 @@ namespace pyllm::cpu::matmul_plan {
 // x is read in blocks of at most kBlock steps (a step is one k, or one pair of k for the bf16 dot product). The copy of
 // it has rows this far apart: a constant, so that a tile addresses all its rows from one pointer, and not a power of
 // two, so that they do not fall into the same cache sets.
-constexpr int64_t kBlock = 128;  // a panel of float32 weights, 32 KB, then stays in the first-level cache
+constexpr int64_t kBlock = 128;              // a panel of float32 weights, 32 KB, then stays in the first-level cache
 constexpr int64_t kRowStride = kBlock + 16;  // in 4-byte elements: floats or bf16 pairs
 // More rows than kMaxRows are done in several passes, which bounds the workspace. Within a pass a worker takes up to
 // kRows rows by kSlots panels at a time: one block of x and the sums then stay in its cache.
