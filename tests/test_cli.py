@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -255,15 +257,22 @@ def test_a_reader_that_leaves_ends_it_quietly(tiny_folder: Path):
 # Ctrl-C
 
 
-def start(*args: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+@contextmanager
+def started(*args: object, stdin: int = subprocess.DEVNULL, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A running pyllm, which does not outlive the test."""
+    process = subprocess.Popen(
         [*COMMAND, *map(str, args)],
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(),
+        env=environment(**variables),
         preexec_fn=interruptible,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def interruptible() -> None:
@@ -275,10 +284,10 @@ def interruptible() -> None:
 def test_ctrl_c_at_any_time_ends_with_130(tiny_folder: Path, tmp_path: Path, delay: float):
     text = tmp_path / "long.txt"
     text.write_text("Once upon a time there was a fox. " * 20000)
-    process = start("perplexity", "-m", tiny_folder, text, "--stride", 1)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    with started("perplexity", "-m", tiny_folder, text, "--stride", 1) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
     if process.returncode == -signal.SIGINT or b"<frozen" in error:
         pytest.skip("the interpreter itself was still starting")
     assert process.returncode == 130, error
@@ -287,12 +296,12 @@ def test_ctrl_c_at_any_time_ends_with_130(tiny_folder: Path, tmp_path: Path, del
 
 def test_ctrl_c_keeps_the_text_so_far(tmp_path: Path):
     folder = tiny_model.make(tmp_path / "long", max_position_embeddings=1 << 20)
-    process = start("generate", "-m", folder, "Once", "-n", 1_000_000, "--ignore-eos", "--ctx-size", 1 << 18)
-    assert process.stdout is not None
-    begun = process.stdout.read(1)  # the answer has begun
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=30)
+    with started("generate", "-m", folder, "Once", "-n", 1_000_000, "--ignore-eos", "--ctx-size", 1 << 18) as process:
+        assert process.stdout is not None
+        begun = process.stdout.read(1)  # the answer has begun
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
     assert process.returncode == 130, error
     assert begun and len(out) > 1
     assert b"Traceback" not in error
@@ -327,23 +336,17 @@ def test_chat_says_when_a_conversation_is_too_long(tiny_chat_folder: Path):
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path: Path):
     folder = tiny_model.make(tmp_path / "long", chat=True, max_position_embeddings=1 << 20, eos_token_id=[])
     controller, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "chat", "-m", str(folder), "-n", "1000000", "--ctx-size", str(1 << 18)],
-        stdin=terminal,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(TERM="dumb"),
-        preexec_fn=interruptible,
-    )
-    os.close(terminal)
-    assert process.stdout is not None
-    os.write(controller, b"Hello\n")
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    os.write(controller, b"/exit\n")
-    _, error = process.communicate(timeout=30)
-    os.close(controller)
+    options = ("-n", 1_000_000, "--ctx-size", 1 << 18)
+    with started("chat", "-m", folder, *options, stdin=terminal, TERM="dumb") as process:
+        os.close(terminal)
+        assert process.stdout is not None
+        os.write(controller, b"Hello\n")
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        os.write(controller, b"/exit\n")
+        _, error = process.communicate(timeout=30)
+        os.close(controller)
     assert process.returncode == 0, error
     assert b"(stopped)" in error
