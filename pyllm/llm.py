@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import secrets
+import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +23,7 @@ from pyllm.engine.request import Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
-from pyllm.errors import ConfigError, RequestError, TokenizerError
+from pyllm.errors import ConfigError, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
@@ -99,6 +101,8 @@ class LLM:
         self.folder = resolve(str(model), revision=revision, offline=offline)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.load(self.folder)
         self.chat_template = chat_template
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+            raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
         self.ops = Ops(threads if threads is not None else isa.default_threads())
         with open_checkpoint(self.folder) as checkpoint:
             self.spec = checkpoint.spec
@@ -117,9 +121,8 @@ class LLM:
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
         self._runner = Runner(self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len)
-        end_ids = {*self.spec.eos_token_ids, *_generation_end_ids(self.folder)}
-        if self.tokenizer is not None:
-            end_ids |= {*self.tokenizer.eos_token_ids}
+        own = _generation_end_ids(self.folder) if self.tokenizer is None else self.tokenizer.eos_token_ids
+        end_ids = {*self.spec.eos_token_ids, *own}
         rope_varies = self.spec.rope is not None and self.spec.rope.length_class(1) is not None
         self.engine = Engine(
             self._runner,
@@ -151,24 +154,25 @@ class LLM:
         Raises `RequestError` for a prompt that is empty, too long or has ids outside the vocabulary, before anything is
         run; `NonFiniteError` when the model's logits are no numbers.
         """
-        listed = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
+        listed: list[Any] = [prompts] if single else list(prompts)
         each = _params_for(len(listed), sampling_params, params)
         encoded = [self._encode_prompt(prompt) for prompt in listed]
         requests: list[Request] = []
         with self._ended(requests):
             for prompt, one in zip(encoded, each, strict=True):
-                requests.append(self._add(prompt, one))
+                self._add(requests, prompt, one)
             self._run(requests, progress)
         return [self._result(request) for request in requests]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **params: Any
     ) -> Iterator[StreamOutput]:
-        """Complete one prompt, piece by piece; closing the iterator aborts the request."""
+        """Complete one prompt piece by piece. The request starts with the first `next`; closing the iterator ends it."""
         [one] = _params_for(1, sampling_params, params)
-        request = self._add(self._encode_prompt(prompt), one)
-        request.streamed = True
-        return self._stream(request)
+        encoded = self._encode_prompt(prompt)
+        self.engine.check_prompt(encoded[1])
+        return self._stream(encoded, one)
 
     def chat(
         self,
@@ -211,7 +215,9 @@ class LLM:
         An item is a text, ``{"prompt_token_ids": [...]}``, or a pair (context, continuation) of which only the tokens
         of the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
         """
-        items = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
+        if isinstance(texts, (str, Mapping, tuple)):
+            raise TypeError("score: expected a list of texts and of (context, continuation) pairs, got one by itself")
+        items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         prompts: list[Prompt] = ["".join(item) if isinstance(item, tuple) else item for item in items]
         outputs = self.generate(prompts, params, progress=progress)
@@ -240,26 +246,27 @@ class LLM:
         if len(ids) < 2:
             raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         window = self.max_model_len
+        if window < 2:
+            raise RequestError(f"the context is {window} token long: perplexity needs at least 2, raise max_model_len")
         step = stride if stride is not None else max(1, window // 2)
-        if not 1 <= step <= window:
-            raise ValueError(f"stride: expected 1 to {window}, got {stride}")
-        nll, scored, end = 0.0, 1, 0
+        if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step < window:
+            raise ValueError(f"stride: expected an integer from 1 to {window - 1}, got {stride!r}")
+        nll, scored, end = 0.0, 0, 1  # the first token has nothing before it
         for begin in range(0, len(ids), step):
-            end = min(begin + window, len(ids))
+            fresh = min(begin + window, len(ids)) - end
+            end += fresh
             [score] = self.score([{"prompt_token_ids": ids[begin:end]}])
-            fresh = end - scored
-            if fresh > 0:
-                nll -= sum(score.logprobs[-fresh:])
-            scored = end
+            nll -= sum(score.logprobs[-fresh:])
+            scored += fresh
             if progress:
                 progress(end, len(ids))
             if end == len(ids):
                 break
-        tokens = len(ids) - 1
-        return PerplexityResult(float(np.exp(nll / tokens)), nll, tokens, size)
+        return PerplexityResult(float(np.exp(nll / scored)), nll, scored, size)
 
     def forward(self, token_ids: Sequence[int], *, output_hidden_states: bool = False) -> ForwardOutput:
         """Logits of every token, and what transformers calls hidden states; memory grows with T x V."""
+        token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         with self._lock:
             self.engine.check_prompt(token_ids)
             pool = self.engine.scheduler.pool
@@ -307,14 +314,17 @@ class LLM:
         if "prompt_token_ids" not in prompt:
             return self._encode_prompt(str(text))
         ids = prompt["prompt_token_ids"]
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
+            raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
         return text, [_checked_id(i, token) for i, token in enumerate(ids)]
 
-    def _add(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Request:
+    def _add(self, requests: list[Request], prompt: tuple[str | None, list[int]], params: SamplingParams) -> None:
+        """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded with skip_tokenizer_init")
         seed = params.seed if params.seed is not None else self.seed
-        with self._lock:
-            return self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed)
+        with self._lock, _interrupts_wait():
+            requests.append(self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed))
 
     @contextmanager
     def _ended(self, requests: list[Request]) -> Iterator[None]:
@@ -322,27 +332,33 @@ class LLM:
         try:
             yield
         finally:
-            with self._lock:
+            with self._lock, _interrupts_wait():
                 for request in requests:
                     self.engine.abort(request)
+
+    def _step(self) -> None:
+        with self._lock, _interrupts_wait():
+            self.engine.step()
 
     def _run(self, requests: list[Request], progress: Callable[[int, int], None] | None) -> None:
         finished = -1
         while any(not request.finished for request in requests):
-            with self._lock:
-                self.engine.step()
+            self._step()
             if progress and (now := sum(request.finished for request in requests)) != finished:
                 finished = now
                 progress(finished, len(requests))
 
-    def _stream(self, request: Request) -> Iterator[StreamOutput]:
-        with self._ended([request]):
+    def _stream(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[StreamOutput]:
+        requests: list[Request] = []
+        with self._ended(requests):
+            self._add(requests, prompt, params)
+            [request] = requests
+            request.streamed = True
             while not request.finished or request.pieces:
                 while request.pieces:
                     yield request.pieces.popleft()
                 if not request.finished:
-                    with self._lock:
-                        self.engine.step()
+                    self._step()
         self._result(request)
 
     def _result(self, request: Request) -> RequestOutput:
@@ -380,7 +396,46 @@ def _generation_end_ids(folder: Path) -> list[int]:
     if not path.exists():
         return []
     ids = read_json(path, 1 << 20, ConfigError).get("eos_token_id")
-    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+        raise ConfigError(f"{path}: eos_token_id: expected an integer or a list of integers, found {shown(ids)}")
+    return listed
+
+
+class _interrupts_wait:  # noqa: N801  # reads as what it does
+    """Hold Ctrl-C back while bookkeeping must not stop halfway; a second one comes through at once.
+
+    It acts in the main thread and where Python's own handler is in place: other handlers are their owner's business.
+    """
+
+    def __enter__(self) -> None:
+        self.pending = False
+        self.active = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self.active:
+            signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.pending:
+            self.pending = False
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending:
+            raise KeyboardInterrupt
+        self.pending = True
+
+
+def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:
+    """Spaces at the end of the context belong to the continuation: that is how tokenizers cut words."""
+    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise TypeError(f"score: expected a pair (context, continuation) of strings, got {shown(pair)}")
+    context = pair[0].rstrip()
+    return context, pair[0][len(context) :] + pair[1]
 
 
 def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:

@@ -86,6 +86,12 @@ class Ops:
         """Run a recorded graph."""
         self.context.replay(graph)
 
+    def stop(self) -> None:
+        """End what a failure interrupted: a recording is dropped, outputs are fresh memory again."""
+        if self.context.recording:
+            self.context.end_recording()
+        self.use_arena(None)
+
     # Weights
 
     def pack(self, *weights: Array, dtype: str | None = None, gate: Array | None = None) -> _cpu.PackedMatrix:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.engine.runner import HEAD_ROWS, arena_floats
+from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats
 from pyllm.errors import InsufficientMemoryError
 from pyllm.models import open_checkpoint
 from pyllm.packed import packed_bytes, weight_dtype
@@ -114,9 +114,10 @@ def _cache_dtype(asked: str, weights: str) -> str:
 
 
 def _workspace(spec: ModelSpec, sequences: int, tokens: int) -> int:
-    """Activations of the largest step and logits."""
-    logits = min(sequences, tokens) * spec.vocab_size
-    return 4 * (arena_floats(spec, tokens, min(HEAD_ROWS, tokens)) + 2 * logits)
+    """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
+    rows = min(HEAD_ROWS, tokens)
+    logits = (min(sequences, tokens) + rows) * spec.vocab_size
+    return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, sequences) + logits)
 
 
 def _cache_size(

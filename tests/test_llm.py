@@ -1,5 +1,6 @@
 """`LLM` as its users call it."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,7 +193,92 @@ def test_perplexity_of_a_text_longer_than_the_context_scores_every_token_once(ll
     short = ids[: llm.max_model_len]
     [score] = llm.score([{"prompt_token_ids": short}])
     assert llm.perplexity(short).nll == pytest.approx(-score.total)
-    assert llm.perplexity(ids, stride=llm.max_model_len).tokens == len(ids) - 1
+    assert llm.perplexity(ids, stride=llm.max_model_len - 1).tokens == len(ids) - 1
+    with pytest.raises(ValueError, match="stride"):
+        llm.perplexity(ids, stride=llm.max_model_len)
+
+
+def test_a_dropped_stream_was_never_started(llm: LLM) -> None:
+    stream = llm.stream("Once", GREEDY)
+    assert llm.engine.idle
+    del stream
+    with pytest.raises(RequestError, match="context"):
+        llm.stream({"prompt_token_ids": [1] * 100_000}, GREEDY)
+
+
+@pytest.mark.parametrize("name", ["advance", "_compute", "_choose"])
+def test_a_step_that_fails_halfway_leaves_nothing_wrong_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    llm = LLM(folder, threads=2)
+    prompt = {"prompt_token_ids": np.random.default_rng(5).integers(3, 200, 100).tolist()}
+    [expected] = LLM(folder, threads=2).generate(prompt, GREEDY)
+    waiting = llm.stream({"prompt_token_ids": [5, 6, 7]}, GREEDY)
+    next(waiting)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.scheduler if name == "advance" else llm.engine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompt, GREEDY)
+    with pytest.raises(RequestError, match="run it again"):
+        list(waiting)
+    assert llm.engine.idle
+    [again] = llm.generate(prompt, GREEDY)
+    assert again.outputs == expected.outputs and again.cached_tokens == 0
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    choose, reached = llm.engine._choose, []
+
+    def interrupted(*args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        choose(*args)  # type: ignore[arg-type]
+        reached.append(True)
+
+    try:
+        monkeypatch.setattr(llm.engine, "_choose", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("Once", GREEDY)
+        assert reached == [True]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_constraints_that_leave_no_token_are_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="allowed_token_ids"):
+        llm.generate("Once", allowed_token_ids=[9], stop_token_ids=[9], min_tokens=3)
+
+
+def test_an_abandoned_stream_collected_during_a_step_is_ended_after_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = llm.stream("Once", GREEDY)
+    next(stream)
+    choose = llm.engine._choose
+
+    def close_then_choose(*args: object) -> None:
+        stream.close()  # as the collector might
+        choose(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(llm.engine, "_choose", close_then_choose)
+    [out] = llm.generate("The dog", GREEDY)
+    assert len(out.outputs[0].token_ids) == 16
+
+
+@pytest.mark.parametrize("prompt", [None, {"prompt_token_ids": None}, {"prompt_token_ids": "12"}])
+def test_prompts_of_a_wrong_kind_say_what_is_expected(llm: LLM, prompt: object) -> None:
+    with pytest.raises(TypeError, match="expected"):
+        llm.generate(prompt, GREEDY)  # type: ignore[arg-type]
+
+
+def test_a_lone_pair_is_no_list_of_texts(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="list"):
+        llm.score(("a", "b"))  # type: ignore[arg-type]
 
 
 def test_chat_uses_the_template(llm: LLM) -> None:

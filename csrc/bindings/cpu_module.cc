@@ -72,6 +72,7 @@ PYBIND11_MODULE(_cpu, module) {
            }),
            py::arg("threads"))
       .def_property_readonly("threads", &Context::threads)
+      .def_property_readonly("recording", &Context::recording)
       .def("begin_recording", &Context::begin_recording, "From here kernel calls are recorded, not run.")
       .def("end_recording", &Context::end_recording, "The graph of the calls since begin_recording.")
       .def("replay", &Context::replay, py::arg("graph"), "Run a recorded graph.");

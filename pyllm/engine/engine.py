@@ -61,6 +61,8 @@ class Engine:
         self.use_graphs = use_graphs
         self.stats = Stats()
         self._running: dict[Sequence, Completion] = {}
+        self._stepping = False
+        self._aborted: list[Request] = []  # during the step, to be ended after it
         self._names = itertools.count()
 
     def add(self, prompt: str | None, prompt_ids: Seq[int], params: SamplingParams, seed: int) -> Request:
@@ -86,7 +88,10 @@ class Engine:
         return request
 
     def abort(self, request: Request) -> None:
-        """End a request now; what it held is free before this returns."""
+        """End a request; what it held is free before this returns, or after the step that is being computed."""
+        if self._stepping:
+            self._aborted.append(request)
+            return
         for completion in request.completions:
             if not completion.finished:
                 self._finish(completion, "abort")
@@ -98,35 +103,46 @@ class Engine:
         return not self._running
 
     def step(self) -> None:
-        """Compute one step and deliver what it gave to the requests."""
+        """Compute one step and deliver what it gave to the requests.
+
+        Whatever fails in it (memory, Ctrl-C) ends every request: half a step leaves nothing in the cache to trust.
+        """
+        self._stepping = True
+        try:
+            self._step()
+        except BaseException:
+            self._reset()
+            raise
+        finally:
+            self._stepping = False
+            while self._aborted:
+                self.abort(self._aborted.pop())
+
+    def _step(self) -> None:
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan:
             return
-        try:
-            logits, decoding = self._compute(plan)
-        except BaseException:
-            self._reset()
-            raise
+        logits = self._compute(plan)
         self.scheduler.advance(plan)
         self._choose([self._running[work.sequence] for work in plan if work.last], logits)
         for work in plan:
             if work.start + work.count == work.sequence.limit and work.sequence in self._running:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
-        self._count(plan, decoding, time.perf_counter() - began)
+        self._count(plan, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> tuple[F32, bool]:
-        """Logits of the sequences that reached their end, and whether this was a pure decode step."""
-        decoding = all(work.last and work.count == 1 for work in plan)
-        if decoding and self.use_graphs and not any(self._scores_prompt(work) for work in plan):
-            return self.runner.decode(plan), True
+    def _compute(self, plan: list[Work]) -> F32:
+        """Logits of the sequences that reached their end, in order."""
+        single = all(work.last and work.count == 1 for work in plan)
+        if single and self.use_graphs and not any(self._scores_prompt(work) for work in plan):
+            return self.runner.decode(plan)
         x = self.runner.forward(plan)
         row = 0
         for work in plan:
             if self._scores_prompt(work):
                 self._score_prompt(work, x, row)
             row += work.count
-        return self.runner.last_logits(plan, x), decoding
+        return self.runner.last_logits(plan, x)
 
     def _choose(self, completions: list[Completion], logits: F32) -> None:
         """The next token of each of these completions."""
@@ -144,7 +160,7 @@ class Engine:
             entry = chosen.logprobs[i]
             if entry is not None:
                 assert completion.output.logprobs is not None and completion.output.cumulative_logprob is not None
-                completion.output.logprobs.append(self._described(entry))
+                completion.output.logprobs.append(self._described(entry, completion.request.params))
                 completion.output.cumulative_logprob += entry[token].logprob
             self._advance(completion, token)
 
@@ -177,23 +193,31 @@ class Engine:
         completion.output.text = completion.text.text
 
     def _fail(self, completion: Completion) -> None:
-        """The logits of this sequence are no numbers: end it, and say where that began."""
+        """No token can be chosen: end the completion, and say why."""
         layer = self._first_bad_layer(completion.sequence)
-        completion.request.error = NonFiniteError(
-            f"the model gives no finite logits after {len(completion.sequence.tokens)} tokens: values are not finite "
-            f"from {layer} on. Check the checkpoint, or load it with dtype float32 if it overflows in a smaller one."
-        )
+        if layer is None:
+            completion.request.error = RequestError(
+                "no token is left to choose from: expected allowed_token_ids, bad_words, logit_bias, stop_token_ids "
+                "and min_tokens that together allow at least one; relax one of them"
+            )
+        else:
+            completion.request.error = NonFiniteError(
+                f"the model gives no finite logits after {len(completion.sequence.tokens)} tokens: values are not "
+                f"finite from {layer} on. Check the checkpoint, or load it with dtype float32 if it overflows in a "
+                "smaller one."
+            )
         self._finish(completion, "error")
         completion.deliver([])
 
-    def _first_bad_layer(self, sequence: Sequence) -> str:
+    def _first_bad_layer(self, sequence: Sequence) -> str | None:
+        """Where values stop being numbers at the last token of `sequence`; None where they do not."""
         trace: list[F32] = []
-        end = len(sequence.tokens)
-        x = self.runner.forward([Work(sequence, end - 1, 1, True)], trace)
+        work = Work(sequence, len(sequence.tokens) - 1, 1, True)
+        x = self.runner.forward([work], trace)
         for layer, values in enumerate([*trace, x]):
             if not np.isfinite(values).all():
                 return "the embedding" if layer == 0 else f"layer {layer - 1}"
-        return "the head"
+        return None if np.isfinite(self.runner.last_logits([work], x)).all() else "the head"
 
     def _scores_prompt(self, work: Work) -> bool:
         request = self._running[work.sequence].request
@@ -211,11 +235,11 @@ class Engine:
         for at, logits in self.runner.logits(x, rows):
             piece = ids[at : at + len(logits)]
             entries = self.sampler.logprobs(logits, piece, request.params.prompt_logprobs or 0)
-            request.prompt_logprobs.extend(self._described(entry) for entry in entries)
+            request.prompt_logprobs.extend(self._described(entry, request.params) for entry in entries)
 
-    def _described(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        """With the tokens' text, where there is a tokenizer."""
-        if self.tokenizer is None:
+    def _described(self, entry: dict[int, Logprob], params: SamplingParams) -> dict[int, Logprob]:
+        """With the tokens' text, where text is wanted."""
+        if self.tokenizer is None or not params.detokenize:
             return entry
         decode = self.tokenizer.decode
         return {
@@ -237,27 +261,29 @@ class Engine:
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
             )
 
-    def _count(self, plan: list[Work], decoding: bool, seconds: float) -> None:
+    def _count(self, plan: list[Work], seconds: float) -> None:
         stats = self.stats
-        generated = sum(work.last for work in plan)
-        stats.generated_tokens += generated
+        stats.generated_tokens += sum(work.last for work in plan)
         stats.preemptions = self.scheduler.preemptions
-        if decoding:
+        prompt_tokens = sum(
+            max(0, min(work.start + work.count, work.sequence.prompt_length) - work.start) for work in plan
+        )
+        stats.prompt_tokens += prompt_tokens
+        if prompt_tokens:
+            stats.prompt_seconds += seconds
+        else:
             stats.generation_seconds += seconds
             stats.decode_steps += 1
-        else:
-            stats.prompt_tokens += sum(work.count for work in plan) - sum(
-                work.last and work.start >= work.sequence.prompt_length for work in plan
-            )
-            stats.prompt_seconds += seconds
         for work in plan:
-            if work.start == work.sequence.cached > 0 and work.start < work.sequence.prompt_length:
+            if 0 < work.start == work.sequence.cached < work.sequence.prompt_length:
                 stats.cached_tokens += work.start
 
     def _reset(self) -> None:
-        """A step failed midway (memory, Ctrl-C): nothing in the cache can be trusted, so every request ends here."""
-        for completion in list(self._running.values()):
+        """End every request and forget all blocks."""
+        self.runner.ops.stop()
+        for completion in self._running.values():
             completion.request.error = RequestError("the step that computed this request failed; run it again")
-            self._finish(completion, "error")
+            completion.output.finish_reason = "error"
             completion.deliver([])
-        self.scheduler.pool = BlockPool(self.scheduler.pool.size)
+        self._running.clear()
+        self.scheduler.clear(BlockPool(self.scheduler.pool.size))

@@ -46,6 +46,7 @@ class Runner:
         self.max_tokens = max_tokens
         self.table_width = -(-max_length // BLOCK_TOKENS)
         self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
+        self._decode_arena = Arena(decode_floats(model.spec, max_sequences))  # for every recorded step
         self._logits = np.empty((min(max_sequences, max_tokens), model.spec.vocab_size), np.float32)
         self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
         self._inv_freq: dict[object, F32] = {}
@@ -134,16 +135,16 @@ class Runner:
         spec = self.model.spec
         batch = Batch.empty(sequences, sequences, self.table_width, spec.rope)
         batch.starts[:] = np.arange(sequences + 1)
-        arena = Arena(arena_floats(spec, sequences, sequences) + sequences * (spec.vocab_size + 16))
         rows = np.arange(sequences, dtype=np.int32)
-        self.ops.use_arena(arena)
-        self.ops.begin_recording()
         try:
+            self.ops.use_arena(self._decode_arena)
+            self.ops.release(0)
+            self.ops.begin_recording()
             x = self.model.forward(self.ops, batch, self.cache)
             logits = self.model.logits(self.ops, x, rows)
-        finally:
             graph = self.ops.end_recording()
-            self.ops.use_arena(None)
+        finally:
+            self.ops.stop()
         if len(self._recorded) >= MAX_GRAPHS:
             self._recorded.popitem(last=False)
         step = _Recorded(graph, batch, logits, [(None, 0, 0)] * sequences)
@@ -164,3 +165,8 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
 
     angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
     return padded(spec.hidden) + angles + max(block(b) for b in spec.blocks) + 2 * padded(spec.hidden, rows)
+
+
+def decode_floats(spec: ModelSpec, sequences: int) -> int:
+    """Floats of a decode step of so many sequences, its logits included."""
+    return arena_floats(spec, sequences, sequences) + sequences * spec.vocab_size + 16

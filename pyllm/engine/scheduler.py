@@ -47,6 +47,12 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def clear(self, pool: BlockPool) -> None:
+        """Forget all sequences and go on with `pool`."""
+        self.pool = pool
+        self.running.clear()
+        self.waiting.clear()
+
     def schedule(self) -> list[Work]:
         """The work of the next step; `advance` tells when it is done. Empty when nothing is queued."""
         budget = self.max_tokens
