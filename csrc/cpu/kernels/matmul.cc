@@ -236,7 +236,7 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   p.pairs = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
   p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= kWidenRows;
   p.steps = p.pairs ? a.w.padded_k() / 2 : a.w.padded_k();
-  p.block = p.steps == 0 ? 2 : round_up(plan::even_part(p.steps, kBlock), p.pairs && kStepPairs > 2 ? kStepPairs : 2);
+  p.block = p.steps == 0 ? 2 : round_up(plan::even_part(p.steps, kBlock), p.pairs && PYLLM_HAS_AMX ? kStepPairs : 2);
   auto* workspace = static_cast<unsigned char*>(a.workspace);
   p.scratch = workspace + plan::x_bytes(rows, round_up(a.w.k, 2));
   if (rows == 1 && !p.pairs && a.w.padded_k() == a.w.k) {

@@ -1,8 +1,8 @@
-// The matmul's blocks on AMX tiles: bf16 x and weights, one step being 32 k.
+// The matmul's blocks on AMX tiles: bf16 x and weights, a step being 32 k.
 //
 // Four tiles of sums are in flight, enough to hide the latency of their products: 32 rows by 32 columns, or where there
 // are at most 16 rows, these by the 64 columns of a panel. Rows are independent of each other in a tile, and every sum
-// takes the same steps over k whatever the tile's shape is.
+// takes the same steps over k whatever the shape is.
 #pragma once
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/matmul_tile.h"
@@ -11,15 +11,13 @@ namespace pyllm::PYLLM_ISA {
 
 #if PYLLM_HAS_AMX
 
-constexpr int64_t kStepPairs = simd::kTileLines;    // steps of the pass are pairs of k; it takes so many at once
-constexpr int64_t kAmxPairs = simd::kTileLines;     // pairs of k in a step
-constexpr int64_t kAmxRows = 2 * simd::kTileLines;  // most rows in flight
-constexpr int64_t kAmxStepWeights = 2 * kPanel * kAmxPairs;  // bf16 elements of a panel in a step
-constexpr int64_t kAmxStepBytes = 2 * kAmxStepWeights;
-constexpr int64_t kAmxXRow = 4 * kRowStride, kAmxWRow = 4 * kPanel;  // bytes between a tile's rows
-constexpr int64_t kAmxAhead = 8192;  // bytes that the prefetching of a stream of weights runs ahead
+constexpr int64_t kStepPairs = simd::kTileLines;                       // pairs of k in a step
+constexpr int64_t kAmxRows = 2 * simd::kTileLines;                     // most rows in flight
+constexpr int64_t kAmxColumns = 16;                                    // of a tile
+constexpr int64_t kAmxStep = 2 * kPanel * kStepPairs;                  // bf16 weights of a panel in a step
+constexpr int64_t kAmxXLine = 4 * kRowStride, kAmxWLine = 4 * kPanel;  // bytes between a tile's rows; of sums as of w
 
-// The tiles of a worker in the shape for a number of rows, 1 to kAmxRows. Sums are tiles 0 to 3.
+// The tiles of a worker, in the shape for a number of rows from 1 to kAmxRows. Sums are tiles 0 to 3.
 class RowTiles {
  public:
   void shape(int64_t rows) {
@@ -38,98 +36,134 @@ class RowTiles {
   int64_t rows_ = 0;
 };
 
-// How the four tiles of sums lie: kColumns columns wide, tile i from `offset(i)` on.
-struct AmxFlat {
-  static constexpr int64_t kColumns = kPanel;
-  static constexpr int64_t offset(int i) { return i * 16; }
-  static inline void step(const uint32_t* x, const uint16_t* w) {
-    simd::tile_load<4>(x, kAmxXRow);
-    simd::tile_load<5>(w, kAmxWRow);
+// What to bring into the caches during a step, a quarter of it after each tile: tile loads that miss wait for one line
+// after the other, and a burst of prefetches would hold them up.
+//
+// A stream of weights: the step after this one into the first cache, one further on into the second. Measured on
+// Sapphire Rapids, one row, memory shared with others: 5.8 GB/s with one prefetch 8 KB ahead, 8.3 with both.
+class FetchStream {
+ public:
+  explicit FetchStream(const uint16_t* w) : now_(reinterpret_cast<const char*>(w)) {}
+  inline void quarter(int q) const {
+    const char* p = now_ + q * (kBytes / 4);
+#pragma GCC unroll 16
+    for (int64_t line = 0; line < kBytes / 4; line += 64) {
+      __builtin_prefetch(p + 4 * kBytes + line, 0, 2);
+      __builtin_prefetch(p + kBytes + line, 0, 3);
+    }
+  }
+  inline void step() { now_ += kBytes; }
+
+ private:
+  static constexpr int64_t kBytes = 2 * kAmxStep;
+  const char* now_;
+};
+
+// `bytes` a step of the next block of weights into the second cache.
+class FetchNext {
+ public:
+  FetchNext(const char* next, int64_t bytes, int64_t steps)
+      : next_(next), quarter_(round_up(bytes / (4 * (steps ? steps : 1)), 64)) {}
+  inline void quarter(int q) const {
+    for (int64_t line = 0; line < quarter_; line += 64) __builtin_prefetch(next_ + q * quarter_ + line, 0, 2);
+  }
+  inline void step() { next_ += 4 * quarter_; }
+
+ private:
+  const char* next_;
+  int64_t quarter_;
+};
+
+// The shapes: tile i of the sums starts at `offset(i)` in rows of kPanel, and step() multiplies 32 k.
+struct AmxFlat {  // up to 16 rows, all columns
+  static constexpr int64_t offset(int i) { return i * kAmxColumns; }
+  template <class Fetch>
+  static inline void step(const uint32_t* x, const uint16_t* w, const Fetch& fetch) {
+    simd::tile_load<4>(x, kAmxXLine);
+    simd::tile_load<5>(w, kAmxWLine);
     simd::tile_dot_bf16<0, 4, 5>();
-    simd::tile_load<6>(w + 32, kAmxWRow);
+    fetch.quarter(0);
+    simd::tile_load<6>(w + 2 * kAmxColumns, kAmxWLine);
     simd::tile_dot_bf16<1, 4, 6>();
-    simd::tile_load<7>(w + 64, kAmxWRow);
+    fetch.quarter(1);
+    simd::tile_load<7>(w + 4 * kAmxColumns, kAmxWLine);
     simd::tile_dot_bf16<2, 4, 7>();
-    simd::tile_load<5>(w + 96, kAmxWRow);
+    fetch.quarter(2);
+    simd::tile_load<5>(w + 6 * kAmxColumns, kAmxWLine);
     simd::tile_dot_bf16<3, 4, 5>();
+    fetch.quarter(3);
   }
 };
 
-struct AmxSquare {
-  static constexpr int64_t kColumns = kPanel / 2;
-  static constexpr int64_t offset(int i) { return i / 2 * simd::kTileLines * kPanel + i % 2 * 16; }
-  static inline void step(const uint32_t* x, const uint16_t* w) {
-    simd::tile_load<4>(x, kAmxXRow);
-    simd::tile_load<6>(w, kAmxWRow);
+struct AmxSquare {  // up to 32 rows, half the columns
+  static constexpr int64_t offset(int i) { return i / 2 * simd::kTileLines * kPanel + i % 2 * kAmxColumns; }
+  template <class Fetch>
+  static inline void step(const uint32_t* x, const uint16_t* w, const Fetch& fetch) {
+    simd::tile_load<4>(x, kAmxXLine);
+    simd::tile_load<6>(w, kAmxWLine);
     simd::tile_dot_bf16<0, 4, 6>();
-    simd::tile_load<7>(w + 32, kAmxWRow);
+    fetch.quarter(0);
+    simd::tile_load<7>(w + 2 * kAmxColumns, kAmxWLine);
     simd::tile_dot_bf16<1, 4, 7>();
-    simd::tile_load<5>(x + simd::kTileLines * kRowStride, kAmxXRow);
+    fetch.quarter(1);
+    simd::tile_load<5>(x + simd::kTileLines * kRowStride, kAmxXLine);
     simd::tile_dot_bf16<2, 5, 6>();
+    fetch.quarter(2);
     simd::tile_dot_bf16<3, 5, 7>();
+    fetch.quarter(3);
   }
 };
 
 // sums (+)= x w^T for the rows and columns of one shape: `steps` whole steps, then one on `rest` unless that is null.
-// Every step asks for `ahead.advance` bytes of what comes next.
-template <class Shape>
+template <class Shape, class Fetch>
 void amx_tile(float* sums, const uint32_t* x, const uint16_t* w, int64_t steps, const uint16_t* rest, bool first,
-              Ahead ahead) {
-  constexpr int64_t kRow = kPanel * 4;
+              Fetch& fetch) {
   if (first) {
     simd::tile_zero<0>();
     simd::tile_zero<1>();
     simd::tile_zero<2>();
     simd::tile_zero<3>();
   } else {
-    simd::tile_load<0>(sums + Shape::offset(0), kRow);
-    simd::tile_load<1>(sums + Shape::offset(1), kRow);
-    simd::tile_load<2>(sums + Shape::offset(2), kRow);
-    simd::tile_load<3>(sums + Shape::offset(3), kRow);
+    simd::tile_load<0>(sums + Shape::offset(0), kAmxWLine);
+    simd::tile_load<1>(sums + Shape::offset(1), kAmxWLine);
+    simd::tile_load<2>(sums + Shape::offset(2), kAmxWLine);
+    simd::tile_load<3>(sums + Shape::offset(3), kAmxWLine);
   }
-  for (int64_t s = 0; s < steps; ++s, x += kAmxPairs, w += kAmxStepWeights) {
-    for (int64_t line = 0; line < ahead.advance; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);
-    ahead.next += ahead.advance;
-    Shape::step(x, w);
-  }
-  if (rest) Shape::step(x, rest);
-  simd::tile_store<0>(sums + Shape::offset(0), kRow);
-  simd::tile_store<1>(sums + Shape::offset(1), kRow);
-  simd::tile_store<2>(sums + Shape::offset(2), kRow);
-  simd::tile_store<3>(sums + Shape::offset(3), kRow);
+  for (int64_t s = 0; s < steps; ++s, x += kStepPairs, w += kAmxStep, fetch.step()) Shape::step(x, w, fetch);
+  if (rest) Shape::step(x, rest, fetch);
+  simd::tile_store<0>(sums + Shape::offset(0), kAmxWLine);
+  simd::tile_store<1>(sums + Shape::offset(1), kAmxWLine);
+  simd::tile_store<2>(sums + Shape::offset(2), kAmxWLine);
+  simd::tile_store<3>(sums + Shape::offset(3), kAmxWLine);
 }
 
 // One block of K for all rows: sums[rows][kPanel] (+)= x w^T over a panel, `pairs` of k deep; x is zero up to a whole
-// step. Meanwhile the next block is brought into the cache.
+// step. Meanwhile the `next_bytes` from `next` on are brought into the cache.
 inline void multiply_block_amx(RowTiles& tiles, float* sums, const uint32_t* x, const uint16_t* w, int64_t rows,
                                int64_t pairs, bool first, const char* next, int64_t next_bytes) {
-  const int64_t steps = pairs / kAmxPairs, left = pairs % kAmxPairs;
-  alignas(64) uint16_t rest[kAmxStepWeights];
-  if (left) {  // a copy, as the weights end here
-    std::memcpy(rest, w + steps * kAmxStepWeights, size_t(left) * kAmxWRow);
-    std::memset(rest + left * 2 * kPanel, 0, size_t(kAmxPairs - left) * kAmxWRow);
+  const int64_t steps = pairs / kStepPairs, left = pairs % kStepPairs;
+  alignas(64) uint16_t copy[kAmxStep];
+  if (left) {  // the weights end here
+    std::memcpy(copy, w + steps * kAmxStep, size_t(left) * kAmxWLine);
+    std::memset(copy + left * 2 * kPanel, 0, size_t(kStepPairs - left) * kAmxWLine);
   }
-  const uint16_t* end = left ? rest : nullptr;
+  const uint16_t* rest = left ? copy : nullptr;
   if (rows <= simd::kTileLines) {  // the time is that of reading the weights
+    FetchStream fetch(w);
     tiles.shape(rows);
-    amx_tile<AmxFlat>(sums, x, w, steps, end, first, {reinterpret_cast<const char*>(w) + kAmxAhead, kAmxStepBytes});
+    amx_tile<AmxFlat>(sums, x, w, steps, rest, first, fetch);
     return;
   }
-  const int64_t row_tiles = cpu::matmul_plan::divide_up(rows, kAmxRows);
-  const int64_t share = round_up(next_bytes / (row_tiles * (kPanel / AmxSquare::kColumns) * (steps + 1)), 64);
-  for (int64_t c = 0; c < kPanel; c += AmxSquare::kColumns) {
-    for (int64_t r = 0; r < rows; r += kAmxRows, next += share * steps) {
-      const int64_t count = rows - r < kAmxRows ? rows - r : kAmxRows;
-      tiles.shape(count);
-      const Ahead ahead{next, share};
-      const uint16_t* tail = end ? end + 2 * c : nullptr;
-      float* out = sums + r * kPanel + c;
-      const uint32_t* in = x + r * kRowStride;
-      if (count > simd::kTileLines)
-        amx_tile<AmxSquare>(out, in, w + 2 * c, steps, tail, first, ahead);
-      else if (c == 0)
-        amx_tile<AmxFlat>(out, in, w, steps, end, first, ahead);
+  FetchNext fetch(next, next_bytes, 2 * steps * cpu::matmul_plan::divide_up(rows, kAmxRows));
+  for (int64_t r = 0; r < rows; r += kAmxRows, sums += kAmxRows * kPanel, x += kAmxRows * kRowStride) {
+    const int64_t count = rows - r < kAmxRows ? rows - r : kAmxRows;
+    tiles.shape(count);
+    if (count <= simd::kTileLines) {
+      amx_tile<AmxFlat>(sums, x, w, steps, rest, first, fetch);
+      continue;
     }
+    for (int64_t c = 0; c < kPanel; c += 2 * kAmxColumns)
+      amx_tile<AmxSquare>(sums + c, x, w + 2 * c, steps, rest ? rest + 2 * c : nullptr, first, fetch);
   }
 }
 
