@@ -59,19 +59,35 @@ class FetchStream {
   const char* now_;
 };
 
-// `bytes` a step of the next block of weights into the second cache.
+// What the next blocks will need: weights, and a part of x.
+struct Coming {
+  const char* w;
+  int64_t w_bytes;
+  const char* x;
+  int64_t x_bytes;
+};
+
+// Brings that into the second cache, spread over a number of steps.
 class FetchNext {
  public:
-  FetchNext(const char* next, int64_t bytes, int64_t steps)
-      : next_(next), quarter_(round_up(bytes / (4 * (steps ? steps : 1)), 64)) {}
+  FetchNext(Coming coming, int64_t steps)
+      : w_(coming.w),
+        x_(coming.x),
+        w_quarter_(quarter_of(coming.w_bytes, steps)),
+        x_quarter_(quarter_of(coming.x_bytes, steps)) {}
   inline void quarter(int q) const {
-    for (int64_t line = 0; line < quarter_; line += 64) __builtin_prefetch(next_ + q * quarter_ + line, 0, 2);
+    for (int64_t line = 0; line < w_quarter_; line += 64) __builtin_prefetch(w_ + q * w_quarter_ + line, 0, 2);
+    for (int64_t line = 0; line < x_quarter_; line += 64) __builtin_prefetch(x_ + q * x_quarter_ + line, 0, 2);
   }
-  inline void step() { next_ += 4 * quarter_; }
+  inline void step() {
+    w_ += 4 * w_quarter_;
+    x_ += 4 * x_quarter_;
+  }
 
  private:
-  const char* next_;
-  int64_t quarter_;
+  static int64_t quarter_of(int64_t bytes, int64_t steps) { return round_up(bytes / (4 * (steps ? steps : 1)), 64); }
+  const char *w_, *x_;
+  int64_t w_quarter_, x_quarter_;
 };
 
 // The shapes: tile i of the sums starts at `offset(i)` in rows of kPanel, and step() multiplies 32 k.
@@ -151,9 +167,9 @@ void amx_tile(float* sums, const uint32_t* x, const uint16_t* w, int64_t steps, 
 }
 
 // One block of K for all rows: sums[rows][kPanel] (+)= x w^T over a panel, `pairs` of k deep; x is zero up to a whole
-// step. Meanwhile the `next_bytes` from `next` on are brought into the cache.
+// step. Meanwhile what is coming is brought into the cache.
 inline void multiply_block_amx(RowTiles& tiles, float* sums, const uint32_t* x, const uint16_t* w, int64_t rows,
-                               int64_t pairs, bool first, const char* next, int64_t next_bytes) {
+                               int64_t pairs, bool first, Coming coming) {
   const int64_t steps = pairs / kStepPairs, left = pairs % kStepPairs;
   alignas(64) uint16_t copy[kAmxStep];
   if (left) {  // the weights end here
@@ -167,7 +183,7 @@ inline void multiply_block_amx(RowTiles& tiles, float* sums, const uint32_t* x, 
     amx_tile<AmxFlat>(sums, x, w, steps, rest, first, fetch);
     return;
   }
-  FetchNext fetch(next, next_bytes, 2 * steps * cpu::matmul_plan::divide_up(rows, kAmxRows));
+  FetchNext fetch(coming, 2 * steps * cpu::matmul_plan::divide_up(rows, kAmxRows));
   for (int64_t r = 0; r < rows; r += kAmxRows, sums += kAmxRows * kPanel, x += kAmxRows * kRowStride) {
     const int64_t count = rows - r < kAmxRows ? rows - r : kAmxRows;
     tiles.shape(count);
