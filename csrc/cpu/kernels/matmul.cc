@@ -161,6 +161,11 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
   do {
     const int64_t steps = least(p.block, p.steps - s);
     const auto* x = static_cast<const float*>(p.x) + s / p.block * p.x_block + chunk.row * kRowStride;
+#if PYLLM_HAS_AMX  // whose loads wait long for x that has left the cache: each panel fetches its share of what follows
+    const auto* next_x =
+        reinterpret_cast<const char*>(s + steps < p.steps ? x + p.x_block : x - s / p.block * p.x_block);
+    const int64_t next_x_bytes = chunk.rows * kRowStride * 4 / (end - begin);
+#endif
     for (int64_t panel = begin; panel < end; ++panel) {
       const void* block = data + panel * panel_bytes + s * step_bytes;
       const int64_t columns = least(kPanel, w.n - panel / w.parts * kPanel);
@@ -177,16 +182,9 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
         multiply_block<StepF16>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
       else
 #if PYLLM_HAS_AMX
-      {
-        // Tile loads wait long for x that has left the cache: each panel fetches its share of the next block of it.
-        const int64_t after = s + steps < p.steps ? s / p.block + 1 : 0,
-                      x_bytes = p.streams ? 0 : chunk.rows * kRowStride * 4;
-        const int64_t share = x_bytes / (end - begin);
-        const auto* next_x =
-            reinterpret_cast<const char*>(static_cast<const float*>(p.x) + after * p.x_block + chunk.row * kRowStride);
-        multiply_block_amx(tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(block),
-                           chunk.rows, steps, s == 0, {next.data, next.bytes, next_x + (panel - begin) * share, share});
-      }
+        multiply_block_amx(
+            tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(block), chunk.rows, steps,
+            s == 0, {next.data, next.bytes, next_x + (panel - begin) * next_x_bytes, p.streams ? 0 : next_x_bytes});
 #elif PYLLM_HAS_BF16_DOT
         multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), block, chunk.rows, steps, columns,
                                     s == 0, next);

@@ -42,7 +42,9 @@ static inline F widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_
 static inline F load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 static inline F load_bf16_n(const uint16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
 static inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-static inline F load_f16_n(const uint16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+static inline F load_f16_n(const uint16_t* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+}
 
 // Nearest even; NaN stays NaN (quieted), denormals are kept.
 static inline __m256i narrow_bf16(F a) {
