@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 SHARED = re.compile(r"^[0-9a-f]+ ([VvWwu]) (\S+)$")  # weak objects, weak functions, unique globals
 
 

@@ -9,7 +9,7 @@ from pyllm import _cpu
 from pyllm.limits import measure
 from pyllm.ops import Ops
 
-LANES = {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "baseline": 4}
+LANES = {"amx_bf16": 16, "avx512_bf16": 16, "avx512": 16, "avx2": 8, "baseline": 4}
 
 
 def test_limits_are_positive_and_ordered():

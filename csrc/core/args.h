@@ -21,7 +21,7 @@ struct PackArgs {
 // y = act(x W^T + bias) + residual;  gated: y = act(x Wgate^T + bias) * (x Wup^T + bias_up) + residual.
 // Every output is one chain of multiply-adds over k in rising order, whatever T is and however the work is split, so a row's
 // result does not depend on the other rows. bf16 weights: where the instruction set has bf16 dot products x is rounded to bf16
-// (nearest even) and pairs are summed by it; elsewhere the weights are widened. f16 weights are always widened, exactly.
+// (nearest even) and pairs are summed by it (by AMX, 32 k at a time); elsewhere the weights are widened. f16 weights are always widened, exactly.
 struct MatmulArgs {
   float* y;               // [T, N]
   const float* x;         // [T, K]

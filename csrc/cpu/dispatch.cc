@@ -2,9 +2,12 @@
 
 #include <atomic>
 #include <cstring>
+#include <iterator>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace pyllm {
@@ -17,6 +20,7 @@ PYLLM_DECLARE(isa_baseline)
 PYLLM_DECLARE(isa_avx2)
 PYLLM_DECLARE(isa_avx512)
 PYLLM_DECLARE(isa_avx512_bf16)
+PYLLM_DECLARE(isa_amx_bf16)
 
 namespace cpu {
 namespace {
@@ -68,7 +72,24 @@ bool has_avx512_bf16() {  // VNNI; BF16
   return has_avx512() && all(cpuid(7, 0).c, bit(11)) && all(cpuid(7, 1).a, bit(5));
 }
 
+// Tiles are 8 KB of state a thread, which Linux (5.16 and later) saves only for processes that have asked. Older kernels
+// and some sandboxes refuse.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx_bf16() {  // AMX-BF16, AMX-TILE; tile configuration and data saved
+  return has_avx512_bf16() && all(cpuid(7, 0).d, bit(22) | bit(24)) && all(os_state(), bit(17) | bit(18)) && tiles_granted();
+}
+
 const IsaLevel kLevels[] = {
+    {"amx_bf16", "AMX with BF16 beside AVX-512 with BF16 and VNNI, and the operating system's leave to use its tiles",
+     has_amx_bf16, isa_amx_bf16::kernels},
     {"avx512_bf16", "AVX-512 F/BW/CD/DQ/VL with BF16 and VNNI", has_avx512_bf16, isa_avx512_bf16::kernels},
     {"avx512", "AVX-512 F/BW/CD/DQ/VL", has_avx512, isa_avx512::kernels},
     {"avx2", "AVX2, FMA, F16C and BMI", has_avx2, isa_avx2::kernels},
@@ -78,7 +99,7 @@ const IsaLevel kLevels[] = {
 const IsaLevel* best() {
   for (const IsaLevel& level : kLevels)
     if (level.supported()) return &level;
-  return &kLevels[3];
+  return std::end(kLevels) - 1;
 }
 
 std::atomic<const IsaLevel*> active{nullptr};

@@ -52,7 +52,19 @@ Done multiply_add_f32(int64_t rounds) {
   return {rounds * kChains * F::N * 2, sum(total)};
 }
 
-#if PYLLM_HAS_BF16_DOT
+#if PYLLM_HAS_AMX
+Done dot_bf16_pairs(int64_t rounds) {
+  Tiles tiles;
+  tiles.shape({kTileLines, kTileLines, kTileLines, kTileLines, kTileLines, kTileLines, 0, 0});
+  for (int64_t r = 0; r < rounds; ++r) {  // the sums are tiles 0 to 3, which cover the latency
+    tile_dot_bf16<0, 4, 5>();
+    tile_dot_bf16<1, 4, 5>();
+    tile_dot_bf16<2, 4, 5>();
+    tile_dot_bf16<3, 4, 5>();
+  }
+  return {rounds * 4 * kTileLines * kTileLines * kTileLines * 4, 0.0f};
+}
+#elif PYLLM_HAS_BF16_DOT
 Done dot_bf16_pairs(int64_t rounds) {
   const B x = set_pair(0x3a803a80u), w = set_pair(0x3f803f80u);  // 2^-10 and 1
 #define X(i) F a##i = set(float(i));

@@ -7,6 +7,7 @@
 // the finished panels.
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/math.h"
+#include "cpu/kernels/matmul_amx.h"
 #include "cpu/kernels/matmul_tile.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -59,7 +60,8 @@ void copy_x(const Pass& p, void* dst, Parallel& pool) {
   auto copy = [&](int64_t chunk, int) {
     const int64_t b = chunk / p.rows, r = chunk % p.rows;
     const int64_t k0 = b * p.block * elements;
-    const int64_t padded = least(p.block, p.steps - b * p.block) * elements, count = least(padded, a.w.k - k0);
+    const int64_t steps = least(p.block, p.steps - b * p.block), count = least(steps * elements, a.w.k - k0);
+    const int64_t padded = round_up(steps, p.pairs ? kStepPairs : 1) * elements;
     const float* src = a.x + (p.row + r) * a.x_stride + k0;
     float* row = static_cast<float*>(dst) + (b * p.rows + r) * kRowStride;
     auto* narrow = reinterpret_cast<uint16_t*>(row);
@@ -67,7 +69,7 @@ void copy_x(const Pass& p, void* dst, Parallel& pool) {
       int64_t k = 0;
       for (; k + F::N <= count; k += F::N) simd::store_bf16(narrow + k, simd::load(src + k));
       if (k < count) simd::store_bf16_n(narrow + k, simd::load_n(src + k, int(count - k)), int(count - k));
-      if (count < padded) narrow[count] = 0;
+      for (k = count; k < padded; ++k) narrow[k] = 0;
     } else {
       std::memcpy(row, src, size_t(count) * sizeof(float));
       if (count < padded) row[count] = 0.0f;
@@ -150,7 +152,8 @@ struct Chunk {
 };
 
 // The sums of packed panels [begin, end), which are those of both parts in turn, into the worker's slots from `slot` on.
-void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t end, int64_t slot, int worker) {
+void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t begin, int64_t end, int64_t slot,
+                     int worker) {
   const PackedView& w = p.args.w;
   const auto* data = static_cast<const char*>(w.data);
   const int64_t panel_bytes = w.panel_bytes(), step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(w.dtype));
@@ -158,6 +161,11 @@ void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t e
   do {
     const int64_t steps = least(p.block, p.steps - s);
     const auto* x = static_cast<const float*>(p.x) + s / p.block * p.x_block + chunk.row * kRowStride;
+#if PYLLM_HAS_AMX  // whose loads wait long for x that has left the cache: each panel fetches its share of what follows
+    const auto* next_x =
+        reinterpret_cast<const char*>(s + steps < p.steps ? x + p.x_block : x - s / p.block * p.x_block);
+    const int64_t next_x_bytes = chunk.rows * kRowStride * 4 / (end - begin);
+#endif
     for (int64_t panel = begin; panel < end; ++panel) {
       const void* block = data + panel * panel_bytes + s * step_bytes;
       const int64_t columns = least(kPanel, w.n - panel / w.parts * kPanel);
@@ -173,7 +181,11 @@ void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t e
       else if (w.dtype == DType::f16)
         multiply_block<StepF16>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
       else
-#if PYLLM_HAS_BF16_DOT
+#if PYLLM_HAS_AMX
+        multiply_block_amx(
+            tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(block), chunk.rows, steps,
+            s == 0, {next.data, next.bytes, next_x + (panel - begin) * next_x_bytes, p.streams ? 0 : next_x_bytes});
+#elif PYLLM_HAS_BF16_DOT
         multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), block, chunk.rows, steps, columns,
                                     s == 0, next);
 #else
@@ -189,7 +201,8 @@ void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t e
 void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
   const int64_t begin = chunk.panel * p.args.w.parts, end = begin + chunk.panels * p.args.w.parts;
   const int64_t width = p.streams ? 1 : end - begin;
-  for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, i, i + width, i - begin, worker);
+  RowTiles tiles;
+  for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, tiles, i, i + width, i - begin, worker);
 }
 
 inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
@@ -229,7 +242,7 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   p.pairs = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
   p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= kWidenRows;
   p.steps = p.pairs ? a.w.padded_k() / 2 : a.w.padded_k();
-  p.block = p.steps == 0 ? 2 : round_up(plan::even_part(p.steps, kBlock), 2);
+  p.block = p.steps == 0 ? 2 : round_up(plan::even_part(p.steps, kBlock), p.pairs && PYLLM_HAS_AMX ? kStepPairs : 2);
   auto* workspace = static_cast<unsigned char*>(a.workspace);
   p.scratch = workspace + plan::x_bytes(rows, round_up(a.w.k, 2));
   if (rows == 1 && !p.pairs && a.w.padded_k() == a.w.k) {

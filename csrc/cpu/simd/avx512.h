@@ -70,7 +70,7 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
 static inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max(F a) { return _mm512_reduce_max_ps(a.v); }
 
-#if defined(PYLLM_ISA_AVX512_BF16)
+#if defined(PYLLM_ISA_AVX512_BF16) || defined(PYLLM_ISA_AMX_BF16)
 #define PYLLM_HAS_BF16_DOT 1
 struct B {
   __m512i v;
@@ -88,7 +88,7 @@ struct I {
   Lanes v;
 };
 static inline I set_bytes(int a) { return {(Lanes)_mm512_set1_epi8(char(a))}; }
-#if defined(PYLLM_ISA_AVX512_BF16)
+#if defined(PYLLM_ISA_AVX512_BF16) || defined(PYLLM_ISA_AMX_BF16)
 #define PYLLM_HAS_VNNI 1
 static inline I dot_bytes(I acc, I x, I w) {
   return {(Lanes)_mm512_dpbusd_epi32((__m512i)acc.v, (__m512i)x.v, (__m512i)w.v)};

@@ -15,6 +15,7 @@
 //   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
 //   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits
 //   void opaque(I&): the compiler no longer knows the value; int32_t sum(I)
+//   PYLLM_HAS_AMX 0/1, and where 1 the matrix tiles of amx.h
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -31,6 +32,16 @@
 #elif defined(PYLLM_ISA_AVX512_BF16)
 #define PYLLM_ISA isa_avx512_bf16
 #include "cpu/simd/avx512.h"
+#elif defined(PYLLM_ISA_AMX_BF16)
+#define PYLLM_ISA isa_amx_bf16
+#include "cpu/simd/avx512.h"
 #else
 #error "compile through CMakeLists.txt, which names the ISA level"
+#endif
+
+#if defined(PYLLM_ISA_AMX_BF16)
+#define PYLLM_HAS_AMX 1
+#include "cpu/simd/amx.h"
+#else
+#define PYLLM_HAS_AMX 0
 #endif
