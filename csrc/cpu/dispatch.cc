@@ -84,7 +84,8 @@ bool tiles_granted() {
 }
 
 bool has_amx_bf16() {  // AMX-BF16, AMX-TILE; tile configuration and data saved
-  return has_avx512_bf16() && all(cpuid(7, 0).d, bit(22) | bit(24)) && all(os_state(), bit(17) | bit(18)) && tiles_granted();
+  return has_avx512_bf16() && all(cpuid(7, 0).d, bit(22) | bit(24)) && all(os_state(), bit(17) | bit(18)) &&
+         tiles_granted();
 }
 
 const IsaLevel kLevels[] = {
