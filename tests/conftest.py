@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real models and texts that lies beside a development checkout; a plain clone has none."""
+    """Folder of real models and texts that lies beside a development checkout; a plain clone has none.
+
+    With PYLLM_REQUIRE_DATA=1 its absence is a failure.
+    """
     if not SHARED.is_dir():
-        pytest.skip("no ../shared/data beside this checkout")
+        missing = "no ../shared/data beside this checkout"
+        if os.environ.get("PYLLM_REQUIRE_DATA") == "1":
+            pytest.fail(f"{missing}, but PYLLM_REQUIRE_DATA=1: put it there, or unset the variable")
+        pytest.skip(missing)
     return SHARED
 
 
