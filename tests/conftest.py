@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import json
 import os
 from pathlib import Path
 
@@ -27,6 +28,23 @@ def shared_data() -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaMA with a tokenizer and without a chat template."""
     return tiny_model.make(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_bos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, whose tokenizer puts a start token before every text."""
+    folder = tiny_model.make(tmp_path_factory.mktemp("tiny") / "bos")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(values))
+    return folder
 
 
 @pytest.fixture(scope="session")
