@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import sized
 
 from pyllm.ops import Ops
 from pyllm.spec import Activation
 
-DIM = 8192
+DIM = sized(8192, 200)
 
 
 def numpy_activation(x: np.ndarray, kind: Activation) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import sized
 
 from pyllm import _cpu
 from pyllm.ops import Ops
@@ -15,7 +16,7 @@ from pyllm.ops import Ops
 HEADS, GROUPS, SIZE = 32, 8, 64
 SCALE = SIZE**-0.5
 PAGE = 64
-CACHE_BYTES = 1 << 30  # beyond every level of cache, so that decode reads memory
+CACHE_BYTES = sized(1 << 30, 1 << 20)  # beyond every level of cache, so that decode reads memory
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
 RNG = np.random.default_rng(0)
 
@@ -55,7 +56,7 @@ def formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("blocks_in", ["order", "shuffled"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("depth", [512, 2048, 8192])
+@pytest.mark.parametrize("depth", sized([512, 2048, 8192], [128, 256]))
 def test_decode(
     benchmark: Any, record: Callable[..., None], ops: Ops, depth: int, dtype: np.dtype, blocks_in: str
 ) -> None:
@@ -84,7 +85,7 @@ def test_decode(
 
 
 @pytest.mark.parametrize("by", ["pyllm-float32", "pyllm-bfloat16", "numpy", "torch"])
-@pytest.mark.parametrize("tokens", [512, 2048])
+@pytest.mark.parametrize("tokens", sized([512, 2048], [128]))
 def test_prefill(benchmark: Any, record: Callable[..., None], ops: Ops, threads: int, tokens: int, by: str) -> None:
     dtype = DTYPES[by == "pyllm-bfloat16"]
     cache = caches(1, tokens // PAGE, dtype)[0]

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import sized
 
 from pyllm.ops import Ops
 
-VOCAB, DIM = 50257, 768
+VOCAB, DIM = sized(50257, 1000), 768
 
 
 @pytest.mark.parametrize("rows", [1, 512])

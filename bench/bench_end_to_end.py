@@ -1,89 +1,171 @@
 """Prefill and decode of whole models on random weights of real shapes: ours, and other engines where they are
-installed.
+installed; and of ours what recording the decode step saves, and what a step costs beside its kernels.
 
     pytest bench/bench_end_to_end.py --models gpt2:float32,llama-1b:bfloat16
 
-Bytes of a decode step are the weights and the keys and values it reads; operations of a prefill are those of its
-matrices and of causal attention.
+Bytes of a decode step are the weights and the keys and values it reads; operations are those of the matrices and of
+causal attention. Depths that a model's context does not hold are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import models
 import peers
 import pytest
-from conftest import Record
+from conftest import Record, sized
 
 from pyllm.models import read_spec
 from pyllm.spec import ModelSpec
 
-PREFILL = 512
-DECODED = 16
-DEPTHS = (16, 896)
+PREFILL = sized(512, 40)
+DECODED = sized(16, 2)
+ROUNDS = 3
+DEPTHS = (16, 896, 2048)
+LONGEST = DEPTHS[-1] + DECODED * (ROUNDS + 2)
+SMALL = "stories-42m:bfloat16"  # so little work in a kernel that what stands between kernels shows
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = str(metafunc.config.getoption("--models")).split(",")
     if "engine" in metafunc.fixturenames:
-        names = str(metafunc.config.getoption("--models")).split(",")
         rows = [(name, engine) for name in names for engine in peers.ENGINES]
         ids = [f"{name.replace(':', '-')}-{engine}" for name, engine in rows]
         metafunc.parametrize("engine", rows, indirect=True, ids=ids, scope="module")
+    if "ours" in metafunc.fixturenames:
+        metafunc.parametrize("ours", list(dict.fromkeys([SMALL, *names])), indirect=True, scope="module")
+
+
+Folder = Callable[[str], tuple[Path, ModelSpec, str]]
+
+
+@pytest.fixture(scope="module")
+def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Of a "shape:dtype" the folder, made where it is not there, what it describes, and the dtype."""
+    base = Path(request.config.getoption("--model-folder") or tmp_path_factory.getbasetemp())
+
+    def find(model: str) -> tuple[Path, ModelSpec, str]:
+        shape, dtype = model.split(":")
+        folder = models.make(shape, base / f"{shape}-{dtype}", dtype)
+        return folder, read_spec(folder), dtype
+
+    return find
 
 
 @pytest.fixture(scope="module")
 def engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, threads: int
+    request: pytest.FixtureRequest, folder_of: Folder, threads: int
 ) -> Iterator[tuple[peers.Engine, ModelSpec, str]]:
     model, name = request.param
-    shape, dtype = model.split(":")
     if absent := peers.missing(name):
         pytest.skip(f"{name} is not installed ({', '.join(absent)})")
-    base = request.config.getoption("--model-folder") or tmp_path_factory.getbasetemp()
-    folder = models.make(shape, Path(base) / f"{shape}-{dtype}", dtype)
-    yield peers.ENGINES[name](folder, dtype, threads, 1024), read_spec(folder), dtype
+    folder, spec, dtype = folder_of(model)
+    try:
+        made = peers.ENGINES[name](folder, dtype, threads, min(LONGEST, spec.max_positions))
+    except ValueError as error:
+        if name == "pyllm":
+            raise
+        pytest.skip(f"{name} cannot run {model} here: {error}")
+    yield made, spec, dtype
+
+
+@pytest.fixture(scope="module")
+def ours(request: pytest.FixtureRequest, folder_of: Folder, threads: int) -> tuple[peers.Pyllm, ModelSpec, str]:
+    folder, spec, dtype = folder_of(request.param)
+    return peers.Pyllm(folder, dtype, threads, min(LONGEST, spec.max_positions)), spec, dtype
 
 
 def test_prefill(benchmark: Any, record: Record, engine: tuple[peers.Engine, ModelSpec, str]) -> None:
     model, spec, dtype = engine
     ids = [7 + i for i in range(PREFILL)]
-    record(dtype=dtype, bytes=weight_bytes(spec, dtype), operations=prefill_operations(spec, PREFILL), tokens=PREFILL)
-    token = benchmark.pedantic(model.prefill, (ids,), rounds=3, warmup_rounds=1)
+    record(dtype=dtype, bytes=weight_bytes(spec, dtype), operations=spec.operations(PREFILL), tokens=PREFILL)
+    token = benchmark.pedantic(model.prefill, (ids,), rounds=ROUNDS, warmup_rounds=1)
     assert 0 <= token < spec.vocab_size
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_decode(benchmark: Any, record: Record, engine: tuple[peers.Engine, ModelSpec, str], depth: int) -> None:
     model, spec, dtype = engine
-    ids = [7 + i for i in range(depth)]
-    model.prepare(ids)
-    read = weight_bytes(spec, dtype) + cache_bytes(spec, dtype) * (depth + DECODED / 2)
-    operations = prefill_operations(spec, 1)
-    record(dtype=dtype, bytes=read * DECODED, operations=operations * DECODED, tokens=DECODED, depth=depth)
-    count = benchmark.pedantic(model.decode, (DECODED,), rounds=3, warmup_rounds=1)
+    if depth + DECODED * (ROUNDS + 2) > spec.max_positions:
+        pytest.skip(f"the model's context holds {spec.max_positions} tokens")
+    model.prepare([7 + i for i in range(depth)])
+    record(**decode_work(spec, dtype, depth))
+    count = benchmark.pedantic(model.decode, (DECODED,), rounds=ROUNDS, warmup_rounds=1)
     assert count == DECODED
 
 
-def weight_bytes(spec: ModelSpec, dtype: str) -> float:
+@pytest.mark.parametrize("step", ["replayed", "eager"])
+def test_decode_step(benchmark: Any, record: Record, ours: tuple[peers.Pyllm, ModelSpec, str], step: str) -> None:
+    """The two rows' difference is what recording saves. Replayed, a step is its kernels and the engine's own work."""
+    model, spec, dtype = ours
+    model.llm.engine.use_graphs = step == "replayed"
+    model.prepare([7 + i for i in range(DEPTHS[0])])
+    model.decode(DECODED)
+    record(**decode_work(spec, dtype, DEPTHS[0]))
+    with timed(model.llm.ops, "replay", "sample") as inside:
+        count = benchmark.pedantic(model.decode, (DECODED,), rounds=ROUNDS)
+    assert count == DECODED
+    assert (inside["replay"] > 0) == (step == "replayed")
+    if benchmark.stats is not None:
+        whole = sum(benchmark.stats.stats.data)
+        benchmark.extra_info["step_us"] = round(whole / (DECODED * ROUNDS) * 1e6, 1)
+        if step == "replayed":
+            beside = whole - sum(inside.values())
+            benchmark.extra_info["overhead_us"] = round(beside / (DECODED * ROUNDS) * 1e6, 1)
+            benchmark.extra_info["overhead_share"] = round(beside / whole, 3)
+
+
+@contextmanager
+def timed(target: object, *methods: str) -> Iterator[dict[str, float]]:
+    """Seconds spent in these methods of `target` while this lasts."""
+    spent = dict.fromkeys(methods, 0.0)
+
+    def watched(name: str) -> Callable[..., Any]:
+        method = getattr(target, name)
+
+        def call(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return call
+
+    for name in methods:
+        setattr(target, name, watched(name))
+    try:
+        yield spent
+    finally:
+        for name in methods:
+            delattr(target, name)
+
+
+def decode_work(spec: ModelSpec, dtype: str, depth: int) -> dict[str, Any]:
+    """What decoding `DECODED` tokens behind `depth` others has to read and do, for `record`."""
+    middle = depth + DECODED // 2
+    read = weight_bytes(spec, dtype) + cache_bytes(spec, dtype) * middle
+    operations = spec.operations(1, middle)
+    return {
+        "dtype": dtype,
+        "bytes": read * DECODED,
+        "operations": operations * DECODED,
+        "tokens": DECODED,
+        "depth": depth,
+    }
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Weights that one token reads: every matrix but the embedding, of which only a row is read, and the head."""
-    return BYTES[dtype] * (_block_parameters(spec) + spec.vocab_size * spec.hidden)
+    return BYTES[dtype] * (spec.block_weights + spec.vocab_size * spec.hidden)
 
 
-def cache_bytes(spec: ModelSpec, dtype: str) -> float:
+def cache_bytes(spec: ModelSpec, dtype: str) -> int:
     """Keys and values of one token, in the weights' dtype."""
     return BYTES[dtype] * sum(2 * b.attention.kv_heads * b.attention.head_dim for b in spec.blocks)
-
-
-def prefill_operations(spec: ModelSpec, tokens: int) -> float:
-    """Multiplications and additions of a prompt: the blocks' matrices, causal attention, the head once."""
-    attention = sum(2 * b.attention.heads * b.attention.head_dim for b in spec.blocks) * tokens * (tokens + 1) / 2
-    return 2 * (_block_parameters(spec) * tokens + attention + spec.vocab_size * spec.hidden)
-
-
-def _block_parameters(spec: ModelSpec) -> int:
-    slots = spec.slots()
-    return sum(s[0] * s[1] for name, s in slots.items() if name.startswith("blocks.") and len(s) == 2)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import sized
 
 from pyllm.ops import Ops
 from pyllm.sampling import SamplingParams, SamplingState, sample_inputs
 
-VOCAB = 128256
+VOCAB = sized(128256, 1000)
 CHAINS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "plain": {},

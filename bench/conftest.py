@@ -1,13 +1,14 @@
 """Fixtures shared by all benchmarks: kernels, measured limits, and what is recorded beside every time.
 
-Run with ``pytest bench``. Every benchmark states the bytes it has to move and the operations it has to do, checks its
+Run with ``pytest bench``; ``pytest bench --quick --benchmark-disable`` runs all once, on small sizes, for the results
+alone. Every benchmark states the bytes it has to move and the operations it has to do, checks its
 result, and records GFLOP/s, GB/s and the fraction of this machine's limit measured in the same run in ``extra_info``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -16,6 +17,29 @@ from pyllm.limits import Limits, measure
 from pyllm.ops import Ops
 
 Record = Callable[..., None]
+_quick = False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of all benchmarks, and of the end-to-end one."""
+    parser.addoption("--quick", action="store_true", help="small sizes: do the benchmarks still run and check out?")
+    parser.addoption("--models", help="shape:dtype,... of bench/models.py; default gpt2:float32")
+    parser.addoption("--model-folder", help="keep the made models here, to use them again")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the benchmarks' files are read, whose sizes depend on it."""
+    global _quick
+    _quick = config.getoption("--quick")
+    config.option.models = config.option.models or sized("gpt2:float32", "stories-42m:bfloat16")
+
+
+Size = TypeVar("Size")
+
+
+def sized(full: Size, quick: Size) -> Size:
+    """A size to measure, and what stands for it under --quick."""
+    return quick if _quick else full
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +95,3 @@ def describe(
         "threads": limits.threads,
         **more,
     }
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the end-to-end benchmark."""
-    parser.addoption("--models", default="gpt2:float32", help="shape:dtype,... of bench/models.py")
-    parser.addoption("--model-folder", help="keep the made models here, to use them again")

@@ -65,7 +65,19 @@ GPT2 = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
-SHAPES = {"gpt2": GPT2, "llama-1b": LLAMA_1B, "tinyllama": TINYLLAMA}
+STORIES_42M = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"gpt2": GPT2, "llama-1b": LLAMA_1B, "stories-42m": STORIES_42M, "tinyllama": TINYLLAMA}
 DTYPES = {"float32": (np.float32, "F32"), "float16": (np.float16, "F16"), "bfloat16": (ml_dtypes.bfloat16, "BF16")}
 BLOCK = 1 << 20
 

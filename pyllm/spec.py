@@ -315,6 +315,21 @@ class ModelSpec:
         """Numbers in all slots; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.slots().values())
 
+    @property
+    def block_weights(self) -> int:
+        """Numbers in the matrices of all blocks: what every token is multiplied with."""
+        slots = self.slots().items()
+        return sum(math.prod(shape) for name, shape in slots if name.startswith("blocks.") and len(shape) == 2)
+
+    def operations(self, tokens: int, past: int = 0) -> int:
+        """Multiplications and additions of `tokens` tokens that follow `past` others, with the head for the last one.
+
+        They are those of the matrices and of causal attention; windows are not counted off.
+        """
+        keys = tokens * past + tokens * (tokens + 1) // 2  # that the queries see, all together
+        attention = sum(2 * b.attention.heads * b.attention.head_dim for b in self.blocks) * keys
+        return 2 * (self.block_weights * tokens + attention + self.vocab_size * self.hidden)
+
     def _block_slots(self, at: str, block: BlockSpec) -> dict[str, tuple[int, ...]]:
         attention, mlp = block.attention, block.mlp
         rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real models and texts that lies beside a development checkout; a plain clone has none."""
+    """Folder of real models and texts that lies beside a development checkout; a plain clone has none.
+
+    With PYLLM_REQUIRE_DATA=1 its absence is a failure.
+    """
     if not SHARED.is_dir():
-        pytest.skip("no ../shared/data beside this checkout")
+        missing = "no ../shared/data beside this checkout"
+        if os.environ.get("PYLLM_REQUIRE_DATA") == "1":
+            pytest.fail(f"{missing}, but PYLLM_REQUIRE_DATA=1: put it there, or unset the variable")
+        pytest.skip(missing)
     return SHARED
 
 
@@ -20,6 +28,23 @@ def shared_data() -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaMA with a tokenizer and without a chat template."""
     return tiny_model.make(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_bos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, whose tokenizer puts a start token before every text."""
+    folder = tiny_model.make(tmp_path_factory.mktemp("tiny") / "bos")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(values))
+    return folder
 
 
 @pytest.fixture(scope="session")

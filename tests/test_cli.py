@@ -109,6 +109,16 @@ def test_verbose_prints_effective_sampling_values(tiny_folder: Path):
     assert b"temperature=1.0" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["score", "perplexity"])
+def test_scoring_takes_device_and_cache_dtype_and_says_what_it_uses(tiny_folder: Path, tmp_path: Path, command: str):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time")
+    given = text if command == "perplexity" else "Once upon a time"
+    result = pyllm(command, "-m", tiny_folder, given, "--device", "cpu", "--kv-cache-dtype", "bfloat16", "--verbose")
+    assert result.returncode == 0, result.stderr
+    assert b"cache bfloat16" in result.stderr and b"kernels: " in result.stderr
+
+
 def test_chat_template_is_applied_unless_told_not_to(tiny_chat_folder: Path):
     common = ("generate", "-m", tiny_chat_folder, "Once", "-n", 1, "--temp", 0, "--json")
     templated = json.loads(pyllm(*common).stdout)
@@ -167,6 +177,7 @@ def test_bench_reports_fractions(tiny_folder: Path):
         (["--threads", "0"], ["--threads"]),
         (["--ctx-size", "129"], ["max_model_len"]),
         (["--dtype", "int3"], ["dtype", "int3"]),
+        (["--device", "tpu"], ["device", "cpu", "tpu"]),
         (["--temperatur", "1"], ["--temperature"]),
         (["--file", "also"], ["--file"]),
         (["another"], ["another"]),
@@ -230,12 +241,20 @@ def test_a_cache_beyond_memory_is_refused_before_it_is_taken(tmp_path: Path):
 
 def test_prompts_that_cannot_be_run(tiny_folder: Path):
     refused(pyllm("generate", "-m", tiny_folder, "word " * 500), 1, "context of 128")
-    refused(pyllm("generate", "-m", tiny_folder, ""), 1, "empty")
-    refused(pyllm("generate", "-m", tiny_folder, "-", stdin=b""), 1, "empty")
     refused(pyllm("generate", "-m", tiny_folder, "-", stdin=b"good \xff bad"), 1, "stdin", "UTF-8", "byte 5")
     refused(pyllm("generate", "-m", tiny_folder, b"\xfe".decode(errors="surrogateescape")), 1, "UTF-8", "byte 0")
     refused(pyllm("generate", "-m", tiny_folder, "--file", "/no/such/file"), 1, "/no/such/file")
     refused(pyllm("perplexity", "-m", tiny_folder, "/"), 1, "directory")
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_empty_texts_are_usage_errors(tiny_folder: Path, tiny_bos_folder: Path, tmp_path: Path, command: str):
+    what = "prompt" if command == "generate" else "text"
+    for folder in (tiny_folder, tiny_bos_folder):
+        refused(pyllm(command, "-m", folder, ""), 2, "empty", f"give a {what}")
+    refused(pyllm(command, "-m", tiny_folder, "-", stdin=b""), 2, "empty", "stdin")
+    (tmp_path / "empty.txt").touch()
+    refused(pyllm(command, "-m", tiny_folder, "--file", tmp_path / "empty.txt"), 2, "empty.txt")
 
 
 def test_full_disk_and_closed_stdout(tiny_folder: Path):

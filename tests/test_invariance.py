@@ -1,5 +1,7 @@
 """Bit for bit: how a batch is cut, ordered, threaded or replayed never changes a token's logits."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 
 from pyllm import LLM, SamplingParams, active_isa, available_isas, set_isa
+from pyllm.cache import KVCache
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
+from pyllm.models import read_spec
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODELS = ["gpt2", "llama", "llama-tied-biased", "mistral", "qwen3"]
@@ -99,17 +103,20 @@ def test_graph_equals_eager(dtype: str) -> None:
     assert [o.outputs for o in llm.generate(prompts, params)] == [o.outputs for o in replayed]
 
 
-def test_shared_prefix_and_preemption_give_the_same(tmp_path: Path) -> None:
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    plain = load("llama", "float32", enable_prefix_caching=False)
-    head = SHARED[: min(130, plain.max_model_len - 60)]
-    prompts = [{"prompt_token_ids": [*head, *prompt_of(plain, n)[:10]]} for n in (10, 11, 12)]
+@pytest.mark.parametrize("sharing", [True, False])
+def test_shared_prefix_and_preemption_give_the_same(tmp_path: Path, sharing: bool) -> None:
+    shutil.copytree(GOLDEN / "llama", tmp_path / "llama")
+    config = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    options = {"dtype": "float32", "skip_tokenizer_init": True, "threads": 2, "max_model_len": 256}
+    params = SamplingParams(temperature=0, max_tokens=70, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [*SHARED, *range(n, 2 * n)]} for n in (10, 11, 12)]
+    plain = LLM(tmp_path / "llama", enable_prefix_caching=False, **options)
     expected = [o.outputs for o in plain.generate(prompts, params)]
-    cached = load("llama", "float32")
-    assert [o.outputs for o in cached.generate(prompts, params)] == expected
-    assert [o.outputs for o in cached.generate(prompts, params)] == expected
-    assert cached.stats.cached_tokens > 0
-    block = cached.plan.cache // cached.plan.cache_blocks
-    need = -(-(len(head) + 50) // 64)
-    tight = load("llama", "float32", kv_cache_bytes=block * (need + 1), max_model_len=len(head) + 50)
+    # All begin in 3 blocks, of which 2 can be shared, and end in 4: 7 are too few, whether or not they share.
+    block = KVCache.block_bytes(read_spec(tmp_path / "llama"), "float32")
+    tight = LLM(tmp_path / "llama", kv_cache_bytes=7 * block, enable_prefix_caching=sharing, **options)
+    assert [o.outputs for o in tight.generate(prompts, params)] == expected
+    assert tight.stats.preemptions > 0
+    assert (tight.stats.cached_tokens > 0) == sharing
     assert [o.outputs for o in tight.generate(prompts, params)] == expected

@@ -186,16 +186,32 @@ def test_score_sums_log_probabilities_of_the_continuation(llm: LLM) -> None:
     assert pair.total == pytest.approx(sum(pair.logprobs)) and pair.total < 0
 
 
-def test_perplexity_of_a_text_longer_than_the_context_scores_every_token_once(llm: LLM) -> None:
-    ids = np.random.default_rng(3).integers(3, 200, 3 * llm.max_model_len + 17).tolist()
-    result = llm.perplexity(ids)
+@pytest.mark.parametrize("stride", [1, 20, 64, 127, None])
+def test_perplexity_is_the_mean_over_tokens_each_scored_once(llm: LLM, stride: int | None) -> None:
+    window = llm.max_model_len
+    ids = np.random.default_rng(3).integers(3, 200, window + 45 if stride == 1 else 3 * window + 17).tolist()
+    expected, scored, begin = 0.0, 1, 0  # the first token has nothing before it
+    while scored < len(ids):
+        logits = llm.forward(ids[begin : begin + window]).logits.astype(np.float64)
+        peak = logits.max(1)
+        normaliser = peak + np.log(np.exp(logits - peak[:, None]).sum(1))
+        for position in range(scored, min(begin + window, len(ids))):
+            row = position - 1 - begin
+            expected += normaliser[row] - logits[row, ids[position]]
+            scored += 1
+        begin += stride or window // 2
+    result = llm.perplexity(ids, stride=stride)
     assert result.tokens == len(ids) - 1
-    short = ids[: llm.max_model_len]
-    [score] = llm.score([{"prompt_token_ids": short}])
-    assert llm.perplexity(short).nll == pytest.approx(-score.total)
-    assert llm.perplexity(ids, stride=llm.max_model_len - 1).tokens == len(ids) - 1
+    assert result.nll == pytest.approx(expected, rel=1e-6)
+    assert result.perplexity == pytest.approx(np.exp(expected / (len(ids) - 1)), rel=1e-6)
     with pytest.raises(ValueError, match="stride"):
         llm.perplexity(ids, stride=llm.max_model_len)
+
+
+def test_perplexity_of_a_text_within_the_context_is_its_score(llm: LLM) -> None:
+    ids = np.random.default_rng(4).integers(3, 200, llm.max_model_len).tolist()
+    [score] = llm.score([{"prompt_token_ids": ids}])
+    assert llm.perplexity(ids).nll == pytest.approx(-score.total)
 
 
 def test_a_dropped_stream_was_never_started(llm: LLM) -> None:

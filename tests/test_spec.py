@@ -173,3 +173,14 @@ def test_stretched_positions() -> None:
     assert ROPES["dynamic"].stretched_positions == 10240
     assert ROPES["yarn"].stretched_positions == 131072
     assert ROPES["longrope"].stretched_positions == 131072
+
+
+def test_operations_are_those_of_matrices_attention_and_one_head() -> None:
+    projections = 24 * 16 + 2 * 12 * 16 + 16 * 24  # q, k and v, o
+    spec = replace(MODEL, blocks=(BLOCK,) * 3)
+    assert spec.block_weights == 3 * (projections + 3 * 16 * 20)
+    head = 2 * 11 * 16
+    seen = 1 + 2 + 3 + 4 + 5  # keys that five queries see; each takes a product with a key and one with a value
+    assert spec.operations(5) == 5 * 2 * spec.block_weights + 3 * 4 * 24 * seen + head
+    assert spec.operations(1, past=5) == 2 * spec.block_weights + 3 * 4 * 24 * 6 + head
+    assert spec.operations(2) + spec.operations(3, past=2) == spec.operations(5) + head

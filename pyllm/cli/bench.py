@@ -31,6 +31,7 @@ def bench(
     repeat: Annotated[
         int, o.option("--repeat", min=1, max=1000, help="Runs, of which the median counts; default 3.")
     ] = 3,
+    device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
     kv_cache_dtype: o.CacheDtype = None,
@@ -48,15 +49,15 @@ def bench(
     if model is not None:
         llm = load(
             model,
+            device=device,
             dtype=dtype,
             threads=threads,
+            ctx_size=ctx_size,
             kv_cache_dtype=kv_cache_dtype,
-            max_model_len=ctx_size,
             revision=revision,
             offline=offline,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            max_num_seqs=1,
         )
         room = llm.max_model_len - prompt_tokens
         if room < max_tokens:
@@ -101,7 +102,7 @@ def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repe
         prefill.append(spent["prompt_tokens"] / spent["prompt_seconds"])
         decode.append(spent["decode_steps"] / spent["generation_seconds"])
     prefill_rate, decode_rate = statistics.median(prefill), statistics.median(decode)
-    gflops = prefill_operations(llm, prompt_tokens) * prefill_rate / prompt_tokens / 1e9
+    gflops = llm.spec.operations(prompt_tokens) * prefill_rate / prompt_tokens / 1e9
     cache_token = llm.plan.cache / max(llm.plan.cache_tokens, 1)
     gbps = (llm.weight_bytes + cache_token * (prompt_tokens + max_tokens / 2)) * decode_rate / 1e9
     peak = limits.bf16_gflops if llm.plan.dtype == "bfloat16" else limits.f32_gflops
@@ -113,13 +114,3 @@ def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repe
         "decode_gbps": gbps,
         "decode_fraction": gbps / limits.read_gbps,
     }
-
-
-def prefill_operations(llm: LLM, tokens: int) -> float:
-    """Multiplications and additions of a prompt: every matrix of every block, causal attention, the head once."""
-    spec = llm.spec
-    matrices = sum(
-        shape[0] * shape[1] for name, shape in spec.slots().items() if name.startswith("blocks.") and len(shape) == 2
-    )
-    attention = sum(2 * b.attention.heads * b.attention.head_dim for b in spec.blocks) * tokens * (tokens + 1) / 2
-    return 2 * (matrices * tokens + attention + spec.vocab_size * spec.hidden)

@@ -38,6 +38,7 @@ def chat(
     stop: o.Stop = None,
     system_prompt: o.SystemPrompt = None,
     chat_template: o.ChatTemplate = None,
+    device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
     kv_cache_dtype: o.CacheDtype = None,
@@ -67,14 +68,15 @@ def chat(
     )
     llm = load(
         model,
+        device=device,
         dtype=dtype,
         threads=threads,
-        max_model_len=ctx_size,
+        ctx_size=ctx_size,
         kv_cache_dtype=kv_cache_dtype,
         revision=revision,
         offline=offline,
         chat_template=chat_template,
-        max_num_seqs=1,
+        verbose=verbose,
     )
     if chat_template is None and not (llm.tokenizer is not None and llm.tokenizer.has_chat_template):
         raise TokenizerError(f"{model} has no chat template: give one with --chat-template FILE, or use pyllm generate")

@@ -42,6 +42,7 @@ def generate(
     system_prompt: o.SystemPrompt = None,
     chat_template: o.ChatTemplate = None,
     ignore_chat_template: o.IgnoreTemplate = False,
+    device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
     kv_cache_dtype: o.CacheDtype = None,
@@ -77,14 +78,15 @@ def generate(
     text = given_text(prompt if prompt_option is None else prompt_option, file)
     llm = load(
         model,
+        device=device,
         dtype=dtype,
         threads=threads,
-        max_model_len=ctx_size,
+        ctx_size=ctx_size,
         kv_cache_dtype=kv_cache_dtype,
         revision=revision,
         offline=offline,
         chat_template=chat_template,
-        max_num_seqs=1,
+        verbose=verbose,
     )
     request = _request(llm, text, system_prompt, ignore_chat_template, chat_template is not None)
     if json:

@@ -20,9 +20,17 @@ MAX_TEXT_BYTES = 1 << 30
 
 
 def given_text(argument: str | None, file: Path | None, what: str = "prompt") -> str:
-    """The text that was given as argument, as - for stdin, or as file: exactly one of them."""
+    """The text that was given as argument, as - for stdin, or as file: exactly one of them, and not empty."""
     if (argument is None) == (file is None):
         raise typer.BadParameter(f"give the {what} either as argument (- for stdin) or with --file.")
+    text = _read(argument, file)
+    if not text:
+        where = file or ("stdin" if argument == "-" else "the argument")
+        raise typer.BadParameter(f"the {what} is empty: {where} holds no text; give a {what} of one character or more.")
+    return text
+
+
+def _read(argument: str | None, file: Path | None) -> str:
     if file is not None:
         with file.open("rb") as stream:
             return decoded(stream.read(MAX_TEXT_BYTES), str(file))
@@ -51,22 +59,51 @@ def checked(text: str, source: str) -> str:
     return text
 
 
-def load(model: str, *, quiet: bool = False, **options: Any) -> LLM:
-    """The model, with a progress bar where stderr is a terminal; options of `LLM` that are None keep their defaults."""
+def load(
+    model: str,
+    *,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    ctx_size: int | None,
+    kv_cache_dtype: str | None,
+    revision: str | None,
+    offline: bool,
+    chat_template: Path | None = None,
+    verbose: bool = False,
+    **more: Any,
+) -> LLM:
+    """The model that the options describe, for one completion at a time; with a progress bar on a terminal.
+
+    Options that are None keep the defaults of `LLM`; `more` are further arguments of it.
+    """
+    from pyllm.isa import active_isa
     from pyllm.llm import LLM
 
-    template = options.pop("chat_template", None)
-    if template is not None:
-        options["chat_template"] = given_text(None, template, "template")
-    with progress_bar("loading", not quiet) as progress:
-        return LLM(model, progress=progress, **present(options))
+    given = present(
+        {
+            "device": device,
+            "dtype": dtype,
+            "threads": threads,
+            "max_model_len": ctx_size,
+            "kv_cache_dtype": kv_cache_dtype,
+            "revision": revision,
+            "chat_template": given_text(None, chat_template, "template") if chat_template is not None else None,
+        }
+    )
+    with progress_bar("loading") as progress:
+        llm = LLM(model, offline=offline, max_num_seqs=1, progress=progress, **given, **more)
+    if verbose:
+        plan = llm.plan
+        note(f"model: {plan.dtype}, cache {plan.cache_dtype}, context {plan.max_model_len}, {llm.ops.threads} threads")
+        note(f"kernels: {active_isa()}")
+    return llm
 
 
 def sampling(seed: int | None, *, verbose: bool, **values: Any) -> tuple[SamplingParams, int]:
     """Parameters from the options that were given, and the seed, which is drawn when none was given."""
     from dataclasses import fields
 
-    from pyllm.isa import active_isa
     from pyllm.sampling import SamplingParams
 
     chosen = seed if seed is not None else secrets.randbits(32)
@@ -74,7 +111,6 @@ def sampling(seed: int | None, *, verbose: bool, **values: Any) -> tuple[Samplin
     if verbose:
         shown = ", ".join(f"{f.name}={getattr(params, f.name)!r}" for f in fields(params))
         note(f"sampling: {shown}")
-        note(f"kernels: {active_isa()}")
     return params, chosen
 
 

@@ -40,6 +40,7 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+Device = Annotated[str | None, option("--device", env="DEVICE", help="auto (default) or cpu.")]
 Dtype = Annotated[
     str | None, option("--dtype", env="DTYPE", help="Of the weights: auto (default), float32, float16 or bfloat16.")
 ]
@@ -98,7 +99,9 @@ IgnoreTemplate = Annotated[
 ]
 
 # Output
-Verbose = Annotated[bool, option("--verbose", "-v", help="Say which sampling values and which ISA level are used.")]
+Verbose = Annotated[
+    bool, option("--verbose", "-v", help="Say which values are used: of sampling, dtypes, context, threads, ISA level.")
+]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress, statistics or warnings on stderr.")]
 Json = Annotated[bool, option("--json", help="Print one JSON object on stdout instead of text.")]
 

@@ -25,19 +25,30 @@ def score(
     text: Annotated[str | None, typer.Argument(help="The text to score; - reads stdin.", show_default=False)] = None,
     prompt: Annotated[str | None, o.option("--prompt", "-p", help="Score the text after this one.")] = None,
     file: Annotated[Path | None, o.option("--file", "-f", help="Read the text from this file.")] = None,
+    device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
+    kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
     json: o.Json = False,
+    verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> int:
     """Log-probability (in nats) of every token of a text, and of the whole."""
     be_quiet(quiet)
     content = given_text(text, file, "text")
     llm = load(
-        model, dtype=dtype, threads=threads, max_model_len=ctx_size, revision=revision, offline=offline, max_num_seqs=1
+        model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        ctx_size=ctx_size,
+        kv_cache_dtype=kv_cache_dtype,
+        revision=revision,
+        offline=offline,
+        verbose=verbose,
     )
     [result] = llm.score([(checked(prompt, "--prompt"), content)] if prompt is not None else [content])
     tokens = [llm.decode([i], skip_special_tokens=False) for i in result.token_ids]
@@ -59,19 +70,30 @@ def perplexity(
     stride: Annotated[
         int | None, o.option("--stride", min=1, help="Tokens between windows; default half the context.")
     ] = None,
+    device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
+    kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
     json: o.Json = False,
+    verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> int:
     """Perplexity of a text, in windows of the context that overlap so that tokens keep what stands before them."""
     be_quiet(quiet)
     text = given_text("-", None, "text") if str(file) == "-" else given_text(None, file, "text")
     llm = load(
-        model, dtype=dtype, threads=threads, max_model_len=ctx_size, revision=revision, offline=offline, max_num_seqs=1
+        model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        ctx_size=ctx_size,
+        kv_cache_dtype=kv_cache_dtype,
+        revision=revision,
+        offline=offline,
+        verbose=verbose,
     )
     with progress_bar("scoring") as bar:
         result = llm.perplexity(text, stride=stride, progress=(lambda done, of: bar(done / of)) if bar else None)
