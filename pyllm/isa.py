@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from pyllm import _cpu
+from pyllm import _cpu, system
 
 MAX_THREADS = 1024
 
@@ -39,7 +39,7 @@ def default_threads() -> int:
     if asked:
         return _thread_count(asked)
     omp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list names one number per nesting level
-    cores: int = _cpu.available_cores()
+    cores = system.available_cores()
     return min(int(omp), MAX_THREADS) if omp.isdecimal() and int(omp) > 0 else cores
 
 
@@ -54,7 +54,7 @@ def build_info() -> dict[str, object]:
         "isa_levels": list(_cpu.isa_levels()),
         "isas_available": available_isas(),
         "isa": active_isa(),
-        "cores": _cpu.available_cores(),
+        "cores": system.available_cores(),
         "threads": default_threads(),
         "cuda": False,
     }

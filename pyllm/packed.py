@@ -17,7 +17,6 @@ from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec
 from pyllm.weights import Checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
-PANEL = 64  # output columns of a packed panel; csrc/core/types.h
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def packed_bytes(spec: ModelSpec, dtype: str) -> int:
     size = 4 if dtype == "float32" else 2
 
     def matrix(n: int, k: int) -> int:
-        return -(-n // PANEL) * PANEL * (k + (k % 2 if dtype == "bfloat16" else 0)) * size
+        return -(-n // _cpu.PANEL) * _cpu.PANEL * (k + (k % 2 if dtype == "bfloat16" else 0)) * size
 
     total = matrix(spec.vocab_size, spec.hidden) * (1 if spec.tied else 2)
     for block in spec.blocks:

@@ -11,6 +11,7 @@ from pyllm.errors import InsufficientMemoryError
 from pyllm.models import open_checkpoint
 from pyllm.packed import packed_bytes, weight_dtype
 from pyllm.spec import ModelSpec
+from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
 
 GB = 1e9
@@ -146,23 +147,3 @@ def _cache_size(
     if length is None and blocks_for(full) > share >= 1:
         full = share * BLOCK_TOKENS
     return full, max(blocks_for(full), min(blocks_for(full) * sequences, share))
-
-
-def available_memory() -> int:
-    """Bytes this process can still take: the system's estimate, or less where its control group has a limit."""
-    available = 1 << 62
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(available, 0)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm import _cpu
+
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -24,7 +26,7 @@ MAX_N = 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
-GREEDY_BELOW = 1e-5  # temperatures below it choose the most probable token, in the kernel too
+GREEDY_BELOW = _cpu.GREEDY_BELOW  # temperatures below it choose the most probable token
 
 # Hugging Face spellings, accepted with a warning. do_sample, which is no renaming, is handled beside them.
 _ALIASES: dict[str, str] = {

@@ -16,7 +16,7 @@ Sources = Mapping[str, str]
 # below.
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
-    {"isa"},
+    {"isa", "system"},
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "tape", "limits", "batch"},

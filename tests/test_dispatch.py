@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyllm
-from pyllm import _cpu, isa
+from pyllm import _cpu, isa, system
 from pyllm.ops import Ops
 
 LEVELS = ["amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline"]
@@ -99,7 +99,7 @@ def test_thread_count_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
     assert isa.default_threads() == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "dynamic")
-    assert isa.default_threads() == _cpu.available_cores()
+    assert isa.default_threads() == system.available_cores()
 
 
 def test_affinity_bounds_the_default():

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -109,3 +113,69 @@ def test_a_graph_is_replayed_only_where_it_was_recorded() -> None:
     one.replay(graph)
     with pytest.raises(ValueError, match="recorded on these ops"):
         two.replay(graph)
+
+
+def test_threads_that_cannot_start_are_an_error_not_a_hang() -> None:
+    code = """
+import resource
+import numpy as np
+from pyllm.ops import Ops
+ops, x = Ops(threads=1024), np.ones((4096, 256), np.float32)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000,) * 2)
+for _ in range(2):
+    try:
+        ops.gather(x, np.zeros(4096, np.int32))
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("could not start 1024 threads" in line and "--threads" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_child_forked_while_another_thread_computes(threads: int) -> None:
+    x, w = problem()
+    ops = Ops(threads)
+    packed = ops.pack(w)
+    right = ops.matmul(x, packed)
+    stop = threading.Event()
+    many = np.ones((4096, 61), np.float32)
+
+    def loop() -> None:
+        while not stop.is_set():
+            ops.matmul(many, packed)
+
+    other = threading.Thread(target=loop)
+    other.start()
+    try:
+        for _ in range(10):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0 if np.array_equal(ops.matmul(x, packed), right) else 1)
+            assert wait_for(pid) == 0
+    finally:
+        stop.set()
+        other.join()
+
+
+def in_thread(call: Callable[[], object]) -> BaseException | None:
+    """What `call` raises in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).exception()
+
+
+def test_a_recording_belongs_to_the_thread_that_began_it() -> None:
+    ops, x, index = Ops(threads=1), np.ones((2, 4), np.float32), np.zeros(1, np.int32)
+    ops.begin_recording()
+    for call in (lambda: ops.gather(x, index), ops.begin_recording, ops.end_recording, lambda: ops.pack(x)):
+        error = in_thread(call)
+        assert isinstance(error, ValueError)
+        assert "another thread is recording" in str(error)
+    ops.gather(x, index)
+    assert len(ops.end_recording()) == 1
+    assert in_thread(lambda: ops.gather(x, index)) is None

@@ -7,8 +7,6 @@
 namespace pyllm::bindings {
 namespace {
 
-constexpr int64_t kMaxHeadSize = 256;
-
 std::string at(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
 
 // Rows without gaps between them, for kernels that take no stride.
@@ -23,8 +21,8 @@ Rows<T> dense_rows_of(const py::object& object, const char* name, int64_t rows, 
 }
 
 void check_head_size(int64_t head_size) {
-  if (head_size < 1 || head_size > kMaxHeadSize)
-    throw py::value_error("head_size: expected 1 to " + std::to_string(kMaxHeadSize) + ", got " +
+  if (head_size < 1 || head_size > kMaxHead)
+    throw py::value_error("head_size: expected 1 to " + std::to_string(kMaxHead) + ", got " +
                           std::to_string(head_size));
 }
 
@@ -62,6 +60,13 @@ CacheView cache_of(const py::object& object, int64_t head_size, bool writable) {
   return cache;
 }
 
+void check_values(const RopeAnglesArgs& a) {
+  for (int64_t t = 0; t < a.rows; ++t)
+    if (a.positions[t] < 0)
+      throw py::value_error(at("positions", t) + ": expected >= 0, got " + std::to_string(a.positions[t]));
+  if (a.table) check_ids(a.table, a.rows, a.classes, "table", "a row of inv_freq");
+}
+
 void rope_angles(Context& context, const py::object& cos, const py::object& sin, const py::object& positions,
                  const py::object& inv_freq, const py::object& table, float scaling) {
   const auto frequencies = dense_rows_of<const float>(inv_freq, "inv_freq", -1, -1);
@@ -73,14 +78,9 @@ void rope_angles(Context& context, const py::object& cos, const py::object& sin,
   if (frequencies.rows < 1) throw py::value_error("inv_freq: expected at least one row, got none");
   if (!std::isfinite(scaling))
     throw py::value_error("scaling: expected a finite number, got " + std::to_string(scaling));
-  if (!context.recording()) {
-    for (int64_t t = 0; t < rows; ++t)
-      if (position[t] < 0)
-        throw py::value_error(at("positions", t) + ": expected >= 0, got " + std::to_string(position[t]));
-    if (row) check_ids(row, rows, frequencies.rows, "table", "a row of inv_freq");
-  }
-  RopeAnglesArgs args{cosines.data, sines.data, position, frequencies.data, row, rows, frequencies.cols, scaling};
-  context.submit(&cpu::KernelTable::rope_angles, args, {cos, sin, positions, inv_freq, table});
+  RopeAnglesArgs args{cosines.data, sines.data,       position,         frequencies.data, row,
+                      rows,         frequencies.cols, frequencies.rows, scaling};
+  context.submit(&cpu::KernelTable::rope_angles, args, {cos, sin, positions, inv_freq, table}, &check_values);
 }
 
 void rope(Context& context, const py::object& x, const py::object& cos, const py::object& sin, int64_t head_size) {
@@ -92,6 +92,14 @@ void rope(Context& context, const py::object& x, const py::object& cos, const py
   RopeArgs args{in.data,   cosines.data, sines.data, in.rows, heads_of(in.cols, "x", head_size),
                 head_size, cosines.cols, in.stride};
   context.submit(&cpu::KernelTable::rope, args, {x, cos, sin});
+}
+
+void check_values(const KvWriteArgs& a) {
+  const int64_t end = a.cache.blocks * kBlockTokens;
+  for (int64_t t = 0; t < a.rows; ++t)
+    if (a.slots[t] >= end)
+      throw py::value_error(at("slots", t) + ": expected below blocks * " + std::to_string(kBlockTokens) + " = " +
+                            std::to_string(end) + ", got " + std::to_string(a.slots[t]));
 }
 
 void kv_write(Context& context, const py::object& cache, const py::object& k, const py::object& v,
@@ -108,18 +116,13 @@ void kv_write(Context& context, const py::object& cache, const py::object& k, co
     sines = dense_rows_of<const float>(sin, "sin", keys.rows, cosines.cols);
     check_half(cosines.cols, head_size);
   }
-  if (!context.recording())
-    for (int64_t t = 0; t < keys.rows; ++t)
-      if (slot[t] >= view.blocks * kBlockTokens)
-        throw py::value_error(at("slots", t) + ": expected below blocks * " + std::to_string(kBlockTokens) + " = " +
-                              std::to_string(view.blocks * kBlockTokens) + ", got " + std::to_string(slot[t]));
   KvWriteArgs args{view, keys.data, values.data,  cosines.data, sines.data,
                    slot, keys.rows, cosines.cols, keys.stride,  values.stride};
-  context.submit(&cpu::KernelTable::kv_write, args, {cache, k, v, slots, cos, sin});
+  context.submit(&cpu::KernelTable::kv_write, args, {cache, k, v, slots, cos, sin}, &check_values);
 }
 
 // What changes from step to step: row ranges, lengths and the blocks they reach.
-void check_batch(const AttentionArgs& a) {
+void check_values(const AttentionArgs& a) {
   if (a.starts[0] != 0) throw py::value_error("starts[0]: expected 0, got " + std::to_string(a.starts[0]));
   for (int64_t b = 0; b < a.sequences; ++b) {
     const int64_t rows = int64_t(a.starts[b + 1]) - a.starts[b];
@@ -166,8 +169,7 @@ void attention(Context& context, const py::object& out, const py::object& q, con
   AttentionArgs args{result.data,    queries.data,  view,         start, length,
                      blocks.data,    sequences,     queries.rows, heads, blocks.cols,
                      queries.stride, result.stride, window,       scale, nullptr};
-  if (!context.recording()) check_batch(args);
-  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables});
+  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables}, &check_values);
 }
 
 }  // namespace

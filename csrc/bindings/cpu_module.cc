@@ -41,7 +41,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled CPU kernels of pyllm; pyllm.ops is the documented way to call them.";
   module.def("allocate", &allocate, py::arg("bytes"),
              "Zeroed uint8[bytes] on huge pages where granted, 64-byte aligned.");
-  module.def("available_cores", &cpu::available_cores, "Physical cores this process may use.");
   module.def(
       "isa_levels",
       [] {
@@ -57,6 +56,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("BLOCK_TOKENS") = kBlockTokens;
   module.attr("HEAD_PAD") = kHeadPad;
   module.attr("KEY_BLOCK") = kKeyBlock;
+  module.attr("PANEL") = kPanel;
+  module.attr("GREEDY_BELOW") = kGreedyBelow;
   module.attr("COMPILER") = __VERSION__;
   module.attr("BUILD_TYPE") = PYLLM_BUILD_TYPE;
 

@@ -79,9 +79,8 @@ void activation(Context& context, const py::object& y, const py::object& x, cons
   context.submit(&cpu::KernelTable::activation, args, {y, x, up});
 }
 
-// The table of embedding: a packed matrix, or an array whose rows are contiguous but may lie at any address. Returns
-// its rows.
-int64_t set_table(EmbeddingArgs& args, const py::object& table) {
+// The table of embedding: a packed matrix, or an array whose rows are contiguous but may lie at any address.
+void set_table(EmbeddingArgs& args, const py::object& table) {
   if (py::isinstance<PackedMatrix>(table)) {
     const PackedView view = py::cast<const PackedMatrix&>(table).view;
     if (view.parts != 1) throw py::value_error("table: expected a matrix of one part, got a gated one");
@@ -89,7 +88,8 @@ int64_t set_table(EmbeddingArgs& args, const py::object& table) {
       throw py::value_error("table: expected width " + std::to_string(args.dim) + " like the output, got " +
                             std::to_string(view.k));
     args.packed = view;
-    return view.n;
+    args.vocab = view.n;
+    return;
   }
   if (!py::isinstance<py::array>(table))
     throw py::type_error("table: expected a PackedMatrix or a numpy array, got " +
@@ -104,8 +104,15 @@ int64_t set_table(EmbeddingArgs& args, const py::object& table) {
         "table: expected rows that are contiguous, got strides that are not: pass numpy.ascontiguousarray of it");
   args.table = a.data();
   args.table_stride = a.strides(0) / size;
-  return a.shape(0);
+  args.vocab = a.shape(0);
 }
+
+void check_values(const EmbeddingArgs& a) {
+  check_ids(a.tokens, a.rows, a.vocab, "tokens", "a row of table");
+  if (a.positions) check_ids(a.positions, a.rows, a.position_rows, "positions", "a row of position_table");
+}
+
+void check_values(const GatherArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of x"); }
 
 void embedding(Context& context, const py::object& y, const py::object& tokens, const py::object& table,
                const py::object& positions, const py::object& position_table) {
@@ -113,24 +120,21 @@ void embedding(Context& context, const py::object& y, const py::object& tokens, 
   EmbeddingArgs args{};
   args.y = out.data, args.y_stride = out.stride, args.rows = out.rows, args.dim = out.cols;
   args.tokens = vector_of<const int32_t>(tokens, "tokens", out.rows);
-  const int64_t vocab = set_table(args, table);
-  if (!context.recording()) check_ids(args.tokens, out.rows, vocab, "tokens", "a row of table");
+  set_table(args, table);
   if (!position_table.is_none()) {
     const auto view = rows_of<const float>(position_table, "position_table", -1, out.cols);
     args.positions = vector_of<const int32_t>(positions, "positions", out.rows);
-    args.position_table = view.data, args.position_stride = view.stride;
-    if (!context.recording()) check_ids(args.positions, out.rows, view.rows, "positions", "a row of position_table");
+    args.position_table = view.data, args.position_stride = view.stride, args.position_rows = view.rows;
   }
-  context.submit(&cpu::KernelTable::embedding, args, {y, tokens, table, positions, position_table});
+  context.submit(&cpu::KernelTable::embedding, args, {y, tokens, table, positions, position_table}, &check_values);
 }
 
 void gather(Context& context, const py::object& y, const py::object& x, const py::object& index) {
   const auto in = rows_of<const float>(x, "x", -1, -1);
   const auto out = rows_of<float>(y, "y", -1, in.cols);
   const int32_t* rows = vector_of<const int32_t>(index, "index", out.rows);
-  if (!context.recording()) check_ids(rows, out.rows, in.rows, "index", "a row of x");
-  GatherArgs args{out.data, in.data, rows, out.rows, in.cols, in.stride, out.stride};
-  context.submit(&cpu::KernelTable::gather, args, {y, x, index});
+  GatherArgs args{out.data, in.data, rows, out.rows, in.cols, in.stride, out.stride, in.rows};
+  context.submit(&cpu::KernelTable::gather, args, {y, x, index}, &check_values);
 }
 
 }  // namespace

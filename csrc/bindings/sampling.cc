@@ -1,6 +1,7 @@
 // sample, logprobs and the generator.
 #include "core/sampling.h"
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -25,9 +26,13 @@ const SampleRow* sample_rows(const py::object& object, int64_t count) {
     throw py::type_error("rows: expected a numpy array of pyllm.sampling.SAMPLE_ROW, got " +
                          std::string(py::str(py::type::of(object))));
   const auto a = py::reinterpret_borrow<py::array>(object);
-  static const auto* expected = new py::dtype(py::module_::import("pyllm.sampling").attr("SAMPLE_ROW"));  // lives on
-  if (expected->itemsize() != py::ssize_t(sizeof(SampleRow)) ||
-      !(a.dtype().is(*expected) || a.dtype().equal(*expected)))
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::dtype> sample_row;
+  const py::dtype& expected = sample_row
+                                  .call_once_and_store_result([] {
+                                    return py::dtype(py::module_::import("pyllm.sampling").attr("SAMPLE_ROW"));
+                                  })
+                                  .get_stored();
+  if (expected.itemsize() != py::ssize_t(sizeof(SampleRow)) || !(a.dtype().is(expected) || a.dtype().equal(expected)))
     throw py::type_error("rows: expected dtype pyllm.sampling.SAMPLE_ROW, got " + std::string(py::str(a.dtype())));
   const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % alignof(SampleRow) == 0;
   if (a.ndim() != 1 || a.shape(0) != count || (count > 1 && a.strides(0) != py::ssize_t(sizeof(SampleRow))) || !aligned)
@@ -96,6 +101,8 @@ void sample(Context& context, const py::object& tokens, const py::object& logits
   context.submit(&cpu::KernelTable::sample, args, {tokens, logits, rows, history, bias, allowed});
 }
 
+void check_values(const LogprobsArgs& a) { check_ids(a.ids, a.count, a.vocab, "ids", "a token"); }
+
 void logprobs(Context& context, const py::object& chosen, const py::object& ranks, const py::object& top,
               const py::object& top_ids, const py::object& logits, const py::object& ids) {
   const auto x = rows_of<const float>(logits, "logits", -1, -1);
@@ -114,8 +121,7 @@ void logprobs(Context& context, const py::object& chosen, const py::object& rank
   args.top = best.data, args.top_ids = best_ids.data, args.top_n = best.cols;
   args.logits = x.data, args.count = x.rows, args.vocab = x.cols, args.stride = x.stride;
   args.ids = vector_of<const int32_t>(ids, "ids", x.rows);
-  if (!context.recording()) check_ids(args.ids, x.rows, x.cols, "ids", "a token");
-  context.submit(&cpu::KernelTable::logprobs, args, {chosen, ranks, top, top_ids, logits, ids});
+  context.submit(&cpu::KernelTable::logprobs, args, {chosen, ranks, top, top_ids, logits, ids}, &check_values);
 }
 
 py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {

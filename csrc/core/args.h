@@ -69,6 +69,7 @@ struct EmbeddingArgs {
   int64_t table_stride;
   const float* position_table;  // [P, D] or null
   int64_t rows, dim, y_stride, position_stride;
+  int64_t vocab, position_rows;  // V, P
 };
 
 // y[r] = x[index[r]]
@@ -77,16 +78,17 @@ struct GatherArgs {
   const float* x;        // [T, D]
   const int32_t* index;  // [R]
   int64_t rows, dim, x_stride, y_stride;
+  int64_t x_rows;  // T
 };
 
 // cos/sin[t, i] = scaling * cos/sin(positions[t] * inv_freq[table[t], i]), angles in float32 as the published models compute them.
 struct RopeAnglesArgs {
-  float* cos;                // [T, half]
-  float* sin;                // [T, half]
-  const int32_t* positions;  // [T]
-  const float* inv_freq;     // [C, half]
-  const int32_t* table;      // [T], which row of inv_freq, or null for row 0
-  int64_t rows, half;
+  float* cos;                   // [T, half]
+  float* sin;                   // [T, half]
+  const int32_t* positions;     // [T]
+  const float* inv_freq;        // [C, half]
+  const int32_t* table;         // [T], which row of inv_freq, or null for row 0
+  int64_t rows, half, classes;  // classes: C
   float scaling;
 };
 

@@ -42,6 +42,7 @@ struct PackedView {
 // wherever a token has been written; what has not been written may hold anything, NaN included, and is never used.
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kHeadPad = 16;
+constexpr int64_t kMaxHead = 256;  // the largest E
 constexpr int64_t kKeyGroup = 16;  // tokens whose keys are interleaved
 
 struct CacheView {

@@ -1,5 +1,6 @@
 // The list of CPU kernels. Each is compiled once per ISA level, in a namespace of its own; dispatch.h hands out the tables.
-// A kernel is a plain function over views: it never allocates, throws, prints or reads the environment.
+// A kernel is a plain function over views: it never allocates, throws, prints or reads the environment; only the threads it
+// asks for may fail to start (parallel.h).
 #pragma once
 #include "core/args.h"
 #include "core/limits.h"

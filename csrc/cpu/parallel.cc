@@ -1,15 +1,13 @@
 #include "cpu/parallel.h"
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <condition_variable>
-#include <fstream>
+#include <exception>
 #include <mutex>
-#include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -55,10 +53,20 @@ struct alignas(64) Share {
 
 struct Parallel::Team {
   explicit Team(int threads) : shares(threads) {
-    for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { loop(i); });
+    workers.reserve(threads);
+    try {
+      for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { loop(i); });
+    } catch (const std::exception& error) {
+      const auto started = std::to_string(workers.size() + 1);
+      end();
+      throw std::runtime_error("could not start " + std::to_string(threads) + " threads, only " + started + ": " +
+                               error.what() + "; choose fewer with threads= or --threads");
+    }
   }
 
-  ~Team() {
+  ~Team() { end(); }
+
+  void end() {
     stop.store(true);
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -150,42 +158,6 @@ void Parallel::run(int64_t chunks, void (*fn)(void*, int64_t, int), void* contex
   constexpr int64_t kMost = int64_t(1) << 31;  // a share's ends are 32 bits wide
   if (chunks < kMost) return team_->run(chunks, fn, context);
   for (int64_t c = 0; c < chunks; ++c) fn(context, c, 0);
-}
-
-namespace {
-
-// "max 100000" or "200000 100000" (cgroup v2), or the two v1 files; +inf where there is no limit.
-double cgroup_cpus() {
-  double limit = INFINITY;
-  std::ifstream v2("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (v2 >> quota >> period && quota != "max" && period > 0) limit = std::stod(quota) / period;
-  std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  double v1 = -1;
-  if (q >> v1 && p >> period && v1 > 0 && period > 0) limit = std::min(limit, v1 / period);
-  return limit;
-}
-
-}  // namespace
-
-int available_cores() {
-  cpu_set_t mask;
-  CPU_ZERO(&mask);
-  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return int(std::max(1u, std::thread::hardware_concurrency()));
-  std::set<std::string> cores;
-  int unnamed = 0;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (!CPU_ISSET(cpu, &mask)) continue;
-    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-    std::string siblings;
-    if (file >> siblings)
-      cores.insert(siblings);
-    else
-      ++unnamed;
-  }
-  const double count = double(cores.size()) + unnamed;
-  return int(std::max(1.0, std::floor(std::min(count, std::max(1.0, cgroup_cpus())))));
 }
 
 }  // namespace pyllm::cpu

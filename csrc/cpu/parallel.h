@@ -18,7 +18,8 @@ class Parallel {
 
   // Calls fn(context, chunk, worker) once for each chunk of [0, chunks), and returns when all are done; worker < threads().
   // Worker w begins at its own contiguous share of the range and walks it upwards, so that it streams memory in order; who
-  // is done takes chunks from the far end of another's share. One call at a time.
+  // is done takes chunks from the far end of another's share. One call at a time. Throws std::runtime_error, before fn is
+  // called, where the system does not let the threads start.
   void run(int64_t chunks, void (*fn)(void* context, int64_t chunk, int worker), void* context);
 
  private:
@@ -36,8 +37,5 @@ inline void parallel_for(Parallel& pool, int64_t chunks, Fn&& fn) {
       chunks, [](void* f, int64_t chunk, int worker) { (*static_cast<F*>(f))(chunk, worker); },
       const_cast<void*>(static_cast<const void*>(&fn)));
 }
-
-// CPUs this process may use: affinity mask and cgroup quota respected, hyperthreads of one core counted once.
-int available_cores();
 
 }  // namespace pyllm::cpu

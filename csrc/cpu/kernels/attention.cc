@@ -590,7 +590,7 @@ class Attention {
     const int64_t merged_row = i / a.cache.kv_heads, g = i % a.cache.kv_heads;
     const int64_t b = find(merged_row, [](const SequencePlan& p) { return p.first_row; });
     const int64_t token = merged_row - plans[b].first_row, p = position(b, token);
-    alignas(64) float total[256];
+    alignas(64) float total[kMaxHead];
     for (int64_t head = g * group; head < (g + 1) * group; ++head) {
       float max = -kInfinity, sum = 0;
       std::memset(total, 0, size_t(Ep) * sizeof(float));

@@ -8,7 +8,6 @@ namespace {
 using namespace simd;
 
 constexpr int64_t kTokensPerChunk = 16;
-constexpr int64_t kMaxHead = 256;
 
 // src[0, E) rounded to bfloat16, zeros up to Ep.
 void narrow(uint16_t* dst, const float* src, int64_t E, int64_t Ep) {

@@ -35,13 +35,14 @@ Done read(const float* p) {
   return {kLimitsChunk * 4, sum((s0 + s1) + (s2 + s3))};
 }
 
-Done multiply_add_f32(int64_t rounds) {
-  const F scale = set(0.5f), shift = set(1.0f);  // a = a / 2 + 1 stays near 2
+// `step` on every chain in turn, `rounds` times; it does this many operations on each lane.
+template <class Step>
+Done run_chains(int64_t rounds, int64_t operations, Step step) {
 #define X(i) F a##i = set(float(i));
   PYLLM_CHAINS(X)
 #undef X
   for (int64_t r = 0; r < rounds; ++r) {
-#define X(i) a##i = fma(a##i, scale, shift);
+#define X(i) a##i = step(a##i);
     PYLLM_CHAINS(X)
 #undef X
   }
@@ -49,11 +50,16 @@ Done multiply_add_f32(int64_t rounds) {
 #define X(i) total = total + a##i;
   PYLLM_CHAINS(X)
 #undef X
-  return {rounds * kChains * F::N * 2, sum(total)};
+  return {rounds * kChains * F::N * operations, sum(total)};
 }
 
-#if PYLLM_HAS_AMX
+Done multiply_add_f32(int64_t rounds) {
+  const F scale = set(0.5f), shift = set(1.0f);  // a = a / 2 + 1 stays near 2
+  return run_chains(rounds, 2, [=](F a) { return fma(a, scale, shift); });
+}
+
 Done dot_bf16_pairs(int64_t rounds) {
+#if PYLLM_HAS_AMX
   Tiles tiles;
   tiles.shape({kTileLines, kTileLines, kTileLines, kTileLines, kTileLines, kTileLines, 0, 0});
   for (int64_t r = 0; r < rounds; ++r) {  // the sums are tiles 0 to 3, which cover the latency
@@ -63,27 +69,13 @@ Done dot_bf16_pairs(int64_t rounds) {
     tile_dot_bf16<3, 4, 5>();
   }
   return {rounds * 4 * kTileLines * kTileLines * kTileLines * 4, 0.0f};
-}
 #elif PYLLM_HAS_BF16_DOT
-Done dot_bf16_pairs(int64_t rounds) {
   const B x = set_pair(0x3a803a80u), w = set_pair(0x3f803f80u);  // 2^-10 and 1
-#define X(i) F a##i = set(float(i));
-  PYLLM_CHAINS(X)
-#undef X
-  for (int64_t r = 0; r < rounds; ++r) {
-#define X(i) a##i = dot_bf16(a##i, x, w);
-    PYLLM_CHAINS(X)
-#undef X
-  }
-  F total = zero();
-#define X(i) total = total + a##i;
-  PYLLM_CHAINS(X)
-#undef X
-  return {rounds * kChains * F::N * 4, sum(total)};
-}
+  return run_chains(rounds, 4, [=](F a) { return dot_bf16(a, x, w); });
 #else
-Done dot_bf16_pairs(int64_t rounds) { return multiply_add_f32(rounds); }
+  return multiply_add_f32(rounds);
 #endif
+}
 
 Done dot_int8(int64_t rounds) {
   I x = set_bytes(1);
