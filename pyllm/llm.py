@@ -168,7 +168,7 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **params: Any
     ) -> Iterator[StreamOutput]:
-        """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends the request."""
+        """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends it."""
         [one] = _params_for(1, sampling_params, params)
         encoded = self._encode_prompt(prompt)
         self.engine.check_prompt(encoded[1])
