@@ -78,9 +78,9 @@ Done dot_bf16_pairs(int64_t rounds) {
 }
 
 Done dot_int8(int64_t rounds) {
-  I x = set_bytes(1);
-  const I w = set_bytes(1);
-#define X(i) I a##i = set_bytes(i);
+  I x = set_bytes(1), w = set_bytes(0);  // products of 0: the sums stay where they are and never overflow
+  opaque(w);
+#define X(i) I a##i = set_bytes(0);
   PYLLM_CHAINS(X)
 #undef X
   for (int64_t r = 0; r < rounds; ++r) {
