@@ -40,6 +40,12 @@ class RowState(SamplingState):
         self._ends = sorted({*end_ids, *(i for i in params.stop_token_ids if i < vocab)})
         self._bad_words = _bad_words(params, tokenizer)
 
+    def fork(self) -> RowState:
+        """One that goes on by itself from here."""
+        twin = super().fork()
+        twin._output = self._output.copy()
+        return twin
+
     def append(self, token: int) -> None:
         """The token was chosen."""
         super().append(token)
