@@ -198,6 +198,33 @@ def test_a_draft_model_of_another_kind_and_a_shorter_context(plain: LLM, folder:
     assert llm.stats.drafted_tokens > 0
 
 
+def test_a_draft_model_goes_on_from_what_was_chosen(folder: Path, other: Path) -> None:
+    """Asked step after step, it says what another one says that has seen nothing before: its cache is right."""
+    llm = LLM(folder, threads=2, draft_model=other)
+    fresh = LLM(folder, threads=2, draft_model=other, max_num_batched_tokens=2048, enable_prefix_caching=False)
+    kept = llm.engine.speculation.proposer  # type: ignore[union-attr]
+    anew = fresh.engine.speculation.proposer  # type: ignore[union-attr]
+    asked = []
+
+    class Both(Scripted):
+        def propose(self, prospects: Sequence[Prospect]) -> list[list[int]]:
+            found = kept.propose(prospects)
+            assert found == anew.propose(prospects)
+            asked.extend(prospects)
+            for prospect in prospects:
+                anew.forget(prospect.sequence)
+            return found
+
+        def forget(self, sequence: EngineSequence) -> None:
+            kept.forget(sequence)
+
+    use(llm, Both(lambda *_: []))
+    for name in ("greedy of few", "penalties", "completions"):
+        params = SamplingParams(max_tokens=60, **PARAMS[name])
+        llm.generate(PROMPTS, params)
+    assert len(asked) > 500 and llm.stats.accepted_tokens > 20
+
+
 def test_stop_strings_and_stop_tokens_amid_accepted_drafts(plain: LLM, llm: LLM) -> None:
     greedy = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
     known = whole(plain, PROMPTS, SamplingParams(**greedy))
@@ -360,7 +387,10 @@ def test_a_proposer_that_fails_ends_its_step_and_nothing_more(plain: LLM, llm: L
     assert outputs(llm, "Once", params) == outputs(plain, "Once", params)
 
 
-def test_failures_amid_accepted_drafts_leave_the_others_alone(plain: LLM, llm: LLM) -> None:
+@pytest.mark.parametrize("graphs", [True, False])
+def test_failures_amid_accepted_drafts_leave_the_others_alone(
+    plain: LLM, llm: LLM, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
     """One completion goes on for two tokens and has then none left to choose; the other's logits are needed yet."""
     words = ["".join(letters) for letters in itertools.product("CD", repeat=3)]
     constraints = {"temperature": 0, "allowed_token_ids": FEW[:2], "bad_words": words}
@@ -368,6 +398,7 @@ def test_failures_amid_accepted_drafts_leave_the_others_alone(plain: LLM, llm: L
     [two] = whole(plain, ["Once"], SamplingParams(max_tokens=2, **constraints))
     [known] = whole(plain, ["Once"], fine)
     use(llm, always_right([*two, *FEW], known))
+    monkeypatch.setattr(llm.engine, "use_graphs", graphs)
     before = llm.stats.accepted_tokens
     limits = [SamplingParams(max_tokens=9, **constraints), fine]
     requests = [llm.engine.add(None, llm.encode("Once"), params, 0) for params in limits]

@@ -71,7 +71,6 @@ class Sequence:
         if kept < len(self.blocks):
             pool.give_back(self.blocks[kept:])
             del self.blocks[kept:]
-            self.residence += 1
 
     def leave(self, pool: BlockPool) -> None:
         """Give all blocks back; what was computed is forgotten, but may be found again by its hash."""
