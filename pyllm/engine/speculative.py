@@ -31,7 +31,9 @@ from pyllm.engine.sequence import Sequence
 
 MAX_DRAFTS = 32
 NGRAM_DRAFTS, MODEL_DRAFTS = 7, 4  # of a step, unless the user says how many
-NGRAM_SIZES = (4, 3, 2)  # looked for in this order
+# Looked for in this order. On stories of a small trained model a fourth token found nothing more, and a single one gave
+# a tenth more tokens a step for twice the drafts.
+NGRAM_SIZES = (3, 2)
 
 
 def drafts_per_step(speculative: str | None, draft_model: object | None, number: int | None) -> int:
