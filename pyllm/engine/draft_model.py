@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pyllm.batch import I32
 from pyllm.cache import BlockPool
 from pyllm.engine.runner import Runner
 from pyllm.engine.sampler import RowState
@@ -36,13 +37,15 @@ class DraftModel:
         """Drafts for each, fewer than asked for where context or memory end."""
         drafts: dict[Sequence, list[int]] = {p.sequence: [] for p in prospects}
         plan, turns = self._catch_up(prospects, drafts)
-        logits = self._ends(plan) if plan else None
-        while turns and logits is not None:
-            turns = self._choose(turns, logits)
-            logits = self.runner.decode([turn.copy.work(1, last=True) for turn in turns]) if turns else None
+        if not plan:
+            return list(drafts.values())
+        logits, drawn = self._ends(plan, [turn.sampling for turn in turns])
+        while turns := self._choose(turns, logits, drawn):
+            works = [turn.copy.work(1, last=True) for turn in turns]
+            logits, drawn = self.runner.decode(works, [turn.sampling for turn in turns])
             for turn in turns:
                 turn.copy.sequence.computed += 1
-        return [drafts[p.sequence] for p in prospects]
+        return list(drafts.values())
 
     def forget(self, sequence: Sequence) -> None:
         """Free what its copy held."""
@@ -81,19 +84,26 @@ class DraftModel:
                 turns.append(_Turn(copy, prospect.sampling.fork(), most, drafts[sequence]))
         return plan, turns
 
-    def _ends(self, plan: list[Work]) -> F32:
-        """Logits at the end of each work that reaches the end of its sequence."""
-        if not all(work.last for work in plan) or sum(work.count for work in plan) > self.runner.max_rows:
-            return self.runner.last_logits(plan, self.runner.forward(plan))
-        logits = self.runner.verify(plan)
-        return logits if len(logits) == len(plan) else logits[np.cumsum([work.count for work in plan]) - 1]
+    def _ends(self, plan: list[Work], states: list[RowState]) -> tuple[F32, I32 | None]:
+        """Logits at the end of each work that reaches the end of its sequence, and what was drawn, as of a decode."""
+        if len(plan) > len(states) or sum(work.count for work in plan) > self.runner.max_rows:
+            return self.runner.last_logits(plan, self.runner.forward(plan)), None
+        logits, drawn = self.runner.decode(plan, states)
+        if len(logits) > len(plan):
+            ends = np.cumsum([work.count for work in plan]) - 1
+            return logits[ends], drawn if drawn is None else drawn[ends]
+        return logits, drawn
 
-    def _choose(self, turns: list[_Turn], logits: F32) -> list[_Turn]:
+    def _choose(self, turns: list[_Turn], logits: F32, drawn: I32 | None) -> list[_Turn]:
         """A draft for each turn; those that go on, with room for their draft in the cache."""
-        forbidden = [turn.sampling.forbidden() for turn in turns]
-        inputs = sample_inputs([turn.sampling for turn in turns], forbidden if any(forbidden) else None)
+        if not turns:
+            return []
+        if drawn is None:
+            forbidden = [turn.sampling.forbidden() for turn in turns]
+            inputs = sample_inputs([turn.sampling for turn in turns], forbidden if any(forbidden) else None)
+            drawn = self.runner.ops.sample(logits, inputs)
         going = []
-        for turn, token in zip(turns, self.runner.ops.sample(logits, inputs).tolist(), strict=True):
+        for turn, token in zip(turns, drawn.tolist(), strict=True):
             if token < 0:  # nothing to choose from, or no numbers: for the target to say
                 continue
             turn.drafts.append(token)

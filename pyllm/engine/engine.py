@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pyllm.batch import I32
 from pyllm.cache import BlockPool
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
@@ -142,34 +143,35 @@ class Engine:
         if self.speculation is not None:
             vocabulary = self.runner.model.spec.vocab_size
             plan = self.speculation.extend(plan, self._running, self.scheduler, vocabulary)
-        logits = self._compute(plan)
+        logits, drawn = self._compute(plan)
         self.scheduler.advance(plan)
         generated = self.stats.generated_tokens
-        self._choose([work for work in plan if work.last], logits)
+        self._choose([work for work in plan if work.last], logits, drawn)
         self.scheduler.settle(plan)
         for work in plan:
-            if work.start + work.count == work.sequence.limit and work.sequence in self._running:
+            if not work.last and work.start + work.count == work.sequence.limit:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
         self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> F32:
-        """Logits of the sequences that reached their end, in order: at their last tokens and the drafts behind them."""
-        single = all(work.last and work.count == 1 for work in plan)
-        if single and self.use_graphs and not any(self._scores_prompt(work) for work in plan):
-            drafted = any(work.drafts for work in plan)
-            return self.runner.verify(plan) if drafted else self.runner.decode(plan)
+    def _compute(self, plan: list[Work]) -> tuple[F32, I32 | None]:
+        """Logits of the sequences that reached their end, in order: at their last tokens and the drafts behind them.
+
+        Of a recorded step also what it drew from them.
+        """
+        if self.use_graphs and all(w.last and w.count == 1 and not self._scores_prompt(w) for w in plan):
+            return self.runner.decode(plan, [self._running[work.sequence].sampling for work in plan])
         x = self.runner.forward(plan)
         row = 0
         for work in plan:
             if self._scores_prompt(work):
                 self._score_prompt(work, x, row)
             row += work.rows
-        return self.runner.last_logits(plan, x)
+        return self.runner.last_logits(plan, x), None
 
-    def _choose(self, works: list[Work], logits: F32) -> None:
+    def _choose(self, works: list[Work], logits: F32, drawn: I32 | None) -> None:
         """The next token at each of these works' ends, and behind it wherever that token is the draft there."""
         if not any(work.drafts for work in works):
-            self._choose_next([self._running[work.sequence] for work in works], logits)
+            self._choose_next([self._running[work.sequence] for work in works], logits, drawn)
             return
         turns, row = [], 0
         for work in works:
@@ -177,7 +179,9 @@ class Engine:
             row += 1 + len(work.drafts)
             self._count_drafts(self._running[work.sequence], drafted=len(work.drafts))
         while turns:
-            tokens = self._choose_next([turn[0] for turn in turns], logits[[turn[1] for turn in turns]])
+            rows = [row for _, row, _ in turns]
+            completions = [completion for completion, _, _ in turns]
+            tokens = self._choose_next(completions, logits[rows], None if drawn is None else drawn[rows])
             going = []
             for token, (completion, row, drafts) in zip(tokens, turns, strict=True):
                 if drafts and token == drafts[0]:
@@ -186,13 +190,13 @@ class Engine:
                         going.append((completion, row + 1, drafts[1:]))
             turns = going
 
-    def _choose_next(self, completions: list[Completion], logits: F32) -> list[int]:
+    def _choose_next(self, completions: list[Completion], logits: F32, drawn: I32 | None) -> list[int]:
         """The next token of each of these completions, which is -1 where there is none to choose."""
         if not completions:
             return []
-        chosen = self.sampler.sample(logits, [c.sampling for c in completions])
-        for i, completion in enumerate(completions):
-            token = int(chosen.tokens[i])
+        chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
+        tokens: list[int] = chosen.tokens.tolist()
+        for completion, token, entry in zip(completions, tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)
                 continue
@@ -200,16 +204,15 @@ class Engine:
             completion.sequence.tokens.append(token)
             completion.output.token_ids.append(token)
             completion.sampling.append(token)
-            entry = chosen.logprobs[i]
             if entry is not None:
                 assert completion.output.logprobs is not None and completion.output.cumulative_logprob is not None
                 completion.output.logprobs.append(self._described(entry, completion.request.params))
                 completion.output.cumulative_logprob += entry[token].logprob
             self._advance(completion, token)
-        return [int(token) for token in chosen.tokens]
+        return tokens
 
     def _advance(self, completion: Completion, token: int) -> None:
-        """Take in a new token: its text, and whether the completion ends with it."""
+        """Take in a new token: its text, whether the completion ends with it, and what a reader gets of it."""
         params, sequence = completion.request.params, completion.sequence
         may_stop = sequence.generated >= params.min_tokens
         ends = may_stop and token in self.end_ids and not params.ignore_eos
@@ -223,7 +226,8 @@ class Engine:
             self._finish(completion, "stop", found)
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(completion, "length")
-        completion.deliver([token])
+        if completion.request.streamed:
+            completion.deliver([token])
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
         self.scheduler.remove(completion.sequence)
@@ -267,9 +271,10 @@ class Engine:
         return None if np.isfinite(logits).all() else "the head"
 
     def _scores_prompt(self, work: Work) -> bool:
+        if work.start >= work.sequence.prompt_length - 1:
+            return False
         request = self._running[work.sequence].request
-        first = request.completions[0].sequence is work.sequence
-        return first and request.prompt_logprobs is not None and work.start < work.sequence.prompt_length - 1
+        return request.prompt_logprobs is not None and request.completions[0].sequence is work.sequence
 
     def _score_prompt(self, work: Work, x: F32, row: int) -> None:
         """Log-probabilities of the prompt tokens that follow this work's tokens, whose first row of x is `row`."""
@@ -318,9 +323,12 @@ class Engine:
     def _count(self, plan: list[Work], generated: int, seconds: float) -> None:
         stats = self.stats
         stats.preemptions = self.scheduler.preemptions
-        prompt_tokens = sum(
-            max(0, min(work.start + work.count, work.sequence.prompt_length) - work.start) for work in plan
-        )
+        prompt_tokens = 0
+        for work in plan:
+            if work.start < work.sequence.prompt_length:
+                prompt_tokens += min(work.start + work.count, work.sequence.prompt_length) - work.start
+                if 0 < work.start == work.sequence.cached:
+                    stats.cached_tokens += work.start
         stats.prompt_tokens += prompt_tokens
         if prompt_tokens:
             stats.prompt_seconds += seconds
@@ -328,9 +336,6 @@ class Engine:
             stats.generation_seconds += seconds
             stats.decode_steps += 1
             stats.decode_tokens += generated
-        for work in plan:
-            if 0 < work.start == work.sequence.cached < work.sequence.prompt_length:
-                stats.cached_tokens += work.start
 
     def _reset(self) -> None:
         """End every request and forget all blocks."""

@@ -1,8 +1,8 @@
 """Runs one step of the model: fills the step's arrays from the scheduler's plan and calls the kernels.
 
 A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
-number of sequences and of rows and replayed; any other step calls the kernels directly. All are the same model code and
-give the same bits.
+number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
+directly. All are the same model code and give the same bits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.batch import I32, Batch
@@ -21,20 +22,33 @@ from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.model import Model
 from pyllm.ops import F32, Arena, Ops
+from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
-MAX_GRAPHS = 8  # recorded steps kept of a kind
+MAX_GRAPHS = 16  # recorded steps kept
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
 
 
 @dataclass
 class _Recorded:
-    """A recorded decode step of B sequences with its arrays; `rows` tells whose block table stands in which row."""
+    """A recorded step of B sequences and R rows with its arrays; `seats` tells who has which row of tables and draws,
+    where each sequence has one row.
+
+    What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
+    """
 
     graph: _cpu.Graph
     batch: Batch
     logits: F32
-    rows: list[tuple[Sequence | None, int, int]] = field(default_factory=list)
+    draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
+    drawn: I32  # [R] the tokens chosen
+    seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
+
+    def __post_init__(self) -> None:
+        """Views of the arrays."""
+        self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
+        self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
+        self.draw_positions = self.draws["position"].data
 
 
 class Runner:
@@ -57,47 +71,38 @@ class Runner:
         self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
         self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
-        self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
-        self._verifying: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
+        self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._inv_freq: dict[object, F32] = {}
 
-    def decode(self, plan: Seq[Work]) -> F32:
-        """Logits [B, V] after one more token of each sequence; the array is reused by the next step."""
-        step = self._recorded.get(len(plan))
-        if step is None:
-            if len(self._recorded) >= MAX_GRAPHS:
-                self._recorded.popitem(last=False)
-            step = self._recorded[len(plan)] = self._record(len(plan), len(plan))
-        self._recorded.move_to_end(len(plan))
-        batch = step.batch
-        for i, work in enumerate(plan):
-            sequence, position = work.sequence, work.start
-            batch.tokens[i] = sequence.tokens[position]
-            batch.positions[i] = position
-            batch.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-            batch.lengths[i] = position + 1
-            count = len(sequence.blocks)
-            holder, residence, known = step.rows[i]
-            if holder is not sequence or residence != sequence.residence or known != count:
-                batch.tables[i, :count] = sequence.table[:count]
-                step.rows[i] = (sequence, sequence.residence, count)
-            if batch.rope_rows is not None:
-                self._fill_rope(batch, i, sequence, position)
-        self.ops.replay(step.graph)
-        return step.logits
+    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, I32 | None]:
+        """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
 
-    def verify(self, plan: Seq[Work]) -> F32:
-        """Logits [R, V] of all rows of the plan, at most `max_rows`; the array is reused by the next step."""
-        key = len(plan), sum(work.rows for work in plan)
-        step = self._verifying.get(key)
-        if step is None:
-            if len(self._verifying) >= MAX_GRAPHS:
-                self._verifying.popitem(last=False)
-            step = self._verifying[key] = self._record(*key)
-        self._verifying.move_to_end(key)
-        self._fill(step.batch, plan)
+        `states` choose, each at its sequence's end and behind every draft, as if the drafts were right. Tokens are None
+        unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
+        """
+        rows = sum(work.rows for work in plan)
+        step = self._step(len(plan), rows)
+        if rows > len(plan):
+            return self._decode_ahead(step, plan, states)
+        plain = True
+        for i, (work, state) in enumerate(zip(plan, states, strict=True)):
+            sequence, position = work.sequence, work.start
+            step.tokens[i] = sequence.tokens[position]
+            step.positions[i] = position
+            step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+            step.lengths[i] = position + 1
+            count = len(sequence.blocks)
+            holder, residence, known = step.seats[i]
+            if holder is not sequence or residence != sequence.residence or known != count:
+                step.batch.tables[i, :count] = sequence.table[:count]
+                step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
+                step.seats[i] = (sequence, sequence.residence, count)
+            step.draw_positions[i] = state.position
+            plain = plain and state.plain
+            if step.batch.rope_rows is not None:
+                self._fill_rope(step.batch, i, sequence, position)
         self.ops.replay(step.graph)
-        return step.logits
+        return step.logits, step.drawn if plain else None
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
@@ -125,6 +130,25 @@ class Runner:
         spans = [np.arange(end - 1 - len(w.drafts), end) for end, w in zip(ends, plan, strict=True) if w.last]
         rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
+
+    def _decode_ahead(self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, I32 | None]:
+        self._fill(step.batch, plan)
+        for i, (work, state) in enumerate(zip(plan, states, strict=True)):
+            span = slice(step.batch.starts[i], step.batch.starts[i + 1])
+            step.draws[span] = state.row if state.plain else GREEDY_ROW
+            step.draws["position"][span] += np.maximum(np.arange(work.rows) - (work.count - 1), 0).astype(np.uint64)
+        self.ops.replay(step.graph)
+        return step.logits, step.drawn if all(state.plain for state in states) else None
+
+    def _step(self, sequences: int, tokens: int) -> _Recorded:
+        """The recorded step of this many sequences and tokens."""
+        key = sequences, tokens
+        if key not in self._recorded:
+            if len(self._recorded) >= MAX_GRAPHS:
+                self._recorded.popitem(last=False)
+            self._recorded[key] = self._record(sequences, tokens)
+        self._recorded.move_to_end(key)
+        return self._recorded[key]
 
     def _fill(self, batch: Batch, plan: Seq[Work]) -> None:
         at = 0
@@ -163,16 +187,18 @@ class Runner:
         batch = Batch.empty(tokens, sequences, self.table_width, spec.rope)
         batch.starts[:] = [*range(sequences), tokens]
         rows = np.arange(tokens, dtype=np.int32)
+        draws = np.repeat(GREEDY_ROW, tokens)
         try:
             self.ops.use_arena(self._decode_arena)
             self.ops.release(0)
             self.ops.begin_recording()
             x = self.model.forward(self.ops, batch, self.cache)
             logits = self.model.logits(self.ops, x, rows)
+            drawn = self.ops.sample(logits, SampleInputs(draws))
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
-        return _Recorded(graph, batch, logits, [(None, 0, 0)] * sequences)
+        return _Recorded(graph, batch, logits, draws, drawn, [(None, 0, 0)] * sequences)
 
 
 def head_rows(sequences: int, drafts: int) -> int:
