@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyllm.batch import I32
 from pyllm.cache import BlockPool
 from pyllm.engine.outputs import Logprob
 from pyllm.engine.request import Completion, Request
@@ -132,7 +131,7 @@ class Engine:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
         self._count(plan, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> tuple[F32, I32 | None]:
+    def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
         """Logits of the sequences that reached their end, in order; of a recorded step also what it drew from them."""
         if self.use_graphs and all(w.last and w.count == 1 and not self._scores_prompt(w) for w in plan):
             return self.runner.decode(plan, [self._running[work.sequence].sampling for work in plan])
@@ -144,12 +143,12 @@ class Engine:
             row += work.count
         return self.runner.last_logits(plan, x), None
 
-    def _choose(self, completions: list[Completion], logits: F32, drawn: I32 | None) -> None:
+    def _choose(self, completions: list[Completion], logits: F32, drawn: list[int] | None) -> None:
         """The next token of each of these completions."""
         if not completions:
             return
         chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
-        for completion, token, entry in zip(completions, chosen.tokens.tolist(), chosen.logprobs, strict=True):
+        for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)
                 continue

@@ -40,14 +40,14 @@ class _Recorded:
     batch: Batch
     logits: F32
     draws: NDArray[np.void]  # [B] of SAMPLE_ROW: how each token is chosen
-    drawn: I32  # [B] the tokens chosen
+    chosen: I32  # [B] the tokens chosen
     seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
 
     def __post_init__(self) -> None:
         """Views of the arrays."""
         self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
         self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
-        self.draw_positions = self.draws["position"].data
+        self.draw_positions, self.drawn = self.draws["position"].data, self.chosen.data
 
 
 class Runner:
@@ -65,7 +65,7 @@ class Runner:
         self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
         self._inv_freq: dict[object, F32] = {}
 
-    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, I32 | None]:
+    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
         """Logits [B, V] after one more token of each sequence, and the tokens [B] that `states` choose from them.
 
         These are None unless all states are plain. The arrays are reused by the next step.
@@ -90,7 +90,7 @@ class Runner:
             if step.batch.rope_rows is not None:
                 self._fill_rope(step.batch, i, sequence, position)
         self.ops.replay(step.graph)
-        return step.logits, step.drawn if plain else None
+        return step.logits, step.drawn.tolist() if plain else None
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
