@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pyllm.batch import I32
 from pyllm.cache import BlockPool
 from pyllm.engine.runner import Runner
 from pyllm.engine.sampler import RowState
@@ -84,26 +83,26 @@ class DraftModel:
                 turns.append(_Turn(copy, prospect.sampling.fork(), most, drafts[sequence]))
         return plan, turns
 
-    def _ends(self, plan: list[Work], states: list[RowState]) -> tuple[F32, I32 | None]:
+    def _ends(self, plan: list[Work], states: list[RowState]) -> tuple[F32, list[int] | None]:
         """Logits at the end of each work that reaches the end of its sequence, and what was drawn, as of a decode."""
         if len(plan) > len(states) or sum(work.count for work in plan) > self.runner.max_rows:
             return self.runner.last_logits(plan, self.runner.forward(plan)), None
         logits, drawn = self.runner.decode(plan, states)
         if len(logits) > len(plan):
             ends = np.cumsum([work.count for work in plan]) - 1
-            return logits[ends], drawn if drawn is None else drawn[ends]
+            return logits[ends], drawn and [drawn[end] for end in ends]
         return logits, drawn
 
-    def _choose(self, turns: list[_Turn], logits: F32, drawn: I32 | None) -> list[_Turn]:
+    def _choose(self, turns: list[_Turn], logits: F32, drawn: list[int] | None) -> list[_Turn]:
         """A draft for each turn; those that go on, with room for their draft in the cache."""
         if not turns:
             return []
         if drawn is None:
             forbidden = [turn.sampling.forbidden() for turn in turns]
             inputs = sample_inputs([turn.sampling for turn in turns], forbidden if any(forbidden) else None)
-            drawn = self.runner.ops.sample(logits, inputs)
+            drawn = self.runner.ops.sample(logits, inputs).tolist()
         going = []
-        for turn, token in zip(turns, drawn.tolist(), strict=True):
+        for turn, token in zip(turns, drawn, strict=True):
             if token < 0:  # nothing to choose from, or no numbers: for the target to say
                 continue
             turn.drafts.append(token)

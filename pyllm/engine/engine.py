@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyllm.batch import I32
 from pyllm.cache import BlockPool
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
@@ -153,7 +152,7 @@ class Engine:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
         self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> tuple[F32, I32 | None]:
+    def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
         """Logits of the sequences that reached their end, in order: at their last tokens and the drafts behind them.
 
         Of a recorded step also what it drew from them.
@@ -168,7 +167,7 @@ class Engine:
             row += work.rows
         return self.runner.last_logits(plan, x), None
 
-    def _choose(self, works: list[Work], logits: F32, drawn: I32 | None) -> None:
+    def _choose(self, works: list[Work], logits: F32, drawn: list[int] | None) -> None:
         """The next token at each of these works' ends, and behind it wherever that token is the draft there."""
         if not any(work.drafts for work in works):
             self._choose_next([self._running[work.sequence] for work in works], logits, drawn)
@@ -181,7 +180,7 @@ class Engine:
         while turns:
             rows = [row for _, row, _ in turns]
             completions = [completion for completion, _, _ in turns]
-            tokens = self._choose_next(completions, logits[rows], None if drawn is None else drawn[rows])
+            tokens = self._choose_next(completions, logits[rows], drawn and [drawn[row] for row in rows])
             going = []
             for token, (completion, row, drafts) in zip(tokens, turns, strict=True):
                 if drafts and token == drafts[0]:
@@ -190,13 +189,12 @@ class Engine:
                         going.append((completion, row + 1, drafts[1:]))
             turns = going
 
-    def _choose_next(self, completions: list[Completion], logits: F32, drawn: I32 | None) -> list[int]:
+    def _choose_next(self, completions: list[Completion], logits: F32, drawn: list[int] | None) -> list[int]:
         """The next token of each of these completions, which is -1 where there is none to choose."""
         if not completions:
             return []
         chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
-        tokens: list[int] = chosen.tokens.tolist()
-        for completion, token, entry in zip(completions, tokens, chosen.logprobs, strict=True):
+        for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)
                 continue
@@ -209,7 +207,7 @@ class Engine:
                 completion.output.logprobs.append(self._described(entry, completion.request.params))
                 completion.output.cumulative_logprob += entry[token].logprob
             self._advance(completion, token)
-        return tokens
+        return chosen.tokens
 
     def _advance(self, completion: Completion, token: int) -> None:
         """Take in a new token: its text, whether the completion ends with it, and what a reader gets of it."""

@@ -41,14 +41,14 @@ class _Recorded:
     batch: Batch
     logits: F32
     draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
-    drawn: I32  # [R] the tokens chosen
+    chosen: I32  # [R] the tokens chosen
     seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
 
     def __post_init__(self) -> None:
         """Views of the arrays."""
         self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
         self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
-        self.draw_positions = self.draws["position"].data
+        self.draw_positions, self.drawn = self.draws["position"].data, self.chosen.data
 
 
 class Runner:
@@ -74,7 +74,7 @@ class Runner:
         self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._inv_freq: dict[object, F32] = {}
 
-    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, I32 | None]:
+    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
         """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
 
         `states` choose, each at its sequence's end and behind every draft, as if the drafts were right. Tokens are None
@@ -102,7 +102,7 @@ class Runner:
             if step.batch.rope_rows is not None:
                 self._fill_rope(step.batch, i, sequence, position)
         self.ops.replay(step.graph)
-        return step.logits, step.drawn if plain else None
+        return step.logits, step.drawn.tolist() if plain else None
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
@@ -131,14 +131,16 @@ class Runner:
         rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
-    def _decode_ahead(self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, I32 | None]:
+    def _decode_ahead(
+        self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]
+    ) -> tuple[F32, list[int] | None]:
         self._fill(step.batch, plan)
         for i, (work, state) in enumerate(zip(plan, states, strict=True)):
             span = slice(step.batch.starts[i], step.batch.starts[i + 1])
             step.draws[span] = state.row if state.plain else GREEDY_ROW
             step.draws["position"][span] += np.maximum(np.arange(work.rows) - (work.count - 1), 0).astype(np.uint64)
         self.ops.replay(step.graph)
-        return step.logits, step.drawn if all(state.plain for state in states) else None
+        return step.logits, step.drawn.tolist() if all(state.plain for state in states) else None
 
     def _step(self, sequences: int, tokens: int) -> _Recorded:
         """The recorded step of this many sequences and tokens."""

@@ -49,6 +49,9 @@ class RowState(SamplingState):
 
     def append(self, token: int) -> None:
         """The token was chosen."""
+        if self.plain:  # nothing hangs on the tokens
+            self.position += 1
+            return
         super().append(token)
         self._output.append(token)
 
@@ -65,7 +68,7 @@ class RowState(SamplingState):
 class Chosen(NamedTuple):
     """Tokens [R], -1 where the logits are no numbers; log-probabilities for the rows that asked for them."""
 
-    tokens: I32
+    tokens: list[int]
     logprobs: list[dict[int, Logprob] | None]
 
 
@@ -75,7 +78,7 @@ class Sampler:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
 
-    def sample(self, logits: F32, states: Sequence[RowState], drawn: I32 | None = None) -> Chosen:
+    def sample(self, logits: F32, states: Sequence[RowState], drawn: list[int] | None = None) -> Chosen:
         """The next token for each row of logits [R, V], which are changed in place.
 
         `drawn` are tokens that the step has chosen already, where it could.
@@ -89,10 +92,10 @@ class Sampler:
             inputs = sample_inputs(states, forbidden if any(forbidden) else None)
             changed = inputs.history or inputs.bias or inputs.allowed
             raw = logits.copy() if changed and not silent else logits
-            tokens = self.ops.sample(logits, inputs)
+            tokens = self.ops.sample(logits, inputs).tolist()
         if silent:
             return Chosen(tokens, [None] * len(states))
-        entries = self.logprobs(raw, np.maximum(tokens, 0), max(n for n in wanted if n is not None))
+        entries = self.logprobs(raw, np.maximum(np.array(tokens, np.int32), 0), max(n for n in wanted if n is not None))
         return Chosen(tokens, [_first(e, n) if n is not None else None for e, n in zip(entries, wanted, strict=True)])
 
     def logprobs(self, logits: F32, ids: I32, top: int) -> list[dict[int, Logprob]]:
