@@ -7,7 +7,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -17,22 +17,25 @@ import numpy as np
 
 from pyllm import isa
 from pyllm.cache import BlockPool, KVCache
+from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
+from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
 from pyllm.errors import ConfigError, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
-from pyllm.planning import Plan, plan_memory
+from pyllm.planning import CATCH_UP, Plan, plan_memory
 from pyllm.sampling import SamplingParams
+from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
-from pyllm.weights import resolve
+from pyllm.weights import Checkpoint, resolve
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Message: TypeAlias = dict[str, Any]
@@ -68,6 +71,11 @@ class LLM:
         max_num_seqs: completions that run together.
         max_num_batched_tokens: tokens of one step; longer prompts are taken in chunks of it.
         enable_prefix_caching: share the keys and values of equal prompt beginnings.
+        speculative: "ngram" guesses tokens from what the sequence holds already and checks several in one step; the
+            output is the same. None: off.
+        draft_model: folder or hub name of a smaller model with the same vocabulary, which guesses instead; it is
+            loaded with the same `dtype` and `kv_cache_dtype`, and `kv_cache_bytes` hold its keys and values too.
+        num_speculative_tokens: guessed for a sequence in a step, at most; default 7 of n-grams, 4 of a draft model.
         skip_tokenizer_init: serve token ids only, from a folder that need not have a tokenizer.
         chat_template: replaces the folder's chat template.
         revision, offline: of a hub name.
@@ -94,6 +102,9 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
+        speculative: str | None = None,
+        draft_model: str | Path | None = None,
+        num_speculative_tokens: int | None = None,
         skip_tokenizer_init: bool = False,
         chat_template: str | None = None,
         revision: str | None = None,
@@ -111,10 +122,16 @@ class LLM:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
         self.ops = Ops(threads if threads is not None else isa.default_threads())
-        with open_checkpoint(self.folder) as checkpoint:
+        drafts_per_step(speculative, draft_model, num_speculative_tokens)  # said before anything is opened
+        with ExitStack() as opened:
+            checkpoint = opened.enter_context(open_checkpoint(self.folder))
+            draft = None
+            if draft_model is not None:
+                draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
             self.spec = checkpoint.spec
             self.plan: Plan = plan_memory(
                 checkpoint,
+                draft,
                 dtype=dtype,
                 quantization=quantization,
                 quantization_skip=quantization_skip,
@@ -123,16 +140,30 @@ class LLM:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                speculative=speculative,
+                num_speculative_tokens=num_speculative_tokens,
             )
             self.plan.check()
             weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
+            proposer: Proposer | None = NgramProposer() if speculative is not None else None
+            if draft is not None:
+                proposer = _load_draft(
+                    draft, self.plan, self.ops, max_num_batched_tokens, max_num_seqs, enable_prefix_caching
+                )
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
-        self._runner = Runner(self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len)
+        self._runner = Runner(
+            self.model,
+            self.ops,
+            cache,
+            max_num_batched_tokens,
+            max_num_seqs,
+            self.max_model_len,
+            self.plan.drafts,
+        )
         own = _generation_end_ids(self.folder) if self.tokenizer is None else self.tokenizer.eos_token_ids
         end_ids = {*self.spec.eos_token_ids, *own}
-        rope_varies = self.spec.rope is not None and self.spec.rope.length_class(1) is not None
         self.engine = Engine(
             self._runner,
             BlockPool(cache.blocks),
@@ -141,7 +172,8 @@ class LLM:
             max_sequences=max_num_seqs,
             max_tokens=max_num_batched_tokens,
             max_length=self.max_model_len,
-            share_prefixes=enable_prefix_caching and not rope_varies,
+            share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
+            speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
         )
         self._lock = threading.RLock()
 
@@ -412,6 +444,21 @@ class LLM:
                 "this model was loaded with skip_tokenizer_init: give prompts as {'prompt_token_ids': [...]}"
             )
         return self.tokenizer
+
+
+def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, tokens: int, sequences: int, share: bool) -> DraftModel:
+    """The draft model that was planned for, with steps of so many tokens and sequences."""
+    spec, planned = checkpoint.spec, plan.draft_model
+    assert planned is not None
+    model = Model(spec, pack_weights(checkpoint, ops, planned.precision))
+    cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype)
+    runner = Runner(model, ops, cache, tokens, sequences, planned.max_length, CATCH_UP)
+    return DraftModel(runner, cache.blocks, planned.max_length, share and not _rope_varies(spec))
+
+
+def _rope_varies(spec: ModelSpec) -> bool:
+    """Whether keys depend on the length of the sequence, so that equal beginnings may differ."""
+    return spec.rope is not None and spec.rope.length_class(1) is not None
 
 
 def _generation_end_ids(folder: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import math
@@ -21,6 +22,7 @@ Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.float32]
 T = TypeVar("T")
+State = TypeVar("State", bound="SamplingState")
 
 MAX_N = 16
 MAX_STOPS = 16
@@ -345,6 +347,14 @@ class SamplingState:
         """Distinct tokens of prompt and output, and how often each stands in the output; empty without penalties."""
         used = len(self._place) if self._place else 0
         return self._ids[:used], self._counts[:used]
+
+    def fork(self: State) -> State:
+        """One that goes on by itself from here."""
+        twin = copy.copy(self)
+        twin._row = self._row.copy()
+        if self._place is not None:
+            twin._place, twin._ids, twin._counts = self._place.copy(), self._ids.copy(), self._counts.copy()
+        return twin
 
     def append(self, token: int) -> None:
         """The sequence goes on with `token`."""

@@ -56,6 +56,27 @@ ContextSize = Annotated[
         "--ctx-size", "-c", env="CTX_SIZE", min=1, help="Most tokens of prompt and completion; default the model's."
     ),
 ]
+Speculative = Annotated[
+    str | None,
+    option(
+        "--speculative",
+        env="SPECULATIVE",
+        help="ngram: guess tokens from the text so far and check several at once; same output. Default: off.",
+    ),
+]
+DraftModel = Annotated[
+    str | None,
+    option("--draft-model", env="DRAFT_MODEL", help="A smaller model with the same vocabulary guesses tokens instead."),
+]
+DraftTokens = Annotated[
+    int | None,
+    option(
+        "--num-speculative-tokens",
+        env="NUM_SPECULATIVE_TOKENS",
+        min=1,
+        help="Tokens guessed at once, at most; default 7 with ngram, 4 with a draft model.",
+    ),
+]
 Revision = Annotated[str | None, option("--revision", env="REVISION", help="Branch, tag or commit of a hub model.")]
 Offline = Annotated[bool, option("--offline", env="OFFLINE", help="Use only what is downloaded already.")]
 

@@ -41,6 +41,12 @@ class RowState(SamplingState):
         self._bad_words = _bad_words(params, tokenizer)
         self.plain = self.plain and not self._bad_words and params.min_tokens == 0  # nothing is ever forbidden
 
+    def fork(self) -> RowState:
+        """One that goes on by itself from here."""
+        twin = super().fork()
+        twin._output = self._output.copy()
+        return twin
+
     def append(self, token: int) -> None:
         """The token was chosen."""
         if self.plain:  # nothing hangs on the tokens

@@ -67,6 +67,14 @@ class Sequence:
             pool.publish(self.blocks[i], self._hashes[i])
         self._published = full
 
+    def settle(self, pool: BlockPool) -> None:
+        """All tokens but the newest are in the cache; blocks beyond them, taken for what was not accepted, go back."""
+        self.computed = len(self.tokens) - 1
+        kept = blocks_for(len(self.tokens))
+        if kept < len(self.blocks):
+            pool.give_back(self.blocks[kept:])
+            del self.blocks[kept:]
+
     def leave(self, pool: BlockPool) -> None:
         """Give all blocks back; what was computed is forgotten, but may be found again by its hash."""
         pool.give_back(self.blocks)
