@@ -1,9 +1,10 @@
-"""`pyllm bench`: this machine's limits, and how close a model comes to them."""
+"""`pyllm bench`: this machine's limits, how close a model comes to them, and other engines beside it."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,8 +30,36 @@ def bench(
     prompt_tokens: Annotated[int, o.option("--prompt-tokens", min=1, help="Length of the prompt; default 512.")] = 512,
     max_tokens: Annotated[int, o.option("--max-tokens", "-n", min=2, help="Tokens to decode; default 64.")] = 64,
     repeat: Annotated[
-        int, o.option("--repeat", min=1, max=1000, help="Runs, of which the median counts; default 3.")
-    ] = 3,
+        int | None,
+        o.option("--repeat", min=1, max=1000, help="Runs, of which the median counts; default 3, with --compare 5."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        o.option("--compare", help="Measure pyllm and other engines in turns, on random weights of real shapes."),
+    ] = False,
+    models: Annotated[str | None, o.option("--models", help="--compare: shapes, as llama-1b,gpt2 (default).")] = None,
+    dtypes: Annotated[
+        str | None, o.option("--dtypes", help="--compare: some of float32,bfloat16,int8,int4; default all.")
+    ] = None,
+    cells: Annotated[
+        str | None,
+        o.option("--cells", help="--compare: some of load,prefill-512,decode,decode-2048,decode-8192,batch-2 to -32."),
+    ] = None,
+    peers: Annotated[
+        str | None, o.option("--peers", help="--compare: some of llama.cpp,ctranslate2,torch; default all.")
+    ] = None,
+    quick: Annotated[bool, o.option("--quick", help="--compare: GPT-2, few cells, two rounds.")] = False,
+    model_folder: Annotated[
+        Path | None,
+        o.option("--model-folder", help="--compare: where made models are kept; default ~/.cache/pyllm/compare."),
+    ] = None,
+    save: Annotated[
+        Path | None, o.option("--save", help="--compare: keep every round in this JSON file, as it grows.")
+    ] = None,
+    from_files: Annotated[
+        list[Path] | None, o.option("--load", help="--compare: show what --save kept, one file or several.")
+    ] = None,
+    plot: Annotated[Path | None, o.option("--plot", help="--compare: draw into this file, as .png or .svg.")] = None,
     device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
@@ -41,8 +70,26 @@ def bench(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
-    """Measure read bandwidth and arithmetic peaks; with --model also prefill and decode, as fractions of them."""
+    """Measure read bandwidth and arithmetic peaks; with --model also prefill and decode, as fractions of them; with
+    --compare the same of pyllm and the other engines that are installed."""
     be_quiet(quiet)
+    if compare:
+        from pyllm.cli.compare import compare as run
+
+        return run(
+            models=models,
+            dtypes=dtypes,
+            cells=cells,
+            peers=peers,
+            threads=threads,
+            rounds=repeat,
+            quick=quick,
+            folder=model_folder,
+            save=save,
+            load=from_files,
+            plot=plot,
+            json=json,
+        )
     from pyllm.limits import measure
 
     llm = None
@@ -74,7 +121,7 @@ def bench(
             end="\n",
         )
     if llm is not None:
-        facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat)
+        facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat or 3)
         if not json:
             write(
                 f"prefill {prompt_tokens} tokens: {found['prefill_tokens_per_second']:.1f} tok/s, "

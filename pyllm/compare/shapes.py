@@ -1,6 +1,7 @@
 """Folders of random weights in the shapes of published models, to measure speed on.
 
-    python bench/models.py llama-1b /tmp/llama-1b --dtype bfloat16
+    >>> from pyllm.compare import shapes
+    >>> shapes.make("llama-1b", Path("llama-1b"), "bfloat16")
 
 The values are small normals, repeated from one block of them: kernels take as long for them as for trained weights.
 There is no tokenizer: load such a folder with ``skip_tokenizer_init=True``.
@@ -8,7 +9,6 @@ There is no tokenizer: load such a folder with ``skip_tokenizer_init=True``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import struct
 from pathlib import Path
@@ -123,12 +123,3 @@ def stored_shapes(family: Family, spec: ModelSpec) -> dict[str, list[int]]:
         shape = [sum(slots[slot][0] for slot in row.slots), *first[1:]]
         shapes[family.names.prefix + row.name] = shape[::-1] if row.transform.name == "TRANSPOSED" else shape
     return shapes
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(SHAPES))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    args = parser.parse_args()
-    print(make(args.name, args.folder, args.dtype))
