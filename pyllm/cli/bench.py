@@ -18,12 +18,21 @@ if TYPE_CHECKING:
     from pyllm.llm import LLM
 
 
+MODEL_OPTIONS = (
+    "model", "prompt_tokens", "max_tokens", "device", "dtype", "kv_cache_dtype", "ctx_size", "revision", "offline",
+)  # fmt: skip
+COMPARE_OPTIONS = (
+    "models", "dtypes", "cells", "peers", "quick", "model_folder", "save", "load_files", "plot",
+)  # fmt: skip
+
+
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("bench")(bench)
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None, o.option("--model", "-m", env="MODEL", help="Also measure this model: folder or hub name.")
     ] = None,
@@ -56,7 +65,7 @@ def bench(
     save: Annotated[
         Path | None, o.option("--save", help="--compare: keep every round in this JSON file, as it grows.")
     ] = None,
-    from_files: Annotated[
+    load_files: Annotated[
         list[Path] | None, o.option("--load", help="--compare: show what --save kept, one file or several.")
     ] = None,
     plot: Annotated[Path | None, o.option("--plot", help="--compare: draw into this file, as .png or .svg.")] = None,
@@ -73,6 +82,9 @@ def bench(
     """Measure read bandwidth and arithmetic peaks; with --model also prefill and decode, as fractions of them; with
     --compare the same of pyllm and the other engines that are installed."""
     be_quiet(quiet)
+    _refuse(
+        context, MODEL_OPTIONS if compare else COMPARE_OPTIONS, "without --compare" if compare else "with --compare"
+    )
     if compare:
         from pyllm.cli.compare import compare as run
 
@@ -86,7 +98,7 @@ def bench(
             quick=quick,
             folder=model_folder,
             save=save,
-            load=from_files,
+            load=load_files,
             plot=plot,
             json=json,
         )
@@ -136,6 +148,15 @@ def bench(
     if json:
         write_json(facts)
     return 0
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], where: str) -> None:
+    """Raise for options that stand on the command line and would be ignored."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        listed = ", ".join("--" + name.removesuffix("_files").replace("_", "-") for name in given)
+        raise typer.BadParameter(f"{listed}: only {where}.")
 
 
 def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repeat: int) -> dict[str, float]:

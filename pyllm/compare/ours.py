@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.cache import BLOCK_TOKENS, blocks_for
-from pyllm.compare.engine import Decoded, Settings, Unsupported
+from pyllm.compare.engine import Decoded, Settings
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
 from pyllm.planning import plan
@@ -24,20 +24,17 @@ class Pyllm:
         quantized = settings.dtype in QUANTIZED
         kind: dict[str, Any] = {"quantization" if quantized else "dtype": settings.dtype}
         blocks = settings.sequences + blocks_for(max(settings.tokens, settings.length))
-        try:
-            block = plan(model, max_model_len=BLOCK_TOKENS, max_num_seqs=1, **kind)
-            self.llm = LLM(
-                model,
-                threads=settings.threads,
-                max_model_len=settings.length,
-                max_num_seqs=settings.sequences,
-                kv_cache_bytes=blocks * (block.cache // block.cache_blocks),
-                enable_prefix_caching=False,
-                skip_tokenizer_init=True,
-                **kind,
-            )
-        except TypeError as error:
-            raise Unsupported(str(error)) from None
+        block = plan(model, max_model_len=BLOCK_TOKENS, max_num_seqs=1, **kind)
+        self.llm = LLM(
+            model,
+            threads=settings.threads,
+            max_model_len=settings.length,
+            max_num_seqs=settings.sequences,
+            kv_cache_bytes=blocks * (block.cache // block.cache_blocks),
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            **kind,
+        )
         values = sum(2 * b.attention.kv_heads * b.attention.head_dim for b in self.llm.spec.blocks)
         self.weight_bytes: int | None = self.llm.weight_bytes
         self.cache_value_bytes = self.llm.plan.cache / self.llm.plan.cache_tokens / values

@@ -9,33 +9,32 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot  # the backend comes first
+from matplotlib import pyplot
+from matplotlib.patches import Patch
 
-from pyllm.compare.engine import ENGINES
-from pyllm.compare.results import Comparison, ModelResult
+from pyllm.compare.engine import ENGINES, OURS
+from pyllm.compare.report import significant
+from pyllm.compare.results import CellResult, Comparison, ModelResult
 
-COLORS = dict(zip(ENGINES, ("#c8442a", "#4c78a8", "#72a98f", "#b7a6cf"), strict=False))
-BARS = (("prefill-512", "prefill of 512"), ("decode", "decode"), ("decode-2048", "decode at depth 2,048"))
+COLORS = dict(zip(ENGINES, ("#c8442a", "#4c78a8", "#72a98f", "#b7a6cf"), strict=True))
+BARS = {"prefill-512": "prefill of 512", "decode": "decode", "decode-2048": "decode at depth 2,048"}
 
 
 def plot(comparison: Comparison, path: Path) -> None:
     """Write it to `path`, in the format that its ending names."""
     names = list(dict.fromkeys(model.model for model in comparison.models))
-    figure, axes = pyplot.subplots(len(names), 4, figsize=(17, 3.6 * len(names)), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        len(names), len(BARS) + 1, figsize=(17, 3.6 * len(names)), squeeze=False, layout="constrained"
+    )
     for row, name in zip(axes, names, strict=True):
         models = [model for model in comparison.models if model.model == name]
-        for axis, (cell, title) in zip(row, BARS, strict=False):
-            _bars(axis, models, cell)
-            axis.set_title(f"{name}, {title}", fontsize=10)
+        for axis, (cell, title) in zip(row, BARS.items(), strict=False):
+            _bars(axis, models, cell, f"{name}, {title}")
         _batches(row[-1], models)
         row[0].set_ylabel("tokens per second")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    labels = [name for name in ENGINES if name in handles]
-    figure.legend(
-        [handles[name] for name in labels], labels, loc="outside upper center", ncols=len(labels), frameon=False
-    )
+    shown = [name for name in ENGINES if any(name in r.engines for m in comparison.models for r in m.cells)]
+    patches = [Patch(color=COLORS[name], label=name) for name in shown]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches) or 1, frameon=False)
     figure.supxlabel(
         f"{comparison.machine}, {comparison.threads} threads, {comparison.began}; medians of {comparison.rounds} "
         "rounds in turns; dashed: the limit measured in the same rounds, for what pyllm reads and computes",
@@ -45,50 +44,53 @@ def plot(comparison: Comparison, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _bars(axis: Any, models: list[ModelResult], cell: str) -> None:
+def _bars(axis: Any, models: list[ModelResult], cell: str, title: str) -> None:
     """A group of bars for each dtype, and a line where the limit is for ours."""
     shown = [(model, result) for model in models if (result := model.cell(cell)) is not None]
-    width = 0.8 / max(1, len(ENGINES))
+    if not shown:
+        axis.set_axis_off()
+        return
+    width, highest = 0.2, 0.0
     for at, (model, result) in enumerate(shown):
-        for offset, engine in enumerate(ENGINES):
-            if engine in result.engines:
-                label = engine if engine not in axis.get_legend_handles_labels()[1] else None
-                place = at + (offset - (len(ENGINES) - 1) / 2) * width
-                bar = axis.bar(place, result.rate(engine), width, color=COLORS[engine], label=label)
-                axis.bar_label(bar, fmt="%.3g", fontsize=7, padding=1)
-        if "pyllm" in result.engines:
-            limit = result.rate("pyllm") / result.fraction("pyllm", model.dtype)
+        engines = [name for name in ENGINES if name in result.engines]
+        rates = [result.rate(name) for name in engines]
+        places = [at + (i - (len(engines) - 1) / 2) * width for i in range(len(engines))]
+        bars = axis.bar(places, rates, width, color=[COLORS[name] for name in engines])
+        axis.bar_label(bars, [significant(rate) for rate in rates], fontsize=7, padding=1)
+        highest = max(highest, *rates)
+        if OURS in engines:
+            limit = result.rate(OURS) / result.fraction(OURS, model.dtype)
             axis.hlines(limit, at - 0.45, at + 0.45, color="black", linewidth=1, linestyle=(0, (4, 3)))
     axis.set_xticks(range(len(shown)), [model.dtype for model, _ in shown])
-    axis.set_ylim(0, 1.35 * max((r.rate(e) for _, r in shown for e in r.engines), default=1))
-    _plain(axis)
+    axis.set_ylim(0, 1.35 * highest)
+    _finish(axis, title)
 
 
 def _batches(axis: Any, models: list[ModelResult]) -> None:
-    """Decode over the number of sequences, for the smallest dtype that has it."""
+    """Decode over the number of sequences, of the smallest dtype that ours has it for."""
     for model in reversed(models):
-        results = [
-            result
-            for result in model.cells
-            if result.cell.kind == "decode" and result.cell.prompt == 16 and result.turns
-        ]
-        if len(results) < 2:
+        results = sorted((r for r in model.cells if _is_batch(r)), key=lambda r: r.cell.sequences)
+        if len(results) < 2 or not any(OURS in result.engines for result in results):
             continue
         for engine in ENGINES:
             points = [(r.cell.sequences, r.rate(engine)) for r in results if engine in r.engines]
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", color=COLORS[engine], label=engine)
+                axis.plot(*zip(*points, strict=True), marker="o", color=COLORS[engine])
+        ticks = [result.cell.sequences for result in results]
         axis.set_xscale("log", base=2)
-        ticks = sorted(result.cell.sequences for result in results)
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_ylim(bottom=0)
-        axis.set_title(f"{model.model}, {model.dtype}, decode of N sequences", fontsize=10)
-        break
-    else:
-        axis.set_axis_off()
-    _plain(axis)
+        _finish(axis, f"{model.model}, {model.dtype}, decode of N sequences together")
+        return
+    axis.set_axis_off()
 
 
-def _plain(axis: Any) -> None:
+def _is_batch(result: CellResult) -> bool:
+    """Whether it is decode from a short prompt, of however many sequences."""
+    return result.cell.kind == "decode" and result.cell.prompt == 16 and bool(result.turns)
+
+
+def _finish(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)

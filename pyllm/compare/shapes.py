@@ -3,7 +3,8 @@
     >>> from pyllm.compare import shapes
     >>> shapes.make("llama-1b", Path("llama-1b"), "bfloat16")
 
-The values are small normals, repeated from one block of them: kernels take as long for them as for trained weights.
+The values are small normals, pieced together from one block of them at random offsets, so that no two tensors are
+alike (some engines keep equal ones once): kernels take as long for them as for trained weights.
 There is no tokenizer: load such a folder with ``skip_tokenizer_init=True``.
 """
 
@@ -90,7 +91,8 @@ def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Pat
     config = SHAPES[name] | {"torch_dtype": dtype}
     family = family_of(config)
     kind, code = DTYPES[dtype]
-    block = (np.random.default_rng(seed).standard_normal(BLOCK) * 0.02).astype(kind)
+    rng = np.random.default_rng(seed)
+    block = (rng.standard_normal(BLOCK) * 0.02).astype(kind)
     shapes = stored_shapes(family, family.read(config))
     header, end = {}, 0
     for tensor, shape in shapes.items():
@@ -107,8 +109,8 @@ def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Pat
                 file.write(np.ones(left, kind).tobytes())
                 continue
             while left:
-                count = min(left, BLOCK)
-                file.write(block[:count].tobytes())
+                count, start = min(left, BLOCK // 2), rng.integers(BLOCK // 2)
+                file.write(block[start : start + count].tobytes())
                 left -= count
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
