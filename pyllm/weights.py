@@ -116,9 +116,11 @@ class Checkpoint:
         source = self._sources[slot]
         return source.scheme if isinstance(source, _QuantizedSource) else None
 
-    def stored_name(self, slot: str) -> str:
-        """The name of the slot's weight in the files; for a quantized one, what it would be unquantized."""
-        return self._sources[slot].name
+    def stored(self, slot: str) -> Array:
+        """The whole tensor that the slot in `tensors` is part of, as the file has it."""
+        source = self._sources[slot]
+        assert isinstance(source, _Source)
+        return source.tensor.view()
 
     def release(self, slot: str) -> None:
         """Give back the memory of pages that the slot's tensor was read from; call it when the slot is packed."""
@@ -162,10 +164,6 @@ class _Source:
     start: int
     stop: int
 
-    @property
-    def name(self) -> str:
-        return self.tensor.name
-
     def read(self) -> Array:
         stored = self.tensor.view()
         matrix = stored.T if self.transform is Transform.TRANSPOSED else stored
@@ -184,10 +182,6 @@ class _QuantizedSource:
     shape: tuple[int, int]
     start: int
     stop: int
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
 
     def read(self) -> QuantizedTensor:
         return self.weight.read(self.scheme, *self.shape).rows(self.start, self.stop)

@@ -20,11 +20,11 @@ PYTHON_LAYERS: list[set[str]] = [
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "tape", "limits", "batch"},
-    {"folder", "safetensors_file", "quantization", "weights", "cache"},
+    {"folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
     {"models", "packed", "model"},
     {"engine"},
     {"planning"},
-    {"llm"},
+    {"llm", "convert"},
     {"train"},
     {"server", "cli", "__main__"},
 ]

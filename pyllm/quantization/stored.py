@@ -41,17 +41,7 @@ class StoredWeight:
     @property
     def place(self) -> str:
         """File and name of the integers."""
-        return self._integers[1].place
-
-    @property
-    def name(self) -> str:
-        """The name that the weight would have unquantized."""
-        ending, part = self._integers
-        return part.name.removesuffix(ending) + "weight"
-
-    @property
-    def _integers(self) -> tuple[str, StoredTensor]:
-        return next((ending, self.parts[ending]) for ending in (*MARKS, "weight") if ending in self.parts)
+        return next(self.parts[name].place for name in (*MARKS, "weight") if name in self.parts)
 
     def match(self, quantization: Quantization, outputs: int, inputs: int) -> tuple[Scheme | None, list[str]]:
         """The scheme that a weight [outputs, inputs] is stored by, and what is wrong with it.
