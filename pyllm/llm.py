@@ -53,11 +53,16 @@ class LLM:
     Args:
         model: a folder, or a hub name ("org/name"), which is downloaded through huggingface_hub into its cache.
         dtype: of the weights: "auto" (as the checkpoint), "float32", "float16" or "bfloat16".
+        quantization: "int8" (one scale for each row of a matrix) or "int4" (one for each 64 weights of a row; the
+            embedding and the head become int8): round the matrices while loading, and activations to int8 where they
+            meet them. None: keep them in `dtype`.
+        quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
+            "*.mlp.down.weight".
         device: "auto" or "cpu".
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
-        kv_cache_dtype: "auto" (bfloat16 for bfloat16 weights, else float32), "float32" or "bfloat16".
+        kv_cache_dtype: "auto" (bfloat16 where `dtype` is, else float32), "float32" or "bfloat16".
         kv_cache_bytes: memory for keys and values; default what `max_num_seqs` full contexts take, at most half of what
             is free.
         max_num_seqs: completions that run together.
@@ -78,6 +83,8 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
+        quantization_skip: Sequence[str] = (),
         device: str = "auto",
         max_model_len: int | None = None,
         seed: int | None = None,
@@ -109,6 +116,8 @@ class LLM:
             self.plan: Plan = plan_memory(
                 checkpoint,
                 dtype=dtype,
+                quantization=quantization,
+                quantization_skip=quantization_skip,
                 kv_cache_dtype=kv_cache_dtype,
                 kv_cache_bytes=kv_cache_bytes,
                 max_model_len=max_model_len,
@@ -116,7 +125,7 @@ class LLM:
                 max_num_batched_tokens=max_num_batched_tokens,
             )
             self.plan.check()
-            weights = pack_weights(checkpoint, self.ops, self.plan.dtype, progress)
+            weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
 from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats
 from pyllm.errors import InsufficientMemoryError
 from pyllm.models import open_checkpoint
-from pyllm.packed import packed_bytes, weight_dtype
+from pyllm.packed import Precision, packed_bytes, precision_of
 from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
@@ -23,7 +24,7 @@ class Plan:
     """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits."""
 
     spec: ModelSpec
-    dtype: str
+    precision: Precision
     cache_dtype: str
     max_model_len: int
     cache_blocks: int
@@ -31,6 +32,11 @@ class Plan:
     cache: int
     workspace: int
     available: int
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are packed as."""
+        return str(self.precision)
 
     @property
     def total(self) -> int:
@@ -55,7 +61,8 @@ class Plan:
             f"not enough memory: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as {self.dtype}, "
             f"cache {self.cache / GB:.2f} for {self.cache_tokens} tokens as {self.cache_dtype}, workspace "
             f"{self.workspace / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Lower max_model_len "
-            "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype, or free memory."
+            "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype or a quantization, or "
+            "free memory."
         )
 
 
@@ -69,6 +76,8 @@ def plan_memory(
     checkpoint: Checkpoint,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
+    quantization_skip: Sequence[str] = (),
     kv_cache_dtype: str = "auto",
     kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
@@ -80,10 +89,10 @@ def plan_memory(
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
-    weights_as = weight_dtype(checkpoint, dtype)
-    cache_as = _cache_dtype(kv_cache_dtype, weights_as)
+    precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
-    weights = packed_bytes(spec, weights_as)
+    weights = packed_bytes(spec, precision)
     workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens)
     length, blocks = _cache_size(
         spec,
@@ -95,7 +104,7 @@ def plan_memory(
     )
     return Plan(
         spec=spec,
-        dtype=weights_as,
+        precision=precision,
         cache_dtype=cache_as,
         max_model_len=length,
         cache_blocks=blocks,

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     model: o.Model,
     dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     max_num_seqs: Annotated[
@@ -36,7 +37,13 @@ def plan(
         revision=revision,
         offline=offline,
         **present(
-            {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "max_model_len": ctx_size, "max_num_seqs": max_num_seqs}
+            {
+                "dtype": dtype,
+                "quantization": quantization,
+                "kv_cache_dtype": kv_cache_dtype,
+                "max_model_len": ctx_size,
+                "max_num_seqs": max_num_seqs,
+            }
         ),
     )
     spec = result.spec

@@ -6,8 +6,9 @@
 // where there are many of them, weights that must be widened are widened once per block. The epilogue then goes over
 // the finished panels.
 #include "cpu/kernels/kernel.h"
-#include "cpu/kernels/math.h"
 #include "cpu/kernels/matmul_amx.h"
+#include "cpu/kernels/matmul_finish.h"
+#include "cpu/kernels/matmul_int.h"
 #include "cpu/kernels/matmul_tile.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -205,38 +206,6 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
   for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, tiles, i, i + width, i - begin, worker);
 }
 
-inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
-
-// Bias, activation, gate and residual: one panel of y from the sums in `slot` (and the next one, where gated).
-void finish_panel(const Pass& p, const Chunk& chunk, int64_t panel, int64_t slot, int worker) {
-  const MatmulArgs& a = p.args;
-  const bool gated = a.w.parts == 2;
-  const int64_t column = panel * kPanel, columns = least(kPanel, a.w.n - column);
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    const int64_t row = p.row + chunk.row + r;
-    const float* sums = p.sums(worker, slot) + r * kPanel;
-    const float* up = gated ? p.sums(worker, slot + 1) + r * kPanel : nullptr;
-    float* y = a.y + row * a.y_stride + column;
-    const float* residual = a.residual ? a.residual + row * a.residual_stride + column : nullptr;
-    for (int64_t c = 0; c < columns; c += F::N) {
-      const int n = int(least(F::N, columns - c));
-      F v = simd::load(sums + c);
-      if (a.bias) v = v + load_up_to(a.bias + column + c, n);
-      if (a.activation != Activation::none) v = apply(a.activation, v);
-      if (gated) {
-        F u = simd::load(up + c);
-        if (a.bias_up) u = u + load_up_to(a.bias_up + column + c, n);
-        v = v * u;
-      }
-      if (residual) v = v + load_up_to(residual + c, n);
-      if (n == F::N)
-        simd::store(y + c, v);
-      else
-        simd::store_n(y + c, v, n);
-    }
-  }
-}
-
 void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& pool) {
   Pass p{a, row, rows, false, rows <= kStreamTiles * kTileRows, false, 0, 0, nullptr, 0, nullptr};
   p.pairs = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
@@ -266,7 +235,9 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
     const int64_t row = index / groups * chunk_rows, panel = index % groups * group;
     const Chunk chunk{row, least(chunk_rows, rows - row), panel, least(group, panels - panel)};
     multiply_chunk(p, chunk, worker);
-    for (int64_t i = 0; i < chunk.panels; ++i) finish_panel(p, chunk, panel + i, i * a.w.parts, worker);
+    for (int64_t i = 0; i < chunk.panels; ++i)
+      finish_panel(a, p.row + row, chunk.rows, panel + i, p.sums(worker, i * a.w.parts),
+                   p.sums(worker, i * a.w.parts + 1));
   });
 }
 
@@ -274,6 +245,7 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
 
 void matmul(const MatmulArgs& a, Parallel& pool) {
   if (a.w.n == 0) return;
+  if (a.w.integers()) return matmul_int(a, pool);
   const int64_t most = plan::even_part(a.rows, plan::kMaxRows);
   for (int64_t row = 0; row < a.rows; row += most) multiply_rows(a, row, least(most, a.rows - row), pool);
 }

@@ -134,6 +134,28 @@ static inline I set_bytes(int a) { return {(Lanes)_mm_set1_epi8(char(a))}; }
 static inline I dot_bytes(I acc, I x, I w) {
   return {acc.v + (Lanes)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)x.v, (__m128i)w.v), _mm_set1_epi16(1))};
 }
+static inline I load_bytes(const void* p) { return {(Lanes)_mm_loadu_si128((const __m128i*)p)}; }
+static inline F to_float(I a) { return {_mm_cvtepi32_ps((__m128i)a.v)}; }
+static inline I to_int(F a) { return {(Lanes)_mm_cvtps_epi32(a.v)}; }
+static inline void store_bytes(int8_t* p, F a) {
+  const __m128i h = _mm_packs_epi32(_mm_cvtps_epi32(a.v), _mm_setzero_si128());
+  const int bytes = _mm_cvtsi128_si32(_mm_packs_epi16(h, h));
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
+// |w - 128| <= 128 times x with the sign of w - 128: two such products never exceed 16 bits.
+constexpr int kByteOffset = 128;
+struct OffsetBytes {
+  Lanes signed_, magnitude;
+};
+static inline OffsetBytes load_offset_bytes(const void* p) {
+  const __m128i w = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(char(0x80)));
+  return {(Lanes)w, (Lanes)_mm_abs_epi8(w)};
+}
+static inline I dot_offset(I acc, OffsetBytes w, I x) {
+  return dot_bytes(acc, {w.magnitude}, {(Lanes)_mm_sign_epi8((__m128i)x.v, (__m128i)w.signed_)});
+}
+
 static inline void opaque(I& a) { __asm__ volatile("" : "+x"(a.v)); }
 static inline int32_t sum(I a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 

@@ -14,6 +14,9 @@
 //   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does
 //   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
 //   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits
+//   I load_bytes(const void*): 4N bytes; F to_float(I), I to_int(F) of integral values; store_bytes(int8_t*, F): N of them
+//   struct OffsetBytes, OffsetBytes load_offset_bytes(const void*): 4N unsigned bytes w; I dot_offset(I acc, OffsetBytes w, I x):
+//   acc + the sum of four products (w - kByteOffset) * x per lane, exact for signed x > -128
 //   void opaque(I&): the compiler no longer knows the value; int32_t sum(I)
 //   PYLLM_HAS_AMX 0/1, and where 1 the matrix tiles of amx.h
 #pragma once
@@ -45,3 +48,11 @@
 #else
 #define PYLLM_HAS_AMX 0
 #endif
+
+namespace pyllm::PYLLM_ISA::simd {
+
+static inline I set_int(int32_t a) { return {Lanes{} + a}; }
+static inline I low_nibbles(I a) { return {a.v & 0x0f0f0f0f}; }
+static inline I high_nibbles(I a) { return {(a.v >> 4) & 0x0f0f0f0f}; }
+
+}  // namespace pyllm::PYLLM_ISA::simd
