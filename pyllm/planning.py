@@ -92,7 +92,7 @@ def plan_memory(
     precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
-    weights = packed_bytes(spec, precision)
+    weights = packed_bytes(checkpoint, precision)
     workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens)
     length, blocks = _cache_size(
         spec,

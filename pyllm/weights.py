@@ -21,7 +21,7 @@ import numpy as np
 
 from pyllm.errors import CheckpointError, listed, shown
 from pyllm.folder import read_config, read_json, resolve
-from pyllm.quantization import MARKS, Quantization, QuantizedTensor, Scheme, StoredWeight, collect
+from pyllm.quantization import MARKS, KernelForm, Quantization, QuantizedTensor, Scheme, StoredWeight, collect
 from pyllm.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
 from pyllm.spec import ModelSpec
 
@@ -111,10 +111,14 @@ class Checkpoint:
         self._sources: dict[str, _Source | _QuantizedSource] = {**plain, **quantized}
         self._files = files
 
-    def scheme(self, slot: str) -> Scheme | None:
-        """How the slot's weight is quantized, without reading it; None for one in `tensors`."""
+    def kernel_form(self, slot: str) -> KernelForm | None:
+        """What a weight in `quantized` will be packed as, told without reading it; None if not as integers."""
         source = self._sources[slot]
-        return source.scheme if isinstance(source, _QuantizedSource) else None
+        return source.weight.form(source.scheme, source.shape[1]) if isinstance(source, _QuantizedSource) else None
+
+    def stored_bits(self) -> set[int]:
+        """Bits of the weights in `quantized`."""
+        return {source.scheme.bits for source in self._sources.values() if isinstance(source, _QuantizedSource)}
 
     def stored(self, slot: str) -> Array:
         """The whole tensor that the slot in `tensors` is part of, as the file has it."""

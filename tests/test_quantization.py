@@ -17,10 +17,13 @@ from oracle import quantization as oracle
 from safetensors.numpy import save_file
 from test_weights import GPT2, LLAMA, refusal, weights, write
 
+from pyllm import LLM
 from pyllm.errors import ConfigError
 from pyllm.models import open_checkpoint
 from pyllm.models.quantization import read_quantization
-from pyllm.quantization import Layout, Quantization, QuantizedTensor, Scheme, collect
+from pyllm.ops import Ops
+from pyllm.packed import pack_weights, precision_of
+from pyllm.quantization import KernelForm, Layout, Quantization, QuantizedTensor, Scheme, collect
 from pyllm.safetensors_file import SafetensorsFile, StoredTensor
 
 Parts = dict[str, np.ndarray]
@@ -200,9 +203,8 @@ def test_a_model_of_each_method(tmp_path: Path, method: str) -> None:
         ):
             tensor = model.quantized[f"blocks.0.{slot}.weight"]
             np.testing.assert_array_equal(tensor.dequantize(), expected[f"layers.0.{name}.weight"])
-            scheme = model.scheme(f"blocks.0.{slot}.weight")
-            assert scheme is not None
-            assert scheme.group_size == 32
+            form = model.kernel_form(f"blocks.0.{slot}.weight")
+            assert form == KernelForm(4, 32, "float16", zeros=method != "compressed")
         for slot in model.spec.slots():
             model.release(slot)
 
@@ -412,3 +414,91 @@ def test_any_value_is_read_or_refused(method: str, data: st.DataObject) -> None:
     place[data.draw(st.sampled_from(list(place)))] = data.draw(JSON)
     with contextlib.suppress(ConfigError):
         assert isinstance(read_quantization({"quantization_config": config}), Quantization)
+
+
+# Packed and run
+
+
+def rows_of(matrix: Any) -> np.ndarray:
+    """The weights that a packed matrix holds, row by row."""
+    return Ops(1).embedding(np.arange(matrix.shape[0], dtype=np.int32), matrix)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_packed_integers_are_those_of_the_file(tmp_path: Path, method: str) -> None:
+    tensors, expected = quantized_model(BIG, method, np.random.default_rng(5))
+    with open_checkpoint(write(tmp_path, {**BIG, "quantization_config": CONFIGS[method]}, tensors)) as model:
+        precision = precision_of(model)
+        weights = pack_weights(model, Ops(1), precision)
+    assert precision.stored == "int4"
+    assert weights.embed.dtype == weights.head.dtype == "int8"
+    block = weights.blocks[1]
+    assert [m.dtype for m in (block.qkv, block.out, block.up, block.down)] == ["int4"] * 4
+    assert {m.group_size for m in (block.qkv, block.out, block.up, block.down)} == {32}
+    at = "layers.1."
+    qkv = np.concatenate([expected[f"{at}self_attn.{name}_proj.weight"] for name in "qkv"])
+    np.testing.assert_array_equal(rows_of(block.qkv), qkv)
+    np.testing.assert_array_equal(rows_of(block.out), expected[f"{at}self_attn.o_proj.weight"])
+    np.testing.assert_array_equal(rows_of(block.down), expected[f"{at}mlp.down_proj.weight"])
+
+
+def test_activation_order_is_expanded_to_the_dtype(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    tensors, expected = quantized_model(BIG, "gptq", rng, skip=("down_proj.weight",))
+    for layer in range(2):
+        name = f"layers.{layer}.mlp.down_proj."
+        del tensors[f"{name}weight"]
+        weight = oracle.random_weight(rng, 64, 96, 4, 32, symmetric=False, dtype=np.float16, shuffled=True)
+        tensors |= {name + part: value for part, value in oracle.gptq(weight).items()}
+        expected[f"{name}weight"] = weight.dequantized().astype(np.float32)
+    config = {**BIG, "quantization_config": {**CONFIGS["gptq"], "desc_act": True}}
+    with open_checkpoint(write(tmp_path, config, tensors)) as model:
+        for dtype in ("float32", "auto"):
+            weights = pack_weights(model, Ops(1), precision_of(model, dtype))
+            down = weights.blocks[0].down
+            assert down.dtype == ("float16" if dtype == "auto" else dtype)
+            want = expected["layers.0.mlp.down_proj.weight"].astype(down.dtype)
+            np.testing.assert_array_equal(rows_of(down), want.astype(np.float32))
+            assert weights.blocks[0].up.dtype == "int4"
+
+
+def test_weights_of_two_kinds_in_one_matrix_are_expanded(tmp_path: Path) -> None:
+    config = compressed_config()
+    config["config_groups"]["group_1"] = {"targets": ["re:.*v_proj"], "weights": {**WEIGHTS, "num_bits": 8}}
+    rng = np.random.default_rng(5)
+    tensors, expected = quantized_model(BIG, "compressed", rng, skip=("v_proj.weight",))
+    for layer in range(2):
+        name = f"layers.{layer}.self_attn.v_proj."
+        del tensors[f"{name}weight"]
+        weight = oracle.random_weight(rng, 32, 64, 8, 32, symmetric=True, dtype=np.float16)
+        tensors |= {name + part: value for part, value in oracle.pack_quantized(weight, symmetric=True).items()}
+        expected[f"{name}weight"] = weight.dequantized().astype(np.float32)
+    with open_checkpoint(write(tmp_path, {**BIG, "quantization_config": config}, tensors)) as model:
+        weights = pack_weights(model, Ops(1), precision_of(model, "float32"))
+    assert weights.blocks[0].qkv.dtype == "float32"
+    want = np.concatenate([expected[f"layers.0.self_attn.{name}_proj.weight"] for name in "qkv"])
+    np.testing.assert_array_equal(rows_of(weights.blocks[0].qkv), want)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_plan_covers_what_is_packed(tmp_path: Path, method: str) -> None:
+    tensors, _ = quantized_model(BIG, method, np.random.default_rng(5))
+    folder = write(tmp_path, {**BIG, "quantization_config": CONFIGS[method]}, tensors)
+    llm = LLM(str(folder), skip_tokenizer_init=True)
+    assert llm.plan.weights == llm.model.weights.nbytes
+    assert llm.plan.dtype == "int4 (as stored; embedding and head int8)"
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_logits_are_near_those_of_the_dequantized_model(tmp_path: Path, method: str) -> None:
+    """But for the rounding of activations to 8 bits."""
+    tensors, expected = quantized_model(BIG, method, np.random.default_rng(5))
+    (tmp_path / "q").mkdir()
+    (tmp_path / "f").mkdir()
+    write(tmp_path / "q", {**BIG, "quantization_config": CONFIGS[method]}, tensors)
+    write(tmp_path / "f", BIG, expected)
+    keep = {"quantization_skip": ["embed.weight", "head.weight"], "dtype": "float32"}
+    ids = [3, 9, 27, 4, 12, 36, 31]
+    ours = LLM(str(tmp_path / "q"), skip_tokenizer_init=True, **keep).forward(ids).logits
+    exact = LLM(str(tmp_path / "f"), skip_tokenizer_init=True, dtype="float32").forward(ids).logits
+    assert np.linalg.norm(ours - exact) < 0.03 * np.linalg.norm(exact)

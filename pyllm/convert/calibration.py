@@ -54,7 +54,7 @@ def mean_squares(
     plan = plan_memory(checkpoint, max_model_len=window, max_num_seqs=1, max_num_batched_tokens=window)
     plan.check()
     ops = RecordingOps(threads)
-    weights = pack_weights(checkpoint, ops, plan.dtype)
+    weights = pack_weights(checkpoint, ops, plan.precision)
     cache = KVCache(checkpoint.spec, -(-window // BLOCK_TOKENS), plan.cache_dtype)
     runner = Runner(Model(checkpoint.spec, weights), ops, cache, window, 1, window)
     pool = BlockPool(cache.blocks)

@@ -2,6 +2,16 @@
 
 from pyllm.quantization.scheme import Layout, Quantization, Scheme
 from pyllm.quantization.stored import MARKS, StoredWeight, collect
-from pyllm.quantization.tensor import QuantizedTensor
+from pyllm.quantization.tensor import KernelForm, QuantizedTensor, in_one_form
 
-__all__ = ["MARKS", "Layout", "Quantization", "QuantizedTensor", "Scheme", "StoredWeight", "collect"]
+__all__ = [
+    "MARKS",
+    "KernelForm",
+    "Layout",
+    "Quantization",
+    "QuantizedTensor",
+    "Scheme",
+    "StoredWeight",
+    "collect",
+    "in_one_form",
+]

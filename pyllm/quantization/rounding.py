@@ -111,11 +111,13 @@ class _Chunk:
         self.integers, self.scratch = np.empty_like(x), np.empty_like(x)
         high, low = x.max(axis=0), x.min(axis=0)
         extreme = np.where(high > -low, high, low)
-        self.scale = _narrowed(self._search(extreme, ENDS[bits]), dtype)
+        best = _narrowed(self._search(extreme, ENDS[bits]), dtype)
         nearest = _narrowed(np.abs(extreme) / np.float32(self.top - 1), dtype)
-        of_weight = float(self._dot(self.weighted, self.weighted).sum(dtype=np.float64))
-        of_nearest = self._squared_error(nearest)
-        self.error = RoundingError(of_weight, self._squared_error(self.scale), of_nearest)
+        error, of_nearest = self._squared_errors(best), self._squared_errors(nearest)
+        self.scale = np.where(error <= of_nearest, best, nearest)  # what is stored is not quite what was searched
+        self._round(self.scale.astype(np.float32))
+        sums = (self._dot(self.weighted, self.weighted), np.minimum(error, of_nearest), of_nearest)
+        self.error = RoundingError(*(float(squares.sum(dtype=np.float64)) for squares in sums))
 
     def _search(self, extreme: F32, ends: tuple[float, ...]) -> F32:
         """The best scale [M] of those that put the extreme value to one of `ends`."""
@@ -141,14 +143,13 @@ class _Chunk:
         np.rint(q, out=q)
         return np.clip(q, -self.top, self.top - 1, out=q)
 
-    def _squared_error(self, scale: NDArray[Any]) -> float:
-        """Leaves the integers of this scale in `integers`."""
+    def _squared_errors(self, scale: NDArray[Any]) -> F32:
         wide = scale.astype(np.float32)
         error = self._round(wide) * wide
         error -= self.x
         if self.root is not None:
             error *= self.root
-        return float(self._dot(error, error).sum(dtype=np.float64))
+        return self._dot(error, error)
 
     def _dot(self, a: F32, b: F32) -> F32:
         """Of columns: [M]."""

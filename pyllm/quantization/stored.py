@@ -10,10 +10,10 @@ import numpy as np
 
 from pyllm.errors import shown
 from pyllm.quantization import awq, compressed_tensors, gptq
-from pyllm.quantization.part import Arrays, Part
+from pyllm.quantization.part import Arrays, Part, order_or_none
 from pyllm.quantization.scheme import Layout, Quantization, Scheme
-from pyllm.quantization.tensor import QuantizedTensor
-from pyllm.safetensors_file import StoredTensor
+from pyllm.quantization.tensor import KernelForm, QuantizedTensor, kernel_form
+from pyllm.safetensors_file import DTYPES, StoredTensor
 
 Parts = Callable[[Scheme, int, int], dict[str, Part]]
 Unpack = Callable[[Scheme, int, int, Arrays], QuantizedTensor]
@@ -61,6 +61,16 @@ class StoredWeight:
         """The weight; `match` gave the scheme."""
         arrays = {name: part.view() for name, part in self.parts.items()}
         return LAYOUTS[scheme.layout][1](scheme, outputs, inputs, arrays)
+
+    def form(self, scheme: Scheme, inputs: int) -> KernelForm | None:
+        """What `QuantizedTensor.for_kernels` of it will be, as far as that can be told without its integers: zero
+        points may turn out to be none, and scales of 32 bits not to fit 16."""
+        order = next((self.parts[name].view() for name in ("g_idx", "weight_g_idx") if name in self.parts), None)
+        if order_or_none(order, inputs, scheme.group_size) is not None:
+            return None
+        scales = next(self.parts[name].entry for name in ("weight_scale", "scales") if name in self.parts)
+        zeros = any(name in self.parts for name in ("qzeros", "weight_zero_point"))
+        return kernel_form(scheme.bits, scheme.group_size, str(DTYPES[scales.dtype]), zeros)
 
     def release(self) -> None:
         """Give back the memory of the pages that the parts were read from."""

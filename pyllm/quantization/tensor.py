@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,32 @@ Bytes = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
 KERNEL_GROUPS = (128, 64, 32)  # sizes that the kernels have, largest first
+
+
+@dataclass(frozen=True)
+class KernelForm:
+    """What tells apart the kinds of integer matrices that kernels have: weights of one kind can be packed together."""
+
+    bits: int
+    group_size: int
+    scale_dtype: str
+    zeros: bool
+
+    @property
+    def dtype(self) -> str:
+        """As packed matrices name it."""
+        return f"int{self.bits}"
+
+
+def kernel_form(bits: int, group_size: int, scale_dtype: str, zeros: bool) -> KernelForm | None:
+    """The form for a weight of this kind: groups of 256 are two of 128 with one scale, and so on; 8 bits may have one
+    scale to a row. None where groups are no multiple of those that kernels have."""
+    if group_size == 0 and bits == 8 and not zeros:
+        return KernelForm(bits, 0, "float32", zeros)
+    size = next((size for size in KERNEL_GROUPS if group_size % size == 0), None)  # 0 becomes the largest
+    if size is None:
+        return None
+    return KernelForm(bits, size, "float16" if scale_dtype == "float32" else scale_dtype, zeros)
 
 
 @dataclass(frozen=True)
@@ -63,28 +90,42 @@ class QuantizedTensor:
     def for_kernels(self) -> QuantizedTensor | None:
         """The same weight with a group size and scales that the kernels have; None where there is no exact way.
 
-        A group of 256 is two of 128 with the same scale, and so on; 8 bits may have one scale to a row. Scales of 32
-        bits must fit 16. Activation order has no such form: it would have to reorder what the layer is given.
+        Scales of 32 bits must be numbers that 16 bits hold. Activation order has no such form: it would have to reorder
+        what the layer is given.
         """
-        if self.order is not None:
+        form = kernel_form(self.bits, self.group_size, str(self.scales.dtype), self.zeros is not None)
+        if form is None or self.order is not None:
             return None
-        scales = self.scales
-        if self.group_size == 0 and self.bits == 8 and self.zeros is None:
-            return replace(self, scales=scales.astype(np.float32, copy=False))
-        if scales.dtype == np.float32:
-            narrow = _fitting_16_bits(scales)
-            if narrow is None:
-                return None
-            scales = narrow
-        if self.group_size in KERNEL_GROUPS:
-            return replace(self, scales=scales)
-        size = next((size for size in KERNEL_GROUPS if self.group_size % size == 0), None)  # 0 becomes the largest
-        if size is None:
+        scales = _held(self.scales, form.scale_dtype)
+        if scales is None and form.scale_dtype == "float16":
+            scales = _held(self.scales, "bfloat16")
+        if scales is None:
             return None
-        count = -(-self.inputs // size)
-        times = self.group_size // size or count
+        if form.group_size == self.group_size:
+            return replace(self, scales=np.require(scales, requirements=["C", "A"]))
+        count = -(-self.inputs // form.group_size)
+        times = self.group_size // form.group_size or count
         zeros = None if self.zeros is None else np.repeat(self.zeros, times, axis=1)[:, :count]
-        return replace(self, group_size=size, scales=np.repeat(scales, times, axis=1)[:, :count], zeros=zeros)
+        scales = np.repeat(scales, times, axis=1)[:, :count]
+        return replace(self, group_size=form.group_size, scales=scales, zeros=zeros)
+
+
+def in_one_form(tensors: Sequence[QuantizedTensor]) -> tuple[KernelForm, list[QuantizedTensor]] | None:
+    """Weights that are to be packed together, in the form that kernels have for all of them; None without one."""
+    forms = [tensor.for_kernels() for tensor in tensors]
+    same = [tensor for tensor in forms if tensor is not None]
+    kinds = {(tensor.bits, tensor.group_size, str(tensor.scales.dtype)) for tensor in same}
+    if len(same) < len(tensors) or len(kinds) != 1:
+        return None
+    zeros = any(tensor.zeros is not None for tensor in same)
+    if zeros:  # those that have none get the middle: the same weight
+        same = [tensor if tensor.zeros is not None else _with_zeros(tensor) for tensor in same]
+    bits, group_size, dtype = kinds.pop()
+    return KernelForm(bits, group_size, dtype, zeros), same
+
+
+def _with_zeros(tensor: QuantizedTensor) -> QuantizedTensor:
+    return replace(tensor, zeros=np.full(tensor.scales.shape, 1 << (tensor.bits - 1), np.uint8))
 
 
 def _integers(values: Bytes, bits: int, inputs: int) -> Bytes:
@@ -97,13 +138,8 @@ def _integers(values: Bytes, bits: int, inputs: int) -> Bytes:
     return halves.reshape(values.shape[0], 2 * values.shape[1])[:, :inputs]
 
 
-def _fitting_16_bits(scales: F32) -> NDArray[Any] | None:
-    """The same numbers in float16 or bfloat16, if one of them holds them all."""
-    import ml_dtypes
-
+def _held(scales: NDArray[Any], dtype: str) -> NDArray[Any] | None:
+    """The same numbers in this dtype; None if it does not hold them all."""
     with np.errstate(over="ignore"):
-        for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
-            narrow = scales.astype(dtype)
-            if np.array_equal(narrow.astype(np.float32), scales):
-                return narrow
-    return None
+        held = scales.astype(dtype, copy=False)
+    return held if held is scales or np.array_equal(held.astype(np.float32), scales) else None
