@@ -58,7 +58,7 @@ class LLM:
         dtype: of the weights: "auto" (as the checkpoint), "float32", "float16" or "bfloat16".
         quantization: "int8" (one scale for each row of a matrix) or "int4" (one for each 64 weights of a row; the
             embedding and the head become int8): round the matrices while loading, and activations to int8 where they
-            meet them. None: keep them in `dtype`.
+            meet them. None: keep them in `dtype`. What a checkpoint holds as integers already stays as it is.
         quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
             "*.mlp.down.weight".
         device: "auto" or "cpu".

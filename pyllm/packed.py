@@ -6,15 +6,17 @@ What is multiplied together is packed together (q, k and v; gate and up), so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.ops import F32, GROUP_SIZES, Ops
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec
+from pyllm.quantization import in_one_form
+from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec
 from pyllm.weights import Checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -28,25 +30,37 @@ class Precision:
     `dtype` is float32, float16 or bfloat16. With `quantization` "int8" or "int4" matrices are rounded to integers,
     but for those of slots that match one of the shell patterns `skip`. The embedding and the head take int8 at most:
     they cost little there, and int4 would hurt them most.
+
+    `stored` is what the checkpoint's matrices are quantized to already; those stay what they are. Where it is "int4",
+    an embedding and a head that were left out become int8.
     """
 
     dtype: str
     quantization: str | None = None
     skip: tuple[str, ...] = ()
+    stored: str | None = None
+
+    @property
+    def integers(self) -> str | None:
+        """What the matrices of blocks are, for the most part, if they are integers."""
+        return self.stored or self.quantization
 
     def of(self, *slots: str) -> str:
-        """The dtype of the matrix that these slots are packed into together."""
-        if self.quantization is None or any(fnmatchcase(slot, pattern) for slot in slots for pattern in self.skip):
+        """The dtype of the matrix that these slots, plain in the checkpoint, are packed into together."""
+        if any(fnmatchcase(slot, pattern) for slot in slots for pattern in self.skip):
             return self.dtype
-        return "int8" if slots[0] in ("embed.weight", "head.weight") else self.quantization
+        if slots[0] in ("embed.weight", "head.weight"):
+            return "int8" if self.quantization is not None or self.stored == "int4" else self.dtype
+        return self.quantization or self.dtype
 
     def __str__(self) -> str:
         """In words, for people."""
-        if self.quantization is None:
+        if self.integers is None:
             return self.dtype
-        parts = ["embedding and head int8"] if self.quantization == "int4" else []
+        parts = ["as stored"] if self.stored else []
+        parts += ["embedding and head int8"] if self.integers == "int4" else []
         parts += [f"{', '.join(self.skip)} {self.dtype}"] if self.skip else []
-        return self.quantization + (f" ({'; '.join(parts)})" if parts else "")
+        return self.integers + (f" ({'; '.join(parts)})" if parts else "")
 
 
 @dataclass(frozen=True)
@@ -103,9 +117,11 @@ class ModelWeights:
 
 
 def weight_dtype(checkpoint: Checkpoint, dtype: str) -> str:
-    """The dtype to pack to: `dtype` itself, or for "auto" that of the checkpoint's matrices."""
+    """The dtype to pack to: `dtype` itself, or for "auto" that of the checkpoint's matrices; of its embedding or its
+    norms where matrices are quantized."""
     if dtype == "auto":
-        return str(checkpoint.tensors["blocks.0.mlp.up.weight"].dtype)
+        slots = ("blocks.0.mlp.up.weight", "embed.weight", "final_norm.weight")
+        return str(next(checkpoint.tensors[slot].dtype for slot in slots if slot in checkpoint.tensors))
     if dtype not in DTYPES:
         hint = f"; for integers give quantization={dtype!r}" if dtype in QUANTIZATIONS else ""
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}{hint}")
@@ -127,15 +143,25 @@ def precision_of(
                 f"quantization_skip: expected shell patterns over weights such as {next(iter(slots))}, got "
                 f"{pattern!r}, which matches none"
             )
-    return Precision(weight_dtype(checkpoint, dtype), quantization, tuple(skip))
+    bits = checkpoint.stored_bits()
+    stored = f"int{min(bits)}" if bits else None
+    return Precision(weight_dtype(checkpoint, dtype), quantization, tuple(skip), stored)
 
 
-def packed_bytes(spec: ModelSpec, precision: Precision) -> int:
+def packed_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
     """Bytes that the packed matrices of a model take, without loading it."""
+    spec = checkpoint.spec
 
-    def matrix(n: int, k: int, *slots: str, gated: bool = False) -> int:
-        dtype = precision.of(*(f"{slot}.weight" for slot in slots))
-        return _cpu.packed_bytes(n, k, dtype, gated, GROUP_SIZES.get(dtype, 0))
+    def matrix(n: int, k: int, *names: str, gated: bool = False) -> int:
+        slots = [f"{name}.weight" for name in names]
+        forms = [checkpoint.kernel_form(slot) for slot in slots]
+        kinds = {replace(form, zeros=False) for form in forms if form is not None}
+        if None in forms or len(kinds) > 1:
+            dtype = precision.of(*slots)
+            return _cpu.packed_bytes(n, k, dtype, gated, GROUP_SIZES.get(dtype, 0))
+        form = kinds.pop()
+        zeros = any(form is not None and form.zeros for form in forms)
+        return _cpu.packed_bytes(n, k, form.dtype, gated, form.group_size, form.scale_dtype, zeros)
 
     total = matrix(spec.vocab_size, spec.hidden, "embed")
     if not spec.tied:
@@ -204,14 +230,38 @@ class _Packer:
 
     def matrix(self, *names: str, gate: str | None = None) -> _cpu.PackedMatrix:
         slots, gates = [f"{name}.weight" for name in names], [f"{gate}.weight"] if gate else []
-        tensors = self.checkpoint.tensors
-        packed = self.ops.pack(
-            *(tensors[s] for s in slots),
+        packed = self._integers(gates, slots) or self.ops.pack(
+            *(self._plain(slot) for slot in slots),
             dtype=self.precision.of(*slots, *gates),
-            gate=tensors[gates[0]] if gates else None,
+            gate=self._plain(gates[0]) if gates else None,
         )
         self._release(*slots, *gates)
         return packed
+
+    def _integers(self, gates: list[str], slots: list[str]) -> _cpu.PackedMatrix | None:
+        """The matrix of weights that are integers in the checkpoint; None if no one matrix can hold them."""
+        quantized = self.checkpoint.quantized
+        if not all(slot in quantized for slot in (*gates, *slots)):
+            return None
+        joined = in_one_form([quantized[slot] for slot in (*gates, *slots)])
+        if joined is None:
+            return None
+        form, tensors = joined
+        rows = sum(tensor.shape[0] for tensor in tensors[len(gates) :])
+        packed = _cpu.PackedMatrix(
+            rows, tensors[0].inputs, form.dtype, bool(gates), form.group_size, form.scale_dtype, form.zeros
+        )
+        row = 0
+        for i, tensor in enumerate(tensors):
+            part = int(bool(gates) and i > 0)
+            self.ops.context.pack_quantized(packed, tensor.values, tensor.scales, tensor.zeros, row, part)
+            row += tensor.shape[0] if i >= len(gates) else 0
+        return packed
+
+    def _plain(self, slot: str) -> NDArray[Any]:
+        """The weight as numbers, also if it is quantized."""
+        tensors, quantized = self.checkpoint.tensors, self.checkpoint.quantized
+        return tensors[slot] if slot in tensors else quantized[slot].dequantize()
 
     def vector(self, *slots: str) -> F32 | None:
         """The slots joined, float32; None where the model has no such weights."""

@@ -138,7 +138,7 @@ def plan_memory(
     precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
-    weights = packed_bytes(spec, precision)
+    weights = packed_bytes(checkpoint, precision)
     workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens, drafts)
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     if draft is not None:
@@ -190,7 +190,7 @@ def _draft_plan(
         precision=precision,
         cache_dtype=cache_as,
         max_length=spec.max_positions,
-        weights=packed_bytes(spec, precision),
+        weights=packed_bytes(draft, precision),
         cache=KVCache.block_bytes(spec, cache_as),
         workspace=_workspace(spec, sequences, tokens, CATCH_UP),
     )

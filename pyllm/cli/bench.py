@@ -178,7 +178,7 @@ def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repe
     peak = {"float32": limits.f32_gflops, "float16": limits.f32_gflops, "bfloat16": limits.bf16_gflops}[
         llm.plan.precision.dtype
     ]
-    if llm.plan.precision.quantization is not None:
+    if llm.plan.precision.integers is not None:
         peak = limits.int8_gops
     return {
         "prefill_tokens_per_second": prefill_rate,
