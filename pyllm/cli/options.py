@@ -45,7 +45,7 @@ Dtype = Annotated[
     str | None, option("--dtype", env="DTYPE", help="Of the weights: auto (default), float32, float16 or bfloat16.")
 ]
 CacheDtype = Annotated[
-    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32 or bfloat16.")
+    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32, bfloat16 or int8.")
 ]
 ContextSize = Annotated[
     int | None,
