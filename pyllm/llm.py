@@ -65,7 +65,8 @@ class LLM:
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
-        kv_cache_dtype: "auto" (bfloat16 where `dtype` is, else float32), "float32" or "bfloat16".
+        kv_cache_dtype: "auto" (bfloat16 where `dtype` is, else float32), "float32", "bfloat16" or "int8" (a scale for
+            each token and head).
         kv_cache_bytes: memory for keys and values; default what `max_num_seqs` full contexts take, at most half of what
             is free.
         max_num_seqs: completions that run together.

@@ -248,8 +248,9 @@ class Ops:
     ) -> None:
         """Write keys (rotated first where cos is given) and values into one layer's cache.
 
-        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T],
-        each block * 64 + offset, negative to skip; cos and sin [T, half].
+        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, or [blocks, G, 2, 64 * (Ep + 2)] int8 with room for scales,
+        Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T], each block * 64 + offset, negative to skip; cos
+        and sin [T, half]. In int8 a head's key or value that is not finite in every channel is NaN as a whole.
         """
         self.context.kv_write(cache, k, v, slots, head_size, cos, sin)
 

@@ -200,7 +200,7 @@ def _cache_dtype(asked: str, weights: str) -> str:
     if asked == "auto":
         return "bfloat16" if weights == "bfloat16" else "float32"
     if asked not in CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype: expected auto, {' or '.join(CACHE_DTYPES)}, got {asked!r}")
+        raise ValueError(f"kv_cache_dtype: expected one of auto, {', '.join(CACHE_DTYPES)}, got {asked!r}")
     return asked
 
 

@@ -97,6 +97,23 @@ def test_a_sequence_alone_equals_the_same_in_any_batch(name: str, dtype: str) ->
             assert a.prompt_logprobs == b.prompt_logprobs
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+def test_every_cache_keeps_the_promises(name: str, cache: str) -> None:
+    llm = load(name, "bfloat16", kv_cache_dtype=cache)
+    ids = prompt_of(llm, 100)
+    n = len(ids)
+    whole = llm.forward(ids).logits
+    assert np.isfinite(whole).all()
+    for threads, chunks in ((2, [1] * n), (1, [n]), (3, [1, 2, 3, 5, 8, n - 19]), (2, [17] * (n // 17) + [n % 17])):
+        other = load(name, "bfloat16", kv_cache_dtype=cache, threads=threads)
+        np.testing.assert_array_equal(logits_of(other, ids, [c for c in chunks if c]), whole)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5)
+    prompts = [{"prompt_token_ids": prompt_of(llm, k)} for k in (1, 17, 64, 90)]
+    together = llm.generate(prompts, params)
+    assert [llm.generate([p], params)[0].outputs for p in prompts] == [o.outputs for o in together]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_graph_equals_eager(dtype: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=3)

@@ -56,22 +56,24 @@ struct PackedView {
 
 // The KV cache of one layer: blocks of kBlockTokens tokens. Within a block, heads follow each other, and within a head keys
 // stand before values:
-//   keys    f32: [tokens / 16][E][16]        bf16: [tokens / 16][Ep / 2][16][2]   (pairs of channels)
-//   values  f32: [tokens][Ep]                bf16: [tokens / 2][Ep][2]            (pairs of tokens)
-// E is the head size, Ep = E rounded up to kHeadPad; both halves take kBlockTokens * Ep elements. Channels past E are zero
-// wherever a token has been written; what has not been written may hold anything, NaN included, and is never used.
+//   keys    f32: [tokens / 16][E][16]        bf16, i8: [tokens / 16][Ep / 2][16][2]   (pairs of channels)
+//   values  f32: [tokens][Ep]                bf16, i8: [tokens / 2][Ep][2]            (pairs of tokens)
+// E is the head size, Ep = E rounded up to kHeadPad; both halves take kBlockTokens * Ep elements, and in i8 the tokens' scales
+// behind them, kBlockTokens of bf16: an element is worth integer * scale. Channels past E are zero wherever a token has been
+// written; what has not been written may hold anything, NaN included, and is never used.
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kHeadPad = 16;
 constexpr int64_t kMaxHead = 256;  // the largest E
 constexpr int64_t kKeyGroup = 16;  // tokens whose keys are interleaved
 
 struct CacheView {
-  void* data;  // one layer: [blocks][kv_heads][2][kBlockTokens * Ep]
+  void* data;  // one layer: [blocks][kv_heads][2][half_elements]
   int64_t blocks, kv_heads, head_size;
-  DType dtype;  // f32 or bf16
+  DType dtype;  // f32, bf16 or i8
 
   int64_t padded_head() const { return round_up(head_size, kHeadPad); }
-  int64_t half_elements() const { return kBlockTokens * padded_head(); }
+  int64_t scale_elements() const { return dtype == DType::i8 ? 2 : 0; }  // of one token
+  int64_t half_elements() const { return kBlockTokens * (padded_head() + scale_elements()); }
   int64_t head_elements() const { return 2 * half_elements(); }
   int64_t block_elements() const { return kv_heads * head_elements(); }
 };

@@ -48,7 +48,7 @@ Quantization = Annotated[
     str | None, option("--quantization", env="QUANTIZATION", help="Round weights to int8 or int4; default: do not.")
 ]
 CacheDtype = Annotated[
-    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32 or bfloat16.")
+    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32, bfloat16 or int8.")
 ]
 ContextSize = Annotated[
     int | None,

@@ -81,6 +81,12 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
 }
 
+static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
+  const __m256i pairs = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
+  even.v = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
+  odd.v = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
+}
+
 static inline float sum(F a) {
   const __m128 h = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));

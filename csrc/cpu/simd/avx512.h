@@ -67,6 +67,12 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
 }
 
+static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
+  const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  even.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+  odd.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+}
+
 static inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max(F a) { return _mm512_reduce_max_ps(a.v); }
 

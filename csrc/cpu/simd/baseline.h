@@ -116,6 +116,12 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   odd.v = _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(int(0xffff0000))));
 }
 
+static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
+  const __m128i pairs = _mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i*)p));
+  even.v = _mm_cvtepi32_ps(_mm_srai_epi32(_mm_slli_epi32(pairs, 24), 24));
+  odd.v = _mm_cvtepi32_ps(_mm_srai_epi32(pairs, 8));
+}
+
 static inline float sum(F a) {
   const __m128 q = _mm_add_ps(a.v, _mm_movehl_ps(a.v, a.v));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
