@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import models
-import peers
 import pytest
 from conftest import Record, sized
 
+from pyllm.compare import shapes
+from pyllm.compare.engine import ENGINES, Engine, Settings, Unsupported
+from pyllm.compare.ours import Pyllm
 from pyllm.models import read_spec
 from pyllm.spec import ModelSpec
 
@@ -35,7 +36,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = str(metafunc.config.getoption("--models")).split(",")
     if "engine" in metafunc.fixturenames:
-        rows = [(name, engine) for name in names for engine in peers.ENGINES]
+        rows = [(name, engine) for name in names for engine in ENGINES]
         ids = [f"{name.replace(':', '-')}-{engine}" for name, engine in rows]
         metafunc.parametrize("engine", rows, indirect=True, ids=ids, scope="module")
     if "ours" in metafunc.fixturenames:
@@ -52,65 +53,65 @@ def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
     def find(model: str) -> tuple[Path, ModelSpec, str]:
         shape, dtype = model.split(":")
-        folder = models.make(shape, base / f"{shape}-{dtype}", dtype)
+        folder = shapes.make(shape, base / f"{shape}-{dtype}", dtype)
         return folder, read_spec(folder), dtype
 
     return find
 
 
 @pytest.fixture(scope="module")
-def engine(
-    request: pytest.FixtureRequest, folder_of: Folder, threads: int
-) -> Iterator[tuple[peers.Engine, ModelSpec, str]]:
+def engine(request: pytest.FixtureRequest, folder_of: Folder, threads: int) -> tuple[Engine, ModelSpec, str]:
     model, name = request.param
-    if absent := peers.missing(name):
+    if absent := ENGINES[name].missing:
         pytest.skip(f"{name} is not installed ({', '.join(absent)})")
     folder, spec, dtype = folder_of(model)
+    kind = ENGINES[name].load()
+    longest = min(LONGEST, spec.max_positions)
     try:
-        made = peers.ENGINES[name](folder, dtype, threads, min(LONGEST, spec.max_positions))
-    except ValueError as error:
-        if name == "pyllm":
-            raise
-        pytest.skip(f"{name} cannot run {model} here: {error}")
-    yield made, spec, dtype
+        made = kind(kind.prepare(folder, dtype), Settings(dtype, threads, length=longest, tokens=longest))
+        made.reserve(1, longest)
+    except Unsupported as reason:
+        pytest.skip(f"{name} cannot run {model} here: {reason}")
+    return made, spec, dtype
 
 
 @pytest.fixture(scope="module")
-def ours(request: pytest.FixtureRequest, folder_of: Folder, threads: int) -> tuple[peers.Pyllm, ModelSpec, str]:
+def ours(request: pytest.FixtureRequest, folder_of: Folder, threads: int) -> tuple[Pyllm, ModelSpec, str]:
     folder, spec, dtype = folder_of(request.param)
-    return peers.Pyllm(folder, dtype, threads, min(LONGEST, spec.max_positions)), spec, dtype
+    longest = min(LONGEST, spec.max_positions)
+    return Pyllm(folder, Settings(dtype, threads, length=longest, tokens=longest)), spec, dtype
 
 
-def test_prefill(benchmark: Any, record: Record, engine: tuple[peers.Engine, ModelSpec, str]) -> None:
+def test_prefill(benchmark: Any, record: Record, engine: tuple[Engine, ModelSpec, str]) -> None:
     model, spec, dtype = engine
     ids = [7 + i for i in range(PREFILL)]
     record(dtype=dtype, bytes=weight_bytes(spec, dtype), operations=spec.operations(PREFILL), tokens=PREFILL)
-    token = benchmark.pedantic(model.prefill, (ids,), rounds=ROUNDS, warmup_rounds=1)
+    [token] = benchmark.pedantic(model.start, ([ids],), rounds=ROUNDS, warmup_rounds=1)
     assert 0 <= token < spec.vocab_size
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_decode(benchmark: Any, record: Record, engine: tuple[peers.Engine, ModelSpec, str], depth: int) -> None:
+def test_decode(benchmark: Any, record: Record, engine: tuple[Engine, ModelSpec, str], depth: int) -> None:
     model, spec, dtype = engine
     if depth + DECODED * (ROUNDS + 2) > spec.max_positions:
         pytest.skip(f"the model's context holds {spec.max_positions} tokens")
-    model.prepare([7 + i for i in range(depth)])
+    model.start([[7 + i for i in range(depth)]])
     record(**decode_work(spec, dtype, depth))
-    count = benchmark.pedantic(model.decode, (DECODED,), rounds=ROUNDS, warmup_rounds=1)
-    assert count == DECODED
+    decoded = benchmark.pedantic(model.decode, (DECODED,), rounds=ROUNDS, warmup_rounds=1)
+    assert [len(row) for row in decoded.tokens] == [DECODED]
 
 
 @pytest.mark.parametrize("step", ["replayed", "eager"])
-def test_decode_step(benchmark: Any, record: Record, ours: tuple[peers.Pyllm, ModelSpec, str], step: str) -> None:
+def test_decode_step(benchmark: Any, record: Record, ours: tuple[Pyllm, ModelSpec, str], step: str) -> None:
     """The two rows' difference is what recording saves. Replayed, a step is its kernels and the engine's own work."""
     model, spec, dtype = ours
     model.llm.engine.use_graphs = step == "replayed"
-    model.prepare([7 + i for i in range(DEPTHS[0])])
+    model.start([[7 + i for i in range(DEPTHS[0])]])
     model.decode(DECODED)
     record(**decode_work(spec, dtype, DEPTHS[0]))
     with timed(model.llm.ops, "replay", "sample") as inside:
-        count = benchmark.pedantic(model.decode, (DECODED,), rounds=ROUNDS)
-    assert count == DECODED
+        decoded = benchmark.pedantic(model.decode, (DECODED,), rounds=ROUNDS)
+    assert [len(row) for row in decoded.tokens] == [DECODED]
     assert (inside["replay"] > 0) == (step == "replayed")
     if benchmark.stats is not None:
         whole = sum(benchmark.stats.stats.data)

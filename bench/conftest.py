@@ -23,7 +23,7 @@ _quick = False
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of all benchmarks, and of the end-to-end one."""
     parser.addoption("--quick", action="store_true", help="small sizes: do the benchmarks still run and check out?")
-    parser.addoption("--models", help="shape:dtype,... of bench/models.py; default gpt2:float32")
+    parser.addoption("--models", help="shape:dtype,... of pyllm/compare/shapes.py; default gpt2:float32")
     parser.addoption("--model-folder", help="keep the made models here, to use them again")
 
 

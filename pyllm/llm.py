@@ -56,11 +56,17 @@ class LLM:
     Args:
         model: a folder, or a hub name ("org/name"), which is downloaded through huggingface_hub into its cache.
         dtype: of the weights: "auto" (as the checkpoint), "float32", "float16" or "bfloat16".
+        quantization: "int8" (one scale for each row of a matrix) or "int4" (one for each 64 weights of a row; the
+            embedding and the head become int8): round the matrices while loading, and activations to int8 where they
+            meet them. None: keep them in `dtype`. What a checkpoint holds as integers already stays as it is.
+        quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
+            "*.mlp.down.weight".
         device: "auto" or "cpu".
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
-        kv_cache_dtype: "auto" (bfloat16 for bfloat16 weights, else float32), "float32" or "bfloat16".
+        kv_cache_dtype: "auto" (bfloat16 where `dtype` is, else float32), "float32", "bfloat16" or "int8" (a scale for
+            each token and head).
         kv_cache_bytes: memory for keys and values; default what `max_num_seqs` full contexts take, at most half of what
             is free.
         max_num_seqs: completions that run together.
@@ -86,6 +92,8 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
+        quantization_skip: Sequence[str] = (),
         device: str = "auto",
         max_model_len: int | None = None,
         seed: int | None = None,
@@ -126,6 +134,8 @@ class LLM:
                 checkpoint,
                 draft,
                 dtype=dtype,
+                quantization=quantization,
+                quantization_skip=quantization_skip,
                 kv_cache_dtype=kv_cache_dtype,
                 kv_cache_bytes=kv_cache_bytes,
                 max_model_len=max_model_len,
@@ -135,7 +145,7 @@ class LLM:
                 num_speculative_tokens=num_speculative_tokens,
             )
             self.plan.check()
-            weights = pack_weights(checkpoint, self.ops, self.plan.dtype, progress)
+            weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
             proposer: Proposer | None = NgramProposer() if speculative is not None else None
             if draft is not None:
                 proposer = _load_draft(
@@ -441,7 +451,7 @@ def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, tokens: int, seque
     """The draft model that was planned for, with steps of so many tokens and sequences."""
     spec, planned = checkpoint.spec, plan.draft_model
     assert planned is not None
-    model = Model(spec, pack_weights(checkpoint, ops, planned.dtype))
+    model = Model(spec, pack_weights(checkpoint, ops, planned.precision))
     cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype)
     runner = Runner(model, ops, cache, tokens, sequences, planned.max_length, CATCH_UP)
     return DraftModel(runner, cache.blocks, planned.max_length, share and not _rope_varies(spec))

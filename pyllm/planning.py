@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats, head_row
 from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
-from pyllm.packed import packed_bytes, weight_dtype
+from pyllm.packed import Precision, packed_bytes, precision_of
 from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
@@ -27,7 +28,7 @@ CATCH_UP = 1  # tokens that a draft model has to take in beside the newest, afte
 class DraftPlan:
     """Bytes of a draft model; its cache has as many blocks as the model's."""
 
-    dtype: str
+    precision: Precision
     cache_dtype: str
     max_length: int
     weights: int
@@ -48,7 +49,7 @@ class Plan:
     """
 
     spec: ModelSpec
-    dtype: str
+    precision: Precision
     cache_dtype: str
     max_model_len: int
     cache_blocks: int
@@ -58,6 +59,11 @@ class Plan:
     available: int
     drafts: int = 0
     draft_model: DraftPlan | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are packed as."""
+        return str(self.precision)
 
     @property
     def total(self) -> int:
@@ -86,7 +92,8 @@ class Plan:
             f"not enough memory: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as {self.dtype}, "
             f"cache {self.cache / GB:.2f} for {self.cache_tokens} tokens as {self.cache_dtype}, "
             f"{workspace}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Lower max_model_len "
-            "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype, or free memory."
+            "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype or a quantization, or "
+            "free memory."
         )
 
 
@@ -112,6 +119,8 @@ def plan_memory(
     draft: Checkpoint | None = None,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
+    quantization_skip: Sequence[str] = (),
     kv_cache_dtype: str = "auto",
     kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
@@ -126,14 +135,21 @@ def plan_memory(
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
-    weights_as = weight_dtype(checkpoint, dtype)
-    cache_as = _cache_dtype(kv_cache_dtype, weights_as)
+    precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
-    weights = packed_bytes(spec, weights_as)
+    weights = packed_bytes(checkpoint, precision)
     workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens, drafts)
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     if draft is not None:
-        guessing = _draft_plan(draft, spec, dtype, kv_cache_dtype, max_num_seqs, max_num_batched_tokens)
+        guessing = _draft_plan(
+            draft,
+            spec,
+            precision_of(draft, dtype, quantization, quantization_skip),
+            kv_cache_dtype,
+            max_num_seqs,
+            max_num_batched_tokens,
+        )
     length, blocks = _cache_size(
         spec,
         block + (guessing.cache if guessing else 0),
@@ -146,7 +162,7 @@ def plan_memory(
         guessing = replace(guessing, cache=blocks * guessing.cache, max_length=min(length, guessing.max_length))
     return Plan(
         spec=spec,
-        dtype=weights_as,
+        precision=precision,
         cache_dtype=cache_as,
         max_model_len=length,
         cache_blocks=blocks,
@@ -160,7 +176,7 @@ def plan_memory(
 
 
 def _draft_plan(
-    draft: Checkpoint, target: ModelSpec, dtype: str, kv_cache_dtype: str, sequences: int, tokens: int
+    draft: Checkpoint, target: ModelSpec, precision: Precision, kv_cache_dtype: str, sequences: int, tokens: int
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
@@ -169,13 +185,12 @@ def _draft_plan(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "
             f"{spec.vocab_size}: choose a draft model that was made for the same tokenizer"
         )
-    weights_as = weight_dtype(draft, dtype)
-    cache_as = _cache_dtype(kv_cache_dtype, weights_as)
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     return DraftPlan(
-        dtype=weights_as,
+        precision=precision,
         cache_dtype=cache_as,
         max_length=spec.max_positions,
-        weights=packed_bytes(spec, weights_as),
+        weights=packed_bytes(draft, precision),
         cache=KVCache.block_bytes(spec, cache_as),
         workspace=_workspace(spec, sequences, tokens, CATCH_UP),
     )
@@ -185,7 +200,7 @@ def _cache_dtype(asked: str, weights: str) -> str:
     if asked == "auto":
         return "bfloat16" if weights == "bfloat16" else "float32"
     if asked not in CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype: expected auto, {' or '.join(CACHE_DTYPES)}, got {asked!r}")
+        raise ValueError(f"kv_cache_dtype: expected one of auto, {', '.join(CACHE_DTYPES)}, got {asked!r}")
     return asked
 
 

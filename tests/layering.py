@@ -20,12 +20,13 @@ PYTHON_LAYERS: list[set[str]] = [
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "tape", "limits", "batch"},
-    {"folder", "safetensors_file", "weights", "cache"},
+    {"folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
     {"models", "packed", "model"},
     {"engine"},
     {"planning"},
-    {"llm"},
+    {"llm", "convert"},
     {"train"},
+    {"compare"},
     {"server", "cli", "__main__"},
 ]
 
@@ -36,19 +37,25 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "rich": {"cli"},
     "huggingface_hub": {"folder"},
     "jinja2": {"chat_template"},
-    "tokenizers": {"tokenizer", "detokenizer", "sentencepiece"},
-    "safetensors": {"safetensors_file", "weights"},
+    "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "compare"},
+    "safetensors": {"safetensors_file", "weights", "compare"},
     "cuda": {"device"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "pydantic": {"server"},
+    "torch": {"compare"},
+    "transformers": {"compare"},
+    "llama_cpp": {"compare"},
+    "gguf": {"compare"},
+    "ctranslate2": {"compare"},
+    "matplotlib": {"compare"},
     "numpy": {"*"},
     "ml_dtypes": {"*"},
 }
-FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "shelve", "marshal", "torch", "transformers"}
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile"}
 PRINTERS = {"cli", "__main__"}  # the only place that prints or ends the process
-MODELS_MAY_IMPORT = {"errors", "spec", "weights", "folder", "models"}
+MODELS_MAY_IMPORT = {"errors", "spec", "quantization", "weights", "folder", "models"}
 
 CPU_HEADERS = ("cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
 CPU_SIZES = (

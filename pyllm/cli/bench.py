@@ -1,9 +1,10 @@
-"""`pyllm bench`: this machine's limits, and how close a model comes to them."""
+"""`pyllm bench`: this machine's limits, how close a model comes to them, and other engines beside it."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,23 +18,61 @@ if TYPE_CHECKING:
     from pyllm.llm import LLM
 
 
+MODEL_OPTIONS = (
+    "model", "prompt_tokens", "max_tokens", "device", "dtype", "kv_cache_dtype", "ctx_size", "revision", "offline",
+)  # fmt: skip
+COMPARE_OPTIONS = (
+    "models", "dtypes", "cells", "peers", "quick", "model_folder", "save", "load_files", "plot",
+)  # fmt: skip
+
+
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("bench")(bench)
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None, o.option("--model", "-m", env="MODEL", help="Also measure this model: folder or hub name.")
     ] = None,
     prompt_tokens: Annotated[int, o.option("--prompt-tokens", min=1, help="Length of the prompt; default 512.")] = 512,
     max_tokens: Annotated[int, o.option("--max-tokens", "-n", min=2, help="Tokens to decode; default 64.")] = 64,
     repeat: Annotated[
-        int, o.option("--repeat", min=1, max=1000, help="Runs, of which the median counts; default 3.")
-    ] = 3,
+        int | None,
+        o.option("--repeat", min=1, max=1000, help="Runs, of which the median counts; default 3, with --compare 5."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        o.option("--compare", help="Measure pyllm and other engines in turns, on random weights of real shapes."),
+    ] = False,
+    models: Annotated[str | None, o.option("--models", help="--compare: shapes, as llama-1b,gpt2 (default).")] = None,
+    dtypes: Annotated[
+        str | None, o.option("--dtypes", help="--compare: some of float32,bfloat16,int8,int4; default all.")
+    ] = None,
+    cells: Annotated[
+        str | None,
+        o.option("--cells", help="--compare: some of load,prefill-512,decode,decode-2048,decode-8192,batch-2 to -32."),
+    ] = None,
+    peers: Annotated[
+        str | None, o.option("--peers", help="--compare: some of llama.cpp,ctranslate2,torch; default all.")
+    ] = None,
+    quick: Annotated[bool, o.option("--quick", help="--compare: GPT-2, few cells, two rounds.")] = False,
+    model_folder: Annotated[
+        Path | None,
+        o.option("--model-folder", help="--compare: where made models are kept; default ~/.cache/pyllm/compare."),
+    ] = None,
+    save: Annotated[
+        Path | None, o.option("--save", help="--compare: keep every round in this JSON file, as it grows.")
+    ] = None,
+    load_files: Annotated[
+        list[Path] | None, o.option("--load", help="--compare: show what --save kept, one file or several.")
+    ] = None,
+    plot: Annotated[Path | None, o.option("--plot", help="--compare: draw into this file, as .png or .svg.")] = None,
     device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     revision: o.Revision = None,
@@ -41,8 +80,29 @@ def bench(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
-    """Measure read bandwidth and arithmetic peaks; with --model also prefill and decode, as fractions of them."""
+    """Measure read bandwidth and arithmetic peaks; with --model also prefill and decode, as fractions of them; with
+    --compare the same of pyllm and the other engines that are installed."""
     be_quiet(quiet)
+    _refuse(
+        context, MODEL_OPTIONS if compare else COMPARE_OPTIONS, "without --compare" if compare else "with --compare"
+    )
+    if compare:
+        from pyllm.cli.compare import compare as run
+
+        return run(
+            models=models,
+            dtypes=dtypes,
+            cells=cells,
+            peers=peers,
+            threads=threads,
+            rounds=repeat,
+            quick=quick,
+            folder=model_folder,
+            save=save,
+            load=load_files,
+            plot=plot,
+            json=json,
+        )
     from pyllm.limits import measure
 
     llm = None
@@ -51,6 +111,7 @@ def bench(
             model,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             threads=threads,
             ctx_size=ctx_size,
             kv_cache_dtype=kv_cache_dtype,
@@ -74,7 +135,7 @@ def bench(
             end="\n",
         )
     if llm is not None:
-        facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat)
+        facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat or 3)
         if not json:
             write(
                 f"prefill {prompt_tokens} tokens: {found['prefill_tokens_per_second']:.1f} tok/s, "
@@ -91,6 +152,15 @@ def bench(
     return 0
 
 
+def _refuse(context: typer.Context, names: tuple[str, ...], where: str) -> None:
+    """Raise for options that stand on the command line and would be ignored."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        listed = ", ".join("--" + name.removesuffix("_files").replace("_", "-") for name in given)
+        raise typer.BadParameter(f"{listed}: only {where}.")
+
+
 def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repeat: int) -> dict[str, float]:
     """Medians of speeds over `repeat` runs, and what share of the limits they are."""
     ids = [i % llm.spec.vocab_size for i in range(7, 7 + prompt_tokens)]
@@ -105,7 +175,11 @@ def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repe
     gflops = llm.spec.operations(prompt_tokens) * prefill_rate / prompt_tokens / 1e9
     cache_token = llm.plan.cache / max(llm.plan.cache_tokens, 1)
     gbps = (llm.weight_bytes + cache_token * (prompt_tokens + max_tokens / 2)) * decode_rate / 1e9
-    peak = limits.bf16_gflops if llm.plan.dtype == "bfloat16" else limits.f32_gflops
+    peak = {"float32": limits.f32_gflops, "float16": limits.f32_gflops, "bfloat16": limits.bf16_gflops}[
+        llm.plan.precision.dtype
+    ]
+    if llm.plan.precision.integers is not None:
+        peak = limits.int8_gops
     return {
         "prefill_tokens_per_second": prefill_rate,
         "prefill_gflops": gflops,

@@ -44,8 +44,11 @@ Device = Annotated[str | None, option("--device", env="DEVICE", help="auto (defa
 Dtype = Annotated[
     str | None, option("--dtype", env="DTYPE", help="Of the weights: auto (default), float32, float16 or bfloat16.")
 ]
+Quantization = Annotated[
+    str | None, option("--quantization", env="QUANTIZATION", help="Round weights to int8 or int4; default: do not.")
+]
 CacheDtype = Annotated[
-    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32 or bfloat16.")
+    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32, bfloat16 or int8.")
 ]
 ContextSize = Annotated[
     int | None,

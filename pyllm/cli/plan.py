@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     model: o.Model,
     dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     max_num_seqs: Annotated[
@@ -41,6 +42,7 @@ def plan(
         **present(
             {
                 "dtype": dtype,
+                "quantization": quantization,
                 "kv_cache_dtype": kv_cache_dtype,
                 "max_model_len": ctx_size,
                 "max_num_seqs": max_num_seqs,
@@ -67,7 +69,9 @@ def plan(
         f"available  {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
     ]
     if (draft := result.draft_model) is not None:
-        lines.insert(4, f"draft      {_size(draft.total)}  model as {draft.dtype}, its cache as {draft.cache_dtype}")
+        lines.insert(
+            4, f"draft      {_size(draft.total)}  model as {draft.precision}, its cache as {draft.cache_dtype}"
+        )
     write("\n".join(lines), end="\n")
     return 0
 

@@ -90,7 +90,7 @@ class DraftModel:
         logits, drawn = self.runner.decode(plan, states)
         if len(logits) > len(plan):
             ends = np.cumsum([work.count for work in plan]) - 1
-            return logits[ends], drawn and [drawn[end] for end in ends]
+            return logits[ends], drawn if drawn is None else [drawn[end] for end in ends]
         return logits, drawn
 
     def _choose(self, turns: list[_Turn], logits: F32, drawn: list[int] | None) -> list[_Turn]:

@@ -180,7 +180,9 @@ class Engine:
         while turns:
             rows = [row for _, row, _ in turns]
             completions = [completion for completion, _, _ in turns]
-            tokens = self._choose_next(completions, logits[rows], drawn and [drawn[row] for row in rows])
+            tokens = self._choose_next(
+                completions, logits[rows], None if drawn is None else [drawn[row] for row in rows]
+            )
             going = []
             for token, (completion, row, drafts) in zip(tokens, turns, strict=True):
                 if drafts and token == drafts[0]:

@@ -1,14 +1,15 @@
 """Folders of random weights in the shapes of published models, to measure speed on.
 
-    python bench/models.py llama-1b /tmp/llama-1b --dtype bfloat16
+    >>> from pyllm.compare import shapes
+    >>> shapes.make("llama-1b", Path("llama-1b"), "bfloat16")
 
-The values are small normals, repeated from one block of them: kernels take as long for them as for trained weights.
+The values are small normals, pieced together from one block of them at random offsets, so that no two tensors are
+alike (some engines keep equal ones once): kernels take as long for them as for trained weights.
 There is no tokenizer: load such a folder with ``skip_tokenizer_init=True``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import struct
 from pathlib import Path
@@ -104,7 +105,8 @@ def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Pat
     config = SHAPES[name] | {"torch_dtype": dtype}
     family = family_of(config)
     kind, code = DTYPES[dtype]
-    block = (np.random.default_rng(seed).standard_normal(BLOCK) * 0.02).astype(kind)
+    rng = np.random.default_rng(seed)
+    block = (rng.standard_normal(BLOCK) * 0.02).astype(kind)
     shapes = stored_shapes(family, family.read(config))
     header, end = {}, 0
     for tensor, shape in shapes.items():
@@ -121,8 +123,8 @@ def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Pat
                 file.write(np.ones(left, kind).tobytes())
                 continue
             while left:
-                count = min(left, BLOCK)
-                file.write(block[:count].tobytes())
+                count, start = min(left, BLOCK // 2), rng.integers(BLOCK // 2)
+                file.write(block[start : start + count].tobytes())
                 left -= count
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
@@ -137,12 +139,3 @@ def stored_shapes(family: Family, spec: ModelSpec) -> dict[str, list[int]]:
         shape = [sum(slots[slot][0] for slot in row.slots), *first[1:]]
         shapes[family.names.prefix + row.name] = shape[::-1] if row.transform.name == "TRANSPOSED" else shape
     return shapes
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(SHAPES))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    args = parser.parse_args()
-    print(make(args.name, args.folder, args.dtype))

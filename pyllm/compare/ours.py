@@ -1,0 +1,77 @@
+"""This project, as a row of the comparison."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyllm.cache import BLOCK_TOKENS, blocks_for
+from pyllm.compare.engine import Decoded, Settings
+from pyllm.engine.request import Request
+from pyllm.llm import LLM
+from pyllm.planning import plan
+from pyllm.sampling import SamplingParams
+
+QUANTIZED = ("int8", "int4")
+
+
+class Pyllm:
+    """`LLM`, driven step by step."""
+
+    def __init__(self, model: Path, settings: Settings) -> None:
+        quantized = settings.dtype in QUANTIZED
+        kind: dict[str, Any] = {"quantization" if quantized else "dtype": settings.dtype}
+        blocks = settings.sequences + blocks_for(max(settings.tokens, settings.length))
+        block = plan(model, max_model_len=BLOCK_TOKENS, max_num_seqs=1, **kind)
+        self.llm = LLM(
+            model,
+            threads=settings.threads,
+            max_model_len=settings.length,
+            max_num_seqs=settings.sequences,
+            kv_cache_bytes=blocks * (block.cache // block.cache_blocks),
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            **kind,
+        )
+        values = sum(2 * b.attention.kv_heads * b.attention.head_dim for b in self.llm.spec.blocks)
+        self.weight_bytes: int | None = self.llm.weight_bytes
+        self.cache_value_bytes = self.llm.plan.cache / self.llm.plan.cache_tokens / values
+        self.requests: list[Request] = []
+
+    @staticmethod
+    def prepare(folder: Path, dtype: str) -> Path:
+        """The folder itself."""
+        return folder
+
+    def reserve(self, sequences: int, length: int) -> None:
+        """Keys and values are paged: only what runs now has to end."""
+        while self.requests:
+            self.llm.engine.abort(self.requests.pop())
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Run prompts from nothing; the next token of each."""
+        self.reserve(len(prompts), len(prompts[0]))
+        params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=None)
+        self.requests = [self.llm.engine.add(None, ids, params, 0) for ids in prompts]
+        while not all(self._tokens(request) for request in self.requests):
+            self.llm.engine.step()
+        return [self._tokens(request)[0] for request in self.requests]
+
+    def decode(self, steps: int) -> Decoded:
+        """Generate `steps` further tokens of every sequence."""
+        before = [len(self._tokens(request)) for request in self.requests]
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.llm.engine.step()
+        seconds = time.perf_counter() - began
+        tokens = [self._tokens(request)[start:] for request, start in zip(self.requests, before, strict=True)]
+        if any(len(row) != steps for row in tokens):
+            raise RuntimeError(f"expected {steps} tokens of each sequence, got {[len(row) for row in tokens]}")
+        return Decoded(seconds, tokens)
+
+    def _tokens(self, request: Request) -> list[int]:
+        if request.error is not None:
+            raise request.error
+        return request.completions[0].output.token_ids
