@@ -13,7 +13,7 @@ from pyllm.cache import BlockPool
 from pyllm.engine.outputs import Logprob
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
-from pyllm.engine.sampler import RowState, Sampler
+from pyllm.engine.sampler import Chosen, RowState, Sampler
 from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.text import CompletionText
@@ -123,18 +123,23 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return
-        logits, drawn = self._compute(plan)
+        completions = [self._running[work.sequence] for work in plan if work.last]
+        logits, drawn = self._compute(plan, completions)
         self.scheduler.advance(plan)
-        self._choose([self._running[work.sequence] for work in plan if work.last], logits, drawn)
+        self._choose(completions, logits, drawn)
         for work in plan:
             if not work.last and work.start + work.count == work.sequence.limit:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
         self._count(plan, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
-        """Logits of the sequences that reached their end, in order; of a recorded step also what it drew from them."""
-        if self.use_graphs and all(w.last and w.count == 1 and not self._scores_prompt(w) for w in plan):
-            return self.runner.decode(plan, [self._running[work.sequence].sampling for work in plan])
+    def _compute(self, plan: list[Work], completions: list[Completion]) -> tuple[F32, list[int] | None]:
+        """Logits of the sequences that reach their end, which are `completions`, in order; and the tokens that they
+        choose, where the step was recorded and could choose them."""
+        single = self.use_graphs
+        for work in plan:
+            single = single and work.last and work.count == 1 and not self._scores_prompt(work)
+        if single:
+            return self.runner.decode(plan, [c.sampling for c in completions])
         x = self.runner.forward(plan)
         row = 0
         for work in plan:
@@ -144,10 +149,13 @@ class Engine:
         return self.runner.last_logits(plan, x), None
 
     def _choose(self, completions: list[Completion], logits: F32, drawn: list[int] | None) -> None:
-        """The next token of each of these completions."""
+        """The next token of each of these completions: the one drawn already, or else one chosen from its logits."""
         if not completions:
             return
-        chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
+        if drawn is not None:
+            chosen = Chosen(drawn, [None] * len(drawn))
+        else:
+            chosen = self.sampler.sample(logits, [c.sampling for c in completions])
         for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)
