@@ -13,7 +13,7 @@ from pyllm.cache import BlockPool
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
-from pyllm.engine.sampler import RowState, Sampler
+from pyllm.engine.sampler import Chosen, RowState, Sampler
 from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.speculative import Speculation
@@ -153,11 +153,12 @@ class Engine:
         self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
 
     def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
-        """Logits of the sequences that reached their end, in order: at their last tokens and the drafts behind them.
-
-        Of a recorded step also what it drew from them.
-        """
-        if self.use_graphs and all(w.last and w.count == 1 and not self._scores_prompt(w) for w in plan):
+        """Logits of the sequences that reach their end, in order, at their last tokens and the drafts behind them; and
+        the tokens that they choose, where the step was recorded and could choose them."""
+        single = self.use_graphs
+        for work in plan:
+            single = single and work.last and work.count == 1 and not self._scores_prompt(work)
+        if single:
             return self.runner.decode(plan, [self._running[work.sequence].sampling for work in plan])
         x = self.runner.forward(plan)
         row = 0
@@ -169,7 +170,7 @@ class Engine:
 
     def _choose(self, works: list[Work], logits: F32, drawn: list[int] | None) -> None:
         """The next token at each of these works' ends, and behind it wherever that token is the draft there."""
-        if not any(work.drafts for work in works):
+        if self.speculation is None or not any(work.drafts for work in works):
             self._choose_next([self._running[work.sequence] for work in works], logits, drawn)
             return
         turns, row = [], 0
@@ -192,10 +193,14 @@ class Engine:
             turns = going
 
     def _choose_next(self, completions: list[Completion], logits: F32, drawn: list[int] | None) -> list[int]:
-        """The next token of each of these completions, which is -1 where there is none to choose."""
+        """The next token of each of these completions: the one drawn already, or else one chosen from its logits; -1
+        where there is none to choose."""
         if not completions:
             return []
-        chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
+        if drawn is not None:
+            chosen = Chosen(drawn, [None] * len(drawn))
+        else:
+            chosen = self.sampler.sample(logits, [c.sampling for c in completions])
         for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)

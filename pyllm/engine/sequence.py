@@ -49,9 +49,9 @@ class Sequence:
 
     def reserve(self, pool: BlockPool, tokens: int) -> bool:
         """Hold blocks for the first `tokens` tokens; False, with nothing taken, where the pool has too few."""
-        missing = blocks_for(tokens) - len(self.blocks)
-        if missing <= 0:
+        if tokens <= len(self.blocks) * BLOCK_TOKENS:
             return True
+        missing = blocks_for(tokens) - len(self.blocks)
         if missing > pool.free:
             return False
         self._append([pool.take() for _ in range(missing)])
