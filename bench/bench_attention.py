@@ -17,29 +17,39 @@ HEADS, GROUPS, SIZE = 32, 8, 64
 SCALE = SIZE**-0.5
 PAGE = 64
 CACHE_BYTES = sized(1 << 30, 1 << 20)  # beyond every level of cache, so that decode reads memory
-DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float32), BF16, np.dtype(np.int8)]
 RNG = np.random.default_rng(0)
 
 
 def caches(layers: int, blocks: int, dtype: np.dtype) -> np.ndarray:
-    """Written caches of all layers [layers, blocks, G, 2, 64 * E] on huge pages."""
-    shape = (layers, blocks, GROUPS, 2, PAGE * SIZE)
+    """Written caches of all layers [layers, blocks, G, 2, 64 * E], in int8 64 * (E + 2), on huge pages."""
+    shape = (layers, blocks, GROUPS, 2, PAGE * (SIZE + 2 * (dtype == np.int8)))
     memory = _cpu.allocate(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
-    memory[:] = RNG.normal(size=shape[1:]).astype(dtype)
+    if dtype == np.int8:
+        memory[:] = RNG.integers(-127, 128, shape[1:])
+        memory[..., PAGE * SIZE :].view(BF16)[...] = RNG.uniform(0.01, 0.03, (*shape[1:4], PAGE))
+    else:
+        memory[:] = RNG.normal(size=shape[1:]).astype(dtype)
     return memory
 
 
 def contents(cache: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [tokens, G, E] of one layer whose blocks stand in order."""
     blocks = len(cache)
-    keys, values = cache[:, :, 0].astype(np.float32), cache[:, :, 1].astype(np.float32)
+    keys, values = (np.ascontiguousarray(cache[:, :, i, : PAGE * SIZE]).astype(np.float32) for i in range(2))
     if cache.dtype == np.float32:
         keys = keys.reshape(blocks, GROUPS, PAGE // 16, SIZE, 16).transpose(0, 2, 4, 1, 3)
         values = values.reshape(blocks, GROUPS, PAGE, SIZE).transpose(0, 2, 1, 3)
     else:
         keys = keys.reshape(blocks, GROUPS, PAGE // 16, SIZE // 2, 16, 2).transpose(0, 2, 4, 1, 3, 5)
         values = values.reshape(blocks, GROUPS, PAGE // 2, SIZE, 2).transpose(0, 2, 4, 1, 3)
-    return tuple(np.ascontiguousarray(a.reshape(-1, GROUPS, SIZE)[:tokens]) for a in (keys, values))  # type: ignore[return-value]
+    keys, values = (np.ascontiguousarray(a.reshape(-1, GROUPS, SIZE)) for a in (keys, values))
+    if cache.dtype == np.int8:
+        scales = np.ascontiguousarray(cache[..., PAGE * SIZE :]).view(BF16).astype(np.float32)
+        scales = scales.transpose(2, 0, 3, 1).reshape(2, -1, GROUPS, 1)
+        keys, values = keys * scales[0], values * scales[1]
+    return keys[:tokens], values[:tokens]
 
 
 def formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -72,7 +82,7 @@ def test_decode(
     work = len(memory) * depth
     record(
         dtype="float32",
-        bytes=2 * work * GROUPS * SIZE * dtype.itemsize,
+        bytes=2 * work * GROUPS * (SIZE + 2 * (dtype == np.int8)) * dtype.itemsize,
         operations=4 * work * HEADS * SIZE,
         cache=str(dtype),
         layers=len(memory),
@@ -84,10 +94,10 @@ def test_decode(
     assert np.array_equal(out[0], out[-1])
 
 
-@pytest.mark.parametrize("by", ["pyllm-float32", "pyllm-bfloat16", "numpy", "torch"])
+@pytest.mark.parametrize("by", ["pyllm-float32", "pyllm-bfloat16", "pyllm-int8", "numpy", "torch"])
 @pytest.mark.parametrize("tokens", sized([512, 2048], [128]))
 def test_prefill(benchmark: Any, record: Callable[..., None], ops: Ops, threads: int, tokens: int, by: str) -> None:
-    dtype = DTYPES[by == "pyllm-bfloat16"]
+    dtype = {"pyllm-bfloat16": BF16, "pyllm-int8": np.dtype(np.int8)}.get(by, np.dtype(np.float32))
     cache = caches(1, tokens // PAGE, dtype)[0]
     keys, values = contents(cache, tokens)
     q = RNG.normal(size=(tokens, HEADS * SIZE)).astype(np.float32)

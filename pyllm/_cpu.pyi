@@ -29,7 +29,16 @@ def uniform(seed: int, stream: int, position: int) -> float: ...
 
 @final
 class PackedMatrix:
-    def __init__(self, n: int, k: int, dtype: str, gated: bool = False) -> None: ...
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        dtype: str,
+        gated: bool = False,
+        group_size: int = 0,
+        scale_dtype: str = "bfloat16",
+        zeros: bool = False,
+    ) -> None: ...
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -37,7 +46,21 @@ class PackedMatrix:
     @property
     def gated(self) -> bool: ...
     @property
+    def group_size(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
     def nbytes(self) -> int: ...
+
+def packed_bytes(
+    n: int,
+    k: int,
+    dtype: str,
+    gated: bool = False,
+    group_size: int = 0,
+    scale_dtype: str = "bfloat16",
+    zeros: bool = False,
+) -> int: ...
 
 @final
 class Graph:
@@ -54,6 +77,15 @@ class Context:
     def end_recording(self) -> Graph: ...
     def replay(self, graph: Graph) -> None: ...
     def pack(self, dst: PackedMatrix, src: _Array, row: int = 0, part: int = 0) -> None: ...
+    def pack_quantized(
+        self,
+        dst: PackedMatrix,
+        values: NDArray[np.uint8],
+        scales: _Array,
+        zeros: NDArray[np.uint8] | None,
+        row: int = 0,
+        part: int = 0,
+    ) -> None: ...
     def matmul(
         self,
         out: _F32,

@@ -18,7 +18,11 @@ from pyllm.ops import Array
 from pyllm.spec import ModelSpec
 
 BLOCK_TOKENS: int = _cpu.BLOCK_TOKENS
-CACHE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+CACHE_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),  # with a bfloat16 scale for each token and head
+}
 
 
 class KVCache:
@@ -28,21 +32,24 @@ class KVCache:
         self.dtype = dtype
         self.blocks = blocks
         self.layers: list[Array] = []
-        for kv_heads, padded in _layer_shapes(spec):
-            shape = (blocks, kv_heads, 2, BLOCK_TOKENS * padded)
+        for block in _block_shapes(spec, dtype):
+            shape = (blocks, *block)
             memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
             self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
 
     @staticmethod
     def block_bytes(spec: ModelSpec, dtype: str) -> int:
         """Bytes of one block over all layers."""
-        elements = sum(kv_heads * 2 * BLOCK_TOKENS * padded for kv_heads, padded in _layer_shapes(spec))
+        elements = sum(int(np.prod(shape)) for shape in _block_shapes(spec, dtype))
         return elements * int(CACHE_DTYPES[dtype].itemsize)
 
 
-def _layer_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
-    pad = _cpu.HEAD_PAD
-    return [(b.attention.kv_heads, -(-b.attention.head_dim // pad) * pad) for b in spec.blocks]
+def _block_shapes(spec: ModelSpec, dtype: str) -> list[tuple[int, int, int]]:
+    """Of one block in every layer: [kv_heads, keys and values, elements], an int8 token's scale taking two."""
+    pad, scale = _cpu.HEAD_PAD, 2 if dtype == "int8" else 0
+    return [
+        (b.attention.kv_heads, 2, BLOCK_TOKENS * (-(-b.attention.head_dim // pad) * pad + scale)) for b in spec.blocks
+    ]
 
 
 def blocks_for(tokens: int) -> int:

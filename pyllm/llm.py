@@ -7,7 +7,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -17,22 +17,25 @@ import numpy as np
 
 from pyllm import isa
 from pyllm.cache import BlockPool, KVCache
+from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
+from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
 from pyllm.errors import ConfigError, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
-from pyllm.planning import Plan, plan_memory
+from pyllm.planning import CATCH_UP, Plan, plan_memory
 from pyllm.sampling import SamplingParams
+from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
-from pyllm.weights import resolve
+from pyllm.weights import Checkpoint, resolve
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Message: TypeAlias = dict[str, Any]
@@ -53,16 +56,27 @@ class LLM:
     Args:
         model: a folder, or a hub name ("org/name"), which is downloaded through huggingface_hub into its cache.
         dtype: of the weights: "auto" (as the checkpoint), "float32", "float16" or "bfloat16".
+        quantization: "int8" (one scale for each row of a matrix) or "int4" (one for each 64 weights of a row; the
+            embedding and the head become int8): round the matrices while loading, and activations to int8 where they
+            meet them. None: keep them in `dtype`. What a checkpoint holds as integers already stays as it is.
+        quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
+            "*.mlp.down.weight".
         device: "auto" or "cpu".
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
-        kv_cache_dtype: "auto" (bfloat16 for bfloat16 weights, else float32), "float32" or "bfloat16".
+        kv_cache_dtype: "auto" (bfloat16 where `dtype` is, else float32), "float32", "bfloat16" or "int8" (a scale for
+            each token and head).
         kv_cache_bytes: memory for keys and values; default what `max_num_seqs` full contexts take, at most half of what
             is free.
         max_num_seqs: completions that run together.
         max_num_batched_tokens: tokens of one step; longer prompts are taken in chunks of it.
         enable_prefix_caching: share the keys and values of equal prompt beginnings.
+        speculative: "ngram" guesses tokens from what the sequence holds already and checks several in one step; the
+            output is the same. None: off.
+        draft_model: folder or hub name of a smaller model with the same vocabulary, which guesses instead; it is
+            loaded with the same `dtype` and `kv_cache_dtype`, and `kv_cache_bytes` hold its keys and values too.
+        num_speculative_tokens: guessed for a sequence in a step, at most; default 7 of n-grams, 4 of a draft model.
         skip_tokenizer_init: serve token ids only, from a folder that need not have a tokenizer.
         chat_template: replaces the folder's chat template.
         revision, offline: of a hub name.
@@ -78,6 +92,8 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
+        quantization_skip: Sequence[str] = (),
         device: str = "auto",
         max_model_len: int | None = None,
         seed: int | None = None,
@@ -87,6 +103,9 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
+        speculative: str | None = None,
+        draft_model: str | Path | None = None,
+        num_speculative_tokens: int | None = None,
         skip_tokenizer_init: bool = False,
         chat_template: str | None = None,
         revision: str | None = None,
@@ -104,26 +123,48 @@ class LLM:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
         self.ops = Ops(threads if threads is not None else isa.default_threads())
-        with open_checkpoint(self.folder) as checkpoint:
+        drafts_per_step(speculative, draft_model, num_speculative_tokens)  # said before anything is opened
+        with ExitStack() as opened:
+            checkpoint = opened.enter_context(open_checkpoint(self.folder))
+            draft = None
+            if draft_model is not None:
+                draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
             self.spec = checkpoint.spec
             self.plan: Plan = plan_memory(
                 checkpoint,
+                draft,
                 dtype=dtype,
+                quantization=quantization,
+                quantization_skip=quantization_skip,
                 kv_cache_dtype=kv_cache_dtype,
                 kv_cache_bytes=kv_cache_bytes,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                speculative=speculative,
+                num_speculative_tokens=num_speculative_tokens,
             )
             self.plan.check()
-            weights = pack_weights(checkpoint, self.ops, self.plan.dtype, progress)
+            weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
+            proposer: Proposer | None = NgramProposer() if speculative is not None else None
+            if draft is not None:
+                proposer = _load_draft(
+                    draft, self.plan, self.ops, max_num_batched_tokens, max_num_seqs, enable_prefix_caching
+                )
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
-        self._runner = Runner(self.model, self.ops, cache, max_num_batched_tokens, max_num_seqs, self.max_model_len)
+        self._runner = Runner(
+            self.model,
+            self.ops,
+            cache,
+            max_num_batched_tokens,
+            max_num_seqs,
+            self.max_model_len,
+            self.plan.drafts,
+        )
         own = _generation_end_ids(self.folder) if self.tokenizer is None else self.tokenizer.eos_token_ids
         end_ids = {*self.spec.eos_token_ids, *own}
-        rope_varies = self.spec.rope is not None and self.spec.rope.length_class(1) is not None
         self.engine = Engine(
             self._runner,
             BlockPool(cache.blocks),
@@ -132,7 +173,8 @@ class LLM:
             max_sequences=max_num_seqs,
             max_tokens=max_num_batched_tokens,
             max_length=self.max_model_len,
-            share_prefixes=enable_prefix_caching and not rope_varies,
+            share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
+            speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
         )
         self._lock = threading.RLock()
 
@@ -159,10 +201,10 @@ class LLM:
         each = _params_for(len(listed), sampling_params, params)
         encoded = [self._encode_prompt(prompt) for prompt in listed]
         requests: list[Request] = []
-        with self._ended(requests):
+        with self._ended(requests) as interrupts:
             for prompt, one in zip(encoded, each, strict=True):
-                self._add(requests, prompt, one)
-            self._run(requests, progress)
+                self._add(requests, prompt, one, interrupts)
+            self._run(requests, progress, interrupts)
         return [self._result(request) for request in requests]
 
     def stream(
@@ -318,47 +360,62 @@ class LLM:
             raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
         return text, [_checked_id(i, token) for i, token in enumerate(ids)]
 
-    def _add(self, requests: list[Request], prompt: tuple[str | None, list[int]], params: SamplingParams) -> None:
+    def _add(
+        self,
+        requests: list[Request],
+        prompt: tuple[str | None, list[int]],
+        params: SamplingParams,
+        interrupts: _Interrupts,
+    ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded with skip_tokenizer_init")
         seed = params.seed if params.seed is not None else self.seed
-        with self._lock, _interrupts_wait():
+        with self._lock, interrupts:
             requests.append(self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed))
 
     @contextmanager
-    def _ended(self, requests: list[Request]) -> Iterator[None]:
+    def _ended(self, requests: list[Request]) -> Iterator[_Interrupts]:
         """Whatever happens inside, nothing of these requests stays in the engine."""
+        interrupts = _Interrupts()
         try:
-            yield
+            yield interrupts
         finally:
-            with self._lock, _interrupts_wait():
-                for request in requests:
-                    self.engine.abort(request)
+            try:
+                with self._lock, interrupts:
+                    for request in requests:
+                        self.engine.abort(request)
+            finally:
+                interrupts.remove()
 
-    def _step(self) -> None:
-        with self._lock, _interrupts_wait():
+    def _step(self, interrupts: _Interrupts) -> None:
+        with self._lock, interrupts:
             self.engine.step()
 
-    def _run(self, requests: list[Request], progress: Callable[[int, int], None] | None) -> None:
-        finished = -1
-        while any(not request.finished for request in requests):
-            self._step()
+    def _run(
+        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: _Interrupts
+    ) -> None:
+        finished, left = -1, list(requests)
+        while left:
+            if left[-1].finished:
+                left.pop()
+                continue
+            self._step(interrupts)
             if progress and (now := sum(request.finished for request in requests)) != finished:
                 finished = now
                 progress(finished, len(requests))
 
     def _stream(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[StreamOutput]:
         requests: list[Request] = []
-        with self._ended(requests):
-            self._add(requests, prompt, params)
+        with self._ended(requests) as interrupts:
+            self._add(requests, prompt, params, interrupts)
             [request] = requests
             request.streamed = True
             while not request.finished or request.pieces:
                 while request.pieces:
                     yield request.pieces.popleft()
                 if not request.finished:
-                    self._step()
+                    self._step(interrupts)
         self._result(request)
 
     def _result(self, request: Request) -> RequestOutput:
@@ -390,6 +447,21 @@ class LLM:
         return self.tokenizer
 
 
+def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, tokens: int, sequences: int, share: bool) -> DraftModel:
+    """The draft model that was planned for, with steps of so many tokens and sequences."""
+    spec, planned = checkpoint.spec, plan.draft_model
+    assert planned is not None
+    model = Model(spec, pack_weights(checkpoint, ops, planned.precision))
+    cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype)
+    runner = Runner(model, ops, cache, tokens, sequences, planned.max_length, CATCH_UP)
+    return DraftModel(runner, cache.blocks, planned.max_length, share and not _rope_varies(spec))
+
+
+def _rope_varies(spec: ModelSpec) -> bool:
+    """Whether keys depend on the length of the sequence, so that equal beginnings may differ."""
+    return spec.rope is not None and spec.rope.length_class(1) is not None
+
+
 def _generation_end_ids(folder: Path) -> list[int]:
     """End tokens that generation_config.json names, if the folder has one."""
     path = folder / "generation_config.json"
@@ -402,32 +474,43 @@ def _generation_end_ids(folder: Path) -> list[int]:
     return listed
 
 
-class _interrupts_wait:  # noqa: N801  # reads as what it does
-    """Hold Ctrl-C back while bookkeeping must not stop halfway; a second one comes through at once.
+class _Interrupts:
+    """Ctrl-C while requests are in the engine: inside ``with interrupts``, where bookkeeping must not stop halfway, it
+    waits for the end of the block; a second one comes through at once.
 
-    It acts in the main thread and where Python's own handler is in place: other handlers are their owner's business.
+    Until `remove` its handler stands where Python's own did, in the main thread: other handlers are their owner's
+    business. Outside the blocks it does what Python's own does.
     """
 
-    def __enter__(self) -> None:
-        self.pending = False
-        self.active = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    def __init__(self) -> None:
+        self._pending = self._held = False
+        self._before = signal.getsignal(signal.SIGINT)
+        replaceable = self._before is signal.default_int_handler or isinstance(
+            getattr(self._before, "__self__", None), _Interrupts
         )
-        if self.active:
+        self._thread = None
+        if replaceable and threading.current_thread() is threading.main_thread():
+            self._thread = threading.get_ident()
             signal.signal(signal.SIGINT, self._note)
 
+    def remove(self) -> None:
+        """Put the handler back that was there before."""
+        if self._thread == threading.get_ident() and signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, self._before)
+
+    def __enter__(self) -> None:
+        self._held = self._thread == threading.get_ident()
+
     def __exit__(self, *_: object) -> None:
-        if self.active:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.pending:
-            self.pending = False
+        self._held = False
+        if self._pending:
+            self._pending = False
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pending:
+        if self._pending or not self._held:
             raise KeyboardInterrupt
-        self.pending = True
+        self._pending = True
 
 
 def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:

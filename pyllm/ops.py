@@ -32,6 +32,7 @@ Array: TypeAlias = NDArray[Any]
 F32: TypeAlias = NDArray[np.float32]
 
 _ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
+GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 _NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
 
 
@@ -94,20 +95,57 @@ class Ops:
 
     # Weights
 
-    def pack(self, *weights: Array, dtype: str | None = None, gate: Array | None = None) -> _cpu.PackedMatrix:
+    def pack(
+        self, *weights: Array, dtype: str | None = None, gate: Array | None = None, group_size: int | None = None
+    ) -> _cpu.PackedMatrix:
         """Pack weights[i] [Ni, K] (float32, float16 or bfloat16, any strides), stacked along N, for :meth:`matmul`.
 
-        `dtype` is "float32", "float16" or "bfloat16" (default: that of the first weight). With `gate` [N, K] the result
-        is gated: matmul computes ``act(x gate^T) * (x weight^T)``.
+        `dtype` is "float32", "float16", "bfloat16", "int8" or "int4" (default: that of the first weight). With `gate`
+        [N, K] the result is gated: matmul computes ``act(x gate^T) * (x weight^T)``.
+
+        Integers are rounded here, symmetrically: each `group_size` weights of a row (32, 64 or 128; 0: all of them; by
+        default 0 for int8, 64 for int4) share a scale, bfloat16 or for whole rows float32. It is max|w| / 127 for int8,
+        and for int4 the one of several that leaves the least squared error. A weight that is not finite makes its
+        group NaN.
         """
+        to = dtype or str(weights[0].dtype)
         rows = sum(w.shape[0] for w in weights)
-        packed = _cpu.PackedMatrix(rows, weights[0].shape[1], dtype or str(weights[0].dtype), gate is not None)
+        group = GROUP_SIZES.get(to, 0) if group_size is None else group_size
+        packed = _cpu.PackedMatrix(rows, weights[0].shape[1], to, gate is not None, group)
         if gate is not None:
             self.context.pack(packed, gate, 0, 0)
         row = 0
         for w in weights:
             self.context.pack(packed, w, row, int(gate is not None))
             row += w.shape[0]
+        return packed
+
+    def pack_quantized(
+        self,
+        values: NDArray[np.uint8],
+        scales: Array,
+        zeros: NDArray[np.uint8] | None = None,
+        *,
+        dtype: str,
+        group_size: int,
+        columns: int | None = None,
+        gate: tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None] | None = None,
+    ) -> _cpu.PackedMatrix:
+        """Pack integers that exist already, losslessly: weights are ``(values - zeros) * scales``.
+
+        values: uint8, int8 as w + 128 [N, K], or int4 as w + 8, two a byte, the lower column in the low nibble [N,
+        ceil(K / 2)]. scales: [N, ceil(K / group_size)] float16 or bfloat16, or for group_size 0 [N, 1] of any float
+        dtype. zeros: uint8 like scales; None: 128 or 8. K is `columns`, by default what values hold. `gate` is another
+        (values, scales, zeros) of the same kind, as in :meth:`pack`.
+        """
+        k = columns if columns is not None else values.shape[1] * (2 if dtype == "int4" else 1)
+        scale_dtype = str(scales.dtype)
+        packed = _cpu.PackedMatrix(
+            values.shape[0], k, dtype, gate is not None, group_size, scale_dtype, zeros is not None
+        )
+        if gate is not None:
+            self.context.pack_quantized(packed, *gate, 0, 0)
+        self.context.pack_quantized(packed, values, scales, zeros, 0, int(gate is not None))
         return packed
 
     # Kernels
@@ -210,8 +248,9 @@ class Ops:
     ) -> None:
         """Write keys (rotated first where cos is given) and values into one layer's cache.
 
-        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T],
-        each block * 64 + offset, negative to skip; cos and sin [T, half].
+        cache [blocks, G, 2, 64 * Ep] float32 or bfloat16, or [blocks, G, 2, 64 * (Ep + 2)] int8 with room for scales,
+        Ep = E rounded up to 16; k and v [T, G * E]; slots int64 [T], each block * 64 + offset, negative to skip; cos
+        and sin [T, half]. In int8 a head's key or value that is not finite in every channel is NaN as a whole.
         """
         self.context.kv_write(cache, k, v, slots, head_size, cos, sin)
 

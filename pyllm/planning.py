@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats
-from pyllm.errors import InsufficientMemoryError
+from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats, head_rows
+from pyllm.engine.speculative import drafts_per_step
+from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
-from pyllm.packed import packed_bytes, weight_dtype
+from pyllm.packed import Precision, packed_bytes, precision_of
 from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
@@ -18,12 +21,35 @@ GB = 1e9
 SPARE = 200_000_000  # left to the interpreter and its libraries
 
 
+CATCH_UP = 1  # tokens that a draft model has to take in beside the newest, after a step whose drafts were all right
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """Bytes of a draft model; its cache has as many blocks as the model's."""
+
+    precision: Precision
+    cache_dtype: str
+    max_length: int
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.workspace
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits."""
+    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits.
+
+    `drafts` is the number of tokens guessed for a sequence in a step, 0 without speculative decoding.
+    """
 
     spec: ModelSpec
-    dtype: str
+    precision: Precision
     cache_dtype: str
     max_model_len: int
     cache_blocks: int
@@ -31,11 +57,19 @@ class Plan:
     cache: int
     workspace: int
     available: int
+    drafts: int = 0
+    draft_model: DraftPlan | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are packed as."""
+        return str(self.precision)
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.cache + self.workspace
+        draft_model = self.draft_model.total if self.draft_model is not None else 0
+        return self.weights + self.cache + self.workspace + draft_model
 
     @property
     def cache_tokens(self) -> int:
@@ -51,58 +85,114 @@ class Plan:
         """Raise `InsufficientMemoryError` where it does not fit."""
         if self.fits:
             return
+        workspace = f"workspace {self.workspace / GB:.2f}"
+        if self.draft_model is not None:
+            workspace += f", draft model {self.draft_model.total / GB:.2f}"
         raise InsufficientMemoryError(
             f"not enough memory: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as {self.dtype}, "
-            f"cache {self.cache / GB:.2f} for {self.cache_tokens} tokens as {self.cache_dtype}, workspace "
-            f"{self.workspace / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Lower max_model_len "
-            "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype, or free memory."
+            f"cache {self.cache / GB:.2f} for {self.cache_tokens} tokens as {self.cache_dtype}, "
+            f"{workspace}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Lower max_model_len "
+            "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype or a quantization, or "
+            "free memory."
         )
 
 
-def plan(model: str | Path, *, revision: str | None = None, offline: bool = False, **options: object) -> Plan:
+def plan(
+    model: str | Path,
+    *,
+    draft_model: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    **options: object,
+) -> Plan:
     """Plan for a folder or hub name, from its config and the headers of its weights; options as those of `LLM`."""
-    with open_checkpoint(resolve(str(model), revision=revision, offline=offline)) as checkpoint:
-        return plan_memory(checkpoint, **options)  # type: ignore[arg-type]
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(resolve(str(model), revision=revision, offline=offline)))
+        draft = None
+        if draft_model is not None:
+            draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
+        return plan_memory(checkpoint, draft, **options)  # type: ignore[arg-type]
 
 
 def plan_memory(
     checkpoint: Checkpoint,
+    draft: Checkpoint | None = None,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
+    quantization_skip: Sequence[str] = (),
     kv_cache_dtype: str = "auto",
     kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 512,
+    speculative: str | None = None,
+    num_speculative_tokens: int | None = None,
 ) -> Plan:
-    """Plan for an open checkpoint; `ValueError` for arguments out of range."""
+    """Plan for an open checkpoint, with a draft model's or not; `ValueError` for arguments out of range."""
     spec = checkpoint.spec
+    drafts = drafts_per_step(speculative, draft, num_speculative_tokens)
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
-    weights_as = weight_dtype(checkpoint, dtype)
-    cache_as = _cache_dtype(kv_cache_dtype, weights_as)
+    precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
-    weights = packed_bytes(spec, weights_as)
-    workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens)
+    weights = packed_bytes(checkpoint, precision)
+    workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens, drafts)
+    block, guessing = KVCache.block_bytes(spec, cache_as), None
+    if draft is not None:
+        guessing = _draft_plan(
+            draft,
+            spec,
+            precision_of(draft, dtype, quantization, quantization_skip),
+            kv_cache_dtype,
+            max_num_seqs,
+            max_num_batched_tokens,
+        )
     length, blocks = _cache_size(
         spec,
-        KVCache.block_bytes(spec, cache_as),
+        block + (guessing.cache if guessing else 0),
         max_model_len,
         kv_cache_bytes,
         max_num_seqs,
-        available - SPARE - weights - workspace,
+        available - SPARE - weights - workspace - (guessing.weights + guessing.workspace if guessing else 0),
     )
+    if guessing is not None:
+        guessing = replace(guessing, cache=blocks * guessing.cache, max_length=min(length, guessing.max_length))
     return Plan(
         spec=spec,
-        dtype=weights_as,
+        precision=precision,
         cache_dtype=cache_as,
         max_model_len=length,
         cache_blocks=blocks,
         weights=weights,
-        cache=blocks * KVCache.block_bytes(spec, cache_as),
+        cache=blocks * block,
         workspace=workspace,
         available=available,
+        drafts=drafts,
+        draft_model=guessing,
+    )
+
+
+def _draft_plan(
+    draft: Checkpoint, target: ModelSpec, precision: Precision, kv_cache_dtype: str, sequences: int, tokens: int
+) -> DraftPlan:
+    """That of a draft model of `target`, with one block of cache."""
+    spec = draft.spec
+    if spec.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "
+            f"{spec.vocab_size}: choose a draft model that was made for the same tokenizer"
+        )
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
+    return DraftPlan(
+        precision=precision,
+        cache_dtype=cache_as,
+        max_length=spec.max_positions,
+        weights=packed_bytes(draft, precision),
+        cache=KVCache.block_bytes(spec, cache_as),
+        workspace=_workspace(spec, sequences, tokens, CATCH_UP),
     )
 
 
@@ -110,15 +200,15 @@ def _cache_dtype(asked: str, weights: str) -> str:
     if asked == "auto":
         return "bfloat16" if weights == "bfloat16" else "float32"
     if asked not in CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype: expected auto, {' or '.join(CACHE_DTYPES)}, got {asked!r}")
+        raise ValueError(f"kv_cache_dtype: expected one of auto, {', '.join(CACHE_DTYPES)}, got {asked!r}")
     return asked
 
 
-def _workspace(spec: ModelSpec, sequences: int, tokens: int) -> int:
+def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int) -> int:
     """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
-    rows = min(HEAD_ROWS, tokens)
-    logits = (min(sequences, tokens) + rows) * spec.vocab_size
-    return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, sequences) + logits)
+    rows, ends = min(HEAD_ROWS, tokens), head_rows(sequences, drafts)
+    logits = (min(ends, tokens) + rows) * spec.vocab_size
+    return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, ends) + logits)
 
 
 def _cache_size(

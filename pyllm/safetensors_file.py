@@ -30,6 +30,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+INTEGERS: dict[str, np.dtype[Any]] = {  # what quantized weights are stored in
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class SafetensorsFile:
         self._check_size()
         entry = self.entries[name]
         data = np.frombuffer(self._map, np.uint8, count=entry.stop - entry.start, offset=entry.start)
-        return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return data.view(DTYPES.get(entry.dtype) or INTEGERS[entry.dtype]).reshape(entry.shape)
 
     def release(self, name: str) -> None:
         """Give the tensor's pages back to the system; a later read fetches them again."""
@@ -92,6 +97,28 @@ class SafetensorsFile:
                 f"{self.path}: became shorter while it was in use: expected {self._size} bytes, found {size}; "
                 "load the model again once the file is complete"
             )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file names it."""
+
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def place(self) -> str:
+        """File and name, for messages."""
+        return f"{self.file.path.name}: {shown(self.name)}"
+
+    @property
+    def entry(self) -> TensorEntry:
+        """Its dtype and shape."""
+        return self.file.entries[self.name]
+
+    def view(self) -> Array:
+        """Its values, as `SafetensorsFile.view` gives them."""
+        return self.file.view(self.name)
 
 
 def _require_regular(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Loading is strict both ways: every weight that the model's spec needs must be there with its shape and a known dtype,
 every tensor in the files must be known, and everything wrong is reported at once. Weights are views of memory-mapped
-files: nothing is copied or converted here.
+files: nothing is copied or converted here. Quantized weights stand beside them, to be read one at a time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from pyllm.errors import CheckpointError, listed, shown
 from pyllm.folder import read_config, read_json, resolve
-from pyllm.safetensors_file import DTYPES, Array, SafetensorsFile
+from pyllm.quantization import MARKS, KernelForm, Quantization, QuantizedTensor, Scheme, StoredWeight, collect
+from pyllm.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
 from pyllm.spec import ModelSpec
 
 __all__ = ["Checkpoint", "NameTable", "Row", "Transform", "load", "read_config", "resolve"]
@@ -86,24 +88,47 @@ class NameTable:
 
 
 class Checkpoint:
-    """Weights of one model: `tensors` maps every slot of `spec` to a read-only view of a mapped file.
+    """Weights of one model: every slot of `spec` is either in `tensors`, as a read-only view of a mapped file, or in
+    `quantized`, as integers and scales.
 
     Views are float32, float16 or ml_dtypes.bfloat16, may be strided or transposed, and their base may be unaligned.
+    Quantized weights are unpacked anew at each access, parts of them still views.
     `spec` is the one given to `load`, except that it is untied when the file holds a head of its own. Use it as a
     context manager, or `close` it, when the weights have been packed.
     """
 
-    def __init__(self, spec: ModelSpec, sources: Mapping[str, _Source], files: list[SafetensorsFile]) -> None:
-        """Take over `files`, which `sources` refer to."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plain: Mapping[str, _Source],
+        quantized: Mapping[str, _QuantizedSource],
+        files: list[SafetensorsFile],
+    ) -> None:
+        """Take over `files`, which the sources refer to."""
         self.spec = spec
-        self.tensors: Mapping[str, Array] = _Views(sources)
-        self._sources = dict(sources)
+        self.tensors: Mapping[str, Array] = _Reading(plain)
+        self.quantized: Mapping[str, QuantizedTensor] = _Reading(quantized)
+        self._sources: dict[str, _Source | _QuantizedSource] = {**plain, **quantized}
         self._files = files
+
+    def kernel_form(self, slot: str) -> KernelForm | None:
+        """What a weight in `quantized` will be packed as, told without reading it; None if not as integers."""
+        source = self._sources[slot]
+        return source.weight.form(source.scheme, source.shape[1]) if isinstance(source, _QuantizedSource) else None
+
+    def stored_bits(self) -> set[int]:
+        """Bits of the weights in `quantized`."""
+        return {source.scheme.bits for source in self._sources.values() if isinstance(source, _QuantizedSource)}
+
+    def stored(self, slot: str) -> Array:
+        """The whole tensor that the slot in `tensors` is part of, as the file has it."""
+        source = self._sources[slot]
+        assert isinstance(source, _Source)
+        return source.tensor.view()
 
     def release(self, slot: str) -> None:
         """Give back the memory of pages that the slot's tensor was read from; call it when the slot is packed."""
-        source = self._sources[slot]
-        source.file.release(source.name)
+        self._sources[slot].release()
 
     def close(self) -> None:
         """Unmap the files; views that are still held keep their file alive."""
@@ -119,12 +144,15 @@ class Checkpoint:
         self.close()
 
 
-def load(folder: Path, spec: ModelSpec, names: NameTable) -> Checkpoint:
-    """Open the weights in `folder` for a model of this spec; raises one `CheckpointError` for everything wrong."""
+def load(folder: Path, spec: ModelSpec, names: NameTable, quantization: Quantization | None = None) -> Checkpoint:
+    """Open the weights in `folder` for a model of this spec; raises one `CheckpointError` for everything wrong.
+
+    With `quantization`, weights that are stored as its layouts say are taken as such.
+    """
     files: list[SafetensorsFile] = []
     try:
         stored = _open_files(folder, files)
-        return _match(folder, spec, names, stored, files)
+        return _match(folder, spec, names, quantization, stored, files)
     except BaseException:
         for file in files:
             file.close()
@@ -135,26 +163,52 @@ def load(folder: Path, spec: ModelSpec, names: NameTable) -> Checkpoint:
 class _Source:
     """A slot's place: rows `start` to `stop` of a stored tensor, seen as [out, in]."""
 
-    file: SafetensorsFile
-    name: str
+    tensor: StoredTensor
     transform: Transform
     start: int
     stop: int
 
-    def view(self) -> Array:
-        stored = self.file.view(self.name)
+    def read(self) -> Array:
+        stored = self.tensor.view()
         matrix = stored.T if self.transform is Transform.TRANSPOSED else stored
         return matrix[self.start : self.stop]
 
+    def release(self) -> None:
+        self.tensor.file.release(self.tensor.name)
 
-class _Views(Mapping[str, Array]):
-    """Slot -> view, made anew at each access so that the file is checked each time."""
 
-    def __init__(self, sources: Mapping[str, _Source]) -> None:
+@dataclass(frozen=True)
+class _QuantizedSource:
+    """A slot's place: rows `start` to `stop` of a quantized weight [out, in] of this shape."""
+
+    weight: StoredWeight
+    scheme: Scheme
+    shape: tuple[int, int]
+    start: int
+    stop: int
+
+    def read(self) -> QuantizedTensor:
+        return self.weight.read(self.scheme, *self.shape).rows(self.start, self.stop)
+
+    def release(self) -> None:
+        self.weight.release()
+
+
+Read = TypeVar("Read", covariant=True)
+
+
+class _Readable(Protocol[Read]):
+    def read(self) -> Read: ...
+
+
+class _Reading(Mapping[str, Read]):
+    """Slot -> what its source reads, made anew at each access so that the file is checked each time."""
+
+    def __init__(self, sources: Mapping[str, _Readable[Read]]) -> None:
         self._sources = sources
 
-    def __getitem__(self, slot: str) -> Array:
-        return self._sources[slot].view()
+    def __getitem__(self, slot: str) -> Read:
+        return self._sources[slot].read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -163,24 +217,12 @@ class _Views(Mapping[str, Array]):
         return len(self._sources)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor as the files name it."""
-
-    file: SafetensorsFile
-    name: str
-
-    @property
-    def place(self) -> str:
-        return f"{self.file.path.name}: {shown(self.name)}"
-
-
-def _open_files(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Stored]:
+def _open_files(folder: Path, files: list[SafetensorsFile]) -> dict[str, StoredTensor]:
     """Every tensor of the folder by its stored name; opened files are added to `files`."""
     if (folder / SINGLE_FILE).exists():
         file = SafetensorsFile(folder / SINGLE_FILE)
         files.append(file)
-        return {name: _Stored(file, name) for name in file.entries}
+        return {name: StoredTensor(file, name) for name in file.entries}
     if (folder / INDEX_FILE).exists():
         return _open_shards(folder, files)
     if not folder.is_dir():
@@ -192,7 +234,7 @@ def _open_files(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Stored
     )
 
 
-def _open_shards(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Stored]:
+def _open_shards(folder: Path, files: list[SafetensorsFile]) -> dict[str, StoredTensor]:
     weight_map = _read_weight_map(folder / INDEX_FILE)
     problems: list[str] = []
     shards: dict[str, SafetensorsFile] = {}
@@ -218,7 +260,7 @@ def _open_shards(folder: Path, files: list[SafetensorsFile]) -> dict[str, _Store
             problems.append(f"{shard}: {shown(name)} is listed in {INDEX_FILE} but not in the file")
     if problems:
         raise CheckpointError(listed(f"{folder}: the shards do not fit {INDEX_FILE}", problems))
-    return {name: _Stored(shards[shard], name) for name, shard in weight_map.items()}
+    return {name: StoredTensor(shards[shard], name) for name, shard in weight_map.items()}
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -256,47 +298,99 @@ def _blob_stores(home: Path) -> list[Path]:
 
 
 def _match(
-    folder: Path, spec: ModelSpec, names: NameTable, stored: Mapping[str, _Stored], files: list[SafetensorsFile]
+    folder: Path,
+    spec: ModelSpec,
+    names: NameTable,
+    quantization: Quantization | None,
+    stored: Mapping[str, StoredTensor],
+    files: list[SafetensorsFile],
 ) -> Checkpoint:
     problems: list[str] = []
-    found: dict[str, _Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         base = names.base_name(name)
         if names.is_ignored(base):
             continue
-        if base in found:
-            problems.append(f"{tensor.place} and {found[base].place} are two names of one weight")
-        found[base] = tensor
-    spec = _resolve_tie(spec, names, found, problems)
+        if base in tensors:
+            problems.append(f"{tensor.place} and {tensors[base].place} are two names of one weight")
+        tensors[base] = tensor
+    weights, found = collect(tensors) if quantization is not None else ({}, tensors)
+    problems += [f"{found[name].place} stands beside its quantized form" for name in weights if name in found]
+    spec = _resolve_tie(spec, names, found, weights, problems)
     shapes = spec.slots()
-    sources: dict[str, _Source] = {}
-    rows = list(names.expand(spec))
-    for row in rows:
-        if row.name not in found:
+    plain: dict[str, _Source] = {}
+    quantized: dict[str, _QuantizedSource] = {}
+    for row in names.expand(spec):
+        spans = _spans(row, shapes)
+        if row.name in weights and quantization is not None:
+            weight, shape = weights.pop(row.name), (spans[row.slots[-1]][1], *shapes[row.slots[0]][1:])
+            if len(shape) != 2:
+                problems.append(f"{weight.place}: expected an unquantized tensor of shape {list(shape)}")
+                continue
+            scheme, wrong = weight.match(quantization, *shape)
+            problems += wrong
+            if scheme is not None:
+                _drop_zero_bias(row.name, found, shapes, row.slots)
+                quantized |= {slot: _QuantizedSource(weight, scheme, shape, *span) for slot, span in spans.items()}
+        elif row.name not in found:
             problems.append(f"missing {row.name}, expected shape {list(_stored_shape(row, shapes))}")
-            continue
-        tensor = found.pop(row.name)
-        problem = _misfit(tensor, _stored_shape(row, shapes))
-        if problem is not None:
-            problems.append(f"{tensor.place}: {problem}")
-            continue
-        start = 0
-        for slot in row.slots:
-            stop = start + shapes[slot][0]
-            sources[slot] = _Source(tensor.file, tensor.name, row.transform, start, stop)
-            start = stop
-    problems += [f"{tensor.place} is not a weight of a {spec.family} model with this config"
-                 for tensor in found.values()]  # fmt: skip
+        else:
+            tensor = found.pop(row.name)
+            problem = _misfit(tensor, _stored_shape(row, shapes))
+            if problem is not None:
+                problems.append(f"{tensor.place}: {problem}")
+                continue
+            plain |= {slot: _Source(tensor, row.transform, *span) for slot, span in spans.items()}
+    for place in [tensor.place for tensor in found.values()] + [weight.place for weight in weights.values()]:
+        problems.append(f"{place} is not a weight of a {spec.family} model with this config"
+                        + _quantized_hint(place, quantization))  # fmt: skip
     if problems:
         raise CheckpointError(listed(f"{folder}: the weights do not fit the config", problems))
-    return Checkpoint(spec, {slot: sources[slot] for slot in shapes}, files)
+    return Checkpoint(spec, plain, quantized, files)
 
 
-def _resolve_tie(spec: ModelSpec, names: NameTable, found: dict[str, _Stored], problems: list[str]) -> ModelSpec:
+def _spans(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """The first and the last row, plus one, that each slot has of the row's tensor."""
+    spans, start = {}, 0
+    for slot in row.slots:
+        spans[slot] = (start, start + shapes[slot][0])
+        start += shapes[slot][0]
+    return spans
+
+
+def _drop_zero_bias(
+    name: str, found: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], slots: tuple[str, ...]
+) -> None:
+    """Quantizers write a bias of zeros beside every layer, also where the model has none: it changes nothing."""
+    bias = found.get(name.removesuffix("weight") + "bias")
+    if bias is None or slots[0].removesuffix("weight") + "bias" in shapes or bias.entry.dtype not in DTYPES:
+        return
+    if not np.any(bias.view()):
+        del found[name.removesuffix("weight") + "bias"]
+
+
+def _quantized_hint(place: str, quantization: Quantization | None) -> str:
+    if quantization is None and place.rstrip("'").endswith(tuple(f".{mark}" for mark in MARKS)):
+        return "; it is quantized, but config.json has no quantization_config"
+    return ""
+
+
+def _resolve_tie(
+    spec: ModelSpec,
+    names: NameTable,
+    found: dict[str, StoredTensor],
+    weights: dict[str, StoredWeight],
+    problems: list[str],
+) -> ModelSpec:
     """Settle where a tied pair lies: under either name; under both it is one weight only if the values agree."""
     if not spec.tied:
         return spec
     embed, head = (next(row.name for row in names.rows if row.slots == (slot,)) for slot in (EMBED, HEAD))
+    if head in weights and embed not in found and embed not in weights:
+        weights[embed] = weights.pop(head)
+        return spec
+    if head in weights or (head in found and embed in weights):
+        return replace(spec, tied=False)
     if head not in found:
         return spec
     if embed not in found:
@@ -309,7 +403,7 @@ def _resolve_tie(spec: ModelSpec, names: NameTable, found: dict[str, _Stored], p
             problems.append(f"{found[head].place}: {problem}")
         del found[head]
         return spec
-    if _same_values(found[embed].file.view(found[embed].name), found[head].file.view(found[head].name)):
+    if _same_values(found[embed].view(), found[head].view()):
         del found[head]
         return spec
     return replace(spec, tied=False)
@@ -329,8 +423,8 @@ def _stored_shape(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int,
     return shape[::-1] if row.transform is Transform.TRANSPOSED else shape
 
 
-def _misfit(tensor: _Stored, shape: tuple[int, ...]) -> str | None:
-    entry = tensor.file.entries[tensor.name]
+def _misfit(tensor: StoredTensor, shape: tuple[int, ...]) -> str | None:
+    entry = tensor.entry
     problems = []
     if entry.shape != shape:
         problems.append(f"expected shape {list(shape)}, found {shown(list(entry.shape))}")

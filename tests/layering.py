@@ -20,11 +20,11 @@ PYTHON_LAYERS: list[set[str]] = [
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "tape", "limits", "batch"},
-    {"folder", "safetensors_file", "weights", "cache"},
+    {"folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
     {"models", "packed", "model"},
     {"engine"},
     {"planning"},
-    {"llm"},
+    {"llm", "convert"},
     {"train"},
     {"compare"},
     {"server", "cli", "__main__"},
@@ -55,7 +55,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile"}
 PRINTERS = {"cli", "__main__"}  # the only place that prints or ends the process
-MODELS_MAY_IMPORT = {"errors", "spec", "weights", "folder", "models"}
+MODELS_MAY_IMPORT = {"errors", "spec", "quantization", "weights", "folder", "models"}
 
 CPU_HEADERS = ("cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
 CPU_SIZES = (

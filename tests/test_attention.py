@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import pytest
-from oracle.attention import PAGE, attention, padded, put
+from oracle.attention import BF16, DTYPES, PAGE, attention, empty, put, stored
 from oracle.harness import ISAS, Framed, at_isa
 
 from pyllm.ops import Ops
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = [np.dtype(np.float32), BF16]
 SIZES = [1, 3, 8, 16, 33, 64, 80, 96, 127, 128, 256]
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 700]
 POOLS = {threads: Ops(threads) for threads in (1, 2, 3)}
@@ -70,22 +67,22 @@ def assert_close_to_formula(case: Case, actual: np.ndarray, oracle: np.ndarray, 
 
 def make(lengths: list[int], heads: int, groups: int, size: int, dtype: np.dtype, seed: int = 0) -> Case:
     rng = np.random.default_rng(seed)
-    keys, values, queries = (
+    raw_keys, raw_values, queries = (
         [rng.normal(size=(n, h, size)).astype(np.float32) for n in lengths] for h in (groups, groups, heads)
     )
-    keys, values = ([a.astype(dtype).astype(np.float32) for a in part] for part in (keys, values))
+    keys, values = ([stored(a, dtype) for a in part] for part in (raw_keys, raw_values))
     queries = [q * 2 for q in queries]
     pages = [(n + PAGE - 1) // PAGE for n in lengths]
     width = max(pages) + 1
     blocks = rng.permutation(sum(pages) + 2)
     tables = np.full((len(lengths), width), -1, np.int32)
-    cache = np.full((len(blocks), groups, 2, PAGE * padded(size)), np.nan, dtype)
+    cache = empty(len(blocks), groups, size, dtype)
     used = 0
     for b, n in enumerate(lengths):
         tables[b, : pages[b]] = blocks[used : used + pages[b]]
         used += pages[b]
         for t in range(n):
-            put(cache, int(tables[b, t // PAGE]) * PAGE + t % PAGE, keys[b][t], values[b][t])
+            put(cache, int(tables[b, t // PAGE]) * PAGE + t % PAGE, raw_keys[b][t], raw_values[b][t])
     return Case(keys, values, queries, cache, tables)
 
 
@@ -158,6 +155,29 @@ def test_later_keys_leave_earlier_rows_alone(isa: str, dtype: np.dtype) -> None:
         chunk = case.attend(POOLS[2], (0, 100, 160), window=50)
         assert np.array_equal(chunk[:50].view(np.int32), before[10:].view(np.int32))
         assert np.isnan(chunk[50:]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_shows(isa: str, dtype: np.dtype, wrong: float) -> None:
+    """A key or value that is not finite leaves no finite result where it counts, and changes nothing elsewhere."""
+    at, n, heads, size = 70, 130, 4, 32
+    for kind in ("key", "value"):
+        case = make([n], heads, 2, size, dtype)
+        with at_isa(isa):
+            before = case.attend(POOLS[2], (0, 0, n)).reshape(n, heads, size)
+            key, value = case.keys[0][at].copy(), case.values[0][at].copy()
+            (key if kind == "key" else value)[0, 0] = wrong  # of the first two heads
+            put(case.cache, int(case.tables[0, at // PAGE]) * PAGE + at % PAGE, key, value)
+            after = case.attend(POOLS[2], (0, 0, n)).reshape(n, heads, size)
+        same = after.view(np.int32) == before.view(np.int32)
+        assert same[:at].all() and same[:, 2:].all()
+        seen = ~np.isfinite(after[at:, :2])
+        if kind == "value":
+            assert seen[..., 0].all()
+        else:  # a score of -inf is a weight of 0
+            assert seen[(case.queries[0][at:, :2, 0] * wrong > 0) | np.isnan(wrong)].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -240,7 +260,7 @@ def test_refuses_bad_arguments() -> None:
     for changed, message in (
         ({"q": q.astype(np.float64)}, r"q: expected float32\[any, any\], got float64\[3, 32\]"),
         ({"tables": tables.astype(np.int64)}, "tables: expected int32"),
-        ({"cache": case.cache.astype(np.float16)}, "cache: expected float32 or bfloat16"),
+        ({"cache": case.cache.astype(np.float16)}, "cache: expected float32, bfloat16 or int8"),
         ({"cache": [1]}, "cache: expected a numpy array"),
     ):
         with pytest.raises(TypeError, match=message):

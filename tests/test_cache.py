@@ -1,13 +1,28 @@
 """Bookkeeping of cache blocks."""
 
+from pathlib import Path
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
+from pyllm.cache import BLOCK_TOKENS, BlockPool, KVCache, blocks_for, chain_hash
+from pyllm.models import read_spec
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 def test_blocks_for_rounds_up() -> None:
     assert [blocks_for(n) for n in (0, 1, BLOCK_TOKENS, BLOCK_TOKENS + 1)] == [0, 1, 1, 2]
+
+
+def test_block_bytes() -> None:
+    spec = read_spec(GOLDEN / "llama")
+    layers = [b.attention for b in spec.blocks]
+    tokens = sum(2 * BLOCK_TOKENS * a.kv_heads for a in layers)
+    padded = -(-layers[0].head_dim // 16) * 16
+    for dtype, each in (("float32", 4 * padded), ("bfloat16", 2 * padded), ("int8", padded + 2)):
+        assert KVCache.block_bytes(spec, dtype) == tokens * each
+        assert sum(a.nbytes for a in KVCache(spec, 3, dtype).layers) == 3 * tokens * each
 
 
 def test_chain_hash_depends_on_tokens_and_on_all_before() -> None:

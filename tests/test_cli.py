@@ -22,6 +22,7 @@ import tiny_model
 COMMAND = [sys.executable, "-m", "pyllm"]
 CLOSING = re.compile(
     r"^prompt: \d+ tokens, \S+ tok/s \| generation: \d+ tokens, \S+ tok/s( \([^)]*\))? \| "
+    r"(drafts: \d+ of \d+ accepted \(\d+%\), \S+ tokens a step \| )?"
     r"peak memory \d+\.\d\d GB \| seed \d+$",
     re.MULTILINE,
 )
@@ -68,6 +69,22 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(tiny_folder: P
     assert CLOSING.search(first.stderr.decode()), first.stderr
     assert b"\x1b" not in first.stderr + first.stdout
     assert b"generation: 8 tokens" in first.stderr
+
+
+def test_speculative_decoding_writes_the_same_text_and_says_how_much_was_accepted(tiny_folder: Path):
+    args = ("generate", "-m", tiny_folder, "the dog the dog the dog the", "-n", 30, "--seed", 1, "--ignore-eos")
+    plain = pyllm(*args)
+    for options in (("--speculative", "ngram"), ("--draft-model", tiny_folder, "--num-speculative-tokens", 3)):
+        result = pyllm(*args, *options)
+        assert result.stdout == plain.stdout, result.stderr
+        closing = CLOSING.search(result.stderr.decode())
+        assert closing, result.stderr
+    assert " accepted (100%), 3.6 tokens a step | " in closing[0]
+    assert "drafts" not in plain.stderr.decode()
+    stats = json.loads(pyllm(*args, *options, "--json").stdout)["stats"]
+    assert stats["accepted_tokens"] == stats["drafted_tokens"] > 0
+    line = pyllm("plan", "-m", tiny_folder, "--draft-model", tiny_folder).stdout.decode()
+    assert "draft " in line and "model as float32" in line
 
 
 def test_prompts_come_from_argument_option_stdin_and_file_alike(tiny_folder: Path, tmp_path: Path):
@@ -178,6 +195,8 @@ def test_bench_reports_fractions(tiny_folder: Path):
         (["--ctx-size", "129"], ["max_model_len"]),
         (["--dtype", "int3"], ["dtype", "int3"]),
         (["--device", "tpu"], ["device", "cpu", "tpu"]),
+        (["--speculative", "magic"], ["speculative", "'ngram'", "'magic'"]),
+        (["--num-speculative-tokens", "3"], ["num_speculative_tokens", "draft_model"]),
         (["--temperatur", "1"], ["--temperature"]),
         (["--file", "also"], ["--file"]),
         (["another"], ["another"]),

@@ -13,6 +13,7 @@ from pyllm.cache import KVCache
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.models import read_spec
+from pyllm.sampling import SamplingState
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODELS = ["gpt2", "llama", "llama-tied-biased", "mistral", "qwen3"]
@@ -29,6 +30,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def load(name: str, dtype: str, **options: object) -> LLM:
     options.setdefault("threads", 2)
+    if dtype.startswith("int"):
+        options["quantization"], dtype = dtype, "float32"
     return LLM(GOLDEN / name, dtype=dtype, skip_tokenizer_init=True, **options)
 
 
@@ -41,7 +44,8 @@ def logits_of(llm: LLM, ids: list[int], chunks: list[int]) -> np.ndarray:
     for count in chunks:
         work = Work(sequence, start, count, True)
         if count == 1:
-            rows.append(llm._runner.decode([work]).copy())
+            logits, _ = llm._runner.decode([work], [SamplingState(SamplingParams(), ids, seed=0)])
+            rows.append(logits.copy())
         else:
             x = llm._runner.forward([work])
             rows += [piece.copy() for _, piece in llm._runner.logits(x, np.arange(count, dtype=np.int32))]
@@ -56,7 +60,7 @@ def prompt_of(llm: LLM, length: int) -> list[int]:
     return np.random.default_rng(length).integers(0, llm.spec.vocab_size, length).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_prefill_equals_decode_equals_any_chunking(name: str, dtype: str) -> None:
     llm = load(name, dtype)
@@ -68,7 +72,7 @@ def test_prefill_equals_decode_equals_any_chunking(name: str, dtype: str) -> Non
         np.testing.assert_array_equal(logits_of(llm, ids, chunks), whole)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_threads_and_reruns_do_not_matter(name: str, dtype: str) -> None:
     ids = prompt_of(load(name, dtype), 80)
@@ -79,7 +83,7 @@ def test_threads_and_reruns_do_not_matter(name: str, dtype: str) -> None:
         np.testing.assert_array_equal(logits_of(llm, ids, [1] * len(ids)), first)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_sequence_alone_equals_the_same_in_any_batch(name: str, dtype: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5, prompt_logprobs=3)
@@ -93,7 +97,24 @@ def test_a_sequence_alone_equals_the_same_in_any_batch(name: str, dtype: str) ->
             assert a.prompt_logprobs == b.prompt_logprobs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+def test_every_cache_keeps_the_promises(name: str, cache: str) -> None:
+    llm = load(name, "bfloat16", kv_cache_dtype=cache)
+    ids = prompt_of(llm, 100)
+    n = len(ids)
+    whole = llm.forward(ids).logits
+    assert np.isfinite(whole).all()
+    for threads, chunks in ((2, [1] * n), (1, [n]), (3, [1, 2, 3, 5, 8, n - 19]), (2, [17] * (n // 17) + [n % 17])):
+        other = load(name, "bfloat16", kv_cache_dtype=cache, threads=threads)
+        np.testing.assert_array_equal(logits_of(other, ids, [c for c in chunks if c]), whole)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5)
+    prompts = [{"prompt_token_ids": prompt_of(llm, k)} for k in (1, 17, 64, 90)]
+    together = llm.generate(prompts, params)
+    assert [llm.generate([p], params)[0].outputs for p in prompts] == [o.outputs for o in together]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_graph_equals_eager(dtype: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=3)
     llm = load("llama", dtype)

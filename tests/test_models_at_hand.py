@@ -28,6 +28,17 @@ def test_stories260k_tells_its_published_story(shared_data: Path, isa: str) -> N
     assert llm.encode(expected) == [1, *out.outputs[0].token_ids]
 
 
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+def test_narrow_caches_cost_little_perplexity(shared_data: Path, cache: str) -> None:
+    """Stories that the model tells are scored with less than half a percent more perplexity."""
+    exact, narrow = (LLM(shared_data / "stories260K", kv_cache_dtype=dtype) for dtype in ("float32", cache))
+    params = [SamplingParams(max_tokens=200, seed=seed, ignore_eos=True) for seed in range(8)]
+    outs = exact.generate([{"prompt_token_ids": [1]}] * len(params), params)
+    stories = [{"prompt_token_ids": [1, *o.outputs[0].token_ids]} for o in outs]
+    losses = [-np.mean([lp for s in llm.score(stories) for lp in s.logprobs]) for llm in (exact, narrow)]
+    assert losses[1] - losses[0] < np.log(1.005)
+
+
 def test_nano_sort_has_the_published_logits(shared_data: Path, isa: str) -> None:
     folder = shared_data / "gpt-nano-sort"
     llm = LLM(folder, skip_tokenizer_init=True, threads=2)

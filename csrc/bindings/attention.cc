@@ -40,14 +40,21 @@ void check_half(int64_t half, int64_t head_size) {
                           std::to_string(half));
 }
 
-// One layer's cache [blocks, G, 2, 64 * Ep], float32 or bfloat16.
+DType cache_dtype(const py::array& a) {
+  const auto dtype = std::string(py::str(a.dtype()));
+  if (dtype == "float32") return DType::f32;
+  if (dtype == "bfloat16") return DType::bf16;
+  if (dtype == "int8") return DType::i8;
+  throw py::type_error("cache: expected float32, bfloat16 or int8, got " + shape_text(a));
+}
+
+// One layer's cache [blocks, G, 2, 64 * Ep], or 64 * (Ep + 2) in int8.
 CacheView cache_of(const py::object& object, int64_t head_size, bool writable) {
   check_head_size(head_size);
   if (!py::isinstance<py::array>(object))
     throw py::type_error("cache: expected a numpy array, got " + std::string(py::str(py::type::of(object))));
   const auto a = py::reinterpret_borrow<py::array>(object);
-  CacheView cache{const_cast<void*>(a.data()), 0, 0, head_size, dtype_of(a, "cache")};
-  if (cache.dtype == DType::f16) throw py::type_error("cache: expected float32 or bfloat16, got " + shape_text(a));
+  CacheView cache{const_cast<void*>(a.data()), 0, 0, head_size, cache_dtype(a)};
   if (a.ndim() != 4 || a.shape(1) < 1 || a.shape(2) != 2 || a.shape(3) != cache.half_elements())
     throw py::value_error("cache: expected [blocks, kv_heads, 2, " + std::to_string(cache.half_elements()) +
                           "] for head_size " + std::to_string(head_size) + ", got " + shape_text(a));

@@ -1,4 +1,4 @@
-// PackedMatrix, pack and matmul.
+// PackedMatrix, pack, pack_quantized and matmul.
 #include "bindings/packed.h"
 
 #include <functional>
@@ -11,36 +11,104 @@ namespace {
 
 constexpr int64_t kMaxDim = int64_t(1) << 40;
 
-std::unique_ptr<PackedMatrix> make_packed(int64_t n, int64_t k, const std::string& dtype, bool gated) {
+struct Name {
+  const char* name;
+  DType dtype;
+};
+constexpr Name kNames[] = {{"float32", DType::f32},
+                           {"float16", DType::f16},
+                           {"bfloat16", DType::bf16},
+                           {"int8", DType::i8},
+                           {"int4", DType::i4}};
+
+const char* dtype_name(DType dtype) {
+  for (const Name& n : kNames)
+    if (n.dtype == dtype) return n.name;
+  return "";
+}
+
+DType packed_dtype(const std::string& name) {
+  for (const Name& n : kNames)
+    if (name == n.name) return n.dtype;
+  throw py::value_error("dtype: expected float32, float16, bfloat16, int8 or int4, got " + name);
+}
+
+// A matrix that has no memory yet.
+PackedView packed_view(int64_t n, int64_t k, const std::string& dtype, bool gated, int64_t group_size,
+                       const std::string& scale_dtype, bool zeros) {
   if (n < 0 || k < 0 || n > kMaxDim || k > kMaxDim || (k > 0 && n > (int64_t(1) << 46) / k))
     throw py::value_error("packed matrix: sizes out of range, got " + std::to_string(n) + " x " + std::to_string(k));
-  DType type;
-  if (dtype == "float32")
-    type = DType::f32;
-  else if (dtype == "float16")
-    type = DType::f16;
-  else if (dtype == "bfloat16")
-    type = DType::bf16;
-  else
-    throw py::value_error("dtype: expected float32, float16 or bfloat16, got " + dtype);
-  return std::make_unique<PackedMatrix>(n, k, type, gated ? 2 : 1);
+  PackedView view{nullptr, n, k, gated ? 2 : 1, packed_dtype(dtype)};
+  if (!view.integers()) {
+    if (group_size != 0 || zeros)
+      throw py::value_error("group_size, zeros: expected none for " + dtype + ", they belong to int8 and int4");
+    return view;
+  }
+  if (group_size != 0 && group_size != 32 && group_size != 64 && group_size != 128)
+    throw py::value_error("group_size: expected 32, 64, 128 or 0 for one scale a row, got " +
+                          std::to_string(group_size));
+  view.group = group_size;
+  view.has_zeros = zeros;
+  view.scale_dtype = group_size == 0 ? DType::f32 : packed_dtype(scale_dtype);
+  if (group_size != 0 && view.scale_dtype != DType::f16 && view.scale_dtype != DType::bf16)
+    throw py::value_error("scale_dtype: expected float16 or bfloat16 for groups, got " + scale_dtype);
+  return view;
+}
+
+std::unique_ptr<PackedMatrix> make_packed(int64_t n, int64_t k, const std::string& dtype, bool gated,
+                                          int64_t group_size, const std::string& scale_dtype, bool zeros) {
+  return std::make_unique<PackedMatrix>(packed_view(n, k, dtype, gated, group_size, scale_dtype, zeros));
+}
+
+int64_t packed_bytes(int64_t n, int64_t k, const std::string& dtype, bool gated, int64_t group_size,
+                     const std::string& scale_dtype, bool zeros) {
+  return packed_view(n, k, dtype, gated, group_size, scale_dtype, zeros).bytes();
+}
+
+// Rows [row, row + rows) of one part of dst exist.
+void check_place(const PackedMatrix& dst, int64_t row, int64_t rows, int part) {
+  if (row < 0 || row + rows > dst.view.n)
+    throw py::value_error("rows " + std::to_string(row) + " to " + std::to_string(row + rows) +
+                          " lie outside the packed matrix of " + std::to_string(dst.view.n));
+  if (part < 0 || part >= dst.view.parts)
+    throw py::value_error("part: expected 0 to " + std::to_string(dst.view.parts - 1) + ", got " +
+                          std::to_string(part));
 }
 
 void pack(Context& context, PackedMatrix& dst, const py::array& src, int64_t row, int part) {
   if (src.ndim() != 2 || src.shape(1) != dst.view.k)
     throw py::value_error("src: expected [rows, " + std::to_string(dst.view.k) + "], got " + shape_text(src));
-  if (row < 0 || row + src.shape(0) > dst.view.n)
-    throw py::value_error("rows " + std::to_string(row) + " to " + std::to_string(row + src.shape(0)) +
-                          " lie outside the packed matrix of " + std::to_string(dst.view.n));
-  if (part < 0 || part >= dst.view.parts)
-    throw py::value_error("part: expected 0 to " + std::to_string(dst.view.parts - 1) + ", got " +
-                          std::to_string(part));
+  check_place(dst, row, src.shape(0), part);
+  if (dst.view.has_zeros) throw py::value_error("dst: expected a matrix without zeros, got one that takes integers");
   const DType dtype = dtype_of(src, "src");
   const int64_t size = dtype_bytes(dtype);
   if (src.strides(0) % size || src.strides(1) % size) throw py::value_error("src: strides must be whole elements");
   PackArgs args{dst.view, src.data(), dtype, row, src.shape(0), src.strides(0) / size, src.strides(1) / size, part};
   if (context.recording()) throw py::value_error("pack cannot be recorded into a graph: pack weights before");
   context.submit(&cpu::KernelTable::pack, args, {});
+}
+
+void pack_quantized(Context& context, PackedMatrix& dst, const py::object& values, const py::array& scales,
+                    const py::object& zeros, int64_t row, int part) {
+  const PackedView& w = dst.view;
+  if (!w.integers())
+    throw py::value_error("dst: expected a matrix of int8 or int4, got " + std::string(dtype_name(w.dtype)));
+  const auto from = rows_of<const uint8_t>(values, "values", -1, w.dtype == DType::i4 ? (w.k + 1) / 2 : w.k);
+  check_place(dst, row, from.rows, part);
+  const DType scale_dtype = dtype_of(scales, "scales");
+  if (scale_dtype != w.scale_dtype && w.scale_dtype != DType::f32)
+    throw py::type_error("scales: expected " + std::string(dtype_name(w.scale_dtype)) + ", got " + shape_text(scales));
+  check_array(scales, "scales", scales.dtype(), {from.rows, w.groups()}, false);
+  if (zeros.is_none() == w.has_zeros)
+    throw py::value_error(w.has_zeros ? "zeros: expected uint8, as the matrix has them, got None"
+                                      : "zeros: expected None, as the matrix has none");
+  const auto offsets = w.has_zeros ? rows_of<const uint8_t>(zeros, "zeros", from.rows, w.groups())
+                                   : Rows<const uint8_t>{nullptr, 0, 0, 0};
+  const int64_t scales_stride = scales.shape(0) > 1 ? scales.strides(0) / scales.itemsize() : w.groups();
+  PackQuantizedArgs args{w,         from.data,   scales.data(), offsets.data,   scale_dtype, row,
+                         from.rows, from.stride, scales_stride, offsets.stride, part};
+  if (context.recording()) throw py::value_error("pack_quantized cannot be recorded into a graph: pack weights before");
+  context.submit(&cpu::KernelTable::pack_quantized, args, {});
 }
 
 // Whether two blocks of rows share memory.
@@ -84,20 +152,25 @@ void matmul(Context& context, const py::object& y, const py::object& x, const py
   context.submit(&cpu::KernelTable::matmul, args, {y, x, w, bias, bias_up, residual});
 }
 
-const char* dtype_name(DType t) { return t == DType::f32 ? "float32" : t == DType::f16 ? "float16" : "bfloat16"; }
-
 }  // namespace
 
 void bind_packed(py::module_& module, ContextClass& context) {
   py::class_<PackedMatrix>(module, "PackedMatrix", "A weight matrix [n, k] in the panel layout of the matmul kernel.")
-      .def(py::init(&make_packed), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("gated") = false)
+      .def(py::init(&make_packed), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("gated") = false,
+           py::arg("group_size") = 0, py::arg("scale_dtype") = "bfloat16", py::arg("zeros") = false)
       .def_property_readonly("shape", [](const PackedMatrix& p) { return py::make_tuple(p.view.n, p.view.k); })
       .def_property_readonly("dtype", [](const PackedMatrix& p) { return dtype_name(p.view.dtype); })
       .def_property_readonly("gated", [](const PackedMatrix& p) { return p.view.parts == 2; })
+      .def_property_readonly("group_size", [](const PackedMatrix& p) { return p.view.group; })
+      .def_property_readonly("symmetric", [](const PackedMatrix& p) { return !p.view.has_zeros; })
       .def_property_readonly("nbytes", [](const PackedMatrix& p) { return p.view.bytes(); });
+  module.def("packed_bytes", &packed_bytes, py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("gated") = false,
+             py::arg("group_size") = 0, py::arg("scale_dtype") = "bfloat16", py::arg("zeros") = false);
   context.def("matmul", &matmul, py::arg("out"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("bias_up"),
               py::arg("residual"), py::arg("activation"));
   context.def("pack", &pack, py::arg("dst"), py::arg("src"), py::arg("row") = 0, py::arg("part") = 0);
+  context.def("pack_quantized", &pack_quantized, py::arg("dst"), py::arg("values"), py::arg("scales"), py::arg("zeros"),
+              py::arg("row") = 0, py::arg("part") = 0);
 }
 
 }  // namespace pyllm::bindings

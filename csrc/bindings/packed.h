@@ -8,9 +8,7 @@
 namespace pyllm::bindings {
 
 struct PackedMatrix {
-  PackedMatrix(int64_t n, int64_t k, DType dtype, int parts) : view{nullptr, n, k, parts, dtype}, memory(view.bytes()) {
-    view.data = memory.data();
-  }
+  explicit PackedMatrix(const PackedView& shape) : view(shape), memory(view.bytes()) { view.data = memory.data(); }
 
   PackedView view;
   cpu::Buffer memory;

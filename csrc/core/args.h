@@ -8,7 +8,9 @@
 
 namespace pyllm {
 
-// Packs rows [row, row + rows) of one part of a packed matrix from src[rows, K], any strides, any of the dtypes.
+// Packs rows [row, row + rows) of one part of a packed matrix from src[rows, K], any strides, any of the float dtypes.
+// Integers: to the nearest value, after the scale (symmetric int4: the one of several that leaves the least squared error). A
+// group with a value that is not finite gets a scale of NaN. dst.has_zeros is false.
 struct PackArgs {
   PackedView dst;
   const void* src;
@@ -18,10 +20,26 @@ struct PackArgs {
   int32_t part;
 };
 
+// Packs integers that exist already, losslessly, into the same rows.
+struct PackQuantizedArgs {
+  PackedView dst;
+  const uint8_t*
+      values;  // [rows, K] int8 as w + 128, or [rows, K / 2 rounded up] int4 as w + 8, the lower k in the low nibble
+  const void* scales;    // [rows, groups] of scale_dtype, which dst.scale_dtype holds exactly
+  const uint8_t* zeros;  // [rows, groups], or null where dst has none
+  DType scale_dtype;
+  int64_t row, rows;
+  int64_t values_stride, scales_stride, zeros_stride;
+  int32_t part;
+};
+
 // y = act(x W^T + bias) + residual;  gated: y = act(x Wgate^T + bias) * (x Wup^T + bias_up) + residual.
 // Every output is one chain of multiply-adds over k in rising order, whatever T is and however the work is split, so a row's
 // result does not depend on the other rows. bf16 weights: where the instruction set has bf16 dot products x is rounded to bf16
 // (nearest even) and pairs are summed by it (by AMX, 32 k at a time); elsewhere the weights are widened. f16 weights are always widened, exactly.
+// Integer weights: x is rounded to int8, with one scale for each row and group (w.x_group() elements): largest magnitude / 127.
+// Products and their sum over a group are exact; groups are then added in rising order, in float32. A row of x that holds a value
+// that is not finite gives NaN.
 struct MatmulArgs {
   float* y;               // [T, N]
   const float* x;         // [T, K]

@@ -7,19 +7,20 @@
 #include "core/sampling.h"
 #include "cpu/parallel.h"
 
-#define PYLLM_CPU_KERNELS(X)     \
-  X(pack, PackArgs)              \
-  X(matmul, MatmulArgs)          \
-  X(norm, NormArgs)              \
-  X(activation, ActivationArgs)  \
-  X(embedding, EmbeddingArgs)    \
-  X(gather, GatherArgs)          \
-  X(rope_angles, RopeAnglesArgs) \
-  X(rope, RopeArgs)              \
-  X(kv_write, KvWriteArgs)       \
-  X(attention, AttentionArgs)    \
-  X(sample, SampleArgs)          \
-  X(logprobs, LogprobsArgs)      \
+#define PYLLM_CPU_KERNELS(X)           \
+  X(pack, PackArgs)                    \
+  X(pack_quantized, PackQuantizedArgs) \
+  X(matmul, MatmulArgs)                \
+  X(norm, NormArgs)                    \
+  X(activation, ActivationArgs)        \
+  X(embedding, EmbeddingArgs)          \
+  X(gather, GatherArgs)                \
+  X(rope_angles, RopeAnglesArgs)       \
+  X(rope, RopeArgs)                    \
+  X(kv_write, KvWriteArgs)             \
+  X(attention, AttentionArgs)          \
+  X(sample, SampleArgs)                \
+  X(logprobs, LogprobsArgs)            \
   X(limits, LimitsArgs)
 
 namespace pyllm::cpu {

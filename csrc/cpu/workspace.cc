@@ -6,7 +6,8 @@
 namespace pyllm::cpu {
 
 int64_t workspace_bytes(const MatmulArgs& args, int threads) {
-  return matmul_plan::workspace_bytes(args.rows, args.w.k, threads);
+  return args.w.integers() ? matmul_plan::int_workspace_bytes(args.rows, args.w.k, threads)
+                           : matmul_plan::workspace_bytes(args.rows, args.w.k, threads);
 }
 
 int64_t workspace_bytes(const AttentionArgs& args, int threads) { return attention_workspace(args, threads).bytes; }

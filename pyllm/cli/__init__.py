@@ -51,7 +51,7 @@ def build_app() -> typer.Typer:
     """The command line with all its subcommands."""
     import typer
 
-    from pyllm.cli import bench, chat, generate, info, options, plan, score
+    from pyllm.cli import bench, chat, convert, generate, info, options, plan, score
 
     app = typer.Typer(
         name="pyllm",
@@ -61,7 +61,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options.main_options)
-    for module in (generate, chat, score, info, plan, bench):
+    for module in (generate, chat, score, convert, info, plan, bench):
         module.register(app)
     return app
 

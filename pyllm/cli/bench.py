@@ -72,6 +72,7 @@ def bench(
     device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     revision: o.Revision = None,
@@ -110,6 +111,7 @@ def bench(
             model,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             threads=threads,
             ctx_size=ctx_size,
             kv_cache_dtype=kv_cache_dtype,
@@ -173,7 +175,11 @@ def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repe
     gflops = llm.spec.operations(prompt_tokens) * prefill_rate / prompt_tokens / 1e9
     cache_token = llm.plan.cache / max(llm.plan.cache_tokens, 1)
     gbps = (llm.weight_bytes + cache_token * (prompt_tokens + max_tokens / 2)) * decode_rate / 1e9
-    peak = limits.bf16_gflops if llm.plan.dtype == "bfloat16" else limits.f32_gflops
+    peak = {"float32": limits.f32_gflops, "float16": limits.f32_gflops, "bfloat16": limits.bf16_gflops}[
+        llm.plan.precision.dtype
+    ]
+    if llm.plan.precision.integers is not None:
+        peak = limits.int8_gops
     return {
         "prefill_tokens_per_second": prefill_rate,
         "prefill_gflops": gflops,

@@ -64,6 +64,7 @@ def load(
     *,
     device: str | None,
     dtype: str | None,
+    quantization: str | None,
     threads: int | None,
     ctx_size: int | None,
     kv_cache_dtype: str | None,
@@ -84,6 +85,7 @@ def load(
         {
             "device": device,
             "dtype": dtype,
+            "quantization": quantization,
             "threads": threads,
             "max_model_len": ctx_size,
             "kv_cache_dtype": kv_cache_dtype,

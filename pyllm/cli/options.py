@@ -44,13 +44,37 @@ Device = Annotated[str | None, option("--device", env="DEVICE", help="auto (defa
 Dtype = Annotated[
     str | None, option("--dtype", env="DTYPE", help="Of the weights: auto (default), float32, float16 or bfloat16.")
 ]
+Quantization = Annotated[
+    str | None, option("--quantization", env="QUANTIZATION", help="Round weights to int8 or int4; default: do not.")
+]
 CacheDtype = Annotated[
-    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32 or bfloat16.")
+    str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32, bfloat16 or int8.")
 ]
 ContextSize = Annotated[
     int | None,
     option(
         "--ctx-size", "-c", env="CTX_SIZE", min=1, help="Most tokens of prompt and completion; default the model's."
+    ),
+]
+Speculative = Annotated[
+    str | None,
+    option(
+        "--speculative",
+        env="SPECULATIVE",
+        help="ngram: guess tokens from the text so far and check several at once; same output. Default: off.",
+    ),
+]
+DraftModel = Annotated[
+    str | None,
+    option("--draft-model", env="DRAFT_MODEL", help="A smaller model with the same vocabulary guesses tokens instead."),
+]
+DraftTokens = Annotated[
+    int | None,
+    option(
+        "--num-speculative-tokens",
+        env="NUM_SPECULATIVE_TOKENS",
+        min=1,
+        help="Tokens guessed at once, at most; default 7 with ngram, 4 with a draft model.",
     ),
 ]
 Revision = Annotated[str | None, option("--revision", env="REVISION", help="Branch, tag or commit of a hub model.")]

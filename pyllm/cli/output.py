@@ -79,7 +79,9 @@ def report(llm: LLM, seed: int, *, interrupted: bool = False) -> None:
     if _quiet:
         return
     memory = peak_memory()  # before the measurement takes its own
-    read_gbps = None if interrupted or not llm.stats.decode_steps else read_bandwidth(llm.ops.threads)
+    # A draft model's reading is no part of `weight_bytes`: there is nothing to compare.
+    compared = not interrupted and llm.stats.decode_steps > 0 and llm.plan.draft_model is None
+    read_gbps = read_bandwidth(llm.ops.threads) if compared else None
     line = statistics(llm.stats, weight_bytes=llm.weight_bytes, read_gbps=read_gbps, memory=memory, seed=seed)
     note(line + (" | interrupted" if interrupted else ""))
 
@@ -88,13 +90,19 @@ def statistics(stats: Stats, *, weight_bytes: int, read_gbps: float | None, memo
     """Tokens and speeds, the share of the read bandwidth that decoding reached, memory, seed."""
     parts = [f"prompt: {stats.prompt_tokens} tokens, {_rate(stats.prompt_tokens, stats.prompt_seconds)} tok/s"]
     generation = (
-        f"generation: {stats.generated_tokens} tokens, {_rate(stats.decode_steps, stats.generation_seconds)} tok/s"
+        f"generation: {stats.generated_tokens} tokens, {_rate(stats.decode_tokens, stats.generation_seconds)} tok/s"
     )
     share = bandwidth_share(stats, weight_bytes, read_gbps)
     if share is not None:
         within = f"{share:.0%} of this machine's read bandwidth" if share <= 1.1 else "from the caches, not memory"
         generation += f" ({within})"
-    return " | ".join([*parts, generation, f"peak memory {memory / 1e9:.2f} GB", f"seed {seed}"])
+    parts.append(generation)
+    if stats.acceptance_rate is not None:
+        parts.append(
+            f"drafts: {stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%}), "
+            f"{_rate(stats.decode_tokens, stats.decode_steps)} tokens a step"
+        )
+    return " | ".join([*parts, f"peak memory {memory / 1e9:.2f} GB", f"seed {seed}"])
 
 
 def bandwidth_share(stats: Stats, weight_bytes: int, read_gbps: float | None) -> float | None:

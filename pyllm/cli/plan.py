@@ -19,11 +19,15 @@ def register(app: typer.Typer) -> None:
 def plan(
     model: o.Model,
     dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     max_num_seqs: Annotated[
         int | None, o.option("--max-num-seqs", env="MAX_NUM_SEQS", min=1, help="Completions that run together.")
     ] = None,
+    speculative: o.Speculative = None,
+    draft_model: o.DraftModel = None,
+    num_speculative_tokens: o.DraftTokens = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
     json: o.Json = False,
@@ -36,13 +40,24 @@ def plan(
         revision=revision,
         offline=offline,
         **present(
-            {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "max_model_len": ctx_size, "max_num_seqs": max_num_seqs}
+            {
+                "dtype": dtype,
+                "quantization": quantization,
+                "kv_cache_dtype": kv_cache_dtype,
+                "max_model_len": ctx_size,
+                "max_num_seqs": max_num_seqs,
+                "speculative": speculative,
+                "draft_model": draft_model,
+                "num_speculative_tokens": num_speculative_tokens,
+            }
         ),
     )
     spec = result.spec
     if json:
         names = ("dtype", "cache_dtype", "max_model_len", "cache_tokens", "weights", "cache", "workspace", "total")
         facts = {name: getattr(result, name) for name in (*names, "available", "fits")}
+        if result.draft_model is not None:
+            facts["draft_model"] = result.draft_model.total
         write_json({"family": spec.family, "parameters": spec.num_parameters(), **facts})
         return 0
     lines = [
@@ -53,6 +68,10 @@ def plan(
         f"total      {_size(result.total)}  for a context of {result.max_model_len} tokens",
         f"available  {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
     ]
+    if (draft := result.draft_model) is not None:
+        lines.insert(
+            4, f"draft      {_size(draft.total)}  model as {draft.precision}, its cache as {draft.cache_dtype}"
+        )
     write("\n".join(lines), end="\n")
     return 0
 

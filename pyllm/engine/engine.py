@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyllm.cache import BlockPool
-from pyllm.engine.outputs import Logprob
+from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.sampler import RowState, Sampler
 from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
+from pyllm.engine.speculative import Speculation
 from pyllm.engine.text import CompletionText
 from pyllm.errors import NonFiniteError, RequestError
 from pyllm.ops import F32
@@ -25,15 +26,27 @@ from pyllm.tokenizer import Tokenizer
 
 @dataclass
 class Stats:
-    """Counters since the engine began: seconds of steps that held prompt tokens, and of pure decode steps."""
+    """Counters since the engine began: seconds of steps that held prompt tokens, and of pure decode steps.
+
+    `generated_tokens` counts all, `decode_tokens` those of pure decode steps. With speculative decoding
+    `drafted_tokens` were guessed and checked, `accepted_tokens` of them then chosen.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generation_seconds: float = 0.0
     decode_steps: int = 0
+    decode_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over drafted tokens; None where nothing was drafted."""
+        return DraftCounts(self.drafted_tokens, self.accepted_tokens).acceptance_rate
 
 
 class Engine:
@@ -51,6 +64,7 @@ class Engine:
         max_length: int,
         share_prefixes: bool,
         use_graphs: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(pool, max_sequences, max_tokens, share_prefixes)
@@ -59,6 +73,7 @@ class Engine:
         self.end_ids = tuple(end_ids)
         self.max_length = max_length
         self.use_graphs = use_graphs
+        self.speculation = speculation
         self.stats = Stats()
         self._running: dict[Sequence, Completion] = {}
         self._stepping = False
@@ -69,6 +84,7 @@ class Engine:
         """Queue a request; raises `RequestError` for a prompt that cannot be run."""
         self.check_prompt(prompt_ids)
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
+        request.drafts = DraftCounts() if self.speculation is not None else None
         vocabulary = self.runner.model.spec.vocab_size
         room = self.max_length - len(prompt_ids)
         limit = min(room, params.max_tokens if params.max_tokens is not None else room)
@@ -123,49 +139,80 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return
-        logits = self._compute(plan)
+        if self.speculation is not None:
+            vocabulary = self.runner.model.spec.vocab_size
+            plan = self.speculation.extend(plan, self._running, self.scheduler, vocabulary)
+        logits, drawn = self._compute(plan)
         self.scheduler.advance(plan)
-        self._choose([self._running[work.sequence] for work in plan if work.last], logits)
+        generated = self.stats.generated_tokens
+        self._choose([work for work in plan if work.last], logits, drawn)
+        self.scheduler.settle(plan)
         for work in plan:
-            if work.start + work.count == work.sequence.limit and work.sequence in self._running:
+            if not work.last and work.start + work.count == work.sequence.limit:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
-        self._count(plan, time.perf_counter() - began)
+        self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> F32:
-        """Logits of the sequences that reached their end, in order."""
-        single = all(work.last and work.count == 1 for work in plan)
-        if single and self.use_graphs and not any(self._scores_prompt(work) for work in plan):
-            return self.runner.decode(plan)
+    def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
+        """Logits of the sequences that reached their end, in order: at their last tokens and the drafts behind them.
+
+        Of a recorded step also what it drew from them.
+        """
+        if self.use_graphs and all(w.last and w.count == 1 and not self._scores_prompt(w) for w in plan):
+            return self.runner.decode(plan, [self._running[work.sequence].sampling for work in plan])
         x = self.runner.forward(plan)
         row = 0
         for work in plan:
             if self._scores_prompt(work):
                 self._score_prompt(work, x, row)
-            row += work.count
-        return self.runner.last_logits(plan, x)
+            row += work.rows
+        return self.runner.last_logits(plan, x), None
 
-    def _choose(self, completions: list[Completion], logits: F32) -> None:
-        """The next token of each of these completions."""
-        if not completions:
+    def _choose(self, works: list[Work], logits: F32, drawn: list[int] | None) -> None:
+        """The next token at each of these works' ends, and behind it wherever that token is the draft there."""
+        if not any(work.drafts for work in works):
+            self._choose_next([self._running[work.sequence] for work in works], logits, drawn)
             return
-        chosen = self.sampler.sample(logits, [c.sampling for c in completions])
-        for i, completion in enumerate(completions):
-            token = int(chosen.tokens[i])
+        turns, row = [], 0
+        for work in works:
+            turns.append((self._running[work.sequence], row, work.drafts))
+            row += 1 + len(work.drafts)
+            self._count_drafts(self._running[work.sequence], drafted=len(work.drafts))
+        while turns:
+            rows = [row for _, row, _ in turns]
+            completions = [completion for completion, _, _ in turns]
+            tokens = self._choose_next(
+                completions, logits[rows], None if drawn is None else [drawn[row] for row in rows]
+            )
+            going = []
+            for token, (completion, row, drafts) in zip(tokens, turns, strict=True):
+                if drafts and token == drafts[0]:
+                    self._count_drafts(completion, accepted=1)
+                    if not completion.finished:
+                        going.append((completion, row + 1, drafts[1:]))
+            turns = going
+
+    def _choose_next(self, completions: list[Completion], logits: F32, drawn: list[int] | None) -> list[int]:
+        """The next token of each of these completions, which is -1 where there is none to choose."""
+        if not completions:
+            return []
+        chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
+        for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)
                 continue
+            self.stats.generated_tokens += 1
             completion.sequence.tokens.append(token)
             completion.output.token_ids.append(token)
             completion.sampling.append(token)
-            entry = chosen.logprobs[i]
             if entry is not None:
                 assert completion.output.logprobs is not None and completion.output.cumulative_logprob is not None
                 completion.output.logprobs.append(self._described(entry, completion.request.params))
                 completion.output.cumulative_logprob += entry[token].logprob
             self._advance(completion, token)
+        return chosen.tokens
 
     def _advance(self, completion: Completion, token: int) -> None:
-        """Take in a new token: its text, and whether the completion ends with it."""
+        """Take in a new token: its text, whether the completion ends with it, and what a reader gets of it."""
         params, sequence = completion.request.params, completion.sequence
         may_stop = sequence.generated >= params.min_tokens
         ends = may_stop and token in self.end_ids and not params.ignore_eos
@@ -179,11 +226,14 @@ class Engine:
             self._finish(completion, "stop", found)
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(completion, "length")
-        completion.deliver([token])
+        if completion.request.streamed:
+            completion.deliver([token])
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
         self.scheduler.remove(completion.sequence)
         del self._running[completion.sequence]
+        if self.speculation is not None:
+            self.speculation.proposer.forget(completion.sequence)
         completion.output.finish_reason = reason
         completion.output.stop_reason = stop_reason
         if not isinstance(stop_reason, str):
@@ -217,12 +267,14 @@ class Engine:
         for layer, values in enumerate([*trace, x]):
             if not np.isfinite(values).all():
                 return "the embedding" if layer == 0 else f"layer {layer - 1}"
-        return None if np.isfinite(self.runner.last_logits([work], x)).all() else "the head"
+        [(_, logits)] = self.runner.logits(x, np.zeros(1, np.int32))  # not those of the step, which may be needed yet
+        return None if np.isfinite(logits).all() else "the head"
 
     def _scores_prompt(self, work: Work) -> bool:
+        if work.start >= work.sequence.prompt_length - 1:
+            return False
         request = self._running[work.sequence].request
-        first = request.completions[0].sequence is work.sequence
-        return first and request.prompt_logprobs is not None and work.start < work.sequence.prompt_length - 1
+        return request.prompt_logprobs is not None and request.completions[0].sequence is work.sequence
 
     def _score_prompt(self, work: Work, x: F32, row: int) -> None:
         """Log-probabilities of the prompt tokens that follow this work's tokens, whose first row of x is `row`."""
@@ -261,22 +313,29 @@ class Engine:
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
             )
 
-    def _count(self, plan: list[Work], seconds: float) -> None:
+    def _count_drafts(self, completion: Completion, *, drafted: int = 0, accepted: int = 0) -> None:
+        self.stats.drafted_tokens += drafted
+        self.stats.accepted_tokens += accepted
+        if completion.request.drafts is not None:
+            completion.request.drafts.drafted += drafted
+            completion.request.drafts.accepted += accepted
+
+    def _count(self, plan: list[Work], generated: int, seconds: float) -> None:
         stats = self.stats
-        stats.generated_tokens += sum(work.last for work in plan)
         stats.preemptions = self.scheduler.preemptions
-        prompt_tokens = sum(
-            max(0, min(work.start + work.count, work.sequence.prompt_length) - work.start) for work in plan
-        )
+        prompt_tokens = 0
+        for work in plan:
+            if work.start < work.sequence.prompt_length:
+                prompt_tokens += min(work.start + work.count, work.sequence.prompt_length) - work.start
+                if 0 < work.start == work.sequence.cached:
+                    stats.cached_tokens += work.start
         stats.prompt_tokens += prompt_tokens
         if prompt_tokens:
             stats.prompt_seconds += seconds
         else:
             stats.generation_seconds += seconds
             stats.decode_steps += 1
-        for work in plan:
-            if 0 < work.start == work.sequence.cached < work.sequence.prompt_length:
-                stats.cached_tokens += work.start
+            stats.decode_tokens += generated
 
     def _reset(self) -> None:
         """End every request and forget all blocks."""
@@ -287,3 +346,5 @@ class Engine:
             completion.deliver([])
         self._running.clear()
         self.scheduler.clear(BlockPool(self.scheduler.pool.size))
+        if self.speculation is not None:
+            self.speculation.proposer.clear()

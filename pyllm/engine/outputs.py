@@ -40,8 +40,24 @@ class CompletionOutput:
 
 
 @dataclass
+class DraftCounts:
+    """Of speculative decoding: tokens that were guessed and checked, and those of them that were then chosen."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over drafted; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+
+@dataclass
 class RequestOutput:
-    """A request and its completions. `prompt_logprobs[0]` is None: nothing stands before the first token."""
+    """A request and its completions. `prompt_logprobs[0]` is None: nothing stands before the first token.
+
+    `drafts` counts those of speculative decoding over all completions; None where it is off.
+    """
 
     request_id: str
     prompt: str | None
@@ -50,6 +66,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
     cached_tokens: int = 0
+    drafts: DraftCounts | None = None
     error: str | None = None
 
 

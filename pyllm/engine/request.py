@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pyllm.engine.outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
+from pyllm.engine.outputs import CompletionOutput, DraftCounts, Logprob, RequestOutput, StreamOutput
 from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.text import CompletionText
@@ -63,6 +63,7 @@ class Request:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
+        self.drafts: DraftCounts | None = None  # of all completions, with speculative decoding
         self.streamed = False  # whether anyone reads the pieces
         self.pieces: deque[StreamOutput] = deque()
         self.error: PyllmError | None = None
@@ -82,5 +83,6 @@ class Request:
             prompt_logprobs=self.prompt_logprobs,
             finished=self.finished,
             cached_tokens=self.completions[0].sequence.cached if self.completions else 0,
+            drafts=self.drafts,
             error=None if self.error is None else str(self.error),
         )

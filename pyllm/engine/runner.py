@@ -1,7 +1,8 @@
 """Runs one step of the model: fills the step's arrays from the scheduler's plan and calls the kernels.
 
-A step in which every sequence has one token (decoding) is recorded once for each number of sequences and replayed; any
-other step calls the kernels directly. Both are the same model code and give the same bits.
+A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
+number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
+directly. All are the same model code and give the same bits.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.batch import I32, Batch
@@ -20,61 +22,94 @@ from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.model import Model
 from pyllm.ops import F32, Arena, Ops
+from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
-MAX_GRAPHS = 8  # recorded steps kept, by number of sequences
+MAX_GRAPHS = 16  # recorded steps kept
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
 
 
 @dataclass
 class _Recorded:
-    """A recorded decode step of B sequences with its arrays; `rows` tells whose block table stands in which row."""
+    """A recorded step of B sequences and R rows with its arrays; `seats` tells who has which row of tables and draws,
+    where each sequence has one row.
+
+    What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
+    """
 
     graph: _cpu.Graph
     batch: Batch
     logits: F32
-    rows: list[tuple[Sequence | None, int, int]] = field(default_factory=list)
+    draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
+    chosen: I32  # [R] the tokens chosen
+    seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
+
+    def __post_init__(self) -> None:
+        """Views of the arrays."""
+        self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
+        self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
+        self.draw_positions, self.drawn = self.draws["position"].data, self.chosen.data
 
 
 class Runner:
     """Model, kernels and memory of the steps."""
 
     def __init__(
-        self, model: Model, ops: Ops, cache: KVCache, max_tokens: int, max_sequences: int, max_length: int
+        self,
+        model: Model,
+        ops: Ops,
+        cache: KVCache,
+        max_tokens: int,
+        max_sequences: int,
+        max_length: int,
+        max_drafts: int = 0,
     ) -> None:
         self.model, self.ops, self.cache = model, ops, cache
         self.max_tokens = max_tokens
+        self.max_rows = head_rows(max_sequences, max_drafts)
         self.table_width = -(-max_length // BLOCK_TOKENS)
         self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
-        self._decode_arena = Arena(decode_floats(model.spec, max_sequences))  # for every recorded step
-        self._logits = np.empty((min(max_sequences, max_tokens), model.spec.vocab_size), np.float32)
-        self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
+        self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
+        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
+        self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._inv_freq: dict[object, F32] = {}
 
-    def decode(self, plan: Seq[Work]) -> F32:
-        """Logits [B, V] after one more token of each sequence; the array is reused by the next step."""
-        step = self._recorded.get(len(plan)) or self._record(len(plan))
-        self._recorded.move_to_end(len(plan))
-        batch = step.batch
-        for i, work in enumerate(plan):
+    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
+        """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
+
+        `states` choose, each at its sequence's end and behind every draft, as if the drafts were right. Tokens are None
+        unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
+        """
+        rows = sum(work.rows for work in plan)
+        step = self._step(len(plan), rows)
+        if rows > len(plan):
+            return self._decode_ahead(step, plan, states)
+        plain = True
+        for i, (work, state) in enumerate(zip(plan, states, strict=True)):
             sequence, position = work.sequence, work.start
-            batch.tokens[i] = sequence.tokens[position]
-            batch.positions[i] = position
-            batch.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-            batch.lengths[i] = position + 1
+            step.tokens[i] = sequence.tokens[position]
+            step.positions[i] = position
+            step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+            step.lengths[i] = position + 1
             count = len(sequence.blocks)
-            holder, residence, known = step.rows[i]
+            holder, residence, known = step.seats[i]
             if holder is not sequence or residence != sequence.residence or known != count:
-                batch.tables[i, :count] = sequence.table[:count]
-                step.rows[i] = (sequence, sequence.residence, count)
-            if batch.rope_rows is not None:
-                self._fill_rope(batch, i, sequence, position)
+                step.batch.tables[i, :count] = sequence.table[:count]
+                step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
+                step.seats[i] = (sequence, sequence.residence, count)
+            step.draw_positions[i] = state.position
+            plain = plain and state.plain
+            if step.batch.rope_rows is not None:
+                self._fill_rope(step.batch, i, sequence, position)
         self.ops.replay(step.graph)
-        return step.logits
+        return step.logits, step.drawn.tolist() if plain else None
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
-        batch = self._fill(plan)
+        tokens = sum(work.rows for work in plan)
+        width = max((len(work.sequence.blocks) for work in plan), default=0)
+        batch = Batch.empty(tokens, len(plan), width, self.model.spec.rope)
+        self._fill(batch, plan)
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
@@ -90,21 +125,40 @@ class Runner:
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
 
     def last_logits(self, plan: Seq[Work], x: F32) -> F32:
-        """Logits [n, V] at the last token of the works that reach the end of their sequence, in order."""
-        ends = np.cumsum([work.count for work in plan], dtype=np.int32) - 1
-        rows = np.array([end for end, work in zip(ends, plan, strict=True) if work.last], np.int32)
+        """Logits [n, V] of the works that reach their sequence's end, in order: at its last token and its drafts."""
+        ends = np.cumsum([work.rows for work in plan])
+        spans = [np.arange(end - 1 - len(w.drafts), end) for end, w in zip(ends, plan, strict=True) if w.last]
+        rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
-    def _fill(self, plan: Seq[Work]) -> Batch:
-        tokens = sum(work.count for work in plan)
-        width = max((len(work.sequence.blocks) for work in plan), default=0)
-        batch = Batch.empty(tokens, len(plan), width, self.model.spec.rope)
+    def _decode_ahead(
+        self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]
+    ) -> tuple[F32, list[int] | None]:
+        self._fill(step.batch, plan)
+        for i, (work, state) in enumerate(zip(plan, states, strict=True)):
+            span = slice(step.batch.starts[i], step.batch.starts[i + 1])
+            step.draws[span] = state.row if state.plain else GREEDY_ROW
+            step.draws["position"][span] += np.maximum(np.arange(work.rows) - (work.count - 1), 0).astype(np.uint64)
+        self.ops.replay(step.graph)
+        return step.logits, step.drawn.tolist() if all(state.plain for state in states) else None
+
+    def _step(self, sequences: int, tokens: int) -> _Recorded:
+        """The recorded step of this many sequences and tokens."""
+        key = sequences, tokens
+        if key not in self._recorded:
+            if len(self._recorded) >= MAX_GRAPHS:
+                self._recorded.popitem(last=False)
+            self._recorded[key] = self._record(sequences, tokens)
+        self._recorded.move_to_end(key)
+        return self._recorded[key]
+
+    def _fill(self, batch: Batch, plan: Seq[Work]) -> None:
         at = 0
         for i, work in enumerate(plan):
-            sequence, end = work.sequence, work.start + work.count
-            span = slice(at, at + work.count)
+            sequence, end = work.sequence, work.start + work.rows
+            span = slice(at, at + work.rows)
             positions = np.arange(work.start, end)
-            batch.tokens[span] = sequence.tokens[work.start : end]
+            batch.tokens[span] = [*sequence.tokens[work.start : work.start + work.count], *work.drafts]
             batch.positions[span] = positions
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
@@ -112,11 +166,10 @@ class Runner:
             batch.tables[i, : len(sequence.blocks)] = sequence.blocks
             batch.lengths[i] = end
             if batch.rope_rows is not None:
-                for j in range(work.count):
+                for j in range(work.rows):
                     self._fill_rope(batch, at + j, sequence, work.start + j)
-            at += work.count
+            at += work.rows
             batch.starts[i + 1] = at
-        return batch
 
     def _fill_rope(self, batch: Batch, row: int, sequence: Sequence, position: int) -> None:
         """Frequencies that depend on the length: a prompt's are those of all of it, later tokens' of their own."""
@@ -130,26 +183,29 @@ class Runner:
             self._inv_freq[key] = rope.inv_freq(length)
         batch.inv_freq[row] = self._inv_freq[key]
 
-    def _record(self, sequences: int) -> _Recorded:
-        """Record the decode step of this many sequences."""
+    def _record(self, sequences: int, tokens: int) -> _Recorded:
+        """Record a step of this many sequences and tokens, one each where the numbers are equal."""
         spec = self.model.spec
-        batch = Batch.empty(sequences, sequences, self.table_width, spec.rope)
-        batch.starts[:] = np.arange(sequences + 1)
-        rows = np.arange(sequences, dtype=np.int32)
+        batch = Batch.empty(tokens, sequences, self.table_width, spec.rope)
+        batch.starts[:] = [*range(sequences), tokens]
+        rows = np.arange(tokens, dtype=np.int32)
+        draws = np.repeat(GREEDY_ROW, tokens)
         try:
             self.ops.use_arena(self._decode_arena)
             self.ops.release(0)
             self.ops.begin_recording()
             x = self.model.forward(self.ops, batch, self.cache)
             logits = self.model.logits(self.ops, x, rows)
+            drawn = self.ops.sample(logits, SampleInputs(draws))
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
-        if len(self._recorded) >= MAX_GRAPHS:
-            self._recorded.popitem(last=False)
-        step = _Recorded(graph, batch, logits, [(None, 0, 0)] * sequences)
-        self._recorded[sequences] = step
-        return step
+        return _Recorded(graph, batch, logits, draws, drawn, [(None, 0, 0)] * sequences)
+
+
+def head_rows(sequences: int, drafts: int) -> int:
+    """Rows of a step that need logits at most: every draft of a few sequences, `HEAD_ROWS` with some of many."""
+    return min(sequences * (1 + drafts), max(sequences, HEAD_ROWS))
 
 
 def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
@@ -167,6 +223,6 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
     return padded(spec.hidden) + angles + max(block(b) for b in spec.blocks) + 2 * padded(spec.hidden, rows)
 
 
-def decode_floats(spec: ModelSpec, sequences: int) -> int:
-    """Floats of a decode step of so many sequences, its logits included."""
-    return arena_floats(spec, sequences, sequences) + sequences * spec.vocab_size + 16
+def decode_floats(spec: ModelSpec, rows: int) -> int:
+    """Floats of a recorded step of so many rows, the logits of all included."""
+    return arena_floats(spec, rows, rows) + rows * spec.vocab_size + 16

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
-from pyllm.cache import BlockPool
+from pyllm.cache import BLOCK_TOKENS, BlockPool
 from pyllm.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens [start, start + count) of a sequence; with `last` they reach its end, and the next one is to be chosen."""
+    """Tokens [start, start + count) of a sequence; with `last` they reach its end, and the next one is to be chosen.
+
+    `drafts` are guesses of what follows that end: the step computes them too, so that they can be checked.
+    """
 
     sequence: Sequence
     start: int
     count: int
     last: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step that it takes."""
+        return self.count + len(self.drafts)
 
 
 class Scheduler:
@@ -84,10 +94,26 @@ class Scheduler:
         assert plan or not (self.running or self.waiting), "the cache must hold at least one sequence of full length"
         return plan
 
+    def with_drafts(self, work: Work, drafts: Seq[int]) -> Work:
+        """The work with as many of these drafts as free blocks hold: nobody is put back for a guess."""
+        sequence = work.sequence
+        assert work.last and not work.drafts
+        room = (len(sequence.blocks) + self.pool.free) * BLOCK_TOKENS - len(sequence.tokens)
+        drafts = tuple(drafts[:room])
+        reserved = sequence.reserve(self.pool, len(sequence.tokens) + len(drafts))
+        assert reserved
+        return replace(work, drafts=drafts)
+
     def advance(self, plan: list[Work]) -> None:
         """The step is done: its keys and values are in the cache."""
         for work in plan:
             work.sequence.computed = work.start + work.count
+
+    def settle(self, plan: list[Work]) -> None:
+        """Drafts were checked: those accepted are tokens of their sequences now, the others leave nothing behind."""
+        for work in plan:
+            if work.drafts and work.sequence.blocks:  # it has not ended
+                work.sequence.settle(self.pool)
 
     def _work(self, sequence: Sequence, count: int) -> Work:
         # Published before it is computed: whoever finds the block in this very step reads it after this step's writes.

@@ -12,6 +12,7 @@ from pyllm.models.family import Family
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.llama import LLAMA
 from pyllm.models.mistral import MISTRAL
+from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
 from pyllm.spec import ModelSpec
@@ -35,11 +36,16 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def read_spec(folder: Path) -> ModelSpec:
     """What the config.json in `folder` describes; raises `ConfigError`. No weights are opened."""
     config = read_config(folder)
-    return family_of(config).read(config)
+    return family_of(config).read(_unquantized(config))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Config and weights of `folder`, checked against each other; raises `ConfigError` or `CheckpointError`."""
     config = read_config(folder)
     family = family_of(config)
-    return load(folder, family.read(config), family.names)
+    return load(folder, family.read(_unquantized(config)), family.names, read_quantization(config))
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model that was quantized: what families read."""
+    return {name: value for name, value in config.items() if name != KEY}

@@ -1,16 +1,19 @@
-"""Attention of a ragged batch from its formula, and the layout of the paged cache."""
+"""Attention of a ragged batch from its formula, and the layout of the paged cache and its rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
 PAGE, PAD, GROUP = 64, 16, 16
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float32), BF16, np.dtype(np.int8)]
 
 
 def attention(
@@ -41,11 +44,52 @@ def padded(head_size: int) -> int:
     return (head_size + PAD - 1) // PAD * PAD
 
 
+def empty(blocks: int, heads: int, head_size: int, dtype: np.dtype[Any]) -> Array:
+    """One layer's cache [blocks, G, 2, PAGE * Ep], in int8 PAGE * (Ep + 2), that undefined bytes fill."""
+    width = padded(head_size)
+    if dtype != np.int8:
+        return np.full((blocks, heads, 2, PAGE * width), np.nan, dtype)
+    cache = np.full((blocks, heads, 2, PAGE * (width + 2)), -77, np.int8)
+    cache[..., PAGE * width :].view(BF16)[...] = np.nan
+    return cache
+
+
+def quantized(x: Array) -> tuple[Array, Array]:
+    """int8 [..., E] and bfloat16 scale [...] of float32 x [..., E]."""
+    finite = np.isfinite(x).all(axis=-1)
+    scale = (np.abs(x).max(axis=-1) / np.float32(127)).astype(BF16)
+    wide = scale.astype(np.float32)
+    scale = np.where(finite, np.where(wide < 2**-100, np.float32(0), wide), np.nan).astype(BF16)
+    known = finite & (wide >= 2**-100)
+    integers = np.rint(np.where(known[..., None], x, 0) / np.where(known, wide, 1)[..., None])
+    return integers.astype(np.int8), scale
+
+
+def stored(x: Array, dtype: np.dtype[Any]) -> Array:
+    """float32 x [..., E] as the cache gives it back."""
+    if dtype != np.int8:
+        return x.astype(dtype).astype(np.float32)
+    integers, scale = quantized(x)
+    return integers * scale.astype(np.float32)[..., None]
+
+
 def put(cache: Array, slot: int, k: Array, v: Array) -> None:
     """Write one token's k and v [G, E] into its slot of cache [blocks, G, 2, PAGE * Ep], element by element."""
     block, at = divmod(slot, PAGE)
     heads, size = k.shape
     width = padded(size)
+    if cache.dtype == np.int8:
+        halves = [quantized(a) for a in (k, v)]
+        for g in range(heads):
+            keys = cache[block, g, 0, : PAGE * width].reshape(PAGE // GROUP, width // 2, GROUP, 2)
+            values = cache[block, g, 1, : PAGE * width].reshape(PAGE // 2, width, 2)
+            row = np.zeros((2, width), np.int8)
+            row[:, :size] = [integers[g] for integers, _ in halves]
+            keys[at // GROUP, :, at % GROUP] = row[0].reshape(-1, 2)
+            values[at // 2, :, at % 2] = row[1]
+            for half, (_, scale) in zip(cache[block, g], halves, strict=True):
+                half[PAGE * width :].view(BF16)[at] = scale[g]
+        return
     for g in range(heads):
         if cache.dtype == np.float32:
             keys = cache[block, g, 0, : PAGE * size].reshape(PAGE // GROUP, size, GROUP)

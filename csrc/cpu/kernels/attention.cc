@@ -253,6 +253,34 @@ void widen_page(float* keys, float* values, const uint16_t* page, int64_t Ep, in
   }
 }
 
+// The same of an i8 page, whose scales stand behind its keys and its values.
+void widen_page(float* keys, float* values, const int8_t* page, int64_t Ep, int64_t begin, int64_t end) {
+  const int64_t numbers = kBlockTokens * Ep, half = numbers + 2 * kBlockTokens;
+  const auto* key_scales = reinterpret_cast<const uint16_t*>(page + numbers);
+  const auto* value_scales = reinterpret_cast<const uint16_t*>(page + half + numbers);
+  for (int64_t t = 0; t < kBlockTokens; t += F::N) {
+    const F scale = load_bf16(key_scales + t);
+    const int64_t from = t / kKeyGroup * kKeyGroup * Ep, lane = t % kKeyGroup;
+    for (int64_t i = from; i < from + kKeyGroup * Ep; i += 2 * kKeyGroup) {
+      F even, odd;
+      load_i8_pairs(page + i + 2 * lane, even, odd);
+      store(keys + i + lane, even * scale);
+      store(keys + i + kKeyGroup + lane, odd * scale);
+    }
+  }
+  alignas(64) float scales[kBlockTokens];
+  for (int64_t t = 0; t < kBlockTokens; t += F::N) store(scales + t, load_bf16(value_scales + t));
+  for (int64_t t = begin / 2 * 2; t < end; t += 2) {
+    const F first = set(scales[t]), second = set(scales[t + 1]);
+    for (int64_t e = 0; e < Ep; e += F::N) {
+      F even, odd;
+      load_i8_pairs(page + half + t * Ep + 2 * e, even, odd);
+      store(values + t * Ep + e, even * first);
+      store(values + (t + 1) * Ep + e, odd * second);
+    }
+  }
+}
+
 // e^x for x <= 0, and 0 where it is below 1.7e-38: beside a largest weight of 1 that is nothing, and denormals are
 // slow.
 inline F weight_of(F x) {
@@ -328,7 +356,7 @@ class Attention {
         w(workspace),
         E(args.cache.head_size),
         Ep(args.cache.padded_head()),
-        channels(args.cache.dtype == DType::bf16 ? round_up(E, 2) : E),
+        channels(args.cache.dtype == DType::f32 ? E : round_up(E, 2)),
         group(args.heads / args.cache.kv_heads),
         plans(static_cast<SequencePlan*>(args.workspace)),
         partials(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes)),
@@ -445,8 +473,10 @@ class Attention {
       for (int64_t page = max_of(key, begin) / kBlockTokens * kBlockTokens; page < last_page; page += kBlockTokens) {
         if (a.cache.dtype == DType::f32)
           attend_page<float>(t, s, page, end);
-        else
+        else if (a.cache.dtype == DType::bf16)
           attend_page<uint16_t>(t, s, page, end);
+        else
+          attend_page<int8_t>(t, s, page, end);
       }
       for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
     }
@@ -478,23 +508,31 @@ class Attention {
   template <class T>
   void attend_page(const Item& t, const Scratch& s, int64_t key, int64_t end) const {
     const T* data = static_cast<const T*>(a.cache.data);
-    const int64_t half = a.cache.half_elements(), key_group = kKeyGroup * (sizeof(T) == 2 ? Ep : E);
+    const int64_t half = a.cache.half_elements(), key_group = kKeyGroup * (sizeof(T) == 4 ? E : Ep);
     const int64_t next_page =
         key + kBlockTokens < end ? page_of(t, key + kBlockTokens, 0) : page_of(t, key, t.heads - 1);
     for (int64_t h = 0; h < t.heads; ++h) {
       const T* page = data + page_of(t, key, h);
       const int64_t row = h * t.rows;
-      if (t.rows < kManyRows) {
+      if constexpr (sizeof(T) == 1) {
+        attend_widened(t, s, row, key, page, key_group);
+      } else if (t.rows < kManyRows) {
         const T* next = h + 1 < t.heads ? page + a.cache.head_elements() : data + next_page;
         attend_rows<true>(s, row, t.rows, key, page, page + half, key_group, next, next + half);
       } else if constexpr (sizeof(T) == 2) {
-        const int64_t low = max_of(0, s.first[row] - key), high = min_of(kBlockTokens, s.last[row + t.rows - 1] - key);
-        widen_page(s.keys, s.values, page, Ep, low, high);
-        attend_rows<false, float>(s, row, t.rows, key, s.keys, s.values, key_group, s.keys, s.values);
+        attend_widened(t, s, row, key, page, key_group);
       } else {
         attend_rows<false>(s, row, t.rows, key, page, page + half, key_group, page, page);
       }
     }
+  }
+
+  template <class T>
+  void attend_widened(const Item& t, const Scratch& s, int64_t row, int64_t key, const T* page,
+                      int64_t key_group) const {
+    const int64_t low = max_of(0, s.first[row] - key), high = min_of(kBlockTokens, s.last[row + t.rows - 1] - key);
+    widen_page(s.keys, s.values, page, Ep, low, high);
+    attend_rows<false, float>(s, row, t.rows, key, s.keys, s.values, key_group, s.keys, s.values);
   }
 
   // One head's page for its rows, as many at a time as the registers hold.

@@ -6,10 +6,34 @@ namespace {
 
 using namespace simd;
 
+// Column `lane` of a panel of integers: (value - zero) * scale.
+inline void integer_row(float* y, const PackedView& w, const uint8_t* panel, int64_t lane) {
+  const bool nibbles = w.dtype == DType::i4;
+  const int64_t group = w.group ? w.group : w.padded_k();
+  for (int64_t k = 0; k < w.k; k += group) {
+    const int64_t count = w.k - k < group ? w.k - k : group;
+    const uint8_t* scales = panel + w.values_bytes(round_up(count, kIntegerPad));
+    const uint8_t zero = w.has_zeros ? scales[kPanel * dtype_bytes(w.scale_dtype) + lane] : nibbles ? 8 : 128;
+    alignas(64) float scale[F::N] = {};
+    const auto* half = reinterpret_cast<const uint16_t*>(scales) + lane;
+    if (w.scale_dtype == DType::f32)
+      scale[0] = reinterpret_cast<const float*>(scales)[lane];
+    else
+      store(scale, w.scale_dtype == DType::f16 ? load_f16_n(half, 1) : load_bf16_n(half, 1));
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* quad = panel + (i / (nibbles ? 8 : 4)) * 4 * kPanel + 4 * lane;
+      const int value = nibbles ? quad[i % 4] >> i % 8 / 4 * 4 & 15 : quad[i % 4];
+      y[k + i] = float(value - zero) * scale[0];
+    }
+    panel = scales + w.scales_bytes();
+  }
+}
+
 // Output n of a packed matrix, all k: one element, or pair of elements, from each line of its panel.
 inline void packed_row(float* y, const PackedView& w, int64_t n) {
   const int64_t panel = n / kPanel, lane = n % kPanel;
   const char* base = static_cast<const char*>(w.data) + panel * w.parts * w.panel_bytes();
+  if (w.integers()) return integer_row(y, w, reinterpret_cast<const uint8_t*>(base), lane);
   if (w.dtype == DType::f32) {
     const float* p = reinterpret_cast<const float*>(base) + lane;
     for (int64_t k = 0; k < w.k; ++k) y[k] = p[k * kPanel];

@@ -39,6 +39,44 @@ void write_bf16(uint16_t* head, const CacheView& cache, int64_t at, const float*
   for (int64_t e = 0; e < Ep; ++e) values[e * 2] = row[e];
 }
 
+// Quantizes src[0, E): row[e] = the integer nearest to src[e] / scale, zeros up to Ep. The scale is max|src| / 127 as bf16,
+// whose rounding takes no integer past 127. A vector that is not finite in every channel gets a scale of NaN, and one so
+// small that float32 would lose it a scale of 0.
+uint16_t quantize(int8_t* row, const float* src, int64_t E, int64_t Ep) {
+  F most = zero(), wrong = zero();  // x * 0 is 0 unless x is infinite or NaN
+  const auto take = [&](F x) {
+    most = max(most, abs(x));
+    wrong = fma(x, zero(), wrong);
+  };
+  int64_t e = 0;
+  for (; e + F::N <= E; e += F::N) take(load(src + e));
+  if (e < E) take(load_n(src + e, int(E - e)));
+  std::memset(row, 0, size_t(Ep));
+  if (sum(wrong) != 0.0f) return 0x7fc0;
+  alignas(64) uint16_t scales[F::N];
+  store_bf16(scales, set(max(most) / 127.0f));
+  const F scale = load_bf16(scales);
+  if (max(scale) < 0x1p-100f) return 0;
+  alignas(64) float integers[kMaxHead + F::N];
+  for (e = 0; e + F::N <= E; e += F::N) store(integers + e, round(load(src + e) / scale));
+  if (e < E) store(integers + e, round(load_n(src + e, int(E - e)) / scale));
+  for (e = 0; e < E; ++e) row[e] = int8_t(integers[e]);
+  return scales[0];
+}
+
+void write_i8(int8_t* head, const CacheView& cache, int64_t at, const float* k, const float* v) {
+  const int64_t Ep = cache.padded_head(), half = cache.half_elements(), scales = kBlockTokens * Ep + at * 2;
+  int8_t row[kMaxHead];
+  uint16_t scale = quantize(row, k, cache.head_size, Ep);
+  std::memcpy(head + scales, &scale, sizeof scale);
+  int8_t* keys = head + at / kKeyGroup * (Ep * kKeyGroup) + at % kKeyGroup * 2;
+  for (int64_t e = 0; e < Ep; e += 2) std::memcpy(keys + e * kKeyGroup, row + e, 2);
+  scale = quantize(row, v, cache.head_size, Ep);
+  std::memcpy(head + half + scales, &scale, sizeof scale);
+  int8_t* values = head + half + at / 2 * (Ep * 2) + at % 2;
+  for (int64_t e = 0; e < Ep; ++e) values[e * 2] = row[e];
+}
+
 }  // namespace
 
 void kv_write(const KvWriteArgs& a, Parallel& pool) {
@@ -61,8 +99,10 @@ void kv_write(const KvWriteArgs& a, Parallel& pool) {
         const int64_t head = block * cache.block_elements() + g * cache.head_elements();
         if (cache.dtype == DType::f32)
           write_f32(static_cast<float*>(cache.data) + head, cache, at, k, v);
-        else
+        else if (cache.dtype == DType::bf16)
           write_bf16(static_cast<uint16_t*>(cache.data) + head, cache, at, k, v);
+        else
+          write_i8(static_cast<int8_t*>(cache.data) + head, cache, at, k, v);
       }
     }
   });

@@ -12,8 +12,8 @@ constexpr int64_t kRowStride = kBlock + 16;  // in 4-byte elements: floats or bf
 // More rows than kMaxRows are done in several passes, which bounds the workspace. Within a pass a worker takes up to
 // kRows rows by kSlots panels at a time: one block of x and the sums then stay in its cache.
 constexpr int64_t kMaxRows = 512;
-constexpr int64_t kRows = 256;
-constexpr int64_t kSlots = 4;
+constexpr int64_t kRows = 128;
+constexpr int64_t kSlots = 16;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `n` cut into the fewest parts of at most `most`, of about equal size.
@@ -27,6 +27,26 @@ constexpr int64_t widened_bytes() { return kBlock * kPanel * 4; }
 constexpr int64_t workspace_bytes(int64_t rows, int64_t k, int threads) {
   const int64_t pass = even_part(rows, kMaxRows);
   return x_bytes(pass, round_up(k, 2)) + threads * (sums_bytes(pass) + widened_bytes());
+}
+
+// Integer weights. x becomes int8, in blocks of kIntBlock elements; a row of a block is a record of kIntStride 4-byte
+// elements, an odd number of cache lines: the quads of x, then for each of its groups the scale (float), what the sums
+// of a group start from (int32), and the sum of x with the sign changed (float).
+constexpr int64_t kIntBlock = 512;
+constexpr int64_t kIntGroups = kIntBlock / 32;  // most groups of a block
+constexpr int64_t kIntScales = kIntBlock / 4;   // where they begin in a record
+constexpr int64_t kIntStarts = kIntScales + kIntGroups;
+constexpr int64_t kIntTotals = kIntStarts + kIntGroups;
+constexpr int64_t kIntStride = kIntTotals + kIntGroups;
+static_assert(kIntStride % 32 == 16);
+
+// The workspace: the records of x [blocks][rows], then for each worker its sums [kSlots][rows][kPanel] and one unpacked
+// block of weights.
+constexpr int64_t int_x_bytes(int64_t rows, int64_t k) { return divide_up(k, kIntBlock) * rows * kIntStride * 4; }
+constexpr int64_t unpacked_bytes() { return kIntBlock * kPanel; }
+constexpr int64_t int_workspace_bytes(int64_t rows, int64_t k, int threads) {
+  const int64_t pass = even_part(rows, kMaxRows);
+  return int_x_bytes(pass, k) + threads * (sums_bytes(pass) + unpacked_bytes());
 }
 
 }  // namespace pyllm::cpu::matmul_plan

@@ -67,6 +67,12 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
 }
 
+static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
+  const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  even.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+  odd.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+}
+
 static inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max(F a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -99,6 +105,35 @@ static inline I dot_bytes(I acc, I x, I w) {
   return {acc.v + (Lanes)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)x.v, (__m512i)w.v), _mm512_set1_epi16(1))};
 }
 #endif
+static inline I load_bytes(const void* p) { return {(Lanes)_mm512_loadu_si512(p)}; }
+static inline F to_float(I a) { return {_mm512_cvtepi32_ps((__m512i)a.v)}; }
+static inline I to_int(F a) { return {(Lanes)_mm512_cvtps_epi32(a.v)}; }
+static inline void store_bytes(int8_t* p, F a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+#if PYLLM_HAS_VNNI
+constexpr int kByteOffset = 0;
+using OffsetBytes = I;
+static inline OffsetBytes load_offset_bytes(const void* p) { return load_bytes(p); }
+static inline I dot_offset(I acc, OffsetBytes w, I x) { return dot_bytes(acc, w, x); }
+#else
+// |w - 128| <= 128 times x with the sign of w - 128: two such products never exceed 16 bits.
+constexpr int kByteOffset = 128;
+struct OffsetBytes {
+  Lanes magnitude;
+  __mmask64 negative;
+};
+static inline OffsetBytes load_offset_bytes(const void* p) {
+  const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(0x80)));
+  return {(Lanes)_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
+}
+static inline I dot_offset(I acc, OffsetBytes w, I x) {
+  const __m512i v = (__m512i)x.v;
+  return dot_bytes(acc, {w.magnitude}, {(Lanes)_mm512_mask_sub_epi8(v, w.negative, _mm512_setzero_si512(), v)});
+}
+#endif
+
 static inline void opaque(I& a) { __asm__ volatile("" : "+v"(a.v)); }
 static inline int32_t sum(I a) { return _mm512_reduce_add_epi32((__m512i)a.v); }
 

@@ -116,6 +116,12 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   odd.v = _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(int(0xffff0000))));
 }
 
+static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
+  const __m128i pairs = _mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i*)p));
+  even.v = _mm_cvtepi32_ps(_mm_srai_epi32(_mm_slli_epi32(pairs, 24), 24));
+  odd.v = _mm_cvtepi32_ps(_mm_srai_epi32(pairs, 8));
+}
+
 static inline float sum(F a) {
   const __m128 q = _mm_add_ps(a.v, _mm_movehl_ps(a.v, a.v));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
@@ -134,6 +140,28 @@ static inline I set_bytes(int a) { return {(Lanes)_mm_set1_epi8(char(a))}; }
 static inline I dot_bytes(I acc, I x, I w) {
   return {acc.v + (Lanes)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)x.v, (__m128i)w.v), _mm_set1_epi16(1))};
 }
+static inline I load_bytes(const void* p) { return {(Lanes)_mm_loadu_si128((const __m128i*)p)}; }
+static inline F to_float(I a) { return {_mm_cvtepi32_ps((__m128i)a.v)}; }
+static inline I to_int(F a) { return {(Lanes)_mm_cvtps_epi32(a.v)}; }
+static inline void store_bytes(int8_t* p, F a) {
+  const __m128i h = _mm_packs_epi32(_mm_cvtps_epi32(a.v), _mm_setzero_si128());
+  const int bytes = _mm_cvtsi128_si32(_mm_packs_epi16(h, h));
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
+// |w - 128| <= 128 times x with the sign of w - 128: two such products never exceed 16 bits.
+constexpr int kByteOffset = 128;
+struct OffsetBytes {
+  Lanes signed_, magnitude;
+};
+static inline OffsetBytes load_offset_bytes(const void* p) {
+  const __m128i w = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(char(0x80)));
+  return {(Lanes)w, (Lanes)_mm_abs_epi8(w)};
+}
+static inline I dot_offset(I acc, OffsetBytes w, I x) {
+  return dot_bytes(acc, {w.magnitude}, {(Lanes)_mm_sign_epi8((__m128i)x.v, (__m128i)w.signed_)});
+}
+
 static inline void opaque(I& a) { __asm__ volatile("" : "+x"(a.v)); }
 static inline int32_t sum(I a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 

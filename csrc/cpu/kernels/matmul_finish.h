@@ -1,0 +1,39 @@
+// The matmul's epilogue, over a finished panel of sums.
+#pragma once
+#include "cpu/kernels/math.h"
+
+namespace pyllm::PYLLM_ISA {
+
+static inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
+
+// Bias, activation, gate and residual: one panel of rows [row, row + rows) of y from its sums [rows][kPanel], and where
+// gated from those of the same panel of the other part.
+static inline void finish_panel(const MatmulArgs& a, int64_t row, int64_t rows, int64_t panel, const float* sums,
+                                const float* up_sums) {
+  const bool gated = a.w.parts == 2;
+  const int64_t column = panel * kPanel, columns = a.w.n - column < kPanel ? a.w.n - column : kPanel;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* sum = sums + r * kPanel;
+    const float* up = up_sums + r * kPanel;
+    float* y = a.y + (row + r) * a.y_stride + column;
+    const float* residual = a.residual ? a.residual + (row + r) * a.residual_stride + column : nullptr;
+    for (int64_t c = 0; c < columns; c += F::N) {
+      const int n = int(columns - c < F::N ? columns - c : F::N);
+      F v = simd::load(sum + c);
+      if (a.bias) v = v + load_up_to(a.bias + column + c, n);
+      if (a.activation != Activation::none) v = apply(a.activation, v);
+      if (gated) {
+        F u = simd::load(up + c);
+        if (a.bias_up) u = u + load_up_to(a.bias_up + column + c, n);
+        v = v * u;
+      }
+      if (residual) v = v + load_up_to(residual + c, n);
+      if (n == F::N)
+        simd::store(y + c, v);
+      else
+        simd::store_n(y + c, v, n);
+    }
+  }
+}
+
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,82 @@
+"""How strongly each input of each matrix is driven: mean squares of activations while the model reads a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm import _cpu
+from pyllm.cache import BLOCK_TOKENS, BlockPool, KVCache
+from pyllm.engine.runner import Runner
+from pyllm.engine.scheduler import Work
+from pyllm.engine.sequence import Sequence as EngineSequence
+from pyllm.errors import NonFiniteError
+from pyllm.model import Model
+from pyllm.ops import F32, Ops
+from pyllm.packed import ModelWeights, pack_weights
+from pyllm.planning import plan_memory
+from pyllm.weights import Checkpoint
+
+WINDOW = 512  # tokens read together
+
+
+class RecordingOps(Ops):
+    """Kernel calls that also sum the squares of each input of each matrix."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(threads)
+        self.squares: dict[int, NDArray[np.float64]] = {}  # by the identity of the matrix
+        self.rows: dict[int, int] = {}
+
+    def matmul(self, x: F32, w: _cpu.PackedMatrix, *arguments: Any, **named: Any) -> F32:
+        """As `Ops.matmul`."""
+        sums = np.einsum("tk,tk->k", x, x, dtype=np.float64)
+        self.squares[id(w)] = self.squares.get(id(w), 0) + sums
+        self.rows[id(w)] = self.rows.get(id(w), 0) + len(x)
+        return super().matmul(x, w, *arguments, **named)
+
+
+def mean_squares(
+    checkpoint: Checkpoint,
+    tokens: Sequence[int],
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, F32]:
+    """Slot of a block's matrix -> mean square of each of its inputs, float32 [K], over all `tokens`.
+
+    Every window is read as a text of its own. The model is held in memory meanwhile; `InsufficientMemoryError` if it
+    does not fit, `NonFiniteError` if what it computes are no numbers.
+    """
+    window = min(WINDOW, checkpoint.spec.max_positions)
+    plan = plan_memory(checkpoint, max_model_len=window, max_num_seqs=1, max_num_batched_tokens=window)
+    plan.check()
+    ops = RecordingOps(threads)
+    weights = pack_weights(checkpoint, ops, plan.precision)
+    cache = KVCache(checkpoint.spec, -(-window // BLOCK_TOKENS), plan.cache_dtype)
+    runner = Runner(Model(checkpoint.spec, weights), ops, cache, window, 1, window)
+    pool = BlockPool(cache.blocks)
+    for at in range(0, len(tokens), window):
+        sequence = EngineSequence(tokens[at : at + window], 0, share_prefix=False)
+        assert sequence.reserve(pool, len(sequence.tokens))
+        runner.forward([Work(sequence, 0, len(sequence.tokens), False)])
+        sequence.leave(pool)
+        if progress:
+            progress(min(at + window, len(tokens)) / len(tokens))
+    means = {slot: (ops.squares[id(w)] / ops.rows[id(w)]).astype(np.float32) for slot, w in _matrices(weights).items()}
+    for slot, mean in means.items():
+        if not np.all(np.isfinite(mean)):
+            raise NonFiniteError(f"the inputs of {slot} are no longer numbers on the calibration text")
+    return means
+
+
+def _matrices(weights: ModelWeights) -> dict[str, _cpu.PackedMatrix]:
+    """The matrix that each slot of a block is part of."""
+    found: dict[str, _cpu.PackedMatrix] = {}
+    for i, block in enumerate(weights.blocks):
+        parts = {"attn.q": block.qkv, "attn.k": block.qkv, "attn.v": block.qkv, "attn.o": block.out}
+        parts |= {"mlp.gate": block.up, "mlp.up": block.up, "mlp.down": block.down}
+        found |= {f"blocks.{i}.{name}.weight": matrix for name, matrix in parts.items()}
+    return found
