@@ -38,11 +38,11 @@ def model(name: str, folder: Path) -> Path:
     return folder
 
 
-def tokens(engine: Any, sequences: int) -> list[list[int]]:
-    """What an engine makes of prompts of 12 tokens."""
-    engine.reserve(sequences, 32)
-    first = engine.start(prompts(sequences, 12, VOCABULARY))
-    seconds, rows = engine.decode(6)
+def tokens(engine: Any, sequences: int, length: int) -> list[list[int]]:
+    """What an engine makes of prompts of `length` tokens."""
+    engine.reserve(sequences, length + 8)
+    first = engine.start(prompts(sequences, length, VOCABULARY))
+    seconds, rows = engine.decode(4)
     assert seconds > 0
     return [[token, *row] for token, row in zip(first, rows, strict=True)]
 
@@ -68,18 +68,21 @@ def loaded(peer: str, folder: Path, dtype: str) -> Iterator[Remote]:
         yield Remote(worker)
 
 
-def settings(dtype: str) -> Settings:
-    return Settings(dtype, 2, sequences=3, length=32, tokens=96)
+def settings(dtype: str, gpt2: bool = False) -> Settings:
+    return Settings(dtype, 2, sequences=3, length=96 if gpt2 else 512, tokens=1536)
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", ["llama", "llama-3", "gpt2"])
-def test_peers_give_our_tokens(tmp_path: Path, name: str, peer: str):
+@pytest.mark.parametrize(("name", "length"), [("llama", 40), ("llama-3", 400), ("gpt2", 40)])
+def test_peers_give_our_tokens(tmp_path: Path, request: pytest.FixtureRequest, name: str, length: int, peer: str):
+    if (name, peer) == ("llama-3", "ctranslate2"):
+        reason = "CTranslate2 4.8 leaves the scaling of Llama 3's rotary frequencies out"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     folder = model(name, tmp_path / name)
     with loaded(peer, folder, "float32") as engine:
-        ours = Pyllm(folder, settings("float32"))
+        ours = Pyllm(folder, settings("float32", name == "gpt2"))
         for sequences in (1, 3):
-            assert tokens(engine, sequences) == tokens(ours, sequences)
+            assert tokens(engine, sequences, length) == tokens(ours, sequences, length)
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -87,6 +90,6 @@ def test_peers_give_our_tokens(tmp_path: Path, name: str, peer: str):
 def test_other_dtypes_run_or_are_refused(tmp_path: Path, peer: str, dtype: str):
     try:
         with loaded(peer, model("llama", tmp_path / "llama"), dtype) as engine:
-            assert [len(row) for row in tokens(engine, 3)] == [7, 7, 7]
+            assert [len(row) for row in tokens(engine, 3, 12)] == [5, 5, 5]
     except Unsupported as reason:
         assert str(reason)

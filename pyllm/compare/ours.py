@@ -39,6 +39,7 @@ class Pyllm:
         self.weight_bytes: int | None = self.llm.weight_bytes
         self.cache_value_bytes = self.llm.plan.cache / self.llm.plan.cache_tokens / values
         self.requests: list[Request] = []
+        self.given = 0  # tokens of each sequence that were asked for so far
 
     @staticmethod
     def prepare(folder: Path, dtype: str) -> Path:
@@ -55,23 +56,27 @@ class Pyllm:
         self.reserve(len(prompts), len(prompts[0]))
         params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=None)
         self.requests = [self.llm.engine.add(None, ids, params, 0) for ids in prompts]
-        while not all(self._tokens(request) for request in self.requests):
-            self.llm.engine.step()
-        return [self._tokens(request)[0] for request in self.requests]
+        self.given = 0
+        return [row[0] for row in self._next(1)]
 
     def decode(self, steps: int) -> Decoded:
         """Generate `steps` further tokens of every sequence."""
-        before = [len(self._tokens(request)) for request in self.requests]
         began = time.perf_counter()
-        for _ in range(steps):
+        tokens = self._next(steps)
+        return Decoded(time.perf_counter() - began, tokens)
+
+    def _next(self, count: int) -> list[list[int]]:
+        """That many tokens of every sequence; those whose prompts ended early may be ahead of the others."""
+        end = self.given + count
+        while not all(len(self._tokens(request)) >= end for request in self.requests):
             self.llm.engine.step()
-        seconds = time.perf_counter() - began
-        tokens = [self._tokens(request)[start:] for request, start in zip(self.requests, before, strict=True)]
-        if any(len(row) != steps for row in tokens):
-            raise RuntimeError(f"expected {steps} tokens of each sequence, got {[len(row) for row in tokens]}")
-        return Decoded(seconds, tokens)
+        tokens = [self._tokens(request)[self.given : end] for request in self.requests]
+        self.given = end
+        return tokens
 
     def _tokens(self, request: Request) -> list[int]:
         if request.error is not None:
             raise request.error
+        if request.finished:
+            raise RuntimeError("a sequence ended early: the cache or the context is too small for this cell")
         return request.completions[0].output.token_ids
