@@ -99,13 +99,19 @@ struct IntGroup {
   bool half_scales;
 };
 
+// What to bring into the cache while a tile works. Lines == 1: at each step a line at `w` and one at `x`, which advance
+// slowly: what the next blocks will need. Else so many lines at `w`, each once.
+struct IntAhead {
+  const char *w, *x;
+  int64_t w_advance, x_advance;  // per step, in bytes; for Lines == 1
+};
+
 // sums[r][c] += x[r] . w[c] over one group, for Rows rows and int_vectors(Rows) vectors of columns; rows of sums are
-// kPanel apart, those of x kIntStride. `x` are the quads of the group, `facts` the records moved on by its number. Each
-// step asks for `Lines` lines from `ahead` on. A function of its own, as gcc 12 would otherwise carry the sums of all
+// kPanel apart, those of x kIntStride. `x` are the quads of the group, `facts` the records moved on by its number. A function of its own, as gcc 12 would otherwise carry the sums of all
 // groups in registers, and spill the accumulators.
 template <class Step, int Rows, bool Scaled, int Lines>
 [[gnu::noinline]] void int_tile_group(float* sums, const int32_t* x, const int32_t* facts, const IntGroup& group,
-                                      const char* ahead) {
+                                      IntAhead& ahead) {
   using simd::F;
   using simd::I;
   constexpr int kVectors = int_vectors(Rows);
@@ -127,10 +133,13 @@ template <class Step, int Rows, bool Scaled, int Lines>
     }
   }
   const uint8_t* w = group.values;
+  const char *next_w = ahead.w, *next_x = ahead.x;
   for (int64_t steps = group.steps; steps > 0; --steps, x += Step::kQuads, w += Step::kBytes) {
 #pragma GCC unroll 16
-    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
-    ahead += 64 * Lines;
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(next_w + 64 * line, 0, 2);
+    if (Lines == 1) __builtin_prefetch(next_x, 0, 2);
+    next_w += Lines == 1 ? ahead.w_advance : 64 * Lines;
+    if (Lines == 1) next_x += ahead.x_advance;
     if (Rows == 1) {
       const typename Step::X a = Step::broadcast(x);
 #pragma GCC unroll 16
@@ -147,6 +156,7 @@ template <class Step, int Rows, bool Scaled, int Lines>
       }
     }
   }
+  if (Lines) ahead.w = next_w, ahead.x = next_x;
   const auto* scales_of_x = reinterpret_cast<const float*>(facts + plan::kIntScales);
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
@@ -164,7 +174,7 @@ template <class Step, int Rows, bool Scaled, int Lines>
 // The same over all groups of a block, for columns from `column` on. Where each step asks for as many lines as it reads,
 // these are what follows in this panel, scales included.
 template <class Step, int Rows, bool Scaled, int Lines>
-void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t column, const char* ahead) {
+void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t column, IntAhead& ahead) {
   for (int64_t k = 0, g = 0; k < block.k; k += block.group, ++g) {
     const int64_t left = block.k - k, count = left < block.group ? left : block.group;
     const int64_t steps = count / 4 / Step::kQuads;
@@ -173,11 +183,10 @@ void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t colu
                          Scaled ? block.scales + at + 2 * column : nullptr,
                          block.zeros ? block.zeros + (Scaled ? at : 0) + column : nullptr, steps, block.half_scales};
     int_tile_group<Step, Rows, Scaled, Lines>(sums, x + k / 4, x + g, group, ahead);
-    ahead += 64 * Lines * steps;
     if (Lines == 4 && Scaled) {
-      for (int64_t line = 0; line < block.values_stride - 64 * Lines * steps; line += 64)
-        __builtin_prefetch(ahead + line, 0, 2);
-      ahead += block.values_stride - 64 * Lines * steps;
+      const int64_t rest = block.values_stride - 64 * Lines * steps;
+      for (int64_t line = 0; line < rest; line += 64) __builtin_prefetch(ahead.w + line, 0, 2);
+      ahead.w += rest;
     }
   }
 }
