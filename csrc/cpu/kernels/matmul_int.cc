@@ -16,9 +16,12 @@ namespace {
 
 constexpr int64_t kInlineRecords = 16384;   // elements of x below which rounding it on several threads costs more
 constexpr int64_t kChunkBytes = 64 * 1024;  // of weights, at least, that a worker takes at a time
-constexpr int64_t kChunksPerThread = 8;     // at least, so that threads finish together on a noisy machine
-constexpr int64_t kUnpackRows = 2 * kIntRows + 1;  // from this many rows on, unpacking a block of int4 first is cheaper
+constexpr int64_t kStreamChunks = 8;        // per thread, at least, so that threads finish together: of few rows
+constexpr int64_t kBlockChunks = 2;         // of many
+constexpr int64_t kUnpackRows =
+    2 * kNibbleRows + 1;                // from this many rows on, unpacking a block of int4 first is cheaper
 constexpr int64_t kStreamRows = 64;     // up to so many rows weights come from memory no faster than they are used up
+constexpr int64_t kStreamTiles = 3;     // up to so many, a tile asks for more lines than it has steps
 constexpr int64_t kStreamAhead = 8192;  // bytes
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -110,42 +113,54 @@ void unpack_values(uint8_t* out, const uint8_t* values, int64_t count) {
 }
 
 // All columns of a panel for Rows rows.
-template <class Step, int Rows, int Lines>
-void int_tile_panel(float* sums, const int32_t* x, const IntBlock& block, const char* ahead) {
+template <class Step, int Rows, bool Scaled, int Lines>
+void int_tile_panel(float* sums, const int32_t* x, const IntBlock& block, IntAhead ahead) {
   constexpr int64_t kColumns = int_vectors(Rows) * F::N;
   for (int64_t c = 0; c < kPanel; c += kColumns)
-    int_tile<Step, Rows, kColumns == kPanel ? Lines : 0>(sums + c, x, block, c, ahead);
+    int_tile<Step, Rows, Scaled, kColumns == kPanel || Lines == 1 ? Lines : 0>(sums + c, x, block, c, ahead);
 }
 
-// The block of weights that will be needed after this one.
+// What will be needed after this block: the next one of weights, and a part of the next one of x.
 struct Next {
-  const char* data;
-  int64_t bytes;
+  const char *w, *x;
+  int64_t w_bytes, x_bytes;
 };
 
-// One block of K for all rows: sums[rows][kPanel] += x w^T. Meanwhile the next block is brought into the cache.
-template <class Step>
-void multiply_block(float* sums, const int32_t* x, const IntBlock& block, int64_t rows, bool stream, Next next) {
-  using Tile = void (*)(float*, const int32_t*, const IntBlock&, const char*);
-  static constexpr Tile kTiles[][4] = {
-#define PYLLM_TILE(rows)                                                                        \
-  {int_tile_panel<Step, rows, 0>, int_tile_panel<Step, rows, 1>, int_tile_panel<Step, rows, 2>, \
-   int_tile_panel<Step, rows, 4>}
+using IntTile = void (*)(float*, const int32_t*, const IntBlock&, IntAhead);
+
+// The tile for a number of rows that prefetches so many lines at each step: 0, 1, 2 or 4.
+template <class Step, bool Scaled>
+IntTile tile_of(int64_t rows, int lines) {
+#define PYLLM_TILE(rows)                                                             \
+  {                                                                                  \
+    int_tile_panel<Step, rows, Scaled, 0>, int_tile_panel<Step, rows, Scaled, 1>,    \
+        int_tile_panel<Step, rows, Scaled, 2>, int_tile_panel<Step, rows, Scaled, 4> \
+  }
+  static constexpr IntTile kTiles[][4] = {
       PYLLM_TILE(1), PYLLM_TILE(2), PYLLM_TILE(3), PYLLM_TILE(4),
 #if PYLLM_HAS_VNNI
       PYLLM_TILE(5), PYLLM_TILE(6),
 #endif
-#undef PYLLM_TILE
   };
+#undef PYLLM_TILE
   static_assert(sizeof kTiles / sizeof kTiles[0] == kIntRows);
-  const int64_t tiles = divide_up(rows, kIntRows);
-  const int lines = !stream ? 0 : tiles == 1 ? 3 : tiles == 2 ? 2 : 1;
+  return kTiles[rows - 1][lines == 4 ? 3 : lines];
+}
+
+// One block of K for all rows: sums[rows][kPanel] += x w^T. Meanwhile what is next is brought into the cache: by a single
+// tile, which meets its weights in memory, what follows in the panel; else by each tile its share.
+template <class Step>
+void multiply_block(float* sums, const int32_t* x, const IntBlock& block, int64_t rows, const Next& next) {
+  const int64_t tiles = divide_up(rows, Step::kRows), steps = greatest(1, block.k / 4 / Step::kQuads);
+  const int lines = tiles == 1 ? 4 : tiles <= kStreamTiles ? 2 : 1;
+  const int64_t w_share = next.w_bytes / tiles, x_share = next.x_bytes / tiles;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, share = next.bytes * t / tiles;
-    const char* ahead = tiles == 1 ? reinterpret_cast<const char*>(block.values) + kStreamAhead : next.data + share;
-    if (!stream)
-      for (int64_t i = share; i < next.bytes * (t + 1) / tiles; i += 64) __builtin_prefetch(next.data + i, 0, 2);
-    kTiles[end - begin - 1][lines](sums + begin * kPanel, x + begin * plan::kIntStride, block, ahead);
+    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
+    const char* w = tiles == 1 ? reinterpret_cast<const char*>(block.values) + kStreamAhead : next.w + w_share * t;
+    const IntAhead ahead{w, next.x + x_share * t, divide_up(w_share, steps), divide_up(x_share, steps)};
+    const IntTile tile =
+        block.scales ? tile_of<Step, true>(end - begin, lines) : tile_of<Step, false>(end - begin, lines);
+    tile(sums + begin * kPanel, x + begin * plan::kIntStride, block, ahead);
   }
 }
 
@@ -185,23 +200,29 @@ void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t e
     std::memset(p.sums(worker, slot + panel - begin), 0, size_t(chunk.rows * kPanel) * sizeof(float));
   for (int64_t b = 0; b < blocks; ++b) {
     const int32_t* x = p.x + (b * p.rows + chunk.row) * plan::kIntStride;
+    // Each panel fetches its share of the next block of x, which for the last is the first one.
+    const auto* next_x = reinterpret_cast<const char*>(b + 1 < blocks ? x + p.rows * plan::kIntStride
+                                                                      : p.x + chunk.row * plan::kIntStride);
+    const int64_t x_bytes = p.streams ? 0 : chunk.rows * plan::kIntStride * 4 / (end - begin);
     for (int64_t panel = begin; panel < end; ++panel) {
       IntBlock block = block_of(w, data + panel * panel_bytes, b);
       float* sums = p.sums(worker, slot + panel - begin);
-      Next next{reinterpret_cast<const char*>(block.values) + panel_bytes, w.values_bytes(block.k)};
+      const int64_t bytes = w.values_bytes(block.k) + (w.group ? divide_up(block.k, w.group) * w.scales_bytes() : 0);
+      Next next{reinterpret_cast<const char*>(block.values) + panel_bytes, next_x + (panel - begin) * x_bytes, bytes,
+                x_bytes};
       if (panel + 1 == end && b + 1 < blocks)
-        next.data = reinterpret_cast<const char*>(block_of(w, data + begin * panel_bytes, b + 1).values);
+        next.w = reinterpret_cast<const char*>(block_of(w, data + begin * panel_bytes, b + 1).values);
       if (w.dtype == DType::i8) {
-        multiply_block<StepI8>(sums, x, block, chunk.rows, p.streams, next);
+        multiply_block<StepI8>(sums, x, block, chunk.rows, next);
       } else if (!p.unpack) {
-        multiply_block<StepI4>(sums, x, block, chunk.rows, p.streams, next);
+        multiply_block<StepI4>(sums, x, block, chunk.rows, next);
       } else {
         uint8_t* bytes = p.unpacked(worker);
         for (int64_t k = 0, g = 0; k < block.k; k += block.group, ++g)
           unpack_values(bytes + k * kPanel, block.values + g * block.values_stride, least(block.group, block.k - k));
         block.values = bytes;
         block.values_stride = block.group * kPanel;
-        multiply_block<StepUnpackedI4>(sums, x, block, chunk.rows, p.streams, next);
+        multiply_block<StepUnpackedI4>(sums, x, block, chunk.rows, next);
       }
     }
   }
@@ -225,9 +246,11 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
   for (int64_t i = begin; i < end && a.w.group == 0; ++i)
     scale_rows(p.sums(worker, i - begin), static_cast<const uint8_t*>(a.w.data) + i * a.w.panel_bytes(), a.w,
                chunk.rows);
-  for (int64_t i = 0; i < chunk.panels; ++i)
-    finish_panel(a, p.row + chunk.row, chunk.rows, chunk.panel + i, p.sums(worker, i * a.w.parts),
-                 p.sums(worker, i * a.w.parts + 1));
+  // Row by row, so that each is written from one end to the other: down a panel, every row is on another page.
+  for (int64_t r = 0; r < chunk.rows; ++r)
+    for (int64_t i = 0; i < chunk.panels; ++i)
+      finish_panel(a, p.row + chunk.row + r, 1, chunk.panel + i, p.sums(worker, i * a.w.parts) + r * kPanel,
+                   p.sums(worker, i * a.w.parts + 1) + r * kPanel);
 }
 
 void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& pool) {
@@ -242,11 +265,11 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   round_x(p, pool);
 
   // Few rows: single panels (several where they are small), each of which streams from memory. Many rows: blocks of
-  // rows by groups of panels that share a block of x, but no larger than leaves every thread several chunks.
+  // rows by groups of panels that share a block of x. No larger than leaves every thread several chunks.
   const int64_t panels = a.w.panels(), most = plan::kSlots / a.w.parts;
   const int64_t chunk_rows = plan::even_part(rows, plan::kRows), row_chunks = divide_up(rows, chunk_rows);
   const int64_t wanted = p.streams ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1) : most;
-  const int64_t share = panels * row_chunks / (kChunksPerThread * pool.threads());
+  const int64_t share = panels * row_chunks / ((p.streams ? kStreamChunks : kBlockChunks) * pool.threads());
   const int64_t group = greatest(1, least(least(wanted, most), share));
   const int64_t groups = divide_up(panels, group);
   parallel_for(pool, groups * row_chunks, [&](int64_t index, int worker) {
