@@ -18,14 +18,14 @@ from conftest import Record, sized
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import Ops
+from pyllm.ops import GROUP_SIZES, Ops
 
 Array = NDArray[Any]
 Multiply = Callable[[Array, int], Array]  # of x and the number of the copy -> x w^T
 
 SHAPES = sized([(2048, 8192), (8192, 2048), (2048, 3072), (768, 50257), (2048, 128256)], [(96, 130)])  # K, N
 ROWS = [1, 2, 4, 8, 16, 32, sized(512, 65)]
-DTYPES = ["float32", "float16", "bfloat16"]
+DTYPES = ["float32", "float16", "bfloat16", "int8", "int8/32", "int4", "int4/32", "int4/128"]  # /: elements of a group
 COLD_BYTES = sized(512 << 20, 1 << 16)  # what one pass over the copies reads at least, so that no cache holds it
 MOST_BYTES = 1100 << 20  # float32 weights of the largest head
 
@@ -34,37 +34,49 @@ MOST_BYTES = 1100 << 20  # float32 weights of the largest head
 class Case:
     """Weights as [N, K] and how often they must be copied so that no cache holds them all."""
 
+    dtype: str
+    group_size: int | None
     weights: Array
     copies: int
     want: Array
     x: Array
 
 
-def make_case(k: int, n: int, rows: int, dtype: str) -> Case:
+def make_case(k: int, n: int, rows: int, weights_as: str) -> Case:
+    dtype, _, group = weights_as.partition("/")
+    integers = dtype.startswith("int")
     rng = np.random.default_rng(5)
-    block = rng.standard_normal((min(n, 512), k), np.float32).astype(dtype)
+    block = rng.standard_normal((min(n, 512), k), np.float32).astype("bfloat16" if integers else dtype)
     weights = np.tile(block, (-(-n // len(block)), 1))[:n]
     x = rng.standard_normal((rows, k), np.float32)
     used = x.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else x
     want = np.tile(used @ block.astype(np.float32).T, (1, -(-n // len(block))))[:, :n]
-    copies = max(1, -(-COLD_BYTES // weights.nbytes)) if rows <= max(ROWS[:-1]) else 1
-    return Case(weights, copies, want, x)
+    packed_bytes = weight_bytes(n, k, dtype, int(group or 0))
+    copies = max(1, -(-COLD_BYTES // packed_bytes)) if rows <= max(ROWS[:-1]) else 1
+    return Case(dtype, int(group) if group else None, weights, copies, want, x)
+
+
+def weight_bytes(n: int, k: int, dtype: str, group: int) -> int:
+    """Bytes of the packed matrix."""
+    return _cpu.packed_bytes(n, k, dtype, group_size=group or GROUP_SIZES.get(dtype, 0))
 
 
 def ours(case: Case, ops: Ops) -> Multiply:
-    packed = [ops.pack(case.weights) for _ in range(case.copies)]
+    packed = [ops.pack(case.weights, dtype=case.dtype, group_size=case.group_size) for _ in range(case.copies)]
     out = np.empty(case.want.shape, np.float32)
     return lambda x, copy: ops.matmul(x, packed[copy], out=out)
 
 
 def numpy(case: Case, ops: Ops) -> Multiply:
-    if case.weights.dtype != np.float32:
+    if case.dtype != "float32":
         pytest.skip("numpy multiplies float32 only")
     copies = [case.weights.copy() for _ in range(case.copies)]
     return lambda x, copy: x @ copies[copy].T
 
 
 def torch(case: Case, ops: Ops) -> Multiply:
+    if case.dtype.startswith("int"):
+        pytest.skip("torch's linear has no such weights")
     library = pytest.importorskip("torch")
     library.set_num_threads(ops.threads)
     bits = case.weights.view(np.uint16) if case.weights.dtype == ml_dtypes.bfloat16 else case.weights
@@ -89,22 +101,25 @@ def test_matmul(
     record: Record,
 ) -> None:
     k, n = shape
-    weight_bytes = n * k * (4 if dtype == "float32" else 2)
-    if weight_bytes > MOST_BYTES:
+    name, _, group = dtype.partition("/")
+    size = weight_bytes(n, k, name, int(group or 0))
+    if size > MOST_BYTES:
         pytest.skip("more memory than a benchmark should take")
     case = make_case(k, n, rows, dtype)
     multiply = by(case, ops)
     copy = itertools.cycle(range(case.copies))
     # Where there are no bfloat16 dot products, bfloat16 weights are multiplied in float32, and float16 always.
-    peak = "bfloat16" if dtype == "bfloat16" and "bf16" in _cpu.active_isa() else "float32"
+    integers = name in ("int8", "int4")
+    peak = "int8" if integers else "bfloat16" if dtype == "bfloat16" and "bf16" in _cpu.active_isa() else "float32"
     record(
         dtype=peak,
-        bytes=weight_bytes + 4 * rows * (k + n),
+        bytes=size + 4 * rows * (k + n),
         operations=2 * rows * n * k,
         weights=dtype,
         by=by.__name__,
     )
     result = benchmark(lambda: multiply(case.x, next(copy)))
     got = np.asarray(result if isinstance(result, np.ndarray) else result.float())
-    tolerance = 1e-3 if by is ours else 5e-2  # torch rounds x, and the result, to the dtype of the weights
+    # Integers are rounded weights and rounded x; torch rounds x, and the result, to the dtype of the weights.
+    tolerance = {"int8": 2e-2, "int4": 0.2}.get(name, 1e-3) if by is ours else 5e-2
     assert np.abs(got - case.want).max() <= tolerance * np.abs(case.want).max()

@@ -77,7 +77,21 @@ STORIES_42M = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-SHAPES = {"gpt2": GPT2, "llama-1b": LLAMA_1B, "stories-42m": STORIES_42M, "tinyllama": TINYLLAMA}
+STORIES_260K = STORIES_42M | {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
+SHAPES = {
+    "gpt2": GPT2,
+    "llama-1b": LLAMA_1B,
+    "stories-42m": STORIES_42M,
+    "stories-260k": STORIES_260K,
+    "tinyllama": TINYLLAMA,
+}
 DTYPES = {"float32": (np.float32, "F32"), "float16": (np.float16, "F16"), "bfloat16": (ml_dtypes.bfloat16, "BF16")}
 BLOCK = 1 << 20
 

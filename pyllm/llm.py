@@ -168,10 +168,10 @@ class LLM:
         each = _params_for(len(listed), sampling_params, params)
         encoded = [self._encode_prompt(prompt) for prompt in listed]
         requests: list[Request] = []
-        with self._ended(requests):
+        with self._ended(requests) as interrupts:
             for prompt, one in zip(encoded, each, strict=True):
-                self._add(requests, prompt, one)
-            self._run(requests, progress)
+                self._add(requests, prompt, one, interrupts)
+            self._run(requests, progress, interrupts)
         return [self._result(request) for request in requests]
 
     def stream(
@@ -327,47 +327,62 @@ class LLM:
             raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
         return text, [_checked_id(i, token) for i, token in enumerate(ids)]
 
-    def _add(self, requests: list[Request], prompt: tuple[str | None, list[int]], params: SamplingParams) -> None:
+    def _add(
+        self,
+        requests: list[Request],
+        prompt: tuple[str | None, list[int]],
+        params: SamplingParams,
+        interrupts: _Interrupts,
+    ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded with skip_tokenizer_init")
         seed = params.seed if params.seed is not None else self.seed
-        with self._lock, _interrupts_wait():
+        with self._lock, interrupts:
             requests.append(self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed))
 
     @contextmanager
-    def _ended(self, requests: list[Request]) -> Iterator[None]:
+    def _ended(self, requests: list[Request]) -> Iterator[_Interrupts]:
         """Whatever happens inside, nothing of these requests stays in the engine."""
+        interrupts = _Interrupts()
         try:
-            yield
+            yield interrupts
         finally:
-            with self._lock, _interrupts_wait():
-                for request in requests:
-                    self.engine.abort(request)
+            try:
+                with self._lock, interrupts:
+                    for request in requests:
+                        self.engine.abort(request)
+            finally:
+                interrupts.remove()
 
-    def _step(self) -> None:
-        with self._lock, _interrupts_wait():
+    def _step(self, interrupts: _Interrupts) -> None:
+        with self._lock, interrupts:
             self.engine.step()
 
-    def _run(self, requests: list[Request], progress: Callable[[int, int], None] | None) -> None:
-        finished = -1
-        while any(not request.finished for request in requests):
-            self._step()
+    def _run(
+        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: _Interrupts
+    ) -> None:
+        finished, left = -1, list(requests)
+        while left:
+            if left[-1].finished:
+                left.pop()
+                continue
+            self._step(interrupts)
             if progress and (now := sum(request.finished for request in requests)) != finished:
                 finished = now
                 progress(finished, len(requests))
 
     def _stream(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[StreamOutput]:
         requests: list[Request] = []
-        with self._ended(requests):
-            self._add(requests, prompt, params)
+        with self._ended(requests) as interrupts:
+            self._add(requests, prompt, params, interrupts)
             [request] = requests
             request.streamed = True
             while not request.finished or request.pieces:
                 while request.pieces:
                     yield request.pieces.popleft()
                 if not request.finished:
-                    self._step()
+                    self._step(interrupts)
         self._result(request)
 
     def _result(self, request: Request) -> RequestOutput:
@@ -411,32 +426,43 @@ def _generation_end_ids(folder: Path) -> list[int]:
     return listed
 
 
-class _interrupts_wait:  # noqa: N801  # reads as what it does
-    """Hold Ctrl-C back while bookkeeping must not stop halfway; a second one comes through at once.
+class _Interrupts:
+    """Ctrl-C while requests are in the engine: inside ``with interrupts``, where bookkeeping must not stop halfway, it
+    waits for the end of the block; a second one comes through at once.
 
-    It acts in the main thread and where Python's own handler is in place: other handlers are their owner's business.
+    Until `remove` its handler stands where Python's own did, in the main thread: other handlers are their owner's
+    business. Outside the blocks it does what Python's own does.
     """
 
-    def __enter__(self) -> None:
-        self.pending = False
-        self.active = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    def __init__(self) -> None:
+        self._pending = self._held = False
+        self._before = signal.getsignal(signal.SIGINT)
+        replaceable = self._before is signal.default_int_handler or isinstance(
+            getattr(self._before, "__self__", None), _Interrupts
         )
-        if self.active:
+        self._thread = None
+        if replaceable and threading.current_thread() is threading.main_thread():
+            self._thread = threading.get_ident()
             signal.signal(signal.SIGINT, self._note)
 
+    def remove(self) -> None:
+        """Put the handler back that was there before."""
+        if self._thread == threading.get_ident() and signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, self._before)
+
+    def __enter__(self) -> None:
+        self._held = self._thread == threading.get_ident()
+
     def __exit__(self, *_: object) -> None:
-        if self.active:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.pending:
-            self.pending = False
+        self._held = False
+        if self._pending:
+            self._pending = False
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pending:
+        if self._pending or not self._held:
             raise KeyboardInterrupt
-        self.pending = True
+        self._pending = True
 
 
 def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:

@@ -296,6 +296,7 @@ SAMPLE_ROW = np.dtype(
         ("frequency_penalty", np.float32),
     ]
 )
+GREEDY_ROW = np.array([(0, 0, 0, 0, 0, 1, 0, 1, 0, 0)], SAMPLE_ROW)  # chooses the largest logit
 
 
 class SampleInputs(NamedTuple):
@@ -316,12 +317,12 @@ class SamplingState:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], seed: int, stream: int = 0) -> None:
         """State before the first output token."""
-        self.row = np.zeros(1, SAMPLE_ROW)
+        self.position = 0  # of the next draw: tokens chosen so far
+        self._row = np.zeros(1, SAMPLE_ROW)
         for name in SAMPLE_ROW.names or ():
             if name not in ("seed", "position", "stream"):
-                self.row[name] = getattr(params, name)
-        self.row["seed"], self.row["stream"] = seed, stream
-        self._position = self.row["position"]
+                self._row[name] = getattr(params, name)
+        self._row["seed"], self._row["stream"] = seed, stream
         self.allowed = np.array(params.allowed_token_ids or (), np.int32)
         self.bias_ids = np.array(list(params.logit_bias), np.int32)
         self.bias_values = np.array(list(params.logit_bias.values()), np.float32)
@@ -334,6 +335,12 @@ class SamplingState:
         self.plain = not (params.penalised or params.logit_bias or params.allowed_token_ids)  # nothing but its row
 
     @property
+    def row(self) -> NDArray[np.void]:
+        """[1] of SAMPLE_ROW for the next draw."""
+        self._row["position"] = self.position
+        return self._row
+
+    @property
     def history(self) -> tuple[Int32s, Int32s]:
         """Distinct tokens of prompt and output, and how often each stands in the output; empty without penalties."""
         used = len(self._place) if self._place else 0
@@ -341,7 +348,7 @@ class SamplingState:
 
     def append(self, token: int) -> None:
         """The sequence goes on with `token`."""
-        self._position[0] += 1
+        self.position += 1
         if self._place is None:
             return
         place = self._place.setdefault(token, len(self._place))

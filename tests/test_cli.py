@@ -152,6 +152,9 @@ def test_plan_reads_headers_only(tiny_folder: Path):
     assert plan["fits"] is True
     assert plan["total"] == plan["weights"] + plan["cache"] + plan["workspace"]
     assert b"it fits" in pyllm("plan", "-m", tiny_folder).stdout
+    smaller = json.loads(pyllm("plan", "-m", tiny_folder, "--quantization", "int4", "--json").stdout)
+    assert smaller["weights"] < plan["weights"]
+    assert smaller["dtype"] == "int4 (embedding and head int8)"
 
 
 def test_bench_reports_fractions(tiny_folder: Path):

@@ -13,6 +13,7 @@ from pyllm.cache import KVCache
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.models import read_spec
+from pyllm.sampling import SamplingState
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODELS = ["gpt2", "llama", "llama-tied-biased", "mistral", "qwen3"]
@@ -43,7 +44,8 @@ def logits_of(llm: LLM, ids: list[int], chunks: list[int]) -> np.ndarray:
     for count in chunks:
         work = Work(sequence, start, count, True)
         if count == 1:
-            rows.append(llm._runner.decode([work]).copy())
+            logits, _ = llm._runner.decode([work], [SamplingState(SamplingParams(), ids, seed=0)])
+            rows.append(logits.copy())
         else:
             x = llm._runner.forward([work])
             rows += [piece.copy() for _, piece in llm._runner.logits(x, np.arange(count, dtype=np.int32))]

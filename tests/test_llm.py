@@ -397,3 +397,42 @@ def test_hidden_states_are_one_more_than_layers(llm: LLM) -> None:
     assert out.hidden_states is not None
     assert len(out.hidden_states) == len(llm.spec.blocks) + 1
     assert all(h.shape == (len(out.logits), llm.spec.hidden) for h in out.hidden_states)
+
+
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.5), ("int4", 0.35)])
+def test_quantization_shrinks_the_weights_and_keeps_the_logits_near(
+    folder: Path, shared: LLM, quantization: str, most: float
+) -> None:
+    llm = LLM(folder, threads=2, quantization=quantization)
+    ids = list(range(3, 40))
+    want, got = shared.forward(ids).logits, llm.forward(ids).logits
+    error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+    assert 0 < error < (0.05 if quantization == "int8" else 0.5)
+    assert llm.plan.weights == llm.model.weights.nbytes < most * shared.model.weights.nbytes
+    assert llm.plan.dtype == llm.model.weights.dtype
+    assert llm.plan.dtype.startswith(quantization)
+    assert ("embedding and head int8" in llm.plan.dtype) == (quantization == "int4")
+    assert llm.plan.cache_dtype == shared.plan.cache_dtype
+
+
+def test_quantization_skips_what_it_is_told_to(folder: Path, shared: LLM) -> None:
+    llm = LLM(folder, threads=2, quantization="int8", quantization_skip=["blocks.0.*", "*.mlp.down.weight"])
+    first, second = llm.model.weights.blocks[:2]
+    assert [m.dtype for m in (first.qkv, first.out, first.up, first.down)] == ["float32"] * 4
+    assert [m.dtype for m in (second.qkv, second.out, second.up, second.down)] == ["int8"] * 3 + ["float32"]
+    assert llm.model.weights.embed.dtype == "int8"
+    assert llm.plan.dtype == "int8 (blocks.0.*, *.mlp.down.weight float32)"
+    assert llm.plan.weights == llm.model.weights.nbytes
+    everything = LLM(folder, threads=2, quantization="int4", quantization_skip=["*"])
+    assert np.array_equal(everything.forward([5, 6, 7]).logits, shared.forward([5, 6, 7]).logits)
+
+
+def test_quantizations_that_do_not_exist(folder: Path) -> None:
+    with pytest.raises(ValueError, match="quantization: expected None, int8 or int4, got 'int3'"):
+        LLM(folder, quantization="int3")
+    with pytest.raises(ValueError, match=r"dtype: expected auto, .* got 'int8'; for integers give quantization='int8'"):
+        LLM(folder, dtype="int8")
+    with pytest.raises(ValueError, match=r"quantization_skip: .*'layers.0', which matches none"):
+        LLM(folder, quantization="int8", quantization_skip=["layers.0"])
+    with pytest.raises(ValueError, match="quantization_skip: expected a sequence of patterns, got the text 'embed'"):
+        LLM(folder, quantization="int8", quantization_skip="embed")

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pyllm.ops import Ops
+from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingParams, SamplingState, sample_inputs
 
 E, BLOCKS = 16, 3
 
@@ -102,4 +103,31 @@ def test_values_that_the_graph_itself_writes_are_checked_too() -> None:
     ops.gather(x, index)
     graph = ops.end_recording()
     with pytest.raises(ValueError, match="index"):
+        ops.replay(graph)
+
+
+def test_a_recorded_draw_is_that_of_its_rows_at_each_replay() -> None:
+    """Rows are read and checked anew; lists beside them change their length, so they cannot be recorded."""
+    ops, rows = Ops(threads=2), np.repeat(GREEDY_ROW, 3)
+    logits = np.random.default_rng(0).normal(0, 2, (3, 100)).astype(np.float32)
+    state = SamplingState(SamplingParams(top_k=50, logit_bias={1: 1.0}), [], seed=5)
+    ops.begin_recording()
+    drawn = ops.sample(logits, SampleInputs(rows))
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        ops.sample(logits[:1], sample_inputs([state]))
+    graph = ops.end_recording()
+
+    ops.replay(graph)
+    assert np.array_equal(drawn, logits.argmax(1))
+    seen = set()
+    for position in range(20):
+        state.position = position
+        rows[:] = state.row
+        ops.replay(graph)
+        assert np.array_equal(drawn, ops.sample(logits, SampleInputs(rows)))
+        seen.add(tuple(drawn))
+    assert len(seen) > 1
+
+    rows["top_p"][1] = 2
+    with pytest.raises(ValueError, match="top_p of row 1"):
         ops.replay(graph)

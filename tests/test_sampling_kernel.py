@@ -41,7 +41,7 @@ def inputs(params: SamplingParams, count: int, seed: int = 3, position: int = 0)
     """`count` rows of equal parameters, each with the draw of a position of its own."""
     states = [SamplingState(params, [], seed) for _ in range(count)]
     for i, state in enumerate(states):
-        state.row["position"] = position + i
+        state.position = position + i
     return sample_inputs(states)
 
 

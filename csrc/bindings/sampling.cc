@@ -20,7 +20,22 @@ void check_range(bool ok, const char* name, int64_t row, const char* expected, d
   if (!ok) throw py::value_error(at(name, row) + ": expected " + expected + ", got " + std::to_string(got));
 }
 
-// rows: a structured array [R] of pyllm.sampling.SAMPLE_ROW.
+void check_rows(const SampleArgs& args) {
+  for (int64_t r = 0; r < args.count; ++r) {
+    const SampleRow& row = args.rows[r];
+    check_range(std::isfinite(row.temperature) && row.temperature >= 0, "temperature", r, "a finite number >= 0",
+                row.temperature);
+    check_range(row.top_p > 0 && row.top_p <= 1, "top_p", r, "0 < top_p <= 1", row.top_p);
+    check_range(row.min_p >= 0 && row.min_p <= 1, "min_p", r, "0 <= min_p <= 1", row.min_p);
+    check_range(row.top_k >= 0, "top_k", r, ">= 0", row.top_k);
+    check_range(std::isfinite(row.repetition_penalty) && row.repetition_penalty > 0, "repetition_penalty", r,
+                "a finite number > 0", row.repetition_penalty);
+    check_range(std::isfinite(row.presence_penalty), "presence_penalty", r, "a finite number", row.presence_penalty);
+    check_range(std::isfinite(row.frequency_penalty), "frequency_penalty", r, "a finite number", row.frequency_penalty);
+  }
+}
+
+// rows: a structured array [R] of pyllm.sampling.SAMPLE_ROW; check_rows looks at the values.
 const SampleRow* sample_rows(const py::object& object, int64_t count) {
   if (!py::isinstance<py::array>(object))
     throw py::type_error("rows: expected a numpy array of pyllm.sampling.SAMPLE_ROW, got " +
@@ -37,20 +52,7 @@ const SampleRow* sample_rows(const py::object& object, int64_t count) {
   const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % alignof(SampleRow) == 0;
   if (a.ndim() != 1 || a.shape(0) != count || (count > 1 && a.strides(0) != py::ssize_t(sizeof(SampleRow))) || !aligned)
     throw py::value_error("rows: expected a contiguous array [" + std::to_string(count) + "], got " + shape_text(a));
-  const auto* rows = static_cast<const SampleRow*>(a.data());
-  for (int64_t r = 0; r < count; ++r) {
-    const SampleRow& row = rows[r];
-    check_range(std::isfinite(row.temperature) && row.temperature >= 0, "temperature", r, "a finite number >= 0",
-                row.temperature);
-    check_range(row.top_p > 0 && row.top_p <= 1, "top_p", r, "0 < top_p <= 1", row.top_p);
-    check_range(row.min_p >= 0 && row.min_p <= 1, "min_p", r, "0 <= min_p <= 1", row.min_p);
-    check_range(row.top_k >= 0, "top_k", r, ">= 0", row.top_k);
-    check_range(std::isfinite(row.repetition_penalty) && row.repetition_penalty > 0, "repetition_penalty", r,
-                "a finite number > 0", row.repetition_penalty);
-    check_range(std::isfinite(row.presence_penalty), "presence_penalty", r, "a finite number", row.presence_penalty);
-    check_range(std::isfinite(row.frequency_penalty), "frequency_penalty", r, "a finite number", row.frequency_penalty);
-  }
-  return rows;
+  return static_cast<const SampleRow*>(a.data());
 }
 
 // A tuple (starts int64[R + 1], ids int32[n], ...) or None; `values` is what follows the ids.
@@ -76,8 +78,10 @@ RowLists lists_of(const py::object& object, const char* name, size_t parts, int6
 
 void sample(Context& context, const py::object& tokens, const py::object& logits, const py::object& rows,
             const py::object& history, const py::object& bias, const py::object& allowed) {
-  if (context.recording())
-    throw py::value_error("sample cannot be recorded into a graph: its lists change their length from step to step");
+  if (context.recording() && !(history.is_none() && bias.is_none() && allowed.is_none()))
+    throw py::value_error(
+        "sample with history, bias or allowed tokens cannot be recorded into a graph: these lists change their length "
+        "from step to step");
   const auto x = rows_of<float>(logits, "logits", -1, -1);
   if (x.cols > INT32_MAX)
     throw py::value_error("logits: expected at most 2^31 - 1 columns, got " + std::to_string(x.cols));
@@ -98,7 +102,7 @@ void sample(Context& context, const py::object& tokens, const py::object& logits
                               std::to_string(args.bias_values[i]));
   }
   args.allowed = lists_of(allowed, "allowed", 2, x.rows, x.cols, &length, &values);
-  context.submit(&cpu::KernelTable::sample, args, {tokens, logits, rows, history, bias, allowed});
+  context.submit(&cpu::KernelTable::sample, args, {tokens, logits, rows, history, bias, allowed}, &check_rows);
 }
 
 void check_values(const LogprobsArgs& a) { check_ids(a.ids, a.count, a.vocab, "ids", "a token"); }

@@ -123,41 +123,38 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return
-        logits = self._compute(plan)
+        logits, drawn = self._compute(plan)
         self.scheduler.advance(plan)
-        self._choose([self._running[work.sequence] for work in plan if work.last], logits)
+        self._choose([self._running[work.sequence] for work in plan if work.last], logits, drawn)
         for work in plan:
-            if work.start + work.count == work.sequence.limit and work.sequence in self._running:
+            if not work.last and work.start + work.count == work.sequence.limit:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
         self._count(plan, time.perf_counter() - began)
 
-    def _compute(self, plan: list[Work]) -> F32:
-        """Logits of the sequences that reached their end, in order."""
-        single = all(work.last and work.count == 1 for work in plan)
-        if single and self.use_graphs and not any(self._scores_prompt(work) for work in plan):
-            return self.runner.decode(plan)
+    def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
+        """Logits of the sequences that reached their end, in order; of a recorded step also what it drew from them."""
+        if self.use_graphs and all(w.last and w.count == 1 and not self._scores_prompt(w) for w in plan):
+            return self.runner.decode(plan, [self._running[work.sequence].sampling for work in plan])
         x = self.runner.forward(plan)
         row = 0
         for work in plan:
             if self._scores_prompt(work):
                 self._score_prompt(work, x, row)
             row += work.count
-        return self.runner.last_logits(plan, x)
+        return self.runner.last_logits(plan, x), None
 
-    def _choose(self, completions: list[Completion], logits: F32) -> None:
+    def _choose(self, completions: list[Completion], logits: F32, drawn: list[int] | None) -> None:
         """The next token of each of these completions."""
         if not completions:
             return
-        chosen = self.sampler.sample(logits, [c.sampling for c in completions])
-        for i, completion in enumerate(completions):
-            token = int(chosen.tokens[i])
+        chosen = self.sampler.sample(logits, [c.sampling for c in completions], drawn)
+        for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             if token < 0:
                 self._fail(completion)
                 continue
             completion.sequence.tokens.append(token)
             completion.output.token_ids.append(token)
             completion.sampling.append(token)
-            entry = chosen.logprobs[i]
             if entry is not None:
                 assert completion.output.logprobs is not None and completion.output.cumulative_logprob is not None
                 completion.output.logprobs.append(self._described(entry, completion.request.params))
@@ -165,7 +162,7 @@ class Engine:
             self._advance(completion, token)
 
     def _advance(self, completion: Completion, token: int) -> None:
-        """Take in a new token: its text, and whether the completion ends with it."""
+        """Take in a new token: its text, whether the completion ends with it, and what a reader gets of it."""
         params, sequence = completion.request.params, completion.sequence
         may_stop = sequence.generated >= params.min_tokens
         ends = may_stop and token in self.end_ids and not params.ignore_eos
@@ -179,7 +176,8 @@ class Engine:
             self._finish(completion, "stop", found)
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(completion, "length")
-        completion.deliver([token])
+        if completion.request.streamed:
+            completion.deliver([token])
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
         self.scheduler.remove(completion.sequence)
@@ -220,9 +218,10 @@ class Engine:
         return None if np.isfinite(self.runner.last_logits([work], x)).all() else "the head"
 
     def _scores_prompt(self, work: Work) -> bool:
+        if work.start >= work.sequence.prompt_length - 1:
+            return False
         request = self._running[work.sequence].request
-        first = request.completions[0].sequence is work.sequence
-        return first and request.prompt_logprobs is not None and work.start < work.sequence.prompt_length - 1
+        return request.prompt_logprobs is not None and request.completions[0].sequence is work.sequence
 
     def _score_prompt(self, work: Work, x: F32, row: int) -> None:
         """Log-probabilities of the prompt tokens that follow this work's tokens, whose first row of x is `row`."""
@@ -263,20 +262,20 @@ class Engine:
 
     def _count(self, plan: list[Work], seconds: float) -> None:
         stats = self.stats
-        stats.generated_tokens += sum(work.last for work in plan)
         stats.preemptions = self.scheduler.preemptions
-        prompt_tokens = sum(
-            max(0, min(work.start + work.count, work.sequence.prompt_length) - work.start) for work in plan
-        )
+        prompt_tokens = 0
+        for work in plan:
+            stats.generated_tokens += work.last
+            if work.start < work.sequence.prompt_length:
+                prompt_tokens += min(work.start + work.count, work.sequence.prompt_length) - work.start
+                if 0 < work.start == work.sequence.cached:
+                    stats.cached_tokens += work.start
         stats.prompt_tokens += prompt_tokens
         if prompt_tokens:
             stats.prompt_seconds += seconds
         else:
             stats.generation_seconds += seconds
             stats.decode_steps += 1
-        for work in plan:
-            if 0 < work.start == work.sequence.cached < work.sequence.prompt_length:
-                stats.cached_tokens += work.start
 
     def _reset(self) -> None:
         """End every request and forget all blocks."""

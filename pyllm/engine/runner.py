@@ -1,7 +1,8 @@
 """Runs one step of the model: fills the step's arrays from the scheduler's plan and calls the kernels.
 
-A step in which every sequence has one token (decoding) is recorded once for each number of sequences and replayed; any
-other step calls the kernels directly. Both are the same model code and give the same bits.
+A step in which every sequence has one token (decoding) is recorded once for each number of sequences, up to the choice
+of the next tokens, and replayed; any other step calls the kernels directly. Both are the same model code and give the
+same bits.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.batch import I32, Batch
@@ -20,6 +22,7 @@ from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.model import Model
 from pyllm.ops import F32, Arena, Ops
+from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
 MAX_GRAPHS = 8  # recorded steps kept, by number of sequences
@@ -28,12 +31,23 @@ HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of
 
 @dataclass
 class _Recorded:
-    """A recorded decode step of B sequences with its arrays; `rows` tells whose block table stands in which row."""
+    """A recorded decode step of B sequences with its arrays; `seats` tells who has which row of tables and draws.
+
+    What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
+    """
 
     graph: _cpu.Graph
     batch: Batch
     logits: F32
-    rows: list[tuple[Sequence | None, int, int]] = field(default_factory=list)
+    draws: NDArray[np.void]  # [B] of SAMPLE_ROW: how each token is chosen
+    chosen: I32  # [B] the tokens chosen
+    seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
+
+    def __post_init__(self) -> None:
+        """Views of the arrays."""
+        self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
+        self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
+        self.draw_positions, self.drawn = self.draws["position"].data, self.chosen.data
 
 
 class Runner:
@@ -51,26 +65,32 @@ class Runner:
         self._recorded: OrderedDict[int, _Recorded] = OrderedDict()
         self._inv_freq: dict[object, F32] = {}
 
-    def decode(self, plan: Seq[Work]) -> F32:
-        """Logits [B, V] after one more token of each sequence; the array is reused by the next step."""
+    def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
+        """Logits [B, V] after one more token of each sequence, and the tokens [B] that `states` choose from them.
+
+        These are None unless all states are plain. The arrays are reused by the next step.
+        """
         step = self._recorded.get(len(plan)) or self._record(len(plan))
         self._recorded.move_to_end(len(plan))
-        batch = step.batch
-        for i, work in enumerate(plan):
+        plain = True
+        for i, (work, state) in enumerate(zip(plan, states, strict=True)):
             sequence, position = work.sequence, work.start
-            batch.tokens[i] = sequence.tokens[position]
-            batch.positions[i] = position
-            batch.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-            batch.lengths[i] = position + 1
+            step.tokens[i] = sequence.tokens[position]
+            step.positions[i] = position
+            step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+            step.lengths[i] = position + 1
             count = len(sequence.blocks)
-            holder, residence, known = step.rows[i]
+            holder, residence, known = step.seats[i]
             if holder is not sequence or residence != sequence.residence or known != count:
-                batch.tables[i, :count] = sequence.table[:count]
-                step.rows[i] = (sequence, sequence.residence, count)
-            if batch.rope_rows is not None:
-                self._fill_rope(batch, i, sequence, position)
+                step.batch.tables[i, :count] = sequence.table[:count]
+                step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
+                step.seats[i] = (sequence, sequence.residence, count)
+            step.draw_positions[i] = state.position
+            plain = plain and state.plain
+            if step.batch.rope_rows is not None:
+                self._fill_rope(step.batch, i, sequence, position)
         self.ops.replay(step.graph)
-        return step.logits
+        return step.logits, step.drawn.tolist() if plain else None
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
@@ -136,18 +156,20 @@ class Runner:
         batch = Batch.empty(sequences, sequences, self.table_width, spec.rope)
         batch.starts[:] = np.arange(sequences + 1)
         rows = np.arange(sequences, dtype=np.int32)
+        draws = np.repeat(GREEDY_ROW, sequences)
         try:
             self.ops.use_arena(self._decode_arena)
             self.ops.release(0)
             self.ops.begin_recording()
             x = self.model.forward(self.ops, batch, self.cache)
             logits = self.model.logits(self.ops, x, rows)
+            drawn = self.ops.sample(logits, SampleInputs(draws))
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
         if len(self._recorded) >= MAX_GRAPHS:
             self._recorded.popitem(last=False)
-        step = _Recorded(graph, batch, logits, [(None, 0, 0)] * sequences)
+        step = _Recorded(graph, batch, logits, draws, drawn, [(None, 0, 0)] * sequences)
         self._recorded[sequences] = step
         return step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,9 +39,13 @@ class RowState(SamplingState):
         self._output: list[int] = []
         self._ends = sorted({*end_ids, *(i for i in params.stop_token_ids if i < vocab)})
         self._bad_words = _bad_words(params, tokenizer)
+        self.plain = self.plain and not self._bad_words and params.min_tokens == 0  # nothing is ever forbidden
 
     def append(self, token: int) -> None:
         """The token was chosen."""
+        if self.plain:  # nothing hangs on the tokens
+            self.position += 1
+            return
         super().append(token)
         self._output.append(token)
 
@@ -55,11 +59,10 @@ class RowState(SamplingState):
         return banned
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """Tokens [R], -1 where the logits are no numbers; log-probabilities for the rows that asked for them."""
 
-    tokens: I32
+    tokens: list[int]
     logprobs: list[dict[int, Logprob] | None]
 
 
@@ -69,18 +72,24 @@ class Sampler:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
 
-    def sample(self, logits: F32, states: Sequence[RowState]) -> Chosen:
-        """The next token for each row of logits [R, V], which are changed in place."""
-        forbidden = [s.forbidden() for s in states]
-        inputs = sample_inputs(states, forbidden if any(forbidden) else None)
+    def sample(self, logits: F32, states: Sequence[RowState], drawn: list[int] | None = None) -> Chosen:
+        """The next token for each row of logits [R, V], which are changed in place.
+
+        `drawn` are tokens that the step has chosen already, where it could.
+        """
         wanted = [s.params.logprobs for s in states]
-        asked = max((n for n in wanted if n is not None), default=None)
-        changed = inputs.history or inputs.bias or inputs.allowed
-        raw = logits.copy() if asked is not None and changed else logits
-        tokens = self.ops.sample(logits, inputs)
-        if asked is None:
+        silent = wanted.count(None) == len(wanted)
+        if drawn is not None:
+            tokens, raw = drawn, logits
+        else:
+            forbidden = [s.forbidden() for s in states]
+            inputs = sample_inputs(states, forbidden if any(forbidden) else None)
+            changed = inputs.history or inputs.bias or inputs.allowed
+            raw = logits.copy() if changed and not silent else logits
+            tokens = self.ops.sample(logits, inputs).tolist()
+        if silent:
             return Chosen(tokens, [None] * len(states))
-        entries = self.logprobs(raw, np.maximum(tokens, 0), asked)
+        entries = self.logprobs(raw, np.maximum(np.array(tokens, np.int32), 0), max(n for n in wanted if n is not None))
         return Chosen(tokens, [_first(e, n) if n is not None else None for e, n in zip(entries, wanted, strict=True)])
 
     def logprobs(self, logits: F32, ids: I32, top: int) -> list[dict[int, Logprob]]:

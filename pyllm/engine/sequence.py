@@ -50,19 +50,22 @@ class Sequence:
     def reserve(self, pool: BlockPool, tokens: int) -> bool:
         """Hold blocks for the first `tokens` tokens; False, with nothing taken, where the pool has too few."""
         missing = blocks_for(tokens) - len(self.blocks)
+        if missing <= 0:
+            return True
         if missing > pool.free:
             return False
-        if missing > 0:
-            self._append([pool.take() for _ in range(missing)])
+        self._append([pool.take() for _ in range(missing)])
         return True
 
     def publish(self, pool: BlockPool, until: int) -> None:
         """Make the blocks that are full once `until` tokens are computed findable for others."""
         full = until // BLOCK_TOKENS
+        if full <= self._published:
+            return
         self._hash_until(full)
         for i in range(self._published, full):
             pool.publish(self.blocks[i], self._hashes[i])
-        self._published = max(self._published, full)
+        self._published = full
 
     def leave(self, pool: BlockPool) -> None:
         """Give all blocks back; what was computed is forgotten, but may be found again by its hash."""

@@ -20,7 +20,8 @@ using simd::F;
 constexpr int64_t kInlineCopy =
     16384;  // elements of x below which copying it on several threads costs more than it saves
 constexpr int64_t kChunkBytes = 64 * 1024;     // of weights, at least, that a worker takes at a time
-constexpr int64_t kChunksPerThread = 8;        // at least, so that threads finish together on a noisy machine
+constexpr int64_t kStreamChunks = 8;           // per thread, at least, so that threads finish together: of few rows
+constexpr int64_t kBlockChunks = 2;            // of many
 constexpr int64_t kWidenRows = 2 * kTileRows;  // from this many rows on, widening a block of weights first is cheaper
 
 constexpr int64_t kStreamTiles =
@@ -83,30 +84,31 @@ void copy_x(const Pass& p, void* dst, Parallel& pool) {
   }
 }
 
-// The block of weights that will be needed after this one.
+// What will be needed after this block: the next one of weights, and a part of the next one of x.
 struct Next {
-  const char* data;
-  int64_t bytes;
+  const char *w, *x;
+  int64_t w_bytes, x_bytes;
 };
 
 // All columns of a panel for Rows rows.
-template <class Step, int Rows, bool Prefetch>
+template <class Step, int Rows, Fetch kFetch>
 void tile_panel(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, int64_t columns,
                 bool first, Ahead ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
-  constexpr bool kWhole = kColumns == kPanel;
+  constexpr Fetch kUsed = kColumns == kPanel || kFetch == Fetch::next ? kFetch : Fetch::none;
   for (int64_t c = 0; c < columns; c += kColumns)
-    tile<Step, Rows, Prefetch && kWhole>(sums + c, x, w + c * Step::kColumn, steps, first, ahead);
+    tile<Step, Rows, kUsed>(sums + c, x, w + c * Step::kColumn, steps, first, ahead);
 }
 
 // One block of K for all rows: sums[rows][kPanel] (+)= x w^T over the first `columns` columns of the panel. Meanwhile
-// the next block is brought into the cache.
+// what is next is brought into the cache.
 template <class Step>
 void multiply_block(float* sums, const typename Step::X* x, const void* weights, int64_t rows, int64_t steps,
                     int64_t columns, bool first, Next next) {
   using Tile = void (*)(float*, const typename Step::X*, const typename Step::W*, int64_t, int64_t, bool, Ahead);
-  static constexpr Tile kTiles[][2] = {
-#define PYLLM_TILE(rows) {tile_panel<Step, rows, false>, tile_panel<Step, rows, true>}
+  static constexpr Tile kTiles[][3] = {
+#define PYLLM_TILE(rows) \
+  {tile_panel<Step, rows, Fetch::none>, tile_panel<Step, rows, Fetch::stream>, tile_panel<Step, rows, Fetch::next>}
       PYLLM_TILE(1), PYLLM_TILE(2), PYLLM_TILE(3), PYLLM_TILE(4),
 #if !defined(PYLLM_ISA_BASELINE)
       PYLLM_TILE(5), PYLLM_TILE(6),
@@ -117,17 +119,19 @@ void multiply_block(float* sums, const typename Step::X* x, const void* weights,
   const auto* w = static_cast<const typename Step::W*>(weights);
   const int64_t step_bytes = Step::kW * int64_t(sizeof(typename Step::W));
   const int64_t tiles = divide_up(rows, kTileRows);
+  const bool alone = tiles == 1;
+  const Fetch fetch = !alone                    ? tiles <= kStreamTiles ? Fetch::stream : Fetch::next
+                      : streams_need_prefetch() ? Fetch::stream
+                                                : Fetch::none;
   // With several tiles only the first meets weights that are not in the cache yet, so each fetches its share of what
   // comes next.
-  const bool stream = tiles <= kStreamTiles && (tiles > 1 || streams_need_prefetch());
+  const int64_t w_share = next.w_bytes / tiles, x_share = next.x_bytes / tiles, spread = greatest(1, steps);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-    const int64_t share = next.bytes * t / tiles;
-    const Ahead ahead = tiles == 1 ? Ahead{static_cast<const char*>(weights) + kStreamAhead, step_bytes}
-                                   : Ahead{next.data + share, step_bytes / tiles};
-    if (!stream && tiles > 1)
-      for (int64_t i = share; i < next.bytes * (t + 1) / tiles; i += 64) __builtin_prefetch(next.data + i, 0, 2);
-    kTiles[end - begin - 1][stream](sums + begin * kPanel, x + begin * kRowStride, w, steps, columns, first, ahead);
+    const Ahead ahead = alone ? Ahead{static_cast<const char*>(weights) + kStreamAhead, step_bytes, nullptr, 0}
+                              : Ahead{next.w + w_share * t, divide_up(w_share, spread), next.x + x_share * t,
+                                      divide_up(x_share, spread)};
+    kTiles[end - begin - 1][int(fetch)](sums + begin * kPanel, x + begin * kRowStride, w, steps, columns, first, ahead);
   }
 }
 
@@ -161,18 +165,18 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
   int64_t s = 0;
   do {
     const int64_t steps = least(p.block, p.steps - s);
+    const bool last = s + steps == p.steps;
     const auto* x = static_cast<const float*>(p.x) + s / p.block * p.x_block + chunk.row * kRowStride;
-#if PYLLM_HAS_AMX  // whose loads wait long for x that has left the cache: each panel fetches its share of what follows
-    const auto* next_x =
-        reinterpret_cast<const char*>(s + steps < p.steps ? x + p.x_block : x - s / p.block * p.x_block);
-    const int64_t next_x_bytes = chunk.rows * kRowStride * 4 / (end - begin);
-#endif
+    // Each panel fetches its share of the next block of x, which for the last is the first one.
+    const auto* next_x = reinterpret_cast<const char*>(last ? x - s / p.block * p.x_block : x + p.x_block);
+    const int64_t x_bytes = p.streams ? 0 : chunk.rows * kRowStride * 4 / (end - begin);
     for (int64_t panel = begin; panel < end; ++panel) {
       const void* block = data + panel * panel_bytes + s * step_bytes;
       const int64_t columns = least(kPanel, w.n - panel / w.parts * kPanel);
       float* sums = p.sums(worker, slot + panel - begin);
-      Next next{data + (panel + 1) * panel_bytes + s * step_bytes, steps * step_bytes};
-      if (panel + 1 == end && s + steps < p.steps) next.data = data + begin * panel_bytes + (s + steps) * step_bytes;
+      Next next{data + (panel + 1) * panel_bytes + s * step_bytes, next_x + (panel - begin) * x_bytes,
+                steps * step_bytes, x_bytes};
+      if (panel + 1 == end && !last) next.w = data + begin * panel_bytes + (s + steps) * step_bytes;
       if (p.widen) {
         widen_block(p.widened(worker), static_cast<const uint16_t*>(block), w.dtype, steps);
         block = p.widened(worker);
@@ -183,9 +187,8 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
         multiply_block<StepF16>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
       else
 #if PYLLM_HAS_AMX
-        multiply_block_amx(
-            tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(block), chunk.rows, steps,
-            s == 0, {next.data, next.bytes, next_x + (panel - begin) * next_x_bytes, p.streams ? 0 : next_x_bytes});
+        multiply_block_amx(tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(block),
+                           chunk.rows, steps, s == 0, {next.w, next.w_bytes, next.x, next.x_bytes});
 #elif PYLLM_HAS_BF16_DOT
         multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), block, chunk.rows, steps, columns,
                                     s == 0, next);
@@ -224,20 +227,22 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   }
 
   // Few rows: single panels (several where they are small), each of which streams from memory. Many rows: blocks of
-  // rows by groups of panels that share a block of x, but no larger than leaves every thread several chunks.
+  // rows by groups of panels that share a block of x. No larger than leaves every thread several chunks.
   const int64_t panels = a.w.panels(), most = plan::kSlots / a.w.parts;
   const int64_t chunk_rows = plan::even_part(rows, plan::kRows), row_chunks = divide_up(rows, chunk_rows);
   const int64_t wanted = p.streams ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1) : most;
-  const int64_t share = panels * row_chunks / (kChunksPerThread * pool.threads());
+  const int64_t share = panels * row_chunks / ((p.streams ? kStreamChunks : kBlockChunks) * pool.threads());
   const int64_t group = greatest(1, least(least(wanted, most), share));
   const int64_t groups = divide_up(panels, group);
   parallel_for(pool, groups * row_chunks, [&](int64_t index, int worker) {
     const int64_t row = index / groups * chunk_rows, panel = index % groups * group;
     const Chunk chunk{row, least(chunk_rows, rows - row), panel, least(group, panels - panel)};
     multiply_chunk(p, chunk, worker);
-    for (int64_t i = 0; i < chunk.panels; ++i)
-      finish_panel(a, p.row + row, chunk.rows, panel + i, p.sums(worker, i * a.w.parts),
-                   p.sums(worker, i * a.w.parts + 1));
+    // Row by row, so that each is written from one end to the other: down a panel, every row is on another page.
+    for (int64_t r = 0; r < chunk.rows; ++r)
+      for (int64_t i = 0; i < chunk.panels; ++i)
+        finish_panel(a, p.row + row + r, 1, panel + i, p.sums(worker, i * a.w.parts) + r * kPanel,
+                     p.sums(worker, i * a.w.parts + 1) + r * kPanel);
   });
 }
 

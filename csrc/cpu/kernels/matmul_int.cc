@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kInlineRecords = 16384;   // elements of x below which rounding it on several threads costs more
 constexpr int64_t kChunkBytes = 64 * 1024;  // of weights, at least, that a worker takes at a time
 constexpr int64_t kChunksPerThread = 8;     // at least, so that threads finish together on a noisy machine
-constexpr int64_t kUnpackRows = 2 * kIntRows + 1;  // from this many rows on, unpacking a block of int4 first is cheaper
+constexpr int64_t kUnpackRows =
+    2 * kNibbleRows + 1;                // from this many rows on, unpacking a block of int4 first is cheaper
 constexpr int64_t kStreamRows = 64;     // up to so many rows weights come from memory no faster than they are used up
 constexpr int64_t kStreamAhead = 8192;  // bytes
 
@@ -110,11 +111,11 @@ void unpack_values(uint8_t* out, const uint8_t* values, int64_t count) {
 }
 
 // All columns of a panel for Rows rows.
-template <class Step, int Rows, int Lines>
+template <class Step, int Rows, bool Scaled, int Lines>
 void int_tile_panel(float* sums, const int32_t* x, const IntBlock& block, const char* ahead) {
   constexpr int64_t kColumns = int_vectors(Rows) * F::N;
   for (int64_t c = 0; c < kPanel; c += kColumns)
-    int_tile<Step, Rows, kColumns == kPanel ? Lines : 0>(sums + c, x, block, c, ahead);
+    int_tile<Step, Rows, Scaled, kColumns == kPanel ? Lines : 0>(sums + c, x, block, c, ahead);
 }
 
 // The block of weights that will be needed after this one.
@@ -123,29 +124,40 @@ struct Next {
   int64_t bytes;
 };
 
-// One block of K for all rows: sums[rows][kPanel] += x w^T. Meanwhile the next block is brought into the cache.
-template <class Step>
-void multiply_block(float* sums, const int32_t* x, const IntBlock& block, int64_t rows, bool stream, Next next) {
-  using Tile = void (*)(float*, const int32_t*, const IntBlock&, const char*);
-  static constexpr Tile kTiles[][4] = {
-#define PYLLM_TILE(rows)                                                                        \
-  {int_tile_panel<Step, rows, 0>, int_tile_panel<Step, rows, 1>, int_tile_panel<Step, rows, 2>, \
-   int_tile_panel<Step, rows, 4>}
+using IntTile = void (*)(float*, const int32_t*, const IntBlock&, const char*);
+
+// The tile for a number of rows that prefetches so many lines at each step: 0, 1, 2 or 4.
+template <class Step, bool Scaled>
+IntTile tile_of(int64_t rows, int lines) {
+#define PYLLM_TILE(rows)                                                             \
+  {                                                                                  \
+    int_tile_panel<Step, rows, Scaled, 0>, int_tile_panel<Step, rows, Scaled, 1>,    \
+        int_tile_panel<Step, rows, Scaled, 2>, int_tile_panel<Step, rows, Scaled, 4> \
+  }
+  static constexpr IntTile kTiles[][4] = {
       PYLLM_TILE(1), PYLLM_TILE(2), PYLLM_TILE(3), PYLLM_TILE(4),
 #if PYLLM_HAS_VNNI
       PYLLM_TILE(5), PYLLM_TILE(6),
 #endif
-#undef PYLLM_TILE
   };
+#undef PYLLM_TILE
   static_assert(sizeof kTiles / sizeof kTiles[0] == kIntRows);
-  const int64_t tiles = divide_up(rows, kIntRows);
-  const int lines = !stream ? 0 : tiles == 1 ? 3 : tiles == 2 ? 2 : 1;
+  return kTiles[rows - 1][lines == 4 ? 3 : lines];
+}
+
+// One block of K for all rows: sums[rows][kPanel] += x w^T. Meanwhile the next block is brought into the cache.
+template <class Step>
+void multiply_block(float* sums, const int32_t* x, const IntBlock& block, int64_t rows, bool stream, Next next) {
+  const int64_t tiles = divide_up(rows, Step::kRows);
+  const int lines = !stream ? 0 : tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, share = next.bytes * t / tiles;
     const char* ahead = tiles == 1 ? reinterpret_cast<const char*>(block.values) + kStreamAhead : next.data + share;
     if (!stream)
       for (int64_t i = share; i < next.bytes * (t + 1) / tiles; i += 64) __builtin_prefetch(next.data + i, 0, 2);
-    kTiles[end - begin - 1][lines](sums + begin * kPanel, x + begin * plan::kIntStride, block, ahead);
+    const IntTile tile =
+        block.scales ? tile_of<Step, true>(end - begin, lines) : tile_of<Step, false>(end - begin, lines);
+    tile(sums + begin * kPanel, x + begin * plan::kIntStride, block, ahead);
   }
 }
 
@@ -188,7 +200,8 @@ void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t e
     for (int64_t panel = begin; panel < end; ++panel) {
       IntBlock block = block_of(w, data + panel * panel_bytes, b);
       float* sums = p.sums(worker, slot + panel - begin);
-      Next next{reinterpret_cast<const char*>(block.values) + panel_bytes, w.values_bytes(block.k)};
+      const int64_t bytes = w.values_bytes(block.k) + (w.group ? divide_up(block.k, w.group) * w.scales_bytes() : 0);
+      Next next{reinterpret_cast<const char*>(block.values) + panel_bytes, bytes};
       if (panel + 1 == end && b + 1 < blocks)
         next.data = reinterpret_cast<const char*>(block_of(w, data + begin * panel_bytes, b + 1).values);
       if (w.dtype == DType::i8) {

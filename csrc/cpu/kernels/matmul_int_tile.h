@@ -13,23 +13,28 @@ namespace plan = cpu::matmul_plan;
 // Most rows of a tile, and the vectors of columns that go with so many rows.
 #if PYLLM_HAS_VNNI
 constexpr int kIntRows = 6;
+constexpr int kNibbleRows = 4;  // of int4 weights that are unpacked in registers
 constexpr int int_vectors(int) { return 4; }
 #elif defined(PYLLM_ISA_AVX512)
 constexpr int kIntRows = 4;
+constexpr int kNibbleRows = 4;
 constexpr int int_vectors(int) { return 4; }
 #else
 constexpr int kIntRows = 4;
+constexpr int kNibbleRows = 4;
 constexpr int int_vectors(int rows) { return rows == 1 ? 8 : 2; }
 #endif
 
 // How values are read, one struct for each layout:
+//   kRows           most rows of a tile
 //   kBytes, kQuads  bytes of a panel in a step, and the quads of k that they hold
-//   kOffset         what is taken off the stored value by the product itself
+//   kOffset         what the product takes off a stored value
 //   Operand         one vector of columns of a step
 //   dot(acc, w, x)  acc + the step's products; x points to its quads
 struct StepI8 {
+  static constexpr int kRows = kIntRows;
   static constexpr int64_t kBytes = 4 * kPanel, kQuads = 1;
-  static constexpr int32_t kOffset = simd::kByteOffset;
+  static constexpr float kOffset = simd::kByteOffset;
   using Operand = simd::OffsetBytes;
   using X = simd::I;
   static inline Operand load(const uint8_t* w) { return simd::load_offset_bytes(w); }
@@ -38,8 +43,9 @@ struct StepI8 {
 };
 
 struct StepI4 {  // one byte holds two values
+  static constexpr int kRows = kNibbleRows;
   static constexpr int64_t kBytes = 4 * kPanel, kQuads = 2;
-  static constexpr int32_t kOffset = 0;
+  static constexpr float kOffset = 0;
   struct Operand {
     simd::I low, high;
   };
@@ -57,8 +63,9 @@ struct StepI4 {  // one byte holds two values
 };
 
 struct StepUnpackedI4 {  // [k / 4][kPanel][4] like int8, but at most 15: products fit 16 bits everywhere
+  static constexpr int kRows = kIntRows;
   static constexpr int64_t kBytes = 4 * kPanel, kQuads = 1;
-  static constexpr int32_t kOffset = 0;
+  static constexpr float kOffset = 0;
   using Operand = simd::I;
   using X = simd::I;
   static inline Operand load(const uint8_t* w) { return simd::load_bytes(w); }
@@ -83,86 +90,94 @@ static inline simd::F load_scale(const uint8_t* p, bool half) {
   return half ? simd::load_f16(scale) : simd::load_bf16(scale);
 }
 
-// N bytes as floats.
-static inline simd::F load_zeros(const uint8_t* p) {
-  float zeros[simd::F::N];
-  for (int i = 0; i < simd::F::N; ++i) zeros[i] = float(p[i]);
-  return simd::load(zeros);
-}
+// One group of some columns of a panel.
+struct IntGroup {
+  const uint8_t* values;
+  const uint8_t* scales;  // or null: one scale holds for a row
+  const uint8_t* zeros;   // or null
+  int64_t steps;
+  bool half_scales;
+};
 
-// sums[r][v] += c[r][v], a finished group, scaled. Rows of sums are kPanel apart.
-template <bool Scaled, bool Zeros, int Rows, int Vectors>
-static inline void add_group(float* sums, const simd::I (&c)[Rows][Vectors], const int32_t* x, int64_t g,
-                             const uint8_t* scales, const uint8_t* zeros, bool half_scales) {
+// sums[r][c] += x[r] . w[c] over one group, for Rows rows and int_vectors(Rows) vectors of columns; rows of sums are
+// kPanel apart, those of x kIntStride. `x` are the quads of the group, `facts` the records moved on by its number. Each
+// step asks for `Lines` lines from `ahead` on. A function of its own, as gcc 12 would otherwise carry the sums of all
+// groups in registers, and spill the accumulators.
+template <class Step, int Rows, bool Scaled, int Lines>
+[[gnu::noinline]] void int_tile_group(float* sums, const int32_t* x, const int32_t* facts, const IntGroup& group,
+                                      const char* ahead) {
   using simd::F;
-  const auto* scales_of_x = reinterpret_cast<const float*>(x + plan::kIntScales);
-  const auto* totals = reinterpret_cast<const float*>(x + plan::kIntTotals);
+  using simd::I;
+  constexpr int kVectors = int_vectors(Rows);
+  I c[Rows][kVectors];
+  if (group.zeros) {  // products of small integers: exact in float
+    const auto* totals = reinterpret_cast<const float*>(facts + plan::kIntTotals);
 #pragma GCC unroll 16
-  for (int v = 0; v < Vectors; ++v) {
-    F scale, zero;
-    if (Scaled) scale = load_scale(scales + 2 * v * F::N, half_scales);
-    if (Zeros) zero = load_zeros(zeros + v * F::N);
+    for (int v = 0; v < kVectors; ++v) {
+      const F zero = simd::load_u8(group.zeros + v * F::N) - simd::set(Step::kOffset);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) c[r][v] = to_int(zero * simd::set(totals[r * plan::kIntStride]));
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const I start = simd::set_int(facts[r * plan::kIntStride + plan::kIntStarts]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) c[r][v] = start;
+    }
+  }
+  const uint8_t* w = group.values;
+  for (int64_t steps = group.steps; steps > 0; --steps, x += Step::kQuads, w += Step::kBytes) {
+#pragma GCC unroll 16
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+    ahead += 64 * Lines;
+    if (Rows == 1) {
+      const typename Step::X a = Step::broadcast(x);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) c[0][v] = Step::dot(c[0][v], Step::load(w + v * F::N * 4), a);
+    } else {
+      typename Step::Operand b[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * 4);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const typename Step::X a = Step::broadcast(x + r * plan::kIntStride);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) c[r][v] = Step::dot(c[r][v], b[v], a);
+      }
+    }
+  }
+  const auto* scales_of_x = reinterpret_cast<const float*>(facts + plan::kIntScales);
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    F scale;
+    if (Scaled) scale = load_scale(group.scales + 2 * v * F::N, group.half_scales);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       float* sum = sums + r * kPanel + v * F::N;
-      F value = to_float(c[r][v]);
-      if (Zeros) value = fma(zero, simd::set(totals[r * plan::kIntStride + g]), value);
-      const F of_x = simd::set(scales_of_x[r * plan::kIntStride + g]);
-      simd::store(sum, fma(value, Scaled ? scale * of_x : of_x, simd::load(sum)));
+      const F of_x = simd::set(scales_of_x[r * plan::kIntStride]);
+      simd::store(sum, fma(to_float(c[r][v]), Scaled ? scale * of_x : of_x, simd::load(sum)));
     }
   }
 }
 
-// sums[r][c] += the groups of x[r] . w[c], for Rows rows and int_vectors(Rows) vectors of columns from `column` on.
-// Rows of sums are kPanel apart, those of x kIntStride. Each step asks for `Lines` lines from `ahead` on.
-template <class Step, int Rows, int Lines>
+// The same over all groups of a block, for columns from `column` on. Where each step asks for as many lines as it reads,
+// these are what follows in this panel, scales included.
+template <class Step, int Rows, bool Scaled, int Lines>
 void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t column, const char* ahead) {
-  using simd::F;
-  using simd::I;
-  constexpr int kVectors = int_vectors(Rows);
-  const int32_t *record = x, *starts = x + plan::kIntStarts;
-  int64_t g = 0;
-  for (int64_t k = 0; k < block.k; k += block.group, ++g) {
+  for (int64_t k = 0, g = 0; k < block.k; k += block.group, ++g) {
     const int64_t left = block.k - k, count = left < block.group ? left : block.group;
-    const uint8_t* w = block.values + g * block.values_stride + 4 * column;
-    I c[Rows][kVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) c[r][v] = simd::set_int(starts[r * plan::kIntStride + g]);
-    }
-    for (int64_t steps = count / 4 / Step::kQuads; steps > 0; --steps, x += Step::kQuads, w += Step::kBytes) {
-#pragma GCC unroll 16
-      for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
-      ahead += 64 * Lines;
-      if (Rows == 1) {
-        const typename Step::X a = Step::broadcast(x);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) c[0][v] = Step::dot(c[0][v], Step::load(w + v * F::N * 4), a);
-      } else {
-        typename Step::Operand b[kVectors];
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * 4);
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-          const typename Step::X a = Step::broadcast(x + r * plan::kIntStride);
-#pragma GCC unroll 16
-          for (int v = 0; v < kVectors; ++v) c[r][v] = Step::dot(c[r][v], b[v], a);
-        }
-      }
-    }
+    const int64_t steps = count / 4 / Step::kQuads;
     const int64_t at = count < block.group ? block.last_group : g * block.scales_stride;
-    const uint8_t* scales = block.scales ? block.scales + at + 2 * column : nullptr;
-    if (!block.zeros) {
-      if (scales)
-        add_group<true, false>(sums, c, record, g, scales, nullptr, block.half_scales);
-      else
-        add_group<false, false>(sums, c, record, g, nullptr, nullptr, false);
-    } else {
-      if (scales)
-        add_group<true, true>(sums, c, record, g, scales, block.zeros + at + column, block.half_scales);
-      else
-        add_group<false, true>(sums, c, record, g, nullptr, block.zeros + column, false);
+    const IntGroup group{block.values + g * block.values_stride + 4 * column,
+                         Scaled ? block.scales + at + 2 * column : nullptr,
+                         block.zeros ? block.zeros + (Scaled ? at : 0) + column : nullptr, steps, block.half_scales};
+    int_tile_group<Step, Rows, Scaled, Lines>(sums, x + k / 4, x + g, group, ahead);
+    ahead += 64 * Lines * steps;
+    if (Lines == 4 && Scaled) {
+      for (int64_t line = 0; line < block.values_stride - 64 * Lines * steps; line += 64)
+        __builtin_prefetch(ahead + line, 0, 2);
+      ahead += block.values_stride - 64 * Lines * steps;
     }
   }
 }

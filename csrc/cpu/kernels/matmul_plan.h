@@ -12,8 +12,8 @@ constexpr int64_t kRowStride = kBlock + 16;  // in 4-byte elements: floats or bf
 // More rows than kMaxRows are done in several passes, which bounds the workspace. Within a pass a worker takes up to
 // kRows rows by kSlots panels at a time: one block of x and the sums then stay in its cache.
 constexpr int64_t kMaxRows = 512;
-constexpr int64_t kRows = 256;
-constexpr int64_t kSlots = 4;
+constexpr int64_t kRows = 128;
+constexpr int64_t kSlots = 16;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `n` cut into the fewest parts of at most `most`, of about equal size.

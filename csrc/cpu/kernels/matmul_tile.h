@@ -77,17 +77,22 @@ struct StepBf16Wide {
 };
 #endif
 
-// Weights to bring into the cache while a tile works: each step asks for the lines of one step from `next` on and moves
-// it by `advance` bytes. Hardware prefetchers stop at every page, which a stream that takes few instructions per line
-// feels.
+// What to bring into the cache while a tile works, as hardware prefetchers stop at every page and know nothing of blocks.
+enum class Fetch {
+  none,
+  stream,  // the lines of one step from `w` on, `w_advance` bytes further at each step: for tiles that meet their weights in memory
+  next,    // a line at `w` and one at `x`, which advance slowly: what the next blocks will need
+};
 struct Ahead {
-  const char* next;
-  int64_t advance;
+  const char* w;
+  int64_t w_advance;  // per step, in bytes
+  const char* x;
+  int64_t x_advance;
 };
 
 // sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
 // those of x kRowStride. Continues from what sums holds unless `first`.
-template <class Step, int Rows, bool Prefetch>
+template <class Step, int Rows, Fetch kFetch>
 void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
@@ -98,12 +103,17 @@ void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int
     for (int v = 0; v < kVectors; ++v) c[r][v] = first ? simd::zero() : simd::load(sums + r * kPanel + v * F::N);
   }
   for (int64_t s = 0; s < steps; ++s, x += Step::kX, w += Step::kW) {
-    if (Prefetch) {
+    if (kFetch == Fetch::stream) {
 #pragma GCC unroll 16
       for (int64_t line = 0; line < Step::kW * int64_t(sizeof(typename Step::W)); line += 64)
-        __builtin_prefetch(ahead.next + line, 0, 2);
-      ahead.next += ahead.advance;
+        __builtin_prefetch(ahead.w + line, 0, 2);
     }
+    if (kFetch == Fetch::next) {
+      __builtin_prefetch(ahead.w, 0, 2);
+      __builtin_prefetch(ahead.x, 0, 2);
+      ahead.x += ahead.x_advance;
+    }
+    if (kFetch != Fetch::none) ahead.w += ahead.w_advance;
     typename Step::Operand b[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);

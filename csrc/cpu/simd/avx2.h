@@ -104,6 +104,9 @@ static inline I dot_bytes(I acc, I x, I w) {
 static inline I load_bytes(const void* p) { return {(Lanes)_mm256_loadu_si256((const __m256i*)p)}; }
 static inline F to_float(I a) { return {_mm256_cvtepi32_ps((__m256i)a.v)}; }
 static inline I to_int(F a) { return {(Lanes)_mm256_cvtps_epi32(a.v)}; }
+static inline F load_u8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
 static inline void store_bytes(int8_t* p, F a) {
   const __m256i v = _mm256_cvtps_epi32(a.v);
   const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

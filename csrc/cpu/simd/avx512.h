@@ -102,6 +102,9 @@ static inline I dot_bytes(I acc, I x, I w) {
 static inline I load_bytes(const void* p) { return {(Lanes)_mm512_loadu_si512(p)}; }
 static inline F to_float(I a) { return {_mm512_cvtepi32_ps((__m512i)a.v)}; }
 static inline I to_int(F a) { return {(Lanes)_mm512_cvtps_epi32(a.v)}; }
+static inline F load_u8(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 static inline void store_bytes(int8_t* p, F a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }

@@ -137,6 +137,11 @@ static inline I dot_bytes(I acc, I x, I w) {
 static inline I load_bytes(const void* p) { return {(Lanes)_mm_loadu_si128((const __m128i*)p)}; }
 static inline F to_float(I a) { return {_mm_cvtepi32_ps((__m128i)a.v)}; }
 static inline I to_int(F a) { return {(Lanes)_mm_cvtps_epi32(a.v)}; }
+static inline F load_u8(const uint8_t* p) {
+  int bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return {_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)))};
+}
 static inline void store_bytes(int8_t* p, F a) {
   const __m128i h = _mm_packs_epi32(_mm_cvtps_epi32(a.v), _mm_setzero_si128());
   const int bytes = _mm_cvtsi128_si32(_mm_packs_epi16(h, h));

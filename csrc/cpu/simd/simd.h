@@ -14,7 +14,7 @@
 //   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does
 //   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
 //   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits
-//   I load_bytes(const void*): 4N bytes; F to_float(I), I to_int(F) of integral values; store_bytes(int8_t*, F): N of them
+//   I load_bytes(const void*): 4N bytes; F to_float(I), I to_int(F) of integral values; store_bytes(int8_t*, F): N of them; F load_u8(const uint8_t*): N
 //   struct OffsetBytes, OffsetBytes load_offset_bytes(const void*): 4N unsigned bytes w; I dot_offset(I acc, OffsetBytes w, I x):
 //   acc + the sum of four products (w - kByteOffset) * x per lane, exact for signed x > -128
 //   void opaque(I&): the compiler no longer knows the value; int32_t sum(I)
