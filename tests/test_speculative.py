@@ -22,7 +22,12 @@ from pyllm.engine.speculative import NGRAM_SIZES, NgramProposer, Proposer, Prosp
 from pyllm.errors import ConfigError, InsufficientMemoryError, RequestError
 from pyllm.planning import plan
 
-DTYPES = ["float32", "bfloat16"]
+KINDS: list[dict[str, str]] = [
+    {"dtype": "float32"},
+    {"dtype": "bfloat16"},
+    {"quantization": "int8"},
+    {"quantization": "int4", "dtype": "bfloat16", "kv_cache_dtype": "int8"},
+]
 PROMPTS = ["Once upon", "the dog the dog the dog the", "A", "numbers: 3.14159, 3.14159, 3.14"]
 FEW = list(range(40, 45))  # C to G: a vocabulary so small that n-grams come again
 PARAMS: dict[str, dict[str, Any]] = {
@@ -107,20 +112,25 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model.make(made, seed=9, num_hidden_layers=1, max_position_embeddings=64)
 
 
-@pytest.fixture(scope="module", params=DTYPES)
-def plain(request: pytest.FixtureRequest, folder: Path) -> LLM:
-    return LLM(folder, dtype=request.param, threads=2)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind.values()))
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param, threads=2)
 
 
 @pytest.fixture(scope="module")
-def llm(plain: LLM, folder: Path) -> LLM:
-    return LLM(folder, dtype=plain.plan.dtype, threads=2, speculative="ngram", num_speculative_tokens=5)
+def plain(folder: Path, kind: dict[str, Any]) -> LLM:
+    return LLM(folder, **kind)
 
 
 @pytest.fixture(scope="module")
-def drafted(plain: LLM, folder: Path) -> LLM:
+def llm(folder: Path, kind: dict[str, Any]) -> LLM:
+    return LLM(folder, speculative="ngram", num_speculative_tokens=5, **kind)
+
+
+@pytest.fixture(scope="module")
+def drafted(folder: Path, kind: dict[str, Any]) -> LLM:
     """With itself as the draft model."""
-    return LLM(folder, dtype=plain.plan.dtype, threads=2, draft_model=folder, num_speculative_tokens=5)
+    return LLM(folder, draft_model=folder, num_speculative_tokens=5, **kind)
 
 
 def use(llm: LLM, proposer: Proposer) -> None:
@@ -189,8 +199,10 @@ def test_a_draft_model_like_its_target_is_always_right(plain: LLM, drafted: LLM,
         assert out.drafts.accepted >= out.drafts.drafted - unseen
 
 
-def test_a_draft_model_of_another_kind_and_a_shorter_context(plain: LLM, folder: Path, other: Path) -> None:
-    llm = LLM(folder, dtype=plain.plan.dtype, threads=2, draft_model=other)
+def test_a_draft_model_of_another_kind_and_a_shorter_context(
+    plain: LLM, folder: Path, other: Path, kind: dict[str, Any]
+) -> None:
+    llm = LLM(folder, draft_model=other, **kind)
     assert llm.plan.drafts == 4
     for values in PARAMS.values():
         params = SamplingParams(max_tokens=100, **values)
