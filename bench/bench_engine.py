@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import models
 import numpy as np
 import pytest
 from conftest import sized
 
 from pyllm import LLM, SamplingParams
+from pyllm.compare import shapes
 
 TOKENS = sized(32, 4)
 ROUNDS = 3
@@ -28,7 +28,7 @@ FLUSHED_BYTES = sized(256 << 20, 1 << 20)
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory, threads: int) -> LLM:
-    folder = models.make("stories-260k", tmp_path_factory.mktemp("engine") / "model", "float32")
+    folder = shapes.make("stories-260k", tmp_path_factory.mktemp("engine") / "model", "float32")
     return LLM(folder, skip_tokenizer_init=True, threads=threads)
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 from bench_end_to_end import cache_bytes, weight_bytes
 from conftest import Record, sized
 
 from pyllm import LLM
+from pyllm.compare import shapes
 from pyllm.engine.speculative import Speculation
 
 PROMPT = [7 + i % 40 for i in range(sized(200, 60))]
@@ -40,7 +40,7 @@ def loaded(
     shape, dtype = request.param.split(":")
     base = Path(request.config.getoption("--model-folder") or tmp_path_factory.getbasetemp())
     llm = LLM(
-        models.make(shape, base / f"{shape}-{dtype}", dtype),
+        shapes.make(shape, base / f"{shape}-{dtype}", dtype),
         dtype=dtype,
         threads=threads,
         max_model_len=len(PROMPT) + GENERATED,

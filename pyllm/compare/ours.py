@@ -9,6 +9,7 @@ from typing import Any
 
 from pyllm.cache import BLOCK_TOKENS, blocks_for
 from pyllm.compare.engine import Decoded, Settings
+from pyllm.convert import convert
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
 from pyllm.planning import plan
@@ -21,8 +22,8 @@ class Pyllm:
     """`LLM`, driven step by step."""
 
     def __init__(self, model: Path, settings: Settings) -> None:
-        quantized = settings.dtype in QUANTIZED
-        kind: dict[str, Any] = {"quantization" if quantized else "dtype": settings.dtype}
+        # A converted folder has plain embeddings and head: at load they become integers too.
+        kind: dict[str, Any] = {"quantization" if settings.dtype in QUANTIZED else "dtype": settings.dtype}
         blocks = settings.sequences + blocks_for(max(settings.tokens, settings.length))
         block = plan(model, max_model_len=BLOCK_TOKENS, max_num_seqs=1, **kind)
         self.llm = LLM(
@@ -43,8 +44,13 @@ class Pyllm:
 
     @staticmethod
     def prepare(folder: Path, dtype: str) -> Path:
-        """The folder itself."""
-        return folder
+        """The folder itself, or what `pyllm convert` makes of it, beside it."""
+        if dtype not in QUANTIZED:
+            return folder
+        target = folder.with_name(f"{folder.name}.{dtype}")
+        if not target.exists():
+            convert(folder, target, quantization=dtype)
+        return target
 
     def reserve(self, sequences: int, length: int) -> None:
         """Keys and values are paged: only what runs now has to end."""
