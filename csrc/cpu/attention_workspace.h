@@ -10,7 +10,7 @@ namespace pyllm::cpu {
 
 // Query rows (tokens x heads of a group) that one work item holds: enough that keys widened to float32 are used often,
 // few enough that queries, accumulators and a block of keys and values stay in a 1 MB L2 at every head size.
-constexpr int64_t kTileRows = 96;
+constexpr int64_t kQueryRows = 96;
 
 // How one sequence is cut into work items, made at the start of each call.
 struct SequencePlan {
@@ -26,7 +26,7 @@ struct AttentionWorkspace {
   int64_t slots;          // partial results: of one query token and one key block
   int64_t slot_floats;    // per head: max, sum, weighted values
   int64_t tile_floats;    // accumulators and queries of one tile
-  int64_t thread_floats;  // a thread's scratch
+  int64_t thread_floats;  // a thread's scratch: those, and a page's numbers and scales
   int64_t plan_bytes, partial_bytes, bytes;
 };
 
@@ -44,8 +44,8 @@ static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int
   const int64_t wanted = a.rows * blocks, most = blocks + 32 * threads;
   w.slots = wanted < most ? wanted : most;
   w.slot_floats = kPartialHeader + Ep;
-  w.tile_floats = kTileRows * (3 * Ep + kSumLanes + kRowVectors);
-  w.thread_floats = w.tile_floats + 2 * kBlockTokens * Ep;
+  w.tile_floats = kQueryRows * (3 * Ep + kSumLanes + kRowVectors);
+  w.thread_floats = w.tile_floats + kBlockTokens * (3 * Ep + 4);
   w.plan_bytes = round_up((a.sequences + 1) * int64_t(sizeof(SequencePlan)), 64);
   w.partial_bytes = w.slots * a.heads * w.slot_floats * 4;
   w.bytes = w.plan_bytes + w.partial_bytes + threads * w.thread_floats * 4;

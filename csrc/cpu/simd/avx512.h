@@ -83,6 +83,13 @@ struct B {
 };
 static inline B load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline B set_pair(uint32_t pair) { return {_mm512_set1_epi32(int(pair))}; }
+static inline B round_pairs(F low, F high) { return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
+static inline void store_pairs(uint16_t* p, B a) { _mm512_storeu_si512(p, a.v); }
+static inline B load_i8_pairs(const int8_t* p) {
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
+  return round_pairs({low}, {high});
+}
 static inline F dot_bf16(F acc, B x, B w) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)w.v)}; }
 #else
 #define PYLLM_HAS_BF16_DOT 0

@@ -12,6 +12,7 @@
 //   void load_i8_pairs(const int8_t* p, F& even, F& odd): the same of p[0..2N), integers made float
 //   float sum(F), max(F): over lanes, in a fixed order
 //   PYLLM_HAS_BF16_DOT 0/1, and where 1: struct B (2N bf16), B load_pairs(const uint16_t*), B set_pair(uint32_t),
+//   void store_pairs(uint16_t*, B), B round_pairs(F low, F high) to nearest even, denormals to 0, B load_i8_pairs(const int8_t*),
 //   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does
 //   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
 //   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits

@@ -1,0 +1,132 @@
+// The online softmax: scores of a page into weights, key blocks into one another, sums into outputs.
+//
+// Scores are in units of ln 2 (queries are scaled by log2 e), so that a weight is 2^(score - max).
+#pragma once
+#include "cpu/attention_workspace.h"
+#include "cpu/kernels/kernel.h"
+
+namespace pyllm::PYLLM_ISA {
+
+constexpr float kInfinity = __builtin_inff(), kLog2e = 1.44269504f;
+
+// 2^x for x <= kHeadroom below; 1 at 0, and 0 where it is below 2^-126: beside a largest weight of about 1 that is
+// nothing, and denormals are slow. NaN stays.
+// 2^x = 2^n 2^r with n = round(x), |r| <= 1/2; 2^r = 1 + r q(r), q fitted to the relative error as those of math.h, of
+// degree 4 (1.1e-7) or, for weights that are rounded to bf16, 2 (1.0e-4).
+template <bool kShort>
+inline simd::F weight_of(simd::F x) {
+  using namespace simd;
+  const F least = set(-126.0f), held = simd::max(least, x);
+  const F n = round(held), r = held - n;
+  F q;
+  if (kShort) {
+    q = fma(set(0x1.c2a218p-5f), r, set(0x1.f00c4cp-3f));
+    q = fma(q, r, set(0x1.62f5fap-1f));
+  } else {
+    q = fma(set(0x1.5bba14p-10f), r, set(0x1.3cea88p-7f));
+    q = fma(q, r, set(0x1.c6b752p-5f));
+    q = fma(q, r, set(0x1.ebf9bcp-3f));
+    q = fma(q, r, set(0x1.62e42ap-1f));
+  }
+  return select_gt(least, x, zero(), ldexp(fma(q, r, set(1.0f)), n));
+}
+
+// One row's part of a key block: weights relative to 2^max, their sum in lanes, weighted values o[Ep].
+struct RowState {
+  float* max;
+  float* lanes;  // [kSumLanes]
+  float* o;
+  int64_t Ep;
+};
+
+// How far a page's scores may stand over `max` before it is raised, which rescales what has been gathered. Weights up to
+// 2^8 are as good as weights up to 1.
+constexpr float kHeadroom = 8.0f;
+
+// Places of a page: `begin` to `end` are what a row sees; vectors `first` to `last` are what has been computed.
+struct Places {
+  int64_t begin, end;
+  int first, last;
+};
+
+// Turns a row's scores of one page into weights, 0 where it does not see. `scales` are null or what the page's keys, and
+// kBlockTokens further its values, are to be multiplied with. Weights go back into p, or as bf16 into `pairs` where kPairs.
+template <bool kPairs>
+inline void weigh_scores(RowState row, float* p, uint16_t* pairs, Places at, const float* scales) {
+  using namespace simd;
+  alignas(64) static const float kPlaces[kBlockTokens] = {
+      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+      22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+      44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const F begin = set(float(at.begin) - 0.5f), end = set(float(at.end) - 0.5f);
+  const bool partial = at.begin > at.first * F::N || at.end < at.last * F::N;
+  const auto where_seen = [&](int v, F x, F otherwise) {
+    const F place = load(kPlaces + v * F::N);
+    return select_gt(place, begin, select_gt(end, place, x, otherwise), otherwise);
+  };
+  F largest = set(-kInfinity);
+  if (partial || scales) {
+    for (int v = at.first; v < at.last; ++v) {
+      F score = load(p + v * F::N);
+      if (scales) score = score * load(scales + v * F::N);
+      if (partial) score = where_seen(v, score, set(-kInfinity));
+      store(p + v * F::N, score);
+      largest = simd::max(largest, score);
+    }
+  } else {
+    for (int v = at.first; v < at.last; ++v) largest = simd::max(largest, load(p + v * F::N));
+  }
+  const float page_max = simd::max(largest), old = *row.max;
+  F sum = load(row.lanes);
+  float now = old;
+  if (page_max > old + kHeadroom) {
+    *row.max = now = page_max;
+    const F shrink = weight_of<false>(set(old - now));
+    sum = sum * shrink;
+    for (int64_t e = 0; e < row.Ep; e += F::N) store(row.o + e, load(row.o + e) * shrink);
+  }
+  const F m = set(now);
+  const auto weight = [&](int v) {
+    const F w = weight_of<kPairs>(load(p + v * F::N) - m);
+    sum = sum + w;
+    if (!scales) return w;
+    const F scaled = w * load(scales + kBlockTokens + v * F::N);
+    return partial ? where_seen(v, scaled, zero()) : scaled;  // what is not seen may have any scale
+  };
+#if PYLLM_HAS_BF16_DOT
+  if (kPairs) {
+    for (int v = at.first; v < at.last; v += 2) {
+      const F low = weight(v);
+      store_pairs(pairs + v * F::N, round_pairs(low, weight(v + 1)));
+    }
+  }
+#endif
+  if (!kPairs)
+    for (int v = at.first; v < at.last; ++v) store(p + v * F::N, weight(v));
+  store(row.lanes, sum);
+}
+
+// (max, sum, o) <- itself merged with the next key block's.
+inline void merge(float& max, float& sum, float* o, float block_max, float block_sum, const float* block_o,
+                  int64_t Ep) {
+  using namespace simd;
+  const float both = max > block_max ? max : block_max;
+  const F a = weight_of<false>(set(max - both)), b = weight_of<false>(set(block_max - both));
+  alignas(64) float lane[2][F::N];
+  store(lane[0], a);
+  store(lane[1], b);
+  sum = sum * lane[0][0] + block_sum * lane[1][0];
+  max = both;
+  for (int64_t e = 0; e < Ep; e += F::N) store(o + e, fma(load(block_o + e), b, load(o + e) * a));
+}
+
+// out = o / sum. Adding zero turns a -0 into 0.
+inline void finish(float* out, const float* o, float sum, int64_t E) {
+  using namespace simd;
+  const F s = set(sum);
+  int64_t e = 0;
+  for (; e + F::N <= E; e += F::N) store(out + e, load(o + e) / s + zero());
+  if (e < E) store_n(out + e, load(o + e) / s + zero(), int(E - e));
+}
+
+}  // namespace pyllm::PYLLM_ISA
