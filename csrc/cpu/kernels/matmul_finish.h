@@ -7,9 +7,10 @@ namespace pyllm::PYLLM_ISA {
 static inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
 
 // Bias, activation, gate and residual: one panel of rows [row, row + rows) of y from its sums [rows][kPanel], and where
-// gated from those of the same panel of the other part.
+// gated from those of the same panel of the other part. Sums are multiplied by the scales [kPanel] of their columns first
+// where these are not null.
 static inline void finish_panel(const MatmulArgs& a, int64_t row, int64_t rows, int64_t panel, const float* sums,
-                                const float* up_sums) {
+                                const float* up_sums, const float* scales = nullptr, const float* up_scales = nullptr) {
   const bool gated = a.w.parts == 2;
   const int64_t column = panel * kPanel, columns = a.w.n - column < kPanel ? a.w.n - column : kPanel;
   for (int64_t r = 0; r < rows; ++r) {
@@ -20,10 +21,12 @@ static inline void finish_panel(const MatmulArgs& a, int64_t row, int64_t rows, 
     for (int64_t c = 0; c < columns; c += F::N) {
       const int n = int(columns - c < F::N ? columns - c : F::N);
       F v = simd::load(sum + c);
+      if (scales) v = v * simd::load(scales + c);
       if (a.bias) v = v + load_up_to(a.bias + column + c, n);
       if (a.activation != Activation::none) v = apply(a.activation, v);
       if (gated) {
         F u = simd::load(up + c);
+        if (up_scales) u = u * simd::load(up_scales + c);
         if (a.bias_up) u = u + load_up_to(a.bias_up + column + c, n);
         v = v * u;
       }

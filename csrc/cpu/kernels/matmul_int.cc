@@ -153,11 +153,12 @@ template <class Step>
 void multiply_block(float* sums, const int32_t* x, const IntBlock& block, int64_t rows, const Next& next) {
   const int64_t tiles = divide_up(rows, Step::kRows), steps = greatest(1, block.k / 4 / Step::kQuads);
   const int lines = tiles == 1 ? 4 : tiles <= kStreamTiles ? 2 : 1;
-  const int64_t w_share = next.w_bytes / tiles, x_share = next.x_bytes / tiles;
+  const int64_t bytes = next.w_bytes + next.x_bytes;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-    const char* w = tiles == 1 ? reinterpret_cast<const char*>(block.values) + kStreamAhead : next.w + w_share * t;
-    const IntAhead ahead{w, next.x + x_share * t, divide_up(w_share, steps), divide_up(x_share, steps)};
+    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, share = bytes * t / tiles;
+    IntAhead ahead{share < next.w_bytes ? next.w + share : next.x + share - next.w_bytes,
+                   divide_up(divide_up(bytes, tiles), steps)};
+    if (tiles == 1) ahead = {reinterpret_cast<const char*>(block.values) + kStreamAhead, 64 * lines};
     const IntTile tile =
         block.scales ? tile_of<Step, true>(end - begin, lines) : tile_of<Step, false>(end - begin, lines);
     tile(sums + begin * kPanel, x + begin * plan::kIntStride, block, ahead);
@@ -228,12 +229,11 @@ void multiply_panels(const Pass& p, const Chunk& chunk, int64_t begin, int64_t e
   }
 }
 
-// The scales of whole rows, at the end of a panel, onto its sums.
-void scale_rows(float* sums, const uint8_t* panel, const PackedView& w, int64_t rows) {
-  const auto* scales = reinterpret_cast<const float*>(panel + w.values_bytes(w.padded_k()));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < kPanel; c += F::N)
-      simd::store(sums + r * kPanel + c, simd::load(sums + r * kPanel + c) * simd::load(scales + c));
+// The scales of whole rows at the end of a packed panel; null where groups have them.
+const float* row_scales(const PackedView& w, int64_t panel) {
+  if (w.group) return nullptr;
+  const auto* data = static_cast<const uint8_t*>(w.data) + panel * w.panel_bytes();
+  return reinterpret_cast<const float*>(data + w.values_bytes(w.padded_k()));
 }
 
 // Few rows take one panel after the other, so that its weights stream from memory in order; many take a block of K of
@@ -243,14 +243,12 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
   const int64_t begin = chunk.panel * a.w.parts, end = begin + chunk.panels * a.w.parts;
   const int64_t width = p.streams ? 1 : end - begin;
   for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, i, i + width, i - begin, worker);
-  for (int64_t i = begin; i < end && a.w.group == 0; ++i)
-    scale_rows(p.sums(worker, i - begin), static_cast<const uint8_t*>(a.w.data) + i * a.w.panel_bytes(), a.w,
-               chunk.rows);
   // Row by row, so that each is written from one end to the other: down a panel, every row is on another page.
   for (int64_t r = 0; r < chunk.rows; ++r)
     for (int64_t i = 0; i < chunk.panels; ++i)
       finish_panel(a, p.row + chunk.row + r, 1, chunk.panel + i, p.sums(worker, i * a.w.parts) + r * kPanel,
-                   p.sums(worker, i * a.w.parts + 1) + r * kPanel);
+                   p.sums(worker, i * a.w.parts + 1) + r * kPanel, row_scales(a.w, (chunk.panel + i) * a.w.parts),
+                   row_scales(a.w, (chunk.panel + i) * a.w.parts + a.w.parts - 1));
 }
 
 void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& pool) {

@@ -99,11 +99,11 @@ struct IntGroup {
   bool half_scales;
 };
 
-// What to bring into the cache while a tile works. Lines == 1: at each step a line at `w` and one at `x`, which advance
-// slowly: what the next blocks will need. Else so many lines at `w`, each once.
+// What to bring into the cache while a tile works: at each step as many lines as the tile is told, then `advance` bytes
+// further. One pointer, as gcc 12 would keep two in a vector, and add to them where the products are computed.
 struct IntAhead {
-  const char *w, *x;
-  int64_t w_advance, x_advance;  // per step, in bytes; for Lines == 1
+  const char* next;
+  int64_t advance;
 };
 
 // sums[r][c] += x[r] . w[c] over one group, for Rows rows and int_vectors(Rows) vectors of columns; rows of sums are
@@ -133,13 +133,11 @@ template <class Step, int Rows, bool Scaled, int Lines>
     }
   }
   const uint8_t* w = group.values;
-  const char *next_w = ahead.w, *next_x = ahead.x;
+  const char* next = ahead.next;
   for (int64_t steps = group.steps; steps > 0; --steps, x += Step::kQuads, w += Step::kBytes) {
 #pragma GCC unroll 16
-    for (int line = 0; line < Lines; ++line) __builtin_prefetch(next_w + 64 * line, 0, 2);
-    if (Lines == 1) __builtin_prefetch(next_x, 0, 2);
-    next_w += Lines == 1 ? ahead.w_advance : 64 * Lines;
-    if (Lines == 1) next_x += ahead.x_advance;
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
+    if (Lines) next += ahead.advance;
     if (Rows == 1) {
       const typename Step::X a = Step::broadcast(x);
 #pragma GCC unroll 16
@@ -156,7 +154,7 @@ template <class Step, int Rows, bool Scaled, int Lines>
       }
     }
   }
-  if (Lines) ahead.w = next_w, ahead.x = next_x;
+  if (Lines) ahead.next = next;
   const auto* scales_of_x = reinterpret_cast<const float*>(facts + plan::kIntScales);
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
@@ -185,8 +183,8 @@ void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t colu
     int_tile_group<Step, Rows, Scaled, Lines>(sums, x + k / 4, x + g, group, ahead);
     if (Lines == 4 && Scaled) {
       const int64_t rest = block.values_stride - 64 * Lines * steps;
-      for (int64_t line = 0; line < rest; line += 64) __builtin_prefetch(ahead.w + line, 0, 2);
-      ahead.w += rest;
+      for (int64_t line = 0; line < rest; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);
+      ahead.next += rest;
     }
   }
 }
