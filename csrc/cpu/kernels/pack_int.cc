@@ -151,11 +151,19 @@ uint32_t interleaved(uint32_t v) {
 // Column `column` of a group, from src: `count` k.
 void place_values(unsigned char* out, const uint8_t* src, bool nibbles, int64_t column, int64_t count) {
   const int64_t bytes = nibbles ? (count + 1) / 2 : count;
-  for (int64_t i = 0; i < bytes; i += 4, out += 4 * kPanel) {
-    uint32_t word = 0;
-    std::memcpy(&word, src + i, size_t(least(4, bytes - i)));
+  out += 4 * column;
+  int64_t i = 0;
+  for (; i + 4 <= bytes; i += 4, out += 4 * kPanel) {
+    uint32_t word;
+    std::memcpy(&word, src + i, sizeof word);
     if (nibbles) word = interleaved(word);
-    std::memcpy(out + 4 * column, &word, sizeof word);
+    std::memcpy(out, &word, sizeof word);
+  }
+  if (i < bytes) {
+    uint32_t word = 0;
+    std::memcpy(&word, src + i, size_t(bytes - i));
+    if (nibbles) word = interleaved(word);
+    std::memcpy(out, &word, sizeof word);
   }
 }
 
@@ -193,25 +201,30 @@ void pack_integers(const PackArgs& a, Parallel& pool) {
 void pack_quantized(const PackQuantizedArgs& a, Parallel& pool) {
   const PackedView& w = a.dst;
   const bool nibbles = w.dtype == DType::i4;
-  const int64_t scale_bytes = dtype_bytes(w.scale_dtype), group = w.group ? w.group : round_up(w.k, kIntegerPad);
+  const int64_t group = w.group ? w.group : round_up(w.k, kIntegerPad);
+  const int64_t from_bytes = dtype_bytes(a.scale_dtype), to_bytes = dtype_bytes(w.scale_dtype);
+  const auto* scales = static_cast<const unsigned char*>(a.scales);
   for_panels(a, pool, [&](const PanelPart& part) {
-    for (int64_t i = 0; i < part.columns; ++i) {
-      const int64_t row = part.row + i, column = part.column + i;
-      const uint8_t* values = a.values + row * a.values_stride;
-      unsigned char* out = part.panel;
-      for (int64_t g = 0; g < w.groups(); ++g) {
-        const int64_t count = least(group, w.k - g * group), bytes = w.values_bytes(round_up(count, kIntegerPad));
-        place_values(out, values + g * group / (nibbles ? 2 : 1), nibbles, column, count);
-        const auto* scale =
-            static_cast<const unsigned char*>(a.scales) + (row * a.scales_stride + g) * dtype_bytes(a.scale_dtype);
+    unsigned char* out = part.panel;
+    for (int64_t g = 0; g < w.groups(); ++g) {
+      const int64_t count = least(group, w.k - g * group), bytes = w.values_bytes(round_up(count, kIntegerPad));
+      for (int64_t k = 0; k < count; k += kDepth) {  // of all columns: that much stays in the first-level cache
+        const uint8_t* values = a.values + part.row * a.values_stride + (g * group + k) / (nibbles ? 2 : 1);
+        for (int64_t i = 0; i < part.columns; ++i)
+          place_values(out + w.values_bytes(k), values + i * a.values_stride, nibbles, part.column + i,
+                       least(kDepth, count - k));
+      }
+      for (int64_t i = 0; i < part.columns; ++i) {
+        const int64_t row = part.row + i, column = part.column + i;
+        const unsigned char* scale = scales + (row * a.scales_stride + g) * from_bytes;
         alignas(64) float widened[F::N];
         if (a.scale_dtype != w.scale_dtype) load_row(widened, scale, a.scale_dtype, 1);
-        std::memcpy(out + bytes + column * scale_bytes,
+        std::memcpy(out + bytes + column * to_bytes,
                     a.scale_dtype != w.scale_dtype ? reinterpret_cast<const unsigned char*>(widened) : scale,
-                    size_t(scale_bytes));
-        if (w.has_zeros) out[bytes + kPanel * scale_bytes + column] = a.zeros[row * a.zeros_stride + g];
-        out += bytes + w.scales_bytes();
+                    size_t(to_bytes));
+        if (w.has_zeros) out[bytes + kPanel * to_bytes + column] = a.zeros[row * a.zeros_stride + g];
       }
+      out += bytes + w.scales_bytes();
     }
   });
 }
