@@ -265,6 +265,21 @@ def test_ctrl_c_waits_for_the_end_of_a_step(llm: LLM, monkeypatch: pytest.Monkey
         signal.signal(signal.SIGINT, before)
 
 
+def test_between_the_steps_of_a_stream_ctrl_c_acts_at_once(llm: LLM) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stream = llm.stream("Once", GREEDY)
+        next(stream)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        [inner] = llm.generate("The dog", GREEDY)  # meanwhile
+        assert len(inner.outputs[0].token_ids) == 16
+        assert sum(len(piece.token_ids) for piece in stream) == 15
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_constraints_that_leave_no_token_are_named(llm: LLM) -> None:
     with pytest.raises(RequestError, match="allowed_token_ids"):
         llm.generate("Once", allowed_token_ids=[9], stop_token_ids=[9], min_tokens=3)
