@@ -52,7 +52,7 @@ def test_overhead_of_a_decode_step(benchmark: Any, llm: LLM, face: str, caches: 
     with gaps(llm, memory) as seconds:
         count = benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
     assert count == TOKENS * sequences
-    assert len(seconds) >= (TOKENS - 3) * ROUNDS
+    assert len(seconds) >= TOKENS - 2  # of one run at least, which is all there is with --benchmark-disable
     deciles = statistics.quantiles(seconds, n=10)
     benchmark.extra_info["overhead_us"] = round(statistics.median(seconds) * 1e6, 1)
     benchmark.extra_info["overhead_us_p10"], benchmark.extra_info["overhead_us_p90"] = (
