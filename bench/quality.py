@@ -1,6 +1,6 @@
 """What fewer bits cost: perplexity of one model in every precision, and the errors of rounding, side by side.
 
-    python bench/quality.py ../shared/data/stories260K --skip '*.down_proj'
+    python bench/quality.py stories260K --skip '*.down_proj'
 
 Text is that of --text, or else what the model itself writes in float32 (drawn at temperature 1 from fixed seeds): a
 quantized model that finds it less likely has moved away from the model. Another part of it is the calibration text.
