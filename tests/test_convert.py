@@ -275,6 +275,7 @@ def test_interrupted_command(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "convert", str(big), str(tmp_path / "out"), "--quantization", "int4"],
         stderr=subprocess.PIPE, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs of a shell ignore
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while len(os.listdir(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
