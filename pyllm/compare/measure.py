@@ -254,10 +254,10 @@ class _Run:
         return min(64, max(8, int(20e9 / read)))
 
     def _length(self, cell: Cell) -> int:
-        """Tokens that a sequence reaches: prompt, warm-up, and each round one untimed step and the timed ones."""
-        if cell.kind != "decode":
-            return cell.prompt + 1
-        return cell.prompt + 1 + WARM_STEPS + self.plan.rounds * (1 + self._steps(cell))
+        """Tokens that a sequence reaches: prompt, warm-up, and each round one untimed step and the timed ones; and room
+        for one more, as a sequence that fills its context is over."""
+        steps = WARM_STEPS + self.plan.rounds * (1 + self._steps(cell)) if cell.kind == "decode" else 0
+        return cell.prompt + 1 + steps + 1
 
     def _cell_result(self, cell: Cell) -> CellResult:
         if cell.kind != "decode":
