@@ -19,7 +19,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"isa", "system"},
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
-    {"ops", "tape", "limits", "batch"},
+    {"ops", "ops_training", "tape", "limits", "batch"},
     {"folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
     {"models", "packed", "model"},
     {"engine"},
