@@ -8,178 +8,35 @@ def listed(text: str) -> list[str]:
     return text.split()
 
 
-GIRLS = [
-    "Mia",
-    "Lily",
-    "Anna",
-    "Ella",
-    "Zoe",
-    "Ruby",
-    "Rosie",
-    "Nora",
-    "Clara",
-    "Emma",
-    "Lucy",
-    "Maya",
-    "Ivy",
-    "Hazel",
-    "Daisy",
-    "Poppy",
-    "Tilly",
-    "Molly",
-    "Bella",
-    "Olive",
-    "Luna",
-    "Stella",
-    "Sophie",
-    "Ada",
-    "Alice",
-    "Greta",
-    "Heidi",
-    "Ida",
-    "Kira",
-    "Leah",
-    "Maggie",
-    "Nina",
-    "Paula",
-    "Sara",
-    "Tessa",
-    "Vera",
-    "Wendy",
-    "Yara",
-    "Honey",
-    "Juno",
-]
-BOYS = [
-    "Tom",
-    "Ben",
-    "Max",
-    "Leo",
-    "Sam",
-    "Finn",
-    "Jack",
-    "Oscar",
-    "Theo",
-    "Noah",
-    "Hugo",
-    "Milo",
-    "Toby",
-    "Felix",
-    "Otto",
-    "Pip",
-    "Barney",
-    "Charlie",
-    "Dexter",
-    "Eli",
-    "Freddy",
-    "George",
-    "Harry",
-    "Jasper",
-    "Kai",
-    "Louis",
-    "Marty",
-    "Ned",
-    "Oliver",
-    "Peter",
-    "Quinn",
-    "Robin",
-    "Simon",
-    "Timmy",
-    "Victor",
-    "Walter",
-    "Bruno",
-    "Rufus",
-    "Monty",
-    "Ziggy",
-]
+GIRLS = listed(
+    """Mia Lily Anna Ella Zoe Ruby Rosie Nora Clara Emma Lucy Maya Ivy Hazel Daisy Poppy Tilly Molly Bella Olive Luna
+    Stella Sophie Ada Alice Greta Heidi Ida Kira Leah Maggie Nina Paula Sara Tessa Vera Wendy Yara Honey Juno"""
+)
+BOYS = listed(
+    """Tom Ben Max Leo Sam Finn Jack Oscar Theo Noah Hugo Milo Toby Felix Otto Pip Barney Charlie Dexter Eli Freddy
+    George Harry Jasper Kai Louis Marty Ned Oliver Peter Quinn Robin Simon Timmy Victor Walter Bruno Rufus Monty
+    Ziggy"""
+)
 FAMILY = {"Mama": "she", "Papa": "he", "Grandma": "she", "Grandpa": "he"}
 GENDER = {**dict.fromkeys(GIRLS, "she"), **dict.fromkeys(BOYS, "he"), **FAMILY}
 
 CHILDREN = {"girl": "she", "boy": "he"}
-ANIMALS = [
-    "fox",
-    "rabbit",
-    "bear",
-    "mouse",
-    "hedgehog",
-    "squirrel",
-    "kitten",
-    "puppy",
-    "duckling",
-    "frog",
-    "badger",
-    "otter",
-    "penguin",
-    "lamb",
-    "mole",
-    "raccoon",
-    "beaver",
-    "fawn",
-    "turtle",
-    "pony",
-    "piglet",
-    "monkey",
-    "elephant",
-    "panda",
-    "koala",
-    "hamster",
-    "goat",
-    "donkey",
-    "dragon",
-    "robot",
-]
+ANIMALS = listed(
+    """fox rabbit bear mouse hedgehog squirrel kitten puppy duckling frog badger otter penguin lamb mole raccoon beaver
+    fawn turtle pony piglet monkey elephant panda koala hamster goat donkey dragon robot"""
+)
 # Who comes by and helps has no name: "the owl".
-HELPERS = [
-    "owl",
-    "stork",
-    "crow",
-    "goose",
-    "heron",
-    "deer",
-    "toad",
-    "tortoise",
-    "moose",
-    "horse",
-    "cow",
-    "swan",
-    "woodpecker",
-    "snail",
-    "sheepdog",
-    "gardener",
-    "baker",
-    "farmer",
-    "postman",
-    "fisherman",
-    "miller",
-    "shepherd",
-    "teacher",
-    "sailor",
-    "carpenter",
-    "painter",
-]
+HELPERS = listed(
+    """owl stork crow goose heron deer toad tortoise moose horse cow swan woodpecker snail sheepdog gardener baker
+    farmer postman fisherman miller shepherd teacher sailor carpenter painter"""
+)
 TALL = listed("giraffe stork heron moose crow gardener carpenter")  # reach what is high up
 SMITHS = listed("carpenter gardener baker beaver tailor miller woodpecker sailor")  # mend what is broken
 BABIES = listed("chick gosling cub calf kid bunny owlet lambkin")
 
-NATURES = [
-    "little",
-    "small",
-    "young",
-    "curious",
-    "cheerful",
-    "gentle",
-    "clever",
-    "playful",
-    "busy",
-    "quiet",
-    "funny",
-    "lively",
-    "polite",
-    "merry",
-    "brave",
-    "kind",
-    "shy",
-]
+NATURES = listed(
+    """little small young curious cheerful gentle clever playful busy quiet funny lively polite merry brave kind shy"""
+)
 HELPER_NATURES = listed("old wise kind friendly tall big jolly gentle patient")
 COLOURS = listed("red blue green yellow purple pink orange white golden silver")
 LOOKS = listed("shiny tiny big new old pretty striped spotted bright")
@@ -227,85 +84,18 @@ THINGS = {
     "teapot": ("carried {}", "carry {}"),
     "blanket": ("played with {}", "play with {}"),
 }
-SMALL = [
-    "ball",
-    "hat",
-    "scarf",
-    "ribbon",
-    "flag",
-    "flute",
-    "whistle",
-    "doll",
-    "boat",
-    "train",
-    "puppet",
-    "bell",
-    "truck",
-    "marble",
-    "shell",
-    "necklace",
-    "crown",
-    "camera",
-    "book",
-    "puzzle",
-    "top",
-    "wand",
-]  # can be lost
-FLIES = [
-    "kite",
-    "balloon",
-    "ball",
-    "hat",
-    "scarf",
-    "ribbon",
-    "flag",
-    "pinwheel",
-    "cape",
-    "umbrella",
-]  # can be caught up high
-BREAKS = [
-    "kite",
-    "drum",
-    "flute",
-    "guitar",
-    "wagon",
-    "boat",
-    "train",
-    "puppet",
-    "lantern",
-    "basket",
-    "umbrella",
-    "scooter",
-    "bicycle",
-    "sled",
-    "truck",
-    "necklace",
-    "crown",
-    "camera",
-    "top",
-    "wand",
-    "pinwheel",
-    "teapot",
-]
-SHARED = [
-    "ball",
-    "drum",
-    "wagon",
-    "boat",
-    "train",
-    "scooter",
-    "sled",
-    "truck",
-    "hoop",
-    "marble",
-    "telescope",
-    "book",
-    "puzzle",
-    "top",
-    "puppet",
-    "kite",
-    "camera",
-]
+SMALL = listed(
+    """ball hat scarf ribbon flag flute whistle doll boat train puppet bell truck marble shell necklace crown camera
+    book puzzle top wand"""
+)  # can be lost
+FLIES = listed("kite balloon ball hat scarf ribbon flag pinwheel cape umbrella")  # can be caught up high
+BREAKS = listed(
+    """kite drum flute guitar wagon boat train puppet lantern basket umbrella scooter bicycle sled truck necklace crown
+    camera top wand pinwheel teapot"""
+)
+SHARED = listed(
+    """ball drum wagon boat train scooter sled truck hoop marble telescope book puzzle top puppet kite camera"""
+)
 TREASURES = listed("crown bell shell telescope lantern necklace book flute marble trumpet")
 
 # Places: at, to.
