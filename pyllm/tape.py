@@ -125,7 +125,7 @@ class Tape:
         return cos, sin
 
     def norm(
-        self, x: F32, weight: F32, bias: F32 | None = None, *, kind: NormKind, eps: float, out: F32 | None = None
+        self, x: F32, weight: F32 | None, bias: F32 | None = None, *, kind: NormKind, eps: float, out: F32 | None = None
     ) -> F32:
         """See :meth:`pyllm.ops.Ops.norm`. Where `out` is x, the result is another array all the same."""
         out = self._new(x.shape)
@@ -256,7 +256,7 @@ class Tape:
             dq, dk, dv = (target for target, _ in targets)
             ops.attention_backward(
                 self._incoming(y), out, q, cache, lse, starts, lengths, tables, head_size=head_size, scale=scale,
-                window=window, dropout=dropped, dq=dq, dk=dk, dv=dv,
+                window=window, dropout=dropped, gradients=(dq, dk, dv),
             )  # fmt: skip
             if cos is not None and sin is not None:
                 ops.rope(dk, cos, sin, head_size, inverse=True)

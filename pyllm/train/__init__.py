@@ -11,6 +11,10 @@ family was published). `data` and `eval_data` are objects of the protocol :class
 `load_state()`. `tokenizer` is a folder whose tokenizer files are copied into the checkpoints, and used for samples.
 With ``resume=True`` the run goes on from ``config.out / "last"``, bit for bit as if it had not been interrupted.
 
+``Trainer(model, RepeatedData(data, n), config)`` overfits the first n micro-batches, and
+:meth:`Trainer.check_gradients` compares gradients with slopes: two checks of a setup. `plan_training` tells the memory
+of a run before anything is laid out.
+
 Nothing here prints: what happens goes to `callbacks`, see :class:`Callbacks`. :meth:`Trainer.stop` asks a run to save
 and end after the step being made; it may be called from a signal handler.
 
@@ -20,6 +24,8 @@ Hugging Face layout, which loads like any other, with the training state beside 
 
 from __future__ import annotations
 
+from pyllm.train.checks import GradientCheck, RepeatedData
+from pyllm.train.memory import StepShape, TrainPlan, plan_training
 from pyllm.train.report import Callbacks, Data, EvalReport, Sample, StepReport, TrainResult
 from pyllm.train.settings import TrainConfig, learning_rate
 from pyllm.train.trainer import Trainer
@@ -28,10 +34,15 @@ __all__ = [
     "Callbacks",
     "Data",
     "EvalReport",
+    "GradientCheck",
+    "RepeatedData",
     "Sample",
     "StepReport",
+    "StepShape",
     "TrainConfig",
+    "TrainPlan",
     "TrainResult",
     "Trainer",
     "learning_rate",
+    "plan_training",
 ]

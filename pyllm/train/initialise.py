@@ -31,6 +31,7 @@ def initialise(parameters: Parameters, config: Mapping[str, Any], seed: int) -> 
         if len(shape) == 1:
             return np.full(shape, 0 if slot.endswith(".bias") else 1, np.float32)
         drawn: NDArray[np.float32] = generator.standard_normal(shape, np.float32)
-        return drawn * np.float32(residual if slot.endswith((".attn.o.weight", ".mlp.down.weight")) else deviation)
+        drawn *= np.float32(residual if slot.endswith((".attn.o.weight", ".mlp.down.weight")) else deviation)
+        return drawn
 
     parameters.fill(values)

@@ -56,6 +56,11 @@ class Layout:
     matrices_end: int
     size: int
 
+    @property
+    def places(self) -> list[MatrixPlace | VectorPlace]:
+        """All of them, in order."""
+        return [*self.matrices, *self.vectors]
+
 
 def layout_of(spec: ModelSpec) -> Layout:
     """The layout of a model's weights."""
@@ -178,7 +183,7 @@ class Parameters:
 
     def first_bad(self, flat: F32) -> str | None:
         """The first tensor with a value that is not finite, in `weights` or `gradients`."""
-        for place in (*self.layout.matrices, *self.layout.vectors):
+        for place in self.layout.places:
             if not np.isfinite(flat[place.start : place.stop]).all():
                 return ", ".join(place.slots)
         return None
@@ -234,7 +239,7 @@ class Parameters:
         )
 
     def _place(self, slot: str) -> MatrixPlace | VectorPlace:
-        for place in (*self.layout.matrices, *self.layout.vectors):
+        for place in self.layout.places:
             if slot in place.slots or (isinstance(place, MatrixPlace) and slot == place.gate):
                 return place
         raise KeyError(slot)
@@ -256,9 +261,11 @@ class Parameters:
         rows = self._rows(slot)
         if isinstance(place, VectorPlace):
             start = sum(self._rows(name) for name in place.slots[: place.slots.index(slot)])
-            return self._vectors[place.slots[0]][which][start : start + rows].copy()
+            joined: F32 = self._vectors[place.slots[0]][which]
+            return joined[start : start + rows].copy()
         start = self._first_row(place, slot) + (place.n if place.gate is not None and slot != place.gate else 0)
-        return self.ops.unpack(packed(place.name))[start : start + rows]
+        unpacked: F32 = self.ops.unpack(packed(place.name))
+        return unpacked[start : start + rows]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pyllm.ops_training import TrainingOps
 from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.checkpoint import Checkpoints, RunState
+from pyllm.train.checks import GradientCheck, check_gradients
 from pyllm.train.initialise import initialise
 from pyllm.train.memory import StepShape, plan_training
 from pyllm.train.parameters import Parameters, load_values
@@ -59,7 +60,9 @@ class Trainer:
         self.config, self.data, self.eval_data = config, data, eval_data
         self.callbacks = list(callbacks)
         self._checkpoints = Checkpoints(config.out, config.keep)
-        state = self._resumed_state() if resume else None
+        if not resume and self._checkpoints.exist():
+            raise FileExistsError(17, "holds a run already: resume it, or choose another folder", str(config.out))
+        state = self._checkpoints.read_state() if resume else None
         folder = None if model is None or isinstance(model, Mapping) else resolve(model)
         self._model_config = _model_config(model, folder, state)
         self._tokenizer_folder = tokenizer or folder or (config.out / "last" if resume else None)
@@ -197,6 +200,16 @@ class Trainer:
             self._tell("sampled", sample)
         return samples
 
+    def check_gradients(self) -> list[GradientCheck]:
+        """Compare the gradient of every weight with the slope of the loss, on the next micro-batch, which stays next.
+
+        Meant for a run that has not begun; see :func:`pyllm.train.checks.check_gradients`.
+        """
+        state = self.data.state()
+        batch = self.data.next_batch()
+        self.data.load_state(state)
+        return list(check_gradients(self.parameters, self._step, batch))
+
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands, unless there is one of this step."""
         if self._saved == self.steps_done:
@@ -225,9 +238,6 @@ class Trainer:
     def _tell(self, what: str, *values: object) -> None:
         for callback in self.callbacks:
             getattr(callback, what)(*values)
-
-    def _resumed_state(self) -> RunState:
-        return self._checkpoints.read_state()
 
     def _load(self, folder: Path) -> None:
         with open_checkpoint(folder) as checkpoint:
