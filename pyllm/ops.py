@@ -304,10 +304,13 @@ class Ops:
 
 
 class Arena:
-    """One block of memory, laid out once per recorded step: outputs are taken in order and given back by mark."""
+    """One block of memory, laid out once per recorded step: outputs are taken in order and given back by mark.
 
-    def __init__(self, floats: int) -> None:
-        self.memory: F32 = _cpu.allocate(floats * 4).view(np.float32)
+    `memory` float32 [floats] is taken over where given, else it is allocated.
+    """
+
+    def __init__(self, floats: int, memory: F32 | None = None) -> None:
+        self.memory: F32 = _cpu.allocate(floats * 4).view(np.float32) if memory is None else memory[:floats]
         self.used = 0
 
     def take(self, shape: Sequence[int]) -> F32:
