@@ -51,6 +51,7 @@ class PackedData:
         mask_prompt: only answers count; needs files that hold prompts.
         seed: of the order.
         shuffle: False keeps the order of the files.
+        sequences: most sequences of a micro-batch; default: what the documents' length suggests.
 
     `notes` says in words what a user may want to know: weights that were normalised, documents that were cut.
     """
@@ -66,9 +67,10 @@ class PackedData:
         mask_prompt: bool = False,
         seed: int = 0,
         shuffle: bool = True,
+        sequences: int | None = None,
     ) -> None:
         self.notes: list[str] = []
-        _check(stores, weights, context, tokens, packing, mask_prompt)
+        _check(stores, weights, context, tokens, packing, mask_prompt, sequences)
         self.context, self.tokens, self.packing, self.mask_prompt = context, tokens, packing, mask_prompt
         kind = _Documents if packing == "documents" else _Windows
         self._sources = [
@@ -78,7 +80,9 @@ class PackedData:
         self._weights = self._normalised(weights)
         self._waiting: list[tuple[int, int]] = []  # sequences that were drawn but did not fit: source, index
         longest = -(-tokens // context)  # sequences that padding may need
-        if packing == "plain":
+        if sequences is not None:
+            self._most = sequences
+        elif packing == "plain":
             self._most = longest
         else:
             mean = min(source.mean_length for source in self._sources)
@@ -323,6 +327,7 @@ def _check(
     tokens: int,
     packing: str,
     mask_prompt: bool,
+    sequences: int | None,
 ) -> None:
     problems = []
     if not stores:
@@ -336,6 +341,9 @@ def _check(
         problems.append(f"context: expected at least 1, got {context}")
     if tokens < context:
         problems.append(f"a micro-batch of {tokens} tokens is shorter than the context of {context}")
+    least = -(-tokens // max(context, 1)) + (packing == "documents")
+    if sequences is not None and sequences < least:
+        problems.append(f"sequences: expected at least {least} for {tokens} tokens, got {sequences}")
     if packing not in PACKINGS:
         problems.append(f"packing: expected {' or '.join(PACKINGS)}, got {packing!r}")
     elif packing == "plain" and context >= 1 and tokens % context:

@@ -42,6 +42,24 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
     raise DataError(f"{path}: expected a file named .txt, .jsonl or .bin")
 
 
+def read_texts(path: Path) -> Iterator[str]:
+    """The plain texts of a file, without any template; raises `DataError`."""
+    if path.suffix == ".jsonl":
+        for record, at, _ in _records(path):
+            keys = [key for key in ("text", "prompt", "completion") if isinstance(record.get(key), str)]
+            yield from (record[key] for key in keys)
+            messages = record.get("messages")
+            said = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+            yield from (text for text in said if isinstance(text, str))
+            if not keys and not said:
+                raise DataError(f"{at}: expected {KEYS}, found {', '.join(sorted(record)) or 'no keys'}")
+    elif path.suffix == ".txt":
+        for document in _read_text(path):
+            yield from (text for text, _ in document.parts)
+    else:
+        raise DataError(f"{path}: expected a file named .txt or .jsonl")
+
+
 def _read_text(path: Path) -> Iterator[Document]:
     """Pieces of a text, cut before a line: for byte-level tokenizers the ids are those of the whole text."""
     read, rest = 0, ""
@@ -62,6 +80,12 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
+    for record, at, read in _records(path):
+        yield _document(record, at, tokenizer, read)
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """The objects of a file, each with where it stands and the bytes read so far."""
     read = 0
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
@@ -78,7 +102,7 @@ def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
                 raise DataError(f"{at}: not a JSON object: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{at}: expected a JSON object with {KEYS}, found {shown(record)}")
-            yield _document(record, at, tokenizer, read)
+            yield record, at, read
 
 
 def _document(record: Mapping[str, Any], at: str, tokenizer: Tokenizer, read: int) -> Document:
