@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyllm import _cpu
 from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
@@ -92,7 +92,7 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
         gradients=4 * layout.size,
         optimizer=8 * layout.size,
         activations=4 * step_floats(spec, shape).total,
-        cache=cache_blocks(shape) * KVCache.block_bytes(spec, cache_dtype(shape)),
+        cache=cache_blocks(shape) * KVCache.block_bytes(cached(spec, shape), cache_dtype(shape)),
         available=available_memory(),
     )
 
@@ -100,6 +100,13 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
 def cache_dtype(shape: StepShape) -> str:
     """Of keys and values: as inference stores them."""
     return shape.dtype
+
+
+def cached(spec: ModelSpec, shape: StepShape) -> ModelSpec:
+    """A model whose layers are those that have keys and values of their own: one that all share, in turn, where what is
+    in a block is computed again before its gradients and the blocks are alike."""
+    alike = all(block.attention == spec.blocks[0].attention for block in spec.blocks)
+    return replace(spec, blocks=spec.blocks[:1]) if shape.checkpoint_activations and alike else spec
 
 
 def cache_blocks(shape: StepShape) -> int:
@@ -143,7 +150,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
 
     def mlp(b: BlockSpec) -> tuple[int, int]:
         inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
-        return width + inner + pre + branch, branch + inner + (pre if b.mlp.gated else 0) + width
+        return width + inner + pre + branch, branch + inner + width
 
     parts = [part(b) for b in spec.blocks for part in (attention, mlp)]
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import F32
+from pyllm.ops import F32, F64
 from pyllm.ops_training import TrainingOps
 from pyllm.packed import BlockWeights, ModelWeights, NormWeights
 from pyllm.spec import BlockSpec, ModelSpec
@@ -168,18 +168,18 @@ class Parameters:
             for slot in (*place.slots, *([place.gate] if place.gate else [])):
                 self.set(slot, self.get(slot))
 
-    def update(self, hyper: F32, weight_decay: float) -> None:
-        """One AdamW step of all weights; see :meth:`TrainingOps.adamw` for `hyper`."""
+    def update(self, hyper: F64, weight_decay: float) -> None:
+        """One AdamW step of all weights, which leaves gradients at 0; see :meth:`TrainingOps.adamw` for `hyper`."""
         buffers = (self.weights, self.gradients, self.first_moment, self.second_moment)
         end = self.layout.matrices_end
         if self.compute == "float32":
-            self.ops.adamw(*(b[:end] for b in buffers), hyper, weight_decay)
+            self.ops.adamw(*(b[:end] for b in buffers), hyper, weight_decay, clear=True)
         else:
             for m in self.layout.matrices:
                 narrow = self._packed[m.name].weight
-                self.ops.adamw(*(b[m.start : m.stop] for b in buffers), hyper, weight_decay, narrow)
+                self.ops.adamw(*(b[m.start : m.stop] for b in buffers), hyper, weight_decay, narrow, clear=True)
         if end < self.layout.size:
-            self.ops.adamw(*(b[end:] for b in buffers), hyper, 0.0)
+            self.ops.adamw(*(b[end:] for b in buffers), hyper, 0.0, clear=True)
 
     def first_bad(self, flat: F32) -> str | None:
         """The first tensor with a value that is not finite, in `weights` or `gradients`."""
