@@ -14,6 +14,7 @@ from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 
 LOGITS_FLOATS = 1 << 25  # of a chunk of rows that pass through the head together, about
+SCRATCH_ROWS, SCRATCH_COLUMNS = 1024, 4096  # of an incoming gradient that the kernels copy, at most
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class TrainPlan:
     optimizer: int
     activations: int
     cache: int
+    scratch: int
     available: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.cache
+        return self.weights + self.gradients + self.optimizer + self.activations + self.cache + self.scratch
 
     @property
     def fits(self) -> bool:
@@ -73,8 +75,8 @@ class TrainPlan:
         raise InsufficientMemoryError(
             f"not enough memory to train: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f}, gradients "
             f"{self.gradients / GB:.2f}, optimizer {self.optimizer / GB:.2f}, activations {self.activations / GB:.2f} "
-            f"for {self.shape.tokens} tokens, keys and values {self.cache / GB:.2f}), free "
-            f"{max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a micro-batch and accumulate more of "
+            f"for {self.shape.tokens} tokens, keys and values {self.cache / GB:.2f}, scratch "
+            f"{self.scratch / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a micro-batch and accumulate more of "
             "them, keep fewer activations (checkpoint_activations), or choose a smaller model."
         )
 
@@ -93,8 +95,15 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
         optimizer=8 * layout.size,
         activations=4 * step_floats(spec, shape).total,
         cache=cache_blocks(shape) * KVCache.block_bytes(cached(spec, shape), cache_dtype(shape)),
+        scratch=_scratch(spec, shape),
         available=available_memory(),
     )
+
+
+def _scratch(spec: ModelSpec, shape: StepShape) -> int:
+    """Bytes of the kernels' scratch memory, nearly: that of the widest matrix, and a quarter more."""
+    widest = max(m.n * (2 if m.gate is not None else 1) for m in layout_of(spec).matrices)
+    return 5 * min(shape.tokens, SCRATCH_ROWS) * min(widest, SCRATCH_COLUMNS)
 
 
 def cache_dtype(shape: StepShape) -> str:

@@ -70,10 +70,11 @@ class Step:
         self._floats = step_floats(spec, shape)
         self._memory: F32 = _cpu.allocate(4 * self._floats.total).view(np.float32)
         self._dropout = Dropout(dropout, self._seed) if dropout > 0 else None
-        self._gradients = self._record(self._accumulate)
-        self._evaluation = self._record(self._evaluate)
-        self._norm = self._record(lambda: ops.square_norm(self._squares, parameters.gradients))
-        self._update = self._record(lambda: parameters.update(self._hyper, optimizer.weight_decay))
+        for _ in range(2):  # the second time, scratch memory has its size: graphs of the first keep smaller pieces
+            self._gradients = self._record(self._accumulate)
+            self._evaluation = self._record(self._evaluate)
+            self._norm = self._record(lambda: ops.square_norm(self._squares, parameters.gradients))
+            self._update = self._record(lambda: parameters.update(self._hyper, optimizer.weight_decay))
 
     # A step
 
