@@ -182,8 +182,7 @@ class Tape:
             if dropped is not None:
                 dy = ops.dropout(dy, *dropped, out=self._memory.gradients.take((rows, n)))
             if pre is not None:
-                into = dy if not w.gated and stream is None else self._memory.gradients.take(pre.shape)
-                dy = ops.activation_backward(dy, pre, activation, gated=w.gated, out=into)
+                dy = ops.activation_backward(dy, pre, activation, gated=w.gated, out=pre)
             if db is not None:
                 ops.column_sum(db, dy[:, :n])
             if db_up is not None:

@@ -37,6 +37,8 @@ def test_loss_and_gradients_are_those_of_float64(name: str) -> None:
     expected = oracle_loss(spec, weights, batch)
     assert abs(loss - expected) <= 1e-6 * abs(expected)
     rng = np.random.default_rng(1)
+    # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
+    rounding = 1e-7 * float(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in found.values())))
     for slot, gradient in found.items():
         norm = float(np.linalg.norm(gradient.astype(np.float64)))
         for _ in range(2):
@@ -45,7 +47,7 @@ def test_loss_and_gradients_are_those_of_float64(name: str) -> None:
             up = oracle_loss(spec, weights | {slot: weights[slot] + width * direction}, batch)
             down = oracle_loss(spec, weights | {slot: weights[slot] - width * direction}, batch)
             slope = (up - down) / (2 * width)
-            assert abs(float((gradient * direction).sum()) - slope) <= 1e-4 * norm + 1e-8, slot
+            assert abs(float((gradient * direction).sum()) - slope) <= 1e-4 * norm + rounding, slot
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -165,9 +167,9 @@ def test_a_step_takes_the_memory_that_was_laid_out(
 
     monkeypatch.setattr(step_module, "Arena", Watched)
     step_of(at_hand(name, TrainingOps(threads=1)), make_batch(VOCAB, 37, 3, 0, longest=20), **options)
-    training = arenas[:-1]
+    training = arenas[: len(arenas) // 2 - 1]  # a step is recorded twice, and each time an evaluation after it
     assert [arena.most for arena in training] == [arena.memory.size for arena in training]
-    assert arenas[-1].most <= arenas[-1].memory.size
+    assert arenas[len(training)].most <= arenas[len(training)].memory.size
 
 
 def test_golden_models_are_at_hand() -> None:

@@ -69,7 +69,10 @@ def test_parts_of_a_plan() -> None:
     assert plain.gradients == plain.weights >= 4 * spec.num_parameters()
     assert plain.optimizer == 2 * plain.gradients
     assert plain.weights < rounded.weights < 1.6 * plain.weights
-    assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations + plain.cache
+    assert (
+        plain.total
+        == plain.weights + plain.gradients + plain.optimizer + plain.activations + plain.cache + plain.scratch
+    )
     fewer = plan_training(spec, StepShape(1024, 4, checkpoint_activations=True))
     assert fewer.activations < 0.7 * plain.activations
 

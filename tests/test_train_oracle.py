@@ -37,6 +37,14 @@ def torch_model(folder: Path) -> Any:
     ).train(False)
 
 
+def random_model(name: str, folder: Path, seed: int = 0) -> None:
+    """A model with all parameters at random, in `folder`."""
+    model = goldens._random_model(goldens.variants()[name].config, seed)
+    folder.mkdir(exist_ok=True)
+    model.config.to_json_file(folder / "config.json", use_diff=False)
+    goldens._save_weights(model, folder / "model.safetensors")
+
+
 def torch_loss(model: Any, batch: Batch) -> Any:
     """Mean over the counted labels of all sequences, each by itself."""
     import torch
@@ -86,20 +94,22 @@ def parameters_of(folder: Path, dtype: str = "float32") -> Parameters:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
-    goldens.build(name, tmp_path)
+    random_model(name, tmp_path)
     batch = make_batch(VOCAB, 90, 4, 0)
     expected_loss, expected = torch_gradients(tmp_path, batch)
     loss, found = gradients(parameters_of(tmp_path), batch)
     assert abs(loss - expected_loss) <= 1e-6 * expected_loss
     assert set(found) == set(expected)
+    # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
+    rounding = 1e-7 * max(float(np.abs(gradient).max()) for gradient in expected.values())
     for slot, gradient in expected.items():
-        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max(), slot
+        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + rounding, slot
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_near_to_float32_as_that_of_torch(name: str, tmp_path: Path) -> None:
     """Twice its error is allowed, over all gradients together and over the loss of several batches."""
-    goldens.build(name, tmp_path)
+    random_model(name, tmp_path)
     ours, theirs, loss_ours, loss_theirs = 0.0, 0.0, [], []
     for seed in range(6):
         batch = make_batch(VOCAB, 90, 4, seed)
@@ -118,7 +128,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_torch(name: str, tmp_path: Pa
 def test_twenty_steps_follow_torch(name: str, tmp_path: Path) -> None:
     import torch
 
-    goldens.build(name, tmp_path / "model")
+    random_model(name, tmp_path / "model")
     config = TrainConfig(tmp_path / "run", steps=20, learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, clip=0.7)
     trainer = Trainer(tmp_path / "model", CountedData(vocab=VOCAB), config)
     model = torch_model(tmp_path / "model")
@@ -140,6 +150,8 @@ def test_twenty_steps_follow_torch(name: str, tmp_path: Path) -> None:
         assert report.gradient_norm == pytest.approx(float(norm), rel=1e-4)
     named = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for slot, value in by_slot(tmp_path / "model", named).items():
+        if name == "gpt2" and slot.endswith("attn.k.bias"):
+            continue  # its gradient is zero but for rounding, which Adam makes as large as any other
         assert np.abs(trainer.parameters.get(slot) - value).max() <= 1e-5 * max(1, np.abs(value).max()), slot
 
 
@@ -149,7 +161,7 @@ def test_transformers_loads_what_was_trained(name: str, tmp_path: Path) -> None:
 
     from pyllm import LLM
 
-    goldens.build(name, tmp_path / "model")
+    random_model(name, tmp_path / "model")
     config = TrainConfig(tmp_path / "run", steps=3, learning_rate=1e-2)
     folder = Trainer(tmp_path / "model", CountedData(vocab=VOCAB), config).run().folder
     ids = make_batch(VOCAB, 32, 1, 5)[0].tolist()

@@ -330,7 +330,9 @@ def test_values_that_are_no_numbers_stop_it(tmp_path: Path) -> None:
     trainer.parameters.set("blocks.1.mlp.down.weight", np.full((32, 44), np.nan, np.float32))
     with pytest.raises(NonFiniteError, match=r"step 2: .*blocks\.1\.mlp\.down\.weight"):
         trainer.step()
-    trainer.parameters.set("blocks.1.mlp.down.weight", np.full((32, 44), 1e38, np.float32))
+    trainer.parameters.set("blocks.1.mlp.down.weight", np.full((32, 44), 1, np.float32))
+    trainer.parameters.set("blocks.1.mlp.gate.weight", np.full((44, 32), 3e38, np.float32))
+    trainer.parameters.set("blocks.1.mlp.up.weight", np.full((44, 32), 3e38, np.float32))
     with pytest.raises(NonFiniteError, match=r"step 2: .*layer 1"):
         trainer.step()
     assert trainer.steps_done == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm import _cpu
 from pyllm.errors import ConfigError, shown
 from pyllm.spec import ModelSpec
 from pyllm.train.parameters import Parameters
@@ -26,11 +28,14 @@ def initialise(parameters: Parameters, config: Mapping[str, Any], seed: int) -> 
     spec: ModelSpec = parameters.spec
     residual = deviation / (2 * len(spec.blocks)) ** 0.5 if spec.family in SCALED_RESIDUALS else deviation
     generator = np.random.Generator(np.random.PCG64(seed))
+    largest = max(prod(shape) for shape in spec.slots().values())
+    memory = _cpu.allocate(4 * largest).view(np.float32)  # goes back to the system as a whole
 
     def values(slot: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if len(shape) == 1:
             return np.full(shape, 0 if slot.endswith(".bias") else 1, np.float32)
-        drawn: NDArray[np.float32] = generator.standard_normal(shape, np.float32)
+        drawn: NDArray[np.float32] = memory[: prod(shape)].reshape(shape)
+        generator.standard_normal(shape, np.float32, out=drawn)
         drawn *= np.float32(residual if slot.endswith((".attn.o.weight", ".mlp.down.weight")) else deviation)
         return drawn
 

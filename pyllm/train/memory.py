@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyllm import _cpu
 from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
@@ -14,6 +14,7 @@ from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 
 LOGITS_FLOATS = 1 << 25  # of a chunk of rows that pass through the head together, about
+SCRATCH_ROWS, SCRATCH_COLUMNS = 1024, 4096  # of an incoming gradient that the kernels copy, at most
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class TrainPlan:
     optimizer: int
     activations: int
     cache: int
+    scratch: int
     available: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.cache
+        return self.weights + self.gradients + self.optimizer + self.activations + self.cache + self.scratch
 
     @property
     def fits(self) -> bool:
@@ -73,8 +75,8 @@ class TrainPlan:
         raise InsufficientMemoryError(
             f"not enough memory to train: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f}, gradients "
             f"{self.gradients / GB:.2f}, optimizer {self.optimizer / GB:.2f}, activations {self.activations / GB:.2f} "
-            f"for {self.shape.tokens} tokens, keys and values {self.cache / GB:.2f}), free "
-            f"{max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a micro-batch and accumulate more of "
+            f"for {self.shape.tokens} tokens, keys and values {self.cache / GB:.2f}, scratch "
+            f"{self.scratch / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a micro-batch and accumulate more of "
             "them, keep fewer activations (checkpoint_activations), or choose a smaller model."
         )
 
@@ -92,14 +94,28 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
         gradients=4 * layout.size,
         optimizer=8 * layout.size,
         activations=4 * step_floats(spec, shape).total,
-        cache=cache_blocks(shape) * KVCache.block_bytes(spec, cache_dtype(shape)),
+        cache=cache_blocks(shape) * KVCache.block_bytes(cached(spec, shape), cache_dtype(shape)),
+        scratch=_scratch(spec, shape),
         available=available_memory(),
     )
+
+
+def _scratch(spec: ModelSpec, shape: StepShape) -> int:
+    """Bytes of the kernels' scratch memory, nearly: that of the widest matrix, and a quarter more."""
+    widest = max(m.n * (2 if m.gate is not None else 1) for m in layout_of(spec).matrices)
+    return 5 * min(shape.tokens, SCRATCH_ROWS) * min(widest, SCRATCH_COLUMNS)
 
 
 def cache_dtype(shape: StepShape) -> str:
     """Of keys and values: as inference stores them."""
     return shape.dtype
+
+
+def cached(spec: ModelSpec, shape: StepShape) -> ModelSpec:
+    """A model whose layers are those that have keys and values of their own: one that all share, in turn, where what is
+    in a block is computed again before its gradients and the blocks are alike."""
+    alike = all(block.attention == spec.blocks[0].attention for block in spec.blocks)
+    return replace(spec, blocks=spec.blocks[:1]) if shape.checkpoint_activations and alike else spec
 
 
 def cache_blocks(shape: StepShape) -> int:
@@ -143,7 +159,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
 
     def mlp(b: BlockSpec) -> tuple[int, int]:
         inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
-        return width + inner + pre + branch, branch + inner + (pre if b.mlp.gated else 0) + width
+        return width + inner + pre + branch, branch + inner + width
 
     parts = [part(b) for b in spec.blocks for part in (attention, mlp)]
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0

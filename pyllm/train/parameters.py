@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import F32
+from pyllm.ops import F32, F64
 from pyllm.ops_training import TrainingOps
 from pyllm.packed import BlockWeights, ModelWeights, NormWeights
 from pyllm.spec import BlockSpec, ModelSpec
@@ -168,18 +168,23 @@ class Parameters:
             for slot in (*place.slots, *([place.gate] if place.gate else [])):
                 self.set(slot, self.get(slot))
 
-    def update(self, hyper: F32, weight_decay: float) -> None:
-        """One AdamW step of all weights; see :meth:`TrainingOps.adamw` for `hyper`."""
-        buffers = (self.weights, self.gradients, self.first_moment, self.second_moment)
+    def update(self, hyper: F64, weight_decay: float) -> None:
+        """One AdamW step of all weights, which leaves gradients at 0; see :meth:`TrainingOps.adamw` for `hyper`."""
+
+        def step(span: slice, decay: float, narrow: _cpu.PackedMatrix | None = None) -> None:
+            params, grads, m, v = (
+                flat[span] for flat in (self.weights, self.gradients, self.first_moment, self.second_moment)
+            )
+            self.ops.adamw(params, grads, m, v, hyper, decay, narrow, clear=True)
+
         end = self.layout.matrices_end
         if self.compute == "float32":
-            self.ops.adamw(*(b[:end] for b in buffers), hyper, weight_decay)
+            step(slice(0, end), weight_decay)
         else:
-            for m in self.layout.matrices:
-                narrow = self._packed[m.name].weight
-                self.ops.adamw(*(b[m.start : m.stop] for b in buffers), hyper, weight_decay, narrow)
+            for place in self.layout.matrices:
+                step(slice(place.start, place.stop), weight_decay, self._packed[place.name].weight)
         if end < self.layout.size:
-            self.ops.adamw(*(b[end:] for b in buffers), hyper, 0.0)
+            step(slice(end, self.layout.size), 0.0)
 
     def first_bad(self, flat: F32) -> str | None:
         """The first tensor with a value that is not finite, in `weights` or `gradients`."""

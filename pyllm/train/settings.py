@@ -113,7 +113,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return max(low, high * math.sqrt(max(warmup, 1) / max(step, 1))) if step > warmup else high
     done = (step - warmup) / max(config.steps - warmup, 1)
     if config.schedule == "linear":
-        return high + (low - high) * done
+        return low + (high - low) * (1 - done)
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * done))
 
 

@@ -16,7 +16,7 @@ from pyllm.model import Model
 from pyllm.ops import F32, Arena
 from pyllm.ops_training import TrainingOps
 from pyllm.tape import Dropout, Tape, TapeMemory
-from pyllm.train.memory import StepShape, cache_blocks, cache_dtype, head_rows, step_floats, table_width
+from pyllm.train.memory import StepShape, cache_blocks, cache_dtype, cached, head_rows, step_floats, table_width
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import I32
 
@@ -63,16 +63,18 @@ class Step:
         self.losses: F32 = np.zeros(shape.tokens, np.float32)
         self._scale: F32 = np.zeros(1, np.float32)
         self._seed = np.zeros(1, np.uint64)
-        self._hyper: F32 = np.zeros(7, np.float32)
+        self._hyper = np.zeros(7, np.float64)
         self._squares = np.zeros(1, np.float64)
-        self._cache = KVCache(spec, cache_blocks(shape), cache_dtype(shape))
+        self._cache = KVCache(cached(spec, shape), cache_blocks(shape), cache_dtype(shape))
+        self._cache.layers *= len(spec.blocks) // len(self._cache.layers)
         self._floats = step_floats(spec, shape)
         self._memory: F32 = _cpu.allocate(4 * self._floats.total).view(np.float32)
         self._dropout = Dropout(dropout, self._seed) if dropout > 0 else None
-        self._gradients = self._record(self._accumulate)
-        self._evaluation = self._record(self._evaluate)
-        self._norm = self._record(lambda: ops.square_norm(self._squares, parameters.gradients))
-        self._update = self._record(lambda: parameters.update(self._hyper, optimizer.weight_decay))
+        for _ in range(2):  # the second time, scratch memory has its size: graphs of the first keep smaller pieces
+            self._gradients = self._record(self._accumulate)
+            self._evaluation = self._record(self._evaluate)
+            self._norm = self._record(lambda: ops.square_norm(self._squares, parameters.gradients))
+            self._update = self._record(lambda: parameters.update(self._hyper, optimizer.weight_decay))
 
     # A step
 
@@ -138,7 +140,8 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Bytes of activations, keys and values."""
-        return self._memory.nbytes + sum(layer.nbytes for layer in self._cache.layers)
+        caches = {id(layer): layer.nbytes for layer in self._cache.layers}
+        return self._memory.nbytes + sum(caches.values())
 
     # What is recorded
 

@@ -80,6 +80,7 @@ class Trainer:
         self._best: float | None = None
         self._last_loss: float | None = None
         self._saved: int | None = None  # step of the last checkpoint
+        self._left_over = False  # gradients of a step that failed
         if state is not None:
             self._checkpoints.load(self.parameters)
             self.steps_done, self._best, self._last_loss = state.step, state.best_loss, state.last_loss
@@ -136,7 +137,9 @@ class Trainer:
         if counted == 0:
             raise RequestError(f"step {number}: no token of its {len(batches)} micro-batches counts: every label is "
                                f"{IGNORED}")  # fmt: skip
-        self.parameters.zero_gradients()
+        if self._left_over:
+            self.parameters.zero_gradients()
+        self._left_over = True
         total = 0.0
         for i, batch in enumerate(batches):
             self._step.fill(*batch)
@@ -153,6 +156,7 @@ class Trainer:
         rate = learning_rate(config, self.steps_done)
         scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip > 0 else 1.0
         self._step.update(number, rate, scale)
+        self._left_over = False
         self.steps_done, self._last_loss = number, total / counted
         tokens = len(batches) * self.shape.tokens
         return StepReport(number, self._last_loss, rate, norm, tokens, counted, time.perf_counter() - began)
@@ -208,6 +212,7 @@ class Trainer:
         state = self.data.state()
         batch = self.data.next_batch()
         self.data.load_state(state)
+        self._left_over = True
         return list(check_gradients(self.parameters, self._step, batch))
 
     def save(self) -> Path:
