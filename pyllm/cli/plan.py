@@ -110,7 +110,9 @@ def _training(config: Path | None, flags: dict[str, Any], json: bool) -> int:
         values.pop("arch", None)
     result = plan_of_run({**values, **flags})
     spec, shape = result.spec, result.shape
-    parts = {name: getattr(result, name) for name in ("weights", "gradients", "optimizer", "activations", "cache")}
+    parts = {
+        name: getattr(result, name) for name in ("weights", "gradients", "optimizer", "activations", "cache", "scratch")
+    }
     if json:
         facts = {"total": result.total, "available": result.available, "fits": result.fits}
         write_json({"family": spec.family, "parameters": spec.num_parameters(), **parts, **facts})

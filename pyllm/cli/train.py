@@ -156,8 +156,6 @@ def train(
 
     with progress_bar("tokenising") as progress:
         setup = prepare(run, theirs.seed, progress)
-    for line in setup.notes:
-        note(f"note: {line}")
     source = setup.train if overfit_batch is None else RepeatedData(setup.train, overfit_batch)
     trainer = Trainer(
         setup.model,
@@ -167,6 +165,8 @@ def train(
         tokenizer=setup.tokenizer,
         resume=resume,
     )
+    for line in setup.notes:
+        note(f"note: {line}")
     if check_grads:
         return _check_gradients(trainer)
     live = LiveLine(trainer.spec, run.context or 0, theirs.dtype, trainer.ops.threads)

@@ -55,10 +55,10 @@ class TokenStore:
     name: str
 
     def split(self, share: float) -> tuple[TokenStore, TokenStore]:
-        """All but the last `share` of the tokens, and that; between documents where there are at least twenty."""
+        """All but the last `share` of the tokens, or a little more, and that; between documents where there are twenty."""
         cut = int(len(self.tokens) * (1 - share))
         if len(self.ends) >= 20:
-            cut = int(self.ends[int(np.searchsorted(self.ends, cut))])
+            cut = int(self.ends[max(int(np.searchsorted(self.ends, cut, "right")) - 1, 0)])
         if not 2 <= cut <= len(self.tokens) - 2:
             raise DataError(
                 f"{self.name}: {len(self.tokens)} tokens cannot be split so that {share:.3g} of them are held out: "
