@@ -12,7 +12,6 @@ import typer
 
 from pyllm.cli import options as o
 from pyllm.cli.inputs import present
-from pyllm.cli.live import LiveLine
 from pyllm.cli.output import be_quiet, note, progress_bar, write, write_json
 
 if TYPE_CHECKING:
@@ -149,6 +148,7 @@ def train(
     from pyllm.train.run_config import as_json, settings
 
     run, theirs = settings(values)
+    from pyllm.cli.live import LiveLine
     from pyllm.train import RepeatedData, Trainer
     from pyllm.train.logs import RunLog
     from pyllm.train.setup import prepare
