@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 _Array = NDArray[Any]
 _F32 = NDArray[np.float32]
+_F64 = NDArray[np.float64]
 _I32 = NDArray[np.int32]
 _I64 = NDArray[np.int64]
 
@@ -38,7 +39,10 @@ class PackedMatrix:
         group_size: int = 0,
         scale_dtype: str = "bfloat16",
         zeros: bool = False,
+        memory: _Array | None = None,
     ) -> None: ...
+    @property
+    def flat(self) -> _F32: ...
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -95,7 +99,9 @@ class Context:
         bias_up: _F32 | None,
         residual: _F32 | None,
         activation: int,
+        pre: _F32 | None,
     ) -> None: ...
+    def unpack(self, out: _F32, packed: PackedMatrix) -> None: ...
     def norm(
         self,
         y: _F32,
@@ -146,6 +152,23 @@ class Context:
         allowed: tuple[_I64, _I32] | None,
     ) -> None: ...
     def logprobs(self, chosen: _F32, ranks: _I32, top: _F32, top_ids: _I32, logits: _F32, ids: _I32) -> None: ...
+    def matmul_dx(self, out: _F32, dy: _F32, w: PackedMatrix, add: bool) -> None: ...
+    def matmul_dw(self, dw: PackedMatrix, dy: _F32, x: _F32) -> None: ...
+    def column_sum(self, out: _F32, x: _F32) -> None: ...
+    def activation_backward(self, out: _F32, dy: _F32, pre: _F32, activation: int, gated: bool) -> None: ...
+    def adamw(
+        self,
+        params: _F32,
+        grads: _F32,
+        m: _F32,
+        v: _F32,
+        hyper: _F64,
+        weight_decay: float,
+        narrow: PackedMatrix | None,
+        clear: bool,
+    ) -> None: ...
+    def square_norm(self, out: _F64, x: _F32) -> None: ...
+    def clip_coefficient(self, out: _F64, square: _F64, max_norm: float) -> None: ...
     def limits(
         self, limit: str, data: _F32 | None = None, streams: int = 1, chunks: int = 0, rounds: int = 0
     ) -> int: ...

@@ -30,8 +30,9 @@ from pyllm.spec import Activation, NormKind
 
 Array: TypeAlias = NDArray[Any]
 F32: TypeAlias = NDArray[np.float32]
+F64: TypeAlias = NDArray[np.float64]
 
-_ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
+ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 _NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
 
@@ -148,6 +149,13 @@ class Ops:
         self.context.pack_quantized(packed, values, scales, zeros, 0, int(gate is not None))
         return packed
 
+    def unpack(self, packed: _cpu.PackedMatrix, out: F32 | None = None) -> F32:
+        """The weights of a packed matrix of floats, exactly: [N, K], or of a gated one [2N, K], gate above up."""
+        n, k = packed.shape
+        out = np.empty((n * (1 + packed.gated), k), np.float32) if out is None else out
+        self.context.unpack(out, packed)
+        return out
+
     # Kernels
 
     def matmul(
@@ -159,13 +167,17 @@ class Ops:
         activation: Activation | None = None,
         residual: F32 | None = None,
         out: F32 | None = None,
+        pre: F32 | None = None,
     ) -> F32:
         """``act(x w^T + bias) + residual``: x [T, K], w packed [N, K], bias [N], residual [T, N] -> [T, N].
 
         A gated w gives ``act(x gate^T + bias) * (x up^T + bias_up) + residual``. `out` may be `residual` itself.
+
+        What `act` is applied to is also stored in `pre` [T, N] where given; gated: [T, 2N], ``x up^T + bias_up`` right
+        of it.
         """
         out = self.empty(x.shape[0], w.shape[0]) if out is None else out
-        self.context.matmul(out, x, w, bias, bias_up, residual, _ACTIVATIONS[activation])
+        self.context.matmul(out, x, w, bias, bias_up, residual, ACTIVATIONS[activation], pre)
         return out
 
     def norm(
@@ -193,7 +205,7 @@ class Ops:
     def activation(self, x: F32, activation: Activation, up: F32 | None = None, out: F32 | None = None) -> F32:
         """``act(x)``, or ``act(x) * up``: x and up [R, D] -> [R, D]."""
         out = self.empty(*x.shape) if out is None else out
-        self.context.activation(out, x, up, _ACTIVATIONS[activation])
+        self.context.activation(out, x, up, ACTIVATIONS[activation])
         return out
 
     def embedding(

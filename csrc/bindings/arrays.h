@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/numpy.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,15 @@ T* vector_of(const py::object& object, const char* name, int64_t size, bool opti
   check_array(a, name, py::dtype::of<std::remove_const_t<T>>(), {size}, !std::is_const_v<T>);
   if (length) *length = a.shape(0);
   return static_cast<T*>(const_cast<void*>(a.data()));
+}
+
+// Whether two blocks of rows share memory.
+template <class A, class B>
+bool overlap(const Rows<A>& a, const Rows<B>& b) {
+  if (a.rows == 0 || a.cols == 0 || b.rows == 0 || b.cols == 0) return false;
+  const auto* a_end = a.data + (a.rows - 1) * a.stride + a.cols;
+  const auto* b_end = b.data + (b.rows - 1) * b.stride + b.cols;
+  return std::less<const void*>()(a.data, b_end) && std::less<const void*>()(b.data, a_end);
 }
 
 // Every value of ids lies in [0, limit), else ValueError naming the first that does not.

@@ -81,6 +81,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_layers(module, context);
   bind_attention(module, context);
   bind_sampling(module, context);
+  bind_training_weights(module, context);
   bind_limits(module, context);
 }
 

@@ -47,7 +47,8 @@ struct MatmulArgs {
   const float* bias;      // [N] or null
   const float* bias_up;   // [N] or null, gated only
   const float* residual;  // [T, N] or null; may be y itself
-  int64_t rows, x_stride, y_stride, residual_stride;
+  float* pre;             // [T, N], gated [T, 2N], gate then up: what act is applied to; or null
+  int64_t rows, x_stride, y_stride, residual_stride, pre_stride;
   Activation activation;
   void* workspace;
 };

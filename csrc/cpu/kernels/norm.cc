@@ -24,10 +24,6 @@ inline float sum_terms(int64_t n, Term&& term) {
   return sum((a + b) + (c + d));
 }
 
-inline F load_up_to(const float* p, int count) { return count == F::N ? load(p) : load_n(p, count); }
-
-inline void store_up_to(float* p, F a, int count) { count == F::N ? store(p, a) : store_n(p, a, count); }
-
 template <class Fn>
 inline void for_vectors(int64_t n, Fn&& fn) {
   int64_t i = 0;

@@ -9,6 +9,7 @@
 //   F select_gt(a, b, x, y): a > b ? x : y per lane (false where a or b is NaN)
 //   F load_bf16(const uint16_t*), load_bf16_n(p, n), load_f16, load_f16_n; store_bf16(uint16_t*, F), store_bf16_n, store_f16, store_f16_n
 //   void load_bf16_pairs(const uint16_t* p, F& even, F& odd): p[0..2N) holds pairs; even gets p[2i], odd p[2i + 1]
+//   void store_bf16_pairs(uint16_t* p, F even, F odd): its inverse, rounded as store_bf16 does
 //   void load_i8_pairs(const int8_t* p, F& even, F& odd): the same of p[0..2N), integers made float
 //   float sum(F), max(F): over lanes, in a fixed order
 //   PYLLM_HAS_BF16_DOT 0/1, and where 1: struct B (2N bf16), B load_pairs(const uint16_t*), B set_pair(uint32_t),
