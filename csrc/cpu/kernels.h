@@ -7,20 +7,26 @@
 #include "core/sampling.h"
 #include "cpu/parallel.h"
 
-#define PYLLM_CPU_KERNELS(X)           \
-  X(pack, PackArgs)                    \
-  X(pack_quantized, PackQuantizedArgs) \
-  X(matmul, MatmulArgs)                \
-  X(norm, NormArgs)                    \
-  X(activation, ActivationArgs)        \
-  X(embedding, EmbeddingArgs)          \
-  X(gather, GatherArgs)                \
-  X(rope_angles, RopeAnglesArgs)       \
-  X(rope, RopeArgs)                    \
-  X(kv_write, KvWriteArgs)             \
-  X(attention, AttentionArgs)          \
-  X(sample, SampleArgs)                \
-  X(logprobs, LogprobsArgs)            \
+#define PYLLM_CPU_KERNELS(X)                   \
+  X(pack, PackArgs)                            \
+  X(pack_quantized, PackQuantizedArgs)         \
+  X(matmul, MatmulArgs)                        \
+  X(norm, NormArgs)                            \
+  X(norm_backward, NormBackwardArgs)           \
+  X(activation, ActivationArgs)                \
+  X(embedding, EmbeddingArgs)                  \
+  X(embedding_backward, EmbeddingBackwardArgs) \
+  X(gather, GatherArgs)                        \
+  X(gather_backward, GatherBackwardArgs)       \
+  X(rope_angles, RopeAnglesArgs)               \
+  X(rope, RopeArgs)                            \
+  X(kv_write, KvWriteArgs)                     \
+  X(attention, AttentionArgs)                  \
+  X(attention_backward, AttentionBackwardArgs) \
+  X(dropout, DropoutArgs)                      \
+  X(cross_entropy, CrossEntropyArgs)           \
+  X(sample, SampleArgs)                        \
+  X(logprobs, LogprobsArgs)                    \
   X(limits, LimitsArgs)
 
 namespace pyllm::cpu {
@@ -38,6 +44,8 @@ struct KernelTable {
 int64_t workspace_bytes(const MatmulArgs& args, int threads);
 int64_t workspace_bytes(const AttentionArgs& args, int threads);
 int64_t workspace_bytes(const SampleArgs& args, int threads);
+int64_t workspace_bytes(const NormBackwardArgs& args, int threads);
+int64_t workspace_bytes(const AttentionBackwardArgs& args, int threads);
 
 // Kernels that need none.
 template <class Args>
