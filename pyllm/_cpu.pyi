@@ -10,7 +10,9 @@ _F32 = NDArray[np.float32]
 _F64 = NDArray[np.float64]
 _I32 = NDArray[np.int32]
 _I64 = NDArray[np.int64]
+_Dropout = tuple[float, NDArray[np.uint64], int]
 
+IGNORED_LABEL: int
 BLOCK_TOKENS: int
 HEAD_PAD: int
 KEY_BLOCK: int
@@ -113,6 +115,18 @@ class Context:
         eps: float,
         kind: int,
     ) -> None: ...
+    def norm_backward(
+        self,
+        dx: _F32,
+        dweight: _F32 | None,
+        dbias: _F32 | None,
+        dy: _F32,
+        x: _F32,
+        weight: _F32 | None,
+        residual: _F32 | None,
+        eps: float,
+        kind: int,
+    ) -> None: ...
     def activation(self, y: _F32, x: _F32, up: _F32 | None, activation: int) -> None: ...
     def embedding(
         self,
@@ -122,11 +136,20 @@ class Context:
         positions: _I32 | None,
         position_table: _F32 | None,
     ) -> None: ...
+    def embedding_backward(
+        self,
+        dtable: PackedMatrix | _F32,
+        dposition_table: _F32 | None,
+        dy: _F32,
+        tokens: _I32,
+        positions: _I32 | None,
+    ) -> None: ...
     def gather(self, y: _F32, x: _F32, index: _I32) -> None: ...
+    def gather_backward(self, dx: _F32, dy: _F32, index: _I32) -> None: ...
     def rope_angles(
         self, cos: _F32, sin: _F32, positions: _I32, inv_freq: _F32, table: _I32 | None, scaling: float
     ) -> None: ...
-    def rope(self, x: _F32, cos: _F32, sin: _F32, head_size: int) -> None: ...
+    def rope(self, x: _F32, cos: _F32, sin: _F32, head_size: int, inverse: bool = False) -> None: ...
     def kv_write(
         self, cache: _Array, k: _F32, v: _F32, slots: _I64, head_size: int, cos: _F32 | None, sin: _F32 | None
     ) -> None: ...
@@ -141,6 +164,37 @@ class Context:
         head_size: int,
         scale: float,
         window: int,
+        lse: _F32 | None = None,
+        dropout: _Dropout | None = None,
+    ) -> None: ...
+    def attention_backward(
+        self,
+        dq: _F32,
+        dk: _F32,
+        dv: _F32,
+        dout: _F32,
+        out: _F32,
+        q: _F32,
+        cache: _Array,
+        lse: _F32,
+        starts: _I32,
+        lengths: _I32,
+        tables: _I32,
+        head_size: int,
+        scale: float,
+        window: int,
+        dropout: _Dropout | None = None,
+    ) -> None: ...
+    def dropout(self, y: _F32, x: _F32, residual: _F32 | None, dropout: _Dropout | None) -> None: ...
+    def cross_entropy(
+        self,
+        logits: _F32,
+        loss: _F32,
+        correct: _I32 | None,
+        labels: _I32,
+        scale: _F32,
+        z_loss: float,
+        label_smoothing: float,
     ) -> None: ...
     def sample(
         self,

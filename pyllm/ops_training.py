@@ -5,9 +5,14 @@ Conventions as in :mod:`pyllm.ops`. Gradients of parameters accumulate (``+=``),
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyllm import _cpu
-from pyllm.ops import ACTIVATIONS, F32, F64, Ops
-from pyllm.spec import Activation
+from pyllm.ops import ACTIVATIONS, F32, F64, NORMS, Array, Dropout, Ops
+from pyllm.spec import Activation, NormKind
+
+IGNORED_LABEL: int = _cpu.IGNORED_LABEL
 
 
 class TrainingOps(Ops):
@@ -85,3 +90,116 @@ class TrainingOps(Ops):
         self.context.clip_coefficient(out, square, max_norm)
 
     # Layers, attention, losses
+
+    def norm_backward(
+        self,
+        dy: F32,
+        x: F32,
+        weight: F32 | None,
+        *,
+        kind: NormKind,
+        eps: float,
+        dweight: F32 | None = None,
+        dbias: F32 | None = None,
+        residual: F32 | None = None,
+        out: F32 | None = None,
+    ) -> F32:
+        """Gradient of :meth:`norm` with respect to x, plus `residual`: dy and x [R, D], or [T, H, E] -> the same.
+
+        `x` is what was normalised, the sum where there was a residual; its statistics are computed anew. `dweight` and
+        `dbias` [D] accumulate, in an order of their own that depends on R alone. `out` may be dy or residual.
+        """
+        out = self.empty(*dy.shape) if out is None else out
+        self.context.norm_backward(out, dweight, dbias, dy, x, weight, residual, eps, NORMS[kind])
+        return out
+
+    def embedding_backward(
+        self,
+        dtable: _cpu.PackedMatrix | F32,
+        dposition_table: F32 | None,
+        dy: F32,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32] | None,
+    ) -> None:
+        """``dtable[tokens] += dy``, ``dposition_table[positions] += dy``: dy [T, D], tokens and positions int32 [T].
+
+        dtable [V, D] is packed float32 or plain; dposition_table [P, D]. Rows that several tokens share receive them in
+        the order of the tokens.
+        """
+        self.context.embedding_backward(dtable, dposition_table, dy, tokens, positions)
+
+    def gather_backward(self, dx: F32, dy: F32, index: NDArray[np.int32]) -> F32:
+        """Gradient of :meth:`gather`: dx [T, D] becomes 0, then ``dx[index] += dy``, dy [R, D], in order. Gives dx."""
+        self.context.gather_backward(dx, dy, index)
+        return dx
+
+    def attention_backward(
+        self,
+        dout: F32,
+        out: F32,
+        q: F32,
+        cache: Array,
+        lse: F32,
+        starts: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        *,
+        head_size: int,
+        scale: float,
+        window: int | None = None,
+        dropout: Dropout | None = None,
+        gradients: tuple[F32, F32, F32] | None = None,
+    ) -> tuple[F32, F32, F32]:
+        """Gradients of :meth:`attention` with respect to q, keys and values: dout [T, H * E] -> dq, dk, dv.
+
+        `out`, `lse` and the other arguments are those of the forward pass, of whole sequences: lengths are the rows.
+        The cache is float32 or bfloat16. dk and dv [T, G * E] belong to keys as they stand in the cache, rotated.
+        `gradients` (dq, dk, dv) may be slices of one array; they are overwritten. A sequence's gradients depend on
+        nothing in other sequences; with dropout, on its place among the rows.
+        """
+        if gradients is None:
+            width = cache.shape[1] * head_size
+            gradients = self.empty(*q.shape), self.empty(q.shape[0], width), self.empty(q.shape[0], width)
+        self.context.attention_backward(
+            *gradients, dout, out, q, cache, lse, starts, lengths, tables, head_size, scale, window or 0, dropout
+        )
+        return gradients
+
+    def dropout(
+        self,
+        x: F32,
+        rate: float,
+        seed: NDArray[np.uint64],
+        site: int,
+        out: F32 | None = None,
+        residual: F32 | None = None,
+    ) -> F32:
+        """x [R, D] with elements set to 0 at `rate` and the others divided by 1 - rate, plus `residual` [R, D].
+
+        Which ones is a function of seed (uint64 [1], read when the kernel runs), site, row and column: the same call on
+        a gradient is the backward pass. `out` may be x or residual.
+        """
+        out = self.empty(*x.shape) if out is None else out
+        self.context.dropout(out, x, residual, (rate, seed, site))
+        return out
+
+    def cross_entropy(
+        self,
+        logits: F32,
+        labels: NDArray[np.int32],
+        scale: F32,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        loss: F32 | None = None,
+        correct: NDArray[np.int32] | None = None,
+    ) -> F32:
+        """Softmax cross-entropy of logits [R, V], which become their gradient times `scale` [1] -> loss [R].
+
+        labels int32 [R]; rows with IGNORED_LABEL, -100, have no loss and no gradient. A row's loss, not scaled, is ``(1
+        - label_smoothing) * (lse - logits[label]) + label_smoothing * (lse - mean(logits)) + z_loss * lse**2``.
+        `correct` int32 [R] receives 1 where no logit is larger than the label's, else 0.
+        """
+        loss = self.empty(logits.shape[0]) if loss is None else loss
+        self.context.cross_entropy(logits, loss, correct, labels, scale, z_loss, label_smoothing)
+        return loss

@@ -134,5 +134,6 @@ void bind_attention(py::module_& module, ContextClass& context);         // rope
 void bind_sampling(py::module_& module, ContextClass& context);          // sample, logprobs
 void bind_training_weights(py::module_& module, ContextClass& context);  // gradients of matrices, the optimizer
 void bind_limits(py::module_& module, ContextClass& context);            // limits
+void bind_training_layers(py::module_& module, ContextClass& context);   // dropout, cross_entropy
 
 }  // namespace pyllm::bindings

@@ -30,6 +30,12 @@
   X(adamw, AdamWArgs)                            \
   X(square_norm, SquareNormArgs)                 \
   X(clip_coefficient, ClipCoefficientArgs)       \
+  X(norm_backward, NormBackwardArgs)             \
+  X(embedding_backward, EmbeddingBackwardArgs)   \
+  X(gather_backward, GatherBackwardArgs)         \
+  X(attention_backward, AttentionBackwardArgs)   \
+  X(dropout, DropoutArgs)                        \
+  X(cross_entropy, CrossEntropyArgs)             \
   X(limits, LimitsArgs)
 
 namespace pyllm::cpu {
@@ -50,6 +56,8 @@ int64_t workspace_bytes(const MatmulDwArgs& args, int threads);
 int64_t workspace_bytes(const SquareNormArgs& args, int threads);
 int64_t workspace_bytes(const AttentionArgs& args, int threads);
 int64_t workspace_bytes(const SampleArgs& args, int threads);
+int64_t workspace_bytes(const NormBackwardArgs& args, int threads);
+int64_t workspace_bytes(const AttentionBackwardArgs& args, int threads);
 
 // Kernels that need none.
 template <class Args>

@@ -2,6 +2,7 @@
 #include "cpu/attention_workspace.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/matmul_plan.h"
+#include "cpu/kernels/norm_plan.h"
 
 namespace pyllm::cpu {
 
@@ -26,6 +27,12 @@ int64_t workspace_bytes(const AttentionArgs& args, int threads) { return attenti
 
 int64_t workspace_bytes(const SampleArgs& a, int threads) {
   return threads * sample_floats(a.vocab) * int64_t(sizeof(float));
+}
+
+int64_t workspace_bytes(const NormBackwardArgs& a, int) { return NormPlan(a.rows * a.heads, a.dim).workspace_bytes(); }
+
+int64_t workspace_bytes(const AttentionBackwardArgs& args, int threads) {
+  return attention_backward_workspace(args, threads).bytes;
 }
 
 }  // namespace pyllm::cpu
