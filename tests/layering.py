@@ -64,6 +64,7 @@ CPU_HEADERS = ("cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h",
 CPU_SIZES = (
     "cpu/attention_workspace.h",
     "cpu/kernels/matmul_plan.h",
+    "cpu/kernels/norm_plan.h",
 )  # sizes that a kernel and its caller must agree on
 
 # C++ folders and what each may include from the project.

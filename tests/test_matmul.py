@@ -242,7 +242,7 @@ def test_bad_arguments(ops: Ops, rng: np.random.Generator) -> None:
     with pytest.raises(TypeError, match=r"x: expected float32\[any, 8\], got float64\[3, 8\]"):
         ops.matmul(x.astype(np.float64), w)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="w: expected a PackedMatrix"):
-        ops.context.matmul(np.zeros((3, 5), np.float32), x, np.zeros((5, 8), np.float32), None, None, None, 0)
+        ops.context.matmul(np.zeros((3, 5), np.float32), x, np.zeros((5, 8), np.float32), None, None, None, 0, None)
     with pytest.raises(ValueError, match=r"x: expected float32\[any, 8\], got float32\[3, 7\]"):
         ops.matmul(normal(rng, 3, 7), w)
     with pytest.raises(ValueError, match=r"x: .*contiguous"):
@@ -260,7 +260,7 @@ def test_bad_arguments(ops: Ops, rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match=r"out: .*overlaps residual"):
         ops.matmul(x, w, residual=shared[:15].reshape(3, 5), out=shared[1:16].reshape(3, 5))
     with pytest.raises(ValueError, match="activation: expected 0 to 4, got 9"):
-        ops.context.matmul(np.zeros((3, 5), np.float32), x, w, None, None, None, 9)
+        ops.context.matmul(np.zeros((3, 5), np.float32), x, w, None, None, None, 9, None)
     with pytest.raises(ValueError, match="rows 3 to 6 lie outside"):
         ops.context.pack(w, normal(rng, 3, 8), 3, 0)
     with pytest.raises(TypeError, match="src: expected float32, float16 or bfloat16, got int64"):

@@ -13,6 +13,14 @@ enum class NormKind : int32_t { layer = 0, rms = 1 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Dropout: an element is kept with probability 1 - rate, and then divided by it. Which are kept is a function of the
+// number that seed points to, of the site (a layer, say) and of the element's place: see cpu/kernels/dropout.h.
+struct Dropout {
+  const uint64_t* seed;  // [1], read when a kernel runs; null: no dropout
+  float rate;            // in [0, 1)
+  int32_t site;
+};
+
 // A weight matrix W[N, K] (one output per row, as checkpoints store it) packed for the matmul.
 //
 // Outputs are cut into panels of kPanel columns; within a panel the inner dimension K runs slowest, so that one row of x

@@ -49,4 +49,28 @@ constexpr int64_t int_workspace_bytes(int64_t rows, int64_t k, int threads) {
   return int_x_bytes(pass, k) + threads * (sums_bytes(pass) + unpacked_bytes());
 }
 
+// Gradients (matmul_backward.cc). dx: at most kDxRows rows of dy and kDxPanels packed panels at a time. The workspace: the
+// copy of dy [blocks][rows][kRowStride], then for each worker its sums [rows][kPanel], a block of transposed weights
+// [kBlock][kPanel], and one of widened weights [kPanel][kPanel].
+constexpr int64_t kDxRows = 1024;
+constexpr int64_t kDxPanels = 64;
+constexpr int64_t kBlockPanels = kBlock / kPanel;
+constexpr int64_t dy_bytes(int64_t rows, int64_t panels) {
+  return divide_up(panels, kBlockPanels) * rows * kRowStride * 4;
+}
+constexpr int64_t dx_worker_bytes(int64_t rows) { return (rows + kBlock + kPanel) * kPanel * 4; }
+constexpr int64_t dx_workspace_bytes(int64_t rows, int64_t panels, int threads) {
+  const int64_t pass = even_part(rows, kDxRows);
+  return dy_bytes(pass, panels < kDxPanels ? panels : kDxPanels) + threads * dx_worker_bytes(pass);
+}
+
+// dW: at most kDwTokens rows of x at a time. The workspace: x transposed [blocks][k][kRowStride], then for each worker a
+// strip of dy [kBlock][kPanel].
+constexpr int64_t kDwTokens = 512;
+constexpr int64_t strip_bytes() { return kBlock * kPanel * 4; }
+constexpr int64_t transposed_bytes(int64_t tokens, int64_t k) { return divide_up(tokens, kBlock) * k * kRowStride * 4; }
+constexpr int64_t dw_workspace_bytes(int64_t tokens, int64_t k, int threads) {
+  return transposed_bytes(even_part(tokens, kDwTokens), k) + threads * strip_bytes();
+}
+
 }  // namespace pyllm::cpu::matmul_plan
