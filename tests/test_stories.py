@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_found(old: str, new: str, problem: str) -> None:
     assert any(problem in one for one in problems), problems
 
 
-def test_names_exchanged_or_sentences_left_out_are_found() -> None:
+def test_a_name_that_is_another_is_found() -> None:
     found, planted = 0, 0
     for seed in range(150):
         text = story(seed)
@@ -81,9 +81,10 @@ def test_names_exchanged_or_sentences_left_out_are_found() -> None:
             if f"named {name}" not in head:
                 continue
             planted += 1
-            found += not check(head + ("Tom" if name != "Tom" else "Ben") + tail).consistent
+            other = next(boy for boy in words.BOYS if boy not in text)
+            found += not check(head + other + tail).consistent
     assert planted > 150
-    assert found >= 0.97 * planted, (found, planted)
+    assert found == planted
 
 
 def test_no_story_repeats() -> None:

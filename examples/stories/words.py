@@ -8,15 +8,9 @@ def listed(text: str) -> list[str]:
     return text.split()
 
 
-GIRLS = listed(
-    """Mia Lily Anna Ella Zoe Ruby Rosie Nora Clara Emma Lucy Maya Ivy Hazel Daisy Poppy Tilly Molly Bella Olive Luna
-    Stella Sophie Ada Alice Greta Heidi Ida Kira Leah Maggie Nina Paula Sara Tessa Vera Wendy Yara Honey Juno"""
-)
-BOYS = listed(
-    """Tom Ben Max Leo Sam Finn Jack Oscar Theo Noah Hugo Milo Toby Felix Otto Pip Barney Charlie Dexter Eli Freddy
-    George Harry Jasper Kai Louis Marty Ned Oliver Peter Quinn Robin Simon Timmy Victor Walter Bruno Rufus Monty
-    Ziggy"""
-)
+# Few, since every name is one more that a small model must learn to hold on to.
+GIRLS = listed("Mia Lily Anna Zoe Ruby Clara Lucy Ivy Hazel Daisy Molly Luna")
+BOYS = listed("Tom Ben Max Leo Sam Finn Jack Oscar Milo Felix Otto Pip")
 FAMILY = {"Mama": "she", "Papa": "he", "Grandma": "she", "Grandpa": "he"}
 GENDER = {**dict.fromkeys(GIRLS, "she"), **dict.fromkeys(BOYS, "he"), **FAMILY}
 
