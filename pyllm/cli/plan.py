@@ -9,7 +9,7 @@ import typer
 
 from pyllm.cli import options as o
 from pyllm.cli.inputs import present
-from pyllm.cli.output import write, write_json
+from pyllm.cli.output import progress_bar, write, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -108,7 +108,8 @@ def _training(config: Path | None, flags: dict[str, Any], json: bool) -> int:
     values = read_yaml(config) if config is not None else {}
     if "model" in flags:
         values.pop("arch", None)
-    result = plan_of_run({**values, **flags})
+    with progress_bar("tokenising") as progress:
+        result = plan_of_run({**values, **flags}, progress)
     spec, shape = result.spec, result.shape
     parts = {
         name: getattr(result, name) for name in ("weights", "gradients", "optimizer", "activations", "cache", "scratch")

@@ -107,14 +107,17 @@ def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | No
     return Setup(model, tokenizer, train, valid, tuple(train.notes))
 
 
-def plan_of_run(values: Mapping[str, Any]) -> TrainPlan:
-    """The memory of a run with these settings, of which those of its data may be missing."""
+def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | None = None) -> TrainPlan:
+    """The memory of a run with these settings; without data, for documents of about the context's length."""
     needed = {"steps": 1, "out": ".", "data": ("none.bin",)}
     config, theirs = settings({**needed, **values})
     model, _, context = model_and_tokenizer(config)
     config_json = model if isinstance(model, dict) else read_config(model)
     tokens = config.batch_tokens or CONTEXTS * context
-    sequences = -(-tokens // context) if config.packing == "plain" else -(-tokens // 32)
+    if "data" in values:
+        sequences = prepare(config, theirs.seed, progress).train.sequences
+    else:
+        sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
     shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
     return plan_training(family_of(config_json).read(config_json), shape)
 
