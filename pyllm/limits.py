@@ -61,6 +61,11 @@ def measure(threads: int | None = None, *, read_bytes: int = _READ_BYTES) -> Lim
     )
 
 
+def peak_gflops(dtype: str, threads: int) -> float:
+    """Measured peak of multiply-adds on float32 or of dot products on bfloat16, 10^9 operations per second."""
+    return _compute(_cpu.Context(threads), {"float32": "f32", "bfloat16": "bf16"}[dtype])
+
+
 def read_bandwidth(context: _cpu.Context, read_bytes: int = _READ_BYTES) -> float:
     """Measured speed of sequential reads from a buffer of `read_bytes`, in 10^9 bytes per second."""
     chunk = 4 * _cpu.LIMITS_CHUNK
