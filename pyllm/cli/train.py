@@ -54,6 +54,9 @@ def train(
         bool | None, o.option("--tie/--no-tie", help="One matrix for embedding and head; default yes.")
     ] = None,
     vocab_size: Annotated[int | None, o.option("--vocab-size", help="Its tokens; default the tokenizer's.")] = None,
+    init_std: Annotated[
+        float | None, o.option("--init-std", help="Deviation of its first weights; default 0.02.")
+    ] = None,
     context_size: Annotated[
         int | None, o.option("--context", "--ctx-size", "-c", help="Longest sequence; default 256.")
     ] = None,

@@ -76,8 +76,9 @@ class TrainPlan:
             f"not enough memory to train: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f}, gradients "
             f"{self.gradients / GB:.2f}, optimizer {self.optimizer / GB:.2f}, activations {self.activations / GB:.2f} "
             f"for {self.shape.tokens} tokens, keys and values {self.cache / GB:.2f}, scratch "
-            f"{self.scratch / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a micro-batch and accumulate more of "
-            "them, keep fewer activations (checkpoint_activations), or choose a smaller model."
+            f"{self.scratch / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a "
+            "micro-batch and accumulate more of them, keep fewer activations (checkpoint_activations), or choose a "
+            "smaller model."
         )
 
 

@@ -266,8 +266,8 @@ class Parameters:
         rows = self._rows(slot)
         if isinstance(place, VectorPlace):
             start = sum(self._rows(name) for name in place.slots[: place.slots.index(slot)])
-            joined: F32 = self._vectors[place.slots[0]][which]
-            return joined[start : start + rows].copy()
+            vector: F32 = self._vectors[place.slots[0]][which][start : start + rows].copy()
+            return vector
         start = self._first_row(place, slot) + (place.n if place.gate is not None and slot != place.gate else 0)
         unpacked: F32 = self.ops.unpack(packed(place.name))
         return unpacked[start : start + rows]

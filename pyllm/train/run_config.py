@@ -41,6 +41,7 @@ class RunConfig:
     ffn: int | None = None
     tie: bool = True
     vocab_size: int | None = None  # default: the tokenizer's
+    init_std: float = 0.02  # of the first weights of a new model
     context: int | None = None  # default 256, at most the model's
     batch_tokens: int | None = None  # of a micro-batch; default: eight contexts
 

@@ -62,6 +62,7 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
         tie=config.tie,
         context=context,
         vocab_size=size,
+        init_std=config.init_std,
         tokenizer=loaded,
     )
     return values, tokenizer, context
