@@ -17,8 +17,6 @@ constexpr int64_t kRowStride = kBlock + 16, kAmxRowStride = kAmxBlock + 16;  // 
 constexpr int64_t kMaxRows = 512;
 constexpr int64_t kFloatRows = 256;
 constexpr int64_t kFloatSlots = 4;
-constexpr int64_t kRows = 128;  // the same of integer weights
-constexpr int64_t kSlots = 16;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `n` cut into the fewest parts of at most `most`, of about equal size.
@@ -37,25 +35,30 @@ constexpr int64_t workspace_bytes(int64_t rows, int64_t k, int threads) {
   return x_bytes(pass, round_up(k, 2)) + threads * (float_sums_bytes(pass) + widened_bytes());
 }
 
-// Integer weights. x becomes int8, in blocks of kIntBlock elements; a row of a block is a record of kIntStride 4-byte
-// elements, an odd number of cache lines: the quads of x, then for each of its groups the scale (float), what the sums
-// of a group start from (int32), and the sum of x with the sign changed (float).
+// Integer weights. x becomes int8, in blocks of kIntBlock elements that share a scale; a row of a block is a record of
+// kIntStride 4-byte elements, an odd number of cache lines: the quads of x, then for each group of the weights what its
+// sums start from (int32) and the sum of x with the sign changed (float), then the scale (float).
 constexpr int64_t kIntBlock = 512;
 constexpr int64_t kIntGroups = kIntBlock / 32;  // most groups of a block
-constexpr int64_t kIntScales = kIntBlock / 4;   // where they begin in a record
-constexpr int64_t kIntStarts = kIntScales + kIntGroups;
+constexpr int64_t kIntStarts = kIntBlock / 4;   // where they begin in a record
 constexpr int64_t kIntTotals = kIntStarts + kIntGroups;
-constexpr int64_t kIntStride = kIntTotals + kIntGroups;
+constexpr int64_t kIntScale = kIntTotals + kIntGroups;
+constexpr int64_t kIntStride = round_up(kIntScale + 1 - 16, 32) + 16;
 static_assert(kIntStride % 32 == 16);
 
-// The workspace: the records of x [blocks][rows], then for each worker its sums [kSlots][rows][kPanel] and one unpacked
-// block of weights.
-constexpr int64_t sums_bytes(int64_t rows) { return kSlots * even_part(rows, kRows) * kPanel * 4; }
+// A worker takes up to kIntRows rows by kIntSlots panels at a time, so that weights are read once for all those rows; a
+// block of x (360 KB) and the sums (512 KB) then stay in its second-level cache. More rows are done in several passes.
+constexpr int64_t kIntRows = 512;
+constexpr int64_t kIntSlots = 4;
+
+// The workspace: the records of x [blocks][rows], then for each worker its sums [kIntSlots][rows][kPanel] and one
+// unpacked block of weights.
 constexpr int64_t int_x_bytes(int64_t rows, int64_t k) { return divide_up(k, kIntBlock) * rows * kIntStride * 4; }
+constexpr int64_t int_sums_bytes(int64_t rows) { return kIntSlots * rows * kPanel * 4; }
 constexpr int64_t unpacked_bytes() { return kIntBlock * kPanel; }
 constexpr int64_t int_workspace_bytes(int64_t rows, int64_t k, int threads) {
-  const int64_t pass = even_part(rows, kMaxRows);
-  return int_x_bytes(pass, k) + threads * (sums_bytes(pass) + unpacked_bytes());
+  const int64_t pass = even_part(rows, kIntRows);
+  return int_x_bytes(pass, k) + threads * (int_sums_bytes(pass) + unpacked_bytes());
 }
 
 // Gradients (matmul_backward.cc). dx: at most kDxRows rows of dy and kDxPanels packed panels at a time. The workspace: the
