@@ -108,7 +108,8 @@ def test_the_ends_of_the_range_do_not_depend_on_the_batch(
     """Denormal factors, products and sums, and sums that overflow."""
     x, w = normal(rng, 130, 67) * np.float32(scale), normal(rng, 70, 67) * np.float32(scale)
     x[:, ::5] *= np.float32(2.0**-65 if scale < 1 else 1)
-    packed = ops.pack(w.astype(dtype))
+    with np.errstate(over="ignore"):  # of float16
+        packed = ops.pack(w.astype(dtype))
     want = np.concatenate([ops.matmul(row[None], packed) for row in x])
     for rows in (2, 3, 7, 16, 50, 130):
         assert np.array_equal(ops.matmul(x[:rows], packed), want[:rows], equal_nan=True), rows
