@@ -95,7 +95,21 @@ static inline B load_i8_pairs(const int8_t* p) {
   const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
   return round_pairs({low}, {high});
 }
+static inline F round_bf16(F a) { return widen_bf16(narrow_bf16(a)); }
+static inline F swap_pairs(F a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 static inline F dot_bf16(F acc, B x, B w) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)w.v)}; }
+class FlushDenormals {
+ public:
+  explicit FlushDenormals(bool flush) : saved_(_mm_getcsr()) {
+    if (flush) _mm_setcsr(saved_ | 0x8040u);  // results, operands
+  }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
 #else
 #define PYLLM_HAS_BF16_DOT 0
 #endif
