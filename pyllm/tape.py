@@ -240,8 +240,7 @@ class Tape:
         lse = self._new((q.shape[0], heads))
         ops, queries, y = self.ops, self._view(q), self._view(out)
         keys, values, cos, sin = self._written[id(cache)]
-        site = self._site()
-        dropped = None if site is None else (site[0], site[1], site[2])
+        dropped = self._site()
 
         def forward() -> None:
             ops.attention(
