@@ -36,7 +36,6 @@ struct Dropout {
 // panel j of part p stands at index j * parts + p.
 constexpr int64_t kPanel = 64;
 constexpr int64_t kIntegerPad = 8;  // inner elements that one column of packed integers is padded to
-constexpr int64_t kRowGroup = 128;  // inner elements of x that share a scale where the weights of a row do
 
 struct PackedView {
   const void* data;  // 64-byte aligned
@@ -51,7 +50,6 @@ struct PackedView {
   bool integers() const { return dtype == DType::i8 || dtype == DType::i4; }
   int64_t padded_k() const { return integers() ? round_up(k, kIntegerPad) : dtype == DType::bf16 ? round_up(k, 2) : k; }
   int64_t groups() const { return group ? (k + group - 1) / group : 1; }
-  int64_t x_group() const { return group ? group : kRowGroup; }
   int64_t values_bytes(int64_t count) const {
     return count * kPanel * dtype_bits(dtype) / 8;
   }  // of `count` k of a panel

@@ -14,7 +14,9 @@
 //   float sum(F), max(F): over lanes, in a fixed order
 //   PYLLM_HAS_BF16_DOT 0/1, and where 1: struct B (2N bf16), B load_pairs(const uint16_t*), B set_pair(uint32_t),
 //   void store_pairs(uint16_t*, B), B round_pairs(F low, F high) to nearest even, denormals to 0, B load_i8_pairs(const int8_t*),
-//   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does
+//   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does: fused, nearest even,
+//   denormals taken and given as 0; F round_bf16(F) as store_bf16 rounds, F swap_pairs(F): lanes 2i and 2i + 1 exchanged
+//   class FlushDenormals(bool): with bf16 dot products, and where true: float32 takes and gives denormals as 0 while it lives
 //   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
 //   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits
 //   I load_bytes(const void*): 4N bytes; F to_float(I), I to_int(F) of integral values; store_bytes(int8_t*, F): N of them; F load_u8(const uint8_t*): N
@@ -54,6 +56,12 @@
 #endif
 
 namespace pyllm::PYLLM_ISA::simd {
+
+#if !PYLLM_HAS_BF16_DOT
+struct FlushDenormals {
+  explicit FlushDenormals(bool) {}
+};
+#endif
 
 static inline I set_int(int32_t a) { return {Lanes{} + a}; }
 typedef unsigned UnsignedLanes __attribute__((vector_size(sizeof(Lanes))));
