@@ -28,7 +28,7 @@ from pyllm.limits import measure
 from pyllm.models import family_of
 
 WORKER = Path(__file__).with_name("train_worker.py")
-ROUNDS = sized(3, 1)
+ROUNDS = sized(2, 1)
 SMALL: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 300, "n_positions": 64}
 TUNED = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"

@@ -55,7 +55,7 @@ class TokenStore:
     name: str
 
     def split(self, share: float) -> tuple[TokenStore, TokenStore]:
-        """All but the last `share` of the tokens, and those; cut between documents if there are twenty."""
+        """All but the last `share` of the tokens, or a little more, and that; between documents where there are 20."""
         cut = int(len(self.tokens) * (1 - share))
         if len(self.ends) >= 20:
             cut = int(self.ends[max(int(np.searchsorted(self.ends, cut, "right")) - 1, 0)])
