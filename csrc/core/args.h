@@ -38,7 +38,7 @@ struct PackQuantizedArgs {
 // result does not depend on the other rows. bf16 weights: where the instruction set has bf16 dot products x is rounded to bf16
 // (nearest even) and pairs are summed as it does (by AMX, 32 k at a time), with denormals taken as 0; elsewhere the weights
 // are widened. f16 weights are always widened, exactly.
-// Integer weights: x is rounded to int8, with one scale for each row and 512 elements: largest magnitude / 127.
+// Integer weights: x is rounded to int8, with one scale for each row and 256 elements: largest magnitude / 127.
 // Products and their sum over a group are exact; groups are then added in rising order, in float32. A row of x that holds a value
 // that is not finite gives NaN.
 struct MatmulArgs {

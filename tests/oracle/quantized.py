@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-BLOCK = 512  # inner elements of x that share a scale
+BLOCK = 256  # inner elements of x that share a scale
 
 
 @dataclass

@@ -38,7 +38,7 @@ constexpr int64_t workspace_bytes(int64_t rows, int64_t k, int threads) {
 // Integer weights. x becomes int8, in blocks of kIntBlock elements that share a scale; a row of a block is a record of
 // kIntStride 4-byte elements, an odd number of cache lines: the quads of x, then for each group of the weights what its
 // sums start from (int32) and the sum of x with the sign changed (float), then the scale (float).
-constexpr int64_t kIntBlock = 512;
+constexpr int64_t kIntBlock = 256;
 constexpr int64_t kIntGroups = kIntBlock / 32;  // most groups of a block
 constexpr int64_t kIntStarts = kIntBlock / 4;   // where they begin in a record
 constexpr int64_t kIntTotals = kIntStarts + kIntGroups;
@@ -47,7 +47,7 @@ constexpr int64_t kIntStride = round_up(kIntScale + 1 - 16, 32) + 16;
 static_assert(kIntStride % 32 == 16);
 
 // A worker takes up to kIntRows rows by kIntSlots panels at a time, so that weights are read once for all those rows; a
-// block of x (360 KB) and the sums (512 KB) then stay in its second-level cache. More rows are done in several passes.
+// block of x (224 KB) and the sums (512 KB) then stay in its second-level cache. More rows are done in several passes.
 constexpr int64_t kIntRows = 512;
 constexpr int64_t kIntSlots = 4;
 
