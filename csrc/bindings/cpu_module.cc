@@ -53,6 +53,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("active_isa", [] { return cpu::active_isa().name; }, "Name of the level in use.");
   module.def("set_isa", &set_isa, py::arg("name"),
              "Choose a level; ValueError where it is unknown or cannot run here.");
+  module.attr("IGNORED_LABEL") = kIgnoredLabel;
   module.attr("BLOCK_TOKENS") = kBlockTokens;
   module.attr("HEAD_PAD") = kHeadPad;
   module.attr("KEY_BLOCK") = kKeyBlock;
@@ -80,7 +81,9 @@ PYBIND11_MODULE(_cpu, module) {
   bind_packed(module, context);
   bind_layers(module, context);
   bind_attention(module, context);
+  bind_training_layers(module, context);
   bind_sampling(module, context);
+  bind_training_weights(module, context);
   bind_limits(module, context);
 }
 

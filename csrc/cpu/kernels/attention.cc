@@ -9,12 +9,15 @@
 // An item walks pages outermost, then heads: a page's heads, each its keys and then its values, are one contiguous
 // stream. Queries and weights are rounded to bf16 where the cache is bf16 or i8 and the level multiplies bf16; elsewhere
 // the cache is widened. An i8 page's integers are multiplied as they are, and its scales go into scores and weights.
+#include <math.h>
+
 #include <type_traits>
 
 #include "cpu/kernels/attention_amx.h"
 #include "cpu/kernels/attention_page.h"
 #include "cpu/kernels/attention_plan.h"
 #include "cpu/kernels/attention_softmax.h"
+#include "cpu/kernels/dropout.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -44,7 +47,8 @@ struct Scratch {
   float* total_sum;
   int64_t* first;  // [rows] visible keys
   int64_t* last;
-  float* keys;  // a page of one head widened to float32; or each a whole page widened to bf16
+  DropoutRow* dropout;  // [rows]
+  float* keys;          // a page of one head widened to float32; or each a whole page widened to bf16
   float* values;
   float* seen_values;  // what one row sees of a page
   float* scales;       // of a page's keys, then of its values: [2][2][kBlockTokens], for the two that are widened
@@ -61,6 +65,7 @@ Scratch scratch_of(float* memory, int64_t Ep) {
   s.total_sum = s.total_max + kQueryRows;
   s.first = reinterpret_cast<int64_t*>(s.total_sum + 2 * kQueryRows);
   s.last = s.first + kQueryRows;
+  s.dropout = reinterpret_cast<DropoutRow*>(s.last + kQueryRows);
   s.keys = memory + kQueryRows * (3 * Ep + cpu::kSumLanes + cpu::kRowVectors);
   s.values = s.keys + kBlockTokens * Ep;
   s.seen_values = s.values + kBlockTokens * Ep;
@@ -112,6 +117,7 @@ class Attention {
       const int64_t p = plan.position(t.sequence, (t.row + i % t.rows) / group);
       s.first[i] = plan.first_key(p);
       s.last[i] = p + 1;
+      if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, row_of(t, i), head_of(t, i) + 1);
       s.total_max[i] = -kInfinity;
       s.total_sum[i] = 0;
     }
@@ -134,7 +140,14 @@ class Attention {
       for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
     }
     if (t.split) return;
-    for (int64_t i = 0; i < rows; ++i) finish(output(t, i), s.total + i * Ep, s.total_sum[i], E);
+    for (int64_t i = 0; i < rows; ++i)
+      end_row(row_of(t, i), head_of(t, i), s.total + i * Ep, s.total_max[i], s.total_sum[i]);
+  }
+
+  // What is kept by dropout is divided by its probability here, with the sum.
+  void end_row(int64_t row, int64_t head, const float* total, float max, float sum) const {
+    finish(a.out + row * a.out_stride + head * E, total, sum * (1.0f - a.dropout.rate), E);
+    if (a.lse) a.lse[row * a.heads + head] = max / kLog2e + logf(sum);
   }
 
   void take_query(const Scratch& s, int64_t i, const float* q) const {
@@ -152,14 +165,11 @@ class Attention {
 #endif
   }
 
-  const float* query(const Item& t, int64_t i) const {
-    const int64_t row = t.row + i % t.rows, head = (t.head + i / t.rows) * group + row % group;
-    return a.q + (a.starts[t.sequence] + row / group) * a.q_stride + head * E;
+  int64_t row_of(const Item& t, int64_t i) const { return a.starts[t.sequence] + (t.row + i % t.rows) / group; }
+  int64_t head_of(const Item& t, int64_t i) const {
+    return (t.head + i / t.rows) * group + (t.row + i % t.rows) % group;
   }
-  float* output(const Item& t, int64_t i) const {
-    const int64_t row = t.row + i % t.rows, head = (t.head + i / t.rows) * group + row % group;
-    return a.out + (a.starts[t.sequence] + row / group) * a.out_stride + head * E;
-  }
+  const float* query(const Item& t, int64_t i) const { return a.q + row_of(t, i) * a.q_stride + head_of(t, i) * E; }
   float* partial(int64_t sequence, int64_t token, int64_t block, int64_t head) const {
     return partials + (plan.slot(sequence, token, block) * a.heads + head) * w.slot_floats;
   }
@@ -382,10 +392,27 @@ class Attention {
     if (begin < end) {
       weigh_scores<kPairs>({s.max + row, s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep}, p, rounded,
                            {begin, end, strip.first, strip.last}, scales);
+      if (a.dropout.seed) drop_weights<kPairs>(s.dropout[row], key, p, rounded, strip);
       return;
     }
     for (int64_t j = strip.first * F::N; j < strip.last * F::N; ++j)
       (kPairs ? (void)(rounded[j] = 0) : (void)(p[j] = 0));
+  }
+
+  template <bool kPairs>
+  void drop_weights(DropoutRow row, int64_t key, float* p, uint16_t* rounded, Strip strip) const {
+    const DropoutRule rule(a.dropout, 1.0f);
+    for (int v = strip.first; v < strip.last; ++v) {
+      const int64_t j = v * F::N;
+      if (!kPairs) {
+        store(p + j, rule.keep(row, key + j, load(p + j)));
+        continue;
+      }
+      alignas(64) float kept[F::N];
+      store(kept, rule.keep(row, key + j, set(1.0f)));
+      for (int i = 0; i < F::N; ++i)
+        if (kept[i] == 0.0f) rounded[j + i] = 0;
+    }
   }
 
   // Whether a page's values are all finite, found out when first asked: then hidden ones need a weight of 0 only.
@@ -430,8 +457,7 @@ class Attention {
       merge(s.total_max[i], s.total_sum[i], s.total + i * Ep, s.max[i], sum, o, Ep);
       return;
     }
-    const int64_t row = t.row + i % t.rows, head = (t.head + i / t.rows) * group + row % group;
-    float* slot = partial(t.sequence, row / group, key / kKeyBlock, head);
+    float* slot = partial(t.sequence, (t.row + i % t.rows) / group, key / kKeyBlock, head_of(t, i));
     slot[0] = s.max[i];
     slot[1] = sum;
     std::memcpy(slot + cpu::kPartialHeader, o, size_t(Ep) * sizeof(float));
@@ -451,7 +477,7 @@ class Attention {
         const float* slot = partial(b, token, block, head);
         merge(max, sum, total, slot[0], slot[1], slot + cpu::kPartialHeader, Ep);
       }
-      finish(a.out + (a.starts[b] + token) * a.out_stride + head * E, total, sum, E);
+      end_row(a.starts[b] + token, head, total, max, sum);
     }
   }
 

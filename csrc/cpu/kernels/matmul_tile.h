@@ -53,29 +53,30 @@ struct StepBf16Dot {
   static inline simd::B broadcast(const X* x) { return simd::set_pair(*x); }
   static inline simd::F step(simd::F c, simd::B x, Operand w) { return simd::dot_bf16(c, x, w); }
 };
-#else
-// bf16 weights widened; one step is the pair (k, k + 1).
+#endif
+
+// bf16 weights widened; one step is the pair (k, k + 1). Where there are bf16 dot products this is what they do, if
+// denormals are flushed: the second product is added first, and so stands first in x.
 struct StepBf16Wide {
   using X = float;
   using W = uint16_t;
   struct Operand {
-    simd::F even, odd;
-  };
-  struct Pair {
-    simd::F even, odd;
+    simd::F first, second;
   };
   static constexpr int64_t kX = 2, kW = 2 * kPanel, kColumn = 2;
   static inline Operand load(const W* w) {
     Operand o;
-    simd::load_bf16_pairs(w, o.even, o.odd);
+    if (PYLLM_HAS_BF16_DOT)
+      simd::load_bf16_pairs(w, o.second, o.first);
+    else
+      simd::load_bf16_pairs(w, o.first, o.second);
     return o;
   }
-  static inline Pair broadcast(const X* x) { return {simd::set(x[0]), simd::set(x[1])}; }
-  static inline simd::F step(simd::F c, Pair x, Operand w) {
-    return simd::fma(x.odd, w.odd, simd::fma(x.even, w.even, c));
+  static inline Operand broadcast(const X* x) { return {simd::set(x[0]), simd::set(x[1])}; }
+  static inline simd::F step(simd::F c, Operand x, Operand w) {
+    return simd::fma(x.second, w.second, simd::fma(x.first, w.first, c));
   }
 };
-#endif
 
 // What to bring into the cache while a tile works, as hardware prefetchers stop at every page and know nothing of blocks.
 enum class Fetch {
