@@ -6,10 +6,11 @@
 // All are sums of multiply-adds in rising order of key or query.
 //
 // Queries are rounded to bf16 where the forward pass does so, for the weights to be the same ones; else all is float32.
+#include "cpu/kernels/attention_page.h"
 #include "cpu/kernels/attention_plan.h"
 #include "cpu/kernels/attention_softmax.h"
-#include "cpu/kernels/attention_tile.h"
 #include "cpu/kernels/dropout.h"
+#include "cpu/kernels/transpose.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -131,6 +132,7 @@ class AttentionBackward {
         E(args.cache.head_size),
         Ep(args.cache.padded_head()),
         group(args.heads / args.cache.kv_heads),
+        key_group(kKeyGroup * (args.cache.dtype == DType::f32 ? E : Ep)),
         rounds(PYLLM_HAS_BF16_DOT && args.cache.dtype == DType::bf16),
         partials(static_cast<float*>(args.workspace)),
         threads(partials + 2 * workspace.partial_floats) {}
@@ -182,39 +184,26 @@ class AttentionBackward {
   // One head's page as the products want it.
   void take_page(Scratch& s, int64_t page, int64_t block, int64_t g) const {
     const int64_t at = block * a.cache.block_elements() + g * a.cache.head_elements(), half = a.cache.half_elements();
-    float* key_columns = s.key_columns + page * kBlockTokens * Ep;
     float* value_columns = s.value_columns + page * kBlockTokens * Ep;
     float* keys = s.keys + page * kBlockTokens * Ep;
-    const auto value_column = [&](int64_t t) { return value_columns + t / kKeyGroup * E * kKeyGroup + t % kKeyGroup; };
+    const float* values = keys;
     if (a.cache.dtype == DType::f32) {
-      const float* data = static_cast<const float*>(a.cache.data) + at;
-      s.page_keys[page] = data;
-      for (int64_t t = 0; t < kBlockTokens; ++t)
-        for (int64_t e = 0; e < E; ++e) value_column(t)[e * kKeyGroup] = data[half + t * Ep + e];
+      s.page_keys[page] = static_cast<const float*>(a.cache.data) + at;
+      values = s.page_keys[page] + half;
     } else {
       const uint16_t* data = static_cast<const uint16_t*>(a.cache.data) + at;
+      float* key_columns = s.key_columns + page * kBlockTokens * Ep;
       s.page_keys[page] = key_columns;
-      alignas(64) float row[kMaxHead];
-      for (int64_t t = 0; t < kBlockTokens; ++t) {
-        for (int64_t e = 0; e < Ep; ++e)
-          row[e] = wide(data[(t / kKeyGroup * Ep + e / 2 * 2) * kKeyGroup + t % kKeyGroup * 2 + e % 2]);
-        for (int64_t e = 0; e < E; ++e) key_columns[(t / kKeyGroup * E + e) * kKeyGroup + t % kKeyGroup] = row[e];
-        for (int64_t e = 0; e < E; ++e)
-          value_column(t)[e * kKeyGroup] = wide(data[half + t / 2 * 2 * Ep + 2 * e + t % 2]);
-      }
+      widen_pairs(key_columns, data, kBlockTokens / kKeyGroup * Ep / 2, kKeyGroup);
+      widen_pairs(keys, data + half, kBlockTokens / 2, Ep);  // values, until they are transposed
     }
-    for (int64_t t = 0; t < kBlockTokens; ++t) {
-      for (int64_t e = 0; e < E; ++e)
-        keys[t * Ep + e] = s.page_keys[page][(t / kKeyGroup * E + e) * kKeyGroup + t % kKeyGroup];
-      for (int64_t e = E; e < Ep; ++e) keys[t * Ep + e] = 0;
+    for (int64_t t = 0; t < kBlockTokens; t += kKeyGroup)
+      transpose(value_columns + t * E, kKeyGroup, values + t * Ep, Ep, kKeyGroup, E);
+    for (int64_t t = 0; t < kBlockTokens; t += kKeyGroup) {
+      transpose(keys + t * Ep, Ep, s.page_keys[page] + t / kKeyGroup * key_group, kKeyGroup, E, kKeyGroup);
+      for (int64_t j = t; E < Ep && j < t + kKeyGroup; ++j)
+        std::memset(keys + j * Ep + E, 0, size_t(Ep - E) * sizeof(float));
     }
-  }
-
-  static float wide(uint16_t h) {
-    const uint32_t bits = uint32_t(h) << 16;
-    float f;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
   }
 
   void take_queries(Scratch& s, int64_t t, Block block) const {
@@ -249,7 +238,7 @@ class AttentionBackward {
     const int64_t last = block.row + block.rows - 1;
     if (last < key || first_key(block.row) >= key + kBlockTokens) return;
     const int64_t at = page * kBlockTokens * Ep;
-    const PageOperand<float> key_columns{s.page_keys[page], kKeyGroup * E, kKeyGroup};
+    const PageOperand<float> key_columns{s.page_keys[page], key_group, kKeyGroup};
     const PageOperand<float> value_columns{s.value_columns + at, kKeyGroup * E, kKeyGroup};
     const auto low_of = [&](int64_t r) { return min_of(kBlockTokens, max_of(0, first_key(block.row + r) - key)); };
     const auto high_of = [&](int64_t r) { return max_of(0, min_of(kBlockTokens, block.row + r + 1 - key)); };
@@ -259,7 +248,12 @@ class AttentionBackward {
       float *p = s.p + r * kBlockTokens, *ds = s.ds + r * kBlockTokens;
       product(n, p, kBlockTokens, {s.q + r * Ep, Ep, 1}, key_columns, first, end, E, true);
       product(n, ds, kBlockTokens, {s.dout + r * Ep, Ep, 1}, value_columns, first, end, E, true);
-      for (int64_t i = 0; i < n; ++i) weigh(s, r + i, key, low_of(r + i), high_of(r + i), first, end);
+      for (int64_t i = 0; i < n; ++i) {
+        if (a.dropout.seed)
+          weigh<true>(s, r + i, key, low_of(r + i), high_of(r + i), first, end);
+        else
+          weigh<false>(s, r + i, key, low_of(r + i), high_of(r + i), first, end);
+      }
       if (low < high)
         product(n, s.dq + r * Ep, Ep, {ds + low, kBlockTokens, 1}, {s.keys + at + low * Ep, kKeyGroup, Ep}, 0,
                 int(Ep / F::N), high - low, false);
@@ -278,30 +272,36 @@ class AttentionBackward {
 
   // Scores into weights, and their gradients dP into dS; 0 for keys outside [low, high), of which vectors [first, end)
   // have been computed.
+  template <bool kDropout>
   void weigh(const Scratch& s, int64_t r, int64_t key, int64_t low, int64_t high, int first, int end) const {
     float *p = s.p + r * kBlockTokens, *ds = s.ds + r * kBlockTokens;
     const F lse = set(s.lse[r]), delta = set(s.delta[r]);
-    const F before = set(float(low) - 0.5f), after = set(float(high) - 0.5f);
     const DropoutRule rule(a.dropout, 1.0f / (1.0f - a.dropout.rate));
+    const auto differentiate = [&](int v, const auto& where_seen) {
+      const int64_t j = v * F::N;
+      const F weight = where_seen(weight_of<false>(load(p + j) - lse));
+      F dp = load(ds + j), kept = weight;
+      if (kDropout) {
+        kept = rule.keep(s.dropout[r], key + j, weight);
+        dp = rule.keep(s.dropout[r], key + j, dp);
+      }
+      store(p + j, kept);
+      store(ds + j, where_seen(weight * (dp - delta)));
+    };
+    if (low == 0 && high == kBlockTokens) {
+      for (int v = 0; v < int(kBlockTokens / F::N); ++v) differentiate(v, [](F x) { return x; });
+      return;
+    }
+    const F before = set(float(low) - 0.5f), after = set(float(high) - 0.5f), place = to_float(places());
     for (int v = 0; v < int(kBlockTokens / F::N); ++v) {
       const int64_t j = v * F::N;
-      F weight = zero(), gradient = zero();
-      if (v >= first && v < end) {
-        const F place = to_float(places()) + set(float(j));
-        const auto where_seen = [&](F x) {
-          return select_gt(place, before, select_gt(after, place, x, zero()), zero());
-        };
-        weight = where_seen(weight_of<false>(load(p + j) - lse));
-        F dp = load(ds + j), kept = weight;
-        if (a.dropout.seed) {
-          kept = rule.keep(s.dropout[r], key + j, weight);
-          dp = rule.keep(s.dropout[r], key + j, dp);
-        }
-        gradient = where_seen(weight * (dp - delta));
-        weight = kept;
+      if (v < first || v >= end) {
+        store(p + j, zero());
+        store(ds + j, zero());
+        continue;
       }
-      store(p + j, weight);
-      store(ds + j, gradient);
+      const F at = place + set(float(j));
+      differentiate(v, [&](F x) { return select_gt(at, before, select_gt(after, at, x, zero()), zero()); });
     }
   }
 
@@ -339,7 +339,7 @@ class AttentionBackward {
 
   const AttentionBackwardArgs& a;
   const AttentionBackwardWorkspace& w;
-  const int64_t E, Ep, group;
+  const int64_t E, Ep, group, key_group;
   const bool rounds;
   float* partials;
   float* threads;

@@ -2,6 +2,7 @@
 // its gradient is written over it, from a second-level cache that holds rows of up to several 100,000 columns.
 #include <math.h>
 
+#include "cpu/kernels/attention_softmax.h"
 #include "cpu/kernels/math.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -10,6 +11,7 @@ namespace {
 using namespace simd;
 
 constexpr int64_t kLossBlock = 1024;  // columns whose maximum is taken before they are exponentiated
+constexpr int kStreams = 4;           // vectors that are worked on side by side
 
 struct RowSums {
   float max;
@@ -17,55 +19,60 @@ struct RowSums {
   double total;  // of x
 };
 
+// e^x for x <= 0, and 0 where it is below 2^-126. What is lost in the product matters least where e^x is small.
+inline F exponential(F x) { return weight_of<false>(x * set(kLog2e)); }
+
 // Blocks have sums of their own, which are added in double: 128k columns lose no digits.
 template <bool kTotal>
 inline RowSums row_sums(const float* x, int64_t n) {
   RowSums row{-3.0e38f, 0, 0};  // a finite start: -inf - -inf would be NaN
   for (int64_t begin = 0; begin < n; begin += kLossBlock) {
     const int64_t end = begin + kLossBlock < n ? begin + kLossBlock : n;
-    F largest[2] = {set(row.max), set(row.max)};
+    F largest[kStreams], sums[kStreams], totals[kStreams];
+    for (int v = 0; v < kStreams; ++v) largest[v] = set(row.max), sums[v] = totals[v] = zero();
     int64_t i = begin;
-    for (; i + 2 * F::N <= end; i += 2 * F::N) {
-      largest[0] = simd::max(largest[0], load(x + i));
-      largest[1] = simd::max(largest[1], load(x + i + F::N));
+    for (; i + kStreams * F::N <= end; i += kStreams * F::N) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kStreams; ++v) largest[v] = simd::max(largest[v], load(x + i + v * F::N));
     }
-    float most = simd::max(simd::max(largest[0], largest[1]));
+    float most = simd::max(simd::max(simd::max(largest[0], largest[1]), simd::max(largest[2], largest[3])));
     for (; i < end; ++i) most = x[i] > most ? x[i] : most;
     const F shift = set(most);
-    F sums[2] = {zero(), zero()}, totals[2] = {zero(), zero()};
-    for (i = begin; i + 2 * F::N <= end; i += 2 * F::N) {
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
+    for (i = begin; i + kStreams * F::N <= end; i += kStreams * F::N) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kStreams; ++v) {
         const F value = load(x + i + v * F::N);
-        sums[v] = sums[v] + exp(value - shift);
+        sums[v] = sums[v] + exponential(value - shift);
         if (kTotal) totals[v] = totals[v] + value;
       }
     }
     for (; i < end; i += F::N) {
       const int count = int(end - i < F::N ? end - i : F::N);
       const F value = load_n(x + i, count);
-      const F past = set(-__builtin_inff());  // nothing is added by the lanes behind the row
-      sums[0] = sums[0] + exp(select_gt(ones(count), zero(), value - shift, past));
+      const F past = set(-kInfinity);  // nothing is added by the lanes behind the row
+      sums[0] = sums[0] + exponential(select_gt(ones(count), zero(), value - shift, past));
       if (kTotal) totals[0] = totals[0] + value;
     }
-    row.sum = row.sum * ::exp(double(row.max) - most) + sum(sums[0] + sums[1]);
-    row.total += kTotal ? sum(totals[0] + totals[1]) : 0;
+    row.sum = row.sum * ::exp(double(row.max) - most) + sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    row.total += kTotal ? sum((totals[0] + totals[1]) + (totals[2] + totals[3])) : 0;
     row.max = most;
   }
   return row;
 }
 
-// x = e^(x - shift) * factor - part
+// x = e^(x - shift) * factor + part
 inline void write_gradient(float* x, int64_t n, F shift, F factor, F part) {
   int64_t i = 0;
-  for (; i + 2 * F::N <= n; i += 2 * F::N) {
-    const F a = load(x + i), b = load(x + i + F::N);
-    store(x + i, fma(exp(a - shift), factor, part));
-    store(x + i + F::N, fma(exp(b - shift), factor, part));
+  for (; i + kStreams * F::N <= n; i += kStreams * F::N) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kStreams; ++v) {
+      float* at = x + i + v * F::N;
+      store(at, fma(exponential(load(at) - shift), factor, part));
+    }
   }
   for (; i < n; i += F::N) {
     const int count = int(n - i < F::N ? n - i : F::N);
-    store_n(x + i, fma(exp(load_n(x + i, count) - shift), factor, part), count);
+    store_n(x + i, fma(exponential(load_n(x + i, count) - shift), factor, part), count);
   }
 }
 

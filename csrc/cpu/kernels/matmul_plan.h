@@ -61,26 +61,32 @@ constexpr int64_t int_workspace_bytes(int64_t rows, int64_t k, int threads) {
   return int_x_bytes(pass, k) + threads * (int_sums_bytes(pass) + unpacked_bytes());
 }
 
-// Gradients (matmul_backward.cc). dx: at most kDxRows rows of dy and kDxPanels packed panels at a time. The workspace: the
-// copy of dy [blocks][rows][kRowStride], then for each worker its sums [rows][kPanel], a block of transposed weights
-// [kBlock][kPanel], and one of widened weights [kPanel][kPanel].
+// Gradients (matmul_backward.cc) take blocks of kGradientBlock steps, of rows kGradientStride apart.
+constexpr int64_t kGradientBlock = 128;
+constexpr int64_t kGradientStride = kGradientBlock + 16;
+
+// dx: at most kDxRows rows of dy and kDxPanels packed panels at a time; a worker takes as many panels of dx as have kDxSums
+// rows of sums. The workspace: the copy of dy [blocks][rows][kGradientStride], then for each worker its sums
+// [kDxSums][kPanel], a block of transposed weights [kGradientBlock][kPanel], and one of widened weights [kPanel][kPanel].
 constexpr int64_t kDxRows = 1024;
 constexpr int64_t kDxPanels = 64;
-constexpr int64_t kBlockPanels = kBlock / kPanel;
+constexpr int64_t kDxSums = 2048;
+constexpr int64_t kBlockPanels = kGradientBlock / kPanel;
 constexpr int64_t dy_bytes(int64_t rows, int64_t panels) {
-  return divide_up(panels, kBlockPanels) * rows * kRowStride * 4;
+  return divide_up(panels, kBlockPanels) * rows * kGradientStride * 4;
 }
-constexpr int64_t dx_worker_bytes(int64_t rows) { return (rows + kBlock + kPanel) * kPanel * 4; }
+constexpr int64_t dx_worker_bytes() { return (kDxSums + kGradientBlock + kPanel) * kPanel * 4; }
 constexpr int64_t dx_workspace_bytes(int64_t rows, int64_t panels, int threads) {
-  const int64_t pass = even_part(rows, kDxRows);
-  return dy_bytes(pass, panels < kDxPanels ? panels : kDxPanels) + threads * dx_worker_bytes(pass);
+  return dy_bytes(even_part(rows, kDxRows), panels < kDxPanels ? panels : kDxPanels) + threads * dx_worker_bytes();
 }
 
-// dW: at most kDwTokens rows of x at a time. The workspace: x transposed [blocks][k][kRowStride], then for each worker a
-// strip of dy [kBlock][kPanel].
+// dW: at most kDwTokens rows of x at a time. The workspace: x transposed [blocks][k][kGradientStride], then for each worker
+// a strip of dy [kGradientBlock][kPanel].
 constexpr int64_t kDwTokens = 512;
-constexpr int64_t strip_bytes() { return kBlock * kPanel * 4; }
-constexpr int64_t transposed_bytes(int64_t tokens, int64_t k) { return divide_up(tokens, kBlock) * k * kRowStride * 4; }
+constexpr int64_t strip_bytes() { return kGradientBlock * kPanel * 4; }
+constexpr int64_t transposed_bytes(int64_t tokens, int64_t k) {
+  return divide_up(tokens, kGradientBlock) * k * kGradientStride * 4;
+}
 constexpr int64_t dw_workspace_bytes(int64_t tokens, int64_t k, int threads) {
   return transposed_bytes(even_part(tokens, kDwTokens), k) + threads * strip_bytes();
 }

@@ -92,8 +92,8 @@ struct Ahead {
 };
 
 // sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
-// those of x kRowStride. Continues from what sums holds unless `first`.
-template <class Step, int Rows, Fetch kFetch>
+// those of x kXStride. Continues from what sums holds unless `first`.
+template <class Step, int Rows, Fetch kFetch, int64_t kXStride = kRowStride>
 void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
@@ -120,7 +120,7 @@ void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int
     for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const auto a = Step::broadcast(x + r * kRowStride);
+      const auto a = Step::broadcast(x + r * kXStride);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) c[r][v] = Step::step(c[r][v], a, b[v]);
     }

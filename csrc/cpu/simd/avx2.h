@@ -59,7 +59,7 @@ static inline F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_
 static inline F load_f16_n(const uint16_t* p, int n) { return {_mm256_cvtph_ps(load_u16_n(p, n))}; }
 
 // Nearest even; NaN stays NaN (quieted), denormals are kept.
-static inline __m256i round_bf16(F a) {  // in the upper halves
+static inline __m256i bf16_bits(F a) {  // in the upper halves
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -68,7 +68,7 @@ static inline __m256i round_bf16(F a) {  // in the upper halves
   return _mm256_blendv_epi8(rounded, quiet, nan);
 }
 static inline __m128i narrow_bf16(F a) {
-  const __m256i high = _mm256_srli_epi32(round_bf16(a), 16);
+  const __m256i high = _mm256_srli_epi32(bf16_bits(a), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   return _mm256_castsi256_si128(packed);
 }
@@ -85,8 +85,8 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
 }
 
 static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
-  const __m256i high = _mm256_and_si256(round_bf16(odd), _mm256_set1_epi32(int(0xffff0000)));
-  _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(high, _mm256_srli_epi32(round_bf16(even), 16)));
+  const __m256i high = _mm256_and_si256(bf16_bits(odd), _mm256_set1_epi32(int(0xffff0000)));
+  _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(high, _mm256_srli_epi32(bf16_bits(even), 16)));
 }
 
 static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {

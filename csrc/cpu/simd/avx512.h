@@ -47,14 +47,14 @@ static inline F load_f16_n(const uint16_t* p, int n) {
 }
 
 // Nearest even; NaN stays NaN (quieted), denormals are kept.
-static inline __m512i round_bf16(F a) {  // in the upper halves
+static inline __m512i bf16_bits(F a) {  // in the upper halves
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, quiet);
 }
-static inline __m256i narrow_bf16(F a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16)); }
+static inline __m256i narrow_bf16(F a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(a), 16)); }
 static inline void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(a)); }
 static inline void store_bf16_n(uint16_t* p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a)); }
 static inline __m256i narrow_f16(F a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -68,8 +68,8 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
 }
 
 static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
-  const __m512i high = _mm512_and_si512(round_bf16(odd), _mm512_set1_epi32(int(0xffff0000)));
-  _mm512_storeu_si512(p, _mm512_or_si512(high, _mm512_srli_epi32(round_bf16(even), 16)));
+  const __m512i high = _mm512_and_si512(bf16_bits(odd), _mm512_set1_epi32(int(0xffff0000)));
+  _mm512_storeu_si512(p, _mm512_or_si512(high, _mm512_srli_epi32(bf16_bits(even), 16)));
 }
 
 static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
