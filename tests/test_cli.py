@@ -174,6 +174,18 @@ def test_plan_reads_headers_only(tiny_folder: Path):
     assert smaller["dtype"] == "int4 (embedding and head int8)"
 
 
+def test_weights_that_are_skipped_are_not_rounded(tiny_folder: Path):
+    options = ("--quantization", "int4", "--quantization-skip", "embed.*", "--quantization-skip", "blocks.0.*")
+    plan, rounded = (
+        json.loads(pyllm("plan", "-m", tiny_folder, *given, "--json").stdout) for given in (options, options[:2])
+    )
+    assert "embed.*, blocks.0.* float32" in plan["dtype"] and plan["weights"] > rounded["weights"]
+    args = ("generate", "-m", tiny_folder, "Once", "-n", 4, "--temp", 0)
+    plain = pyllm(*args)
+    assert pyllm(*args, "--quantization", "int8", "--quantization-skip", "*").stdout == plain.stdout != b""
+    refused(pyllm(*args, *options[:3], "nothing.*"), 2, "quantization_skip", "nothing.*", "matches none")
+
+
 def test_bench_reports_fractions(tiny_folder: Path):
     result = pyllm("bench", "-m", tiny_folder, "--prompt-tokens", 16, "-n", 4, "--repeat", 1, "--json")
     facts = json.loads(result.stdout)

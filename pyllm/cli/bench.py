@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 MODEL_OPTIONS = (
-    "model", "prompt_tokens", "max_tokens", "device", "dtype", "kv_cache_dtype", "ctx_size", "revision", "offline",
+    "model", "prompt_tokens", "max_tokens", "device", "dtype", "quantization", "quantization_skip", "kv_cache_dtype",
+    "ctx_size", "revision", "offline",
 )  # fmt: skip
 COMPARE_OPTIONS = (
     "models", "dtypes", "cells", "peers", "quick", "model_folder", "save", "load_files", "plot",
@@ -76,6 +77,7 @@ def bench(
     threads: o.Threads = None,
     dtype: o.Dtype = None,
     quantization: o.Quantization = None,
+    quantization_skip: o.QuantizationSkip = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     revision: o.Revision = None,
@@ -113,6 +115,7 @@ def bench(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        quantization_skip=quantization_skip,
         threads=threads,
         ctx_size=ctx_size,
         kv_cache_dtype=kv_cache_dtype,

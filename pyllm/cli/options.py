@@ -56,6 +56,13 @@ Dtype = Annotated[
 Quantization = Annotated[
     str | None, option("--quantization", env="QUANTIZATION", help="Round weights to int8 or int4; default: do not.")
 ]
+QuantizationSkip = Annotated[
+    list[str] | None,
+    option(
+        "--quantization-skip",
+        help="Shell pattern of weights that are not rounded, as '*.mlp.down.weight'; may be given several times.",
+    ),
+]
 CacheDtype = Annotated[
     str | None, option("--kv-cache-dtype", env="KV_CACHE_DTYPE", help="auto (default), float32, bfloat16 or int8.")
 ]

@@ -21,6 +21,7 @@ def plan(
     model: o.DefaultModel = None,
     dtype: o.Dtype = None,
     quantization: o.Quantization = None,
+    quantization_skip: o.QuantizationSkip = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
     max_num_seqs: Annotated[
@@ -67,6 +68,7 @@ def plan(
             {
                 "dtype": dtype,
                 "quantization": quantization,
+                "quantization_skip": quantization_skip,
                 "kv_cache_dtype": kv_cache_dtype,
                 "max_model_len": ctx_size,
                 "max_num_seqs": max_num_seqs,

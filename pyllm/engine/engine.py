@@ -264,7 +264,7 @@ class Engine:
         self.scheduler.remove(completion.sequence)
         del self._running[completion.sequence]
         if self.speculation is not None:
-            self.speculation.proposer.forget(completion.sequence)
+            self.speculation.forget(completion.sequence)
         completion.end(reason, stop_reason)
         if not isinstance(stop_reason, str):
             found = completion.text.finish(completion.sequence.generated >= completion.request.params.min_tokens)
@@ -377,4 +377,4 @@ class Engine:
         self._running.clear()
         self.scheduler.clear(BlockPool(self.scheduler.pool.size))
         if self.speculation is not None:
-            self.speculation.proposer.clear()
+            self.speculation.clear()

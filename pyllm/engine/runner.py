@@ -220,8 +220,8 @@ class Runner:
 
 
 def head_rows(sequences: int, drafts: int) -> int:
-    """Rows of a step that need logits at most: every draft of a few sequences, `HEAD_ROWS` with some of many."""
-    return min(sequences * (1 + drafts), max(sequences, HEAD_ROWS))
+    """Rows of a step that need logits at most: every draft of a few sequences, one for each of some of many."""
+    return min(sequences * (1 + drafts), max(HEAD_ROWS, sequences + HEAD_ROWS // 2))
 
 
 def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:

@@ -31,6 +31,7 @@ from pyllm.engine.sequence import Sequence
 
 MAX_DRAFTS = 32
 NGRAM_DRAFTS, MODEL_DRAFTS = 7, 4  # of a step, unless the user says how many
+MAX_REST = 32  # steps without drafts after many that accepted nothing
 # Looked for in this order. On stories of a small trained model a fourth token found nothing more, and a single one gave
 # a tenth more tokens a step for twice the drafts.
 NGRAM_SIZES = (3, 2)
@@ -77,6 +78,27 @@ class Proposer(Protocol):
         """All have ended, and a step may have failed halfway."""
 
 
+@dataclass
+class _Pace:
+    """How drafting went for a sequence: what nothing comes of is tried more and more seldom, and with fewer drafts."""
+
+    failures: int = 0  # drafted steps in a row that accepted nothing
+    rest: int = 0  # steps until the next try
+    length: int | None = None  # of the sequence when the last step drafted for it
+
+    def ready(self, length: int) -> bool:
+        """Whether to draft for the sequence, which has `length` tokens now; called once a step."""
+        if self.length is not None:
+            accepted = length - self.length > 1
+            self.failures = 0 if accepted else self.failures + 1
+            self.rest = 0 if self.failures < 2 else min(2**self.failures, MAX_REST)
+            self.length = None
+        if self.rest:
+            self.rest -= 1
+            return False
+        return True
+
+
 class Speculation:
     """Puts drafts behind the works of a plan, at most `tokens` each and `max_rows` of the step with the last tokens."""
 
@@ -84,32 +106,54 @@ class Speculation:
         self.proposer = proposer
         self.tokens = tokens
         self.max_rows = max_rows
+        self._paces: dict[Sequence, _Pace] = {}
 
     def extend(
         self, plan: list[Work], completions: Mapping[Sequence, Completion], scheduler: Scheduler, vocabulary: int
     ) -> list[Work]:
         """The plan with drafts behind the works of sequences that decode, as many as the step and memory hold."""
-        decoding = [work for work in plan if work.last and work.count == 1]
-        if not decoding:
+        turns = []
+        for sequence in (work.sequence for work in plan if work.last and work.count == 1):
+            pace = self._paces.setdefault(sequence, _Pace())
+            if pace.ready(len(sequence.tokens)):
+                turns.append((sequence, pace))
+        if not turns:
             return plan
         rows = self.max_rows - sum(work.last for work in plan)
-        tokens = scheduler.max_tokens - sum(work.count for work in plan)
-        share = min(self.tokens, min(rows, tokens) // len(decoding))
+        rows = min(rows, scheduler.max_tokens - sum(work.count for work in plan))
+        share = max(1, rows // len(turns))  # where there are too few for all, those that succeed come first
         prospects = []
-        for sequence in (work.sequence for work in decoding):
+        for sequence, pace in sorted(turns, key=lambda turn: turn[1].failures):
             # The token chosen behind the last draft is the limit's at most.
-            most = min(share, sequence.limit - len(sequence.tokens) - 1)
+            room = min(share, rows, sequence.limit - len(sequence.tokens) - 1)
+            most = min(room, max(1, self.tokens >> pace.failures))
             if most > 0:
                 prospects.append(Prospect(sequence, completions[sequence].sampling, most))
+                rows -= most
         if not prospects:
             return plan
         found = {
             prospect.sequence: _known(drafts[: prospect.most], vocabulary)
             for prospect, drafts in zip(prospects, self.proposer.propose(prospects), strict=True)
         }
-        return [
-            scheduler.with_drafts(work, found[work.sequence]) if found.get(work.sequence) else work for work in plan
-        ]
+        return [self._with_drafts(work, found.get(work.sequence, ()), scheduler) for work in plan]
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended."""
+        self._paces.pop(sequence, None)
+        self.proposer.forget(sequence)
+
+    def clear(self) -> None:
+        """All have ended."""
+        self._paces.clear()
+        self.proposer.clear()
+
+    def _with_drafts(self, work: Work, drafts: Seq[int], scheduler: Scheduler) -> Work:
+        if drafts:
+            work = scheduler.with_drafts(work, drafts)
+        if work.drafts:
+            self._paces[work.sequence].length = len(work.sequence.tokens)
+        return work
 
 
 def _known(drafts: Seq[int], vocabulary: int) -> Seq[int]:
