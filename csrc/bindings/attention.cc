@@ -1,5 +1,6 @@
 // rope_angles, rope, kv_write and attention.
 #include <cmath>
+#include <optional>
 
 #include "bindings/arrays.h"
 #include "bindings/context.h"
@@ -159,7 +160,7 @@ void check_values(const AttentionArgs& a) {
 
 void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
                const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
-               float scale, int64_t window) {
+               float scale, int64_t window, std::optional<bool> bf16_dots) {
   const CacheView view = cache_of(cache, head_size, false);
   const auto queries = rows_of<const float>(q, "q", -1, -1);
   const auto result = rows_of<float>(out, "out", queries.rows, queries.cols);
@@ -175,7 +176,8 @@ void attention(Context& context, const py::object& out, const py::object& q, con
   if (!std::isfinite(scale)) throw py::value_error("scale: expected a finite number, got " + std::to_string(scale));
   AttentionArgs args{result.data,    queries.data,  view,         start, length,
                      blocks.data,    sequences,     queries.rows, heads, blocks.cols,
-                     queries.stride, result.stride, window,       scale, nullptr};
+                     queries.stride, result.stride, window,       scale, bf16_dots.value_or(cpu::fast_bf16_dots()),
+                     nullptr};
   context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables}, &check_values);
 }
 
@@ -189,7 +191,8 @@ void bind_attention(py::module_&, ContextClass& context) {
       .def("kv_write", &kv_write, py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("head_size"),
            py::arg("cos"), py::arg("sin"))
       .def("attention", &attention, py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("starts"),
-           py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"));
+           py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
+           py::arg("bf16_dots") = py::none());
 }
 
 }  // namespace pyllm::bindings

@@ -148,6 +148,7 @@ struct AttentionArgs {
   int64_t q_stride, out_stride;
   int64_t window;
   float scale;
+  bool bf16_dots;  // multiply a bf16 cache by bf16 where the level can, rounding queries and weights; or else widen it
   void* workspace;
 };
 

@@ -53,7 +53,8 @@ struct StepBf16Dot {
   static inline simd::B broadcast(const X* x) { return simd::set_pair(*x); }
   static inline simd::F step(simd::F c, simd::B x, Operand w) { return simd::dot_bf16(c, x, w); }
 };
-#else
+#endif
+
 // bf16 weights widened; one step is the pair (k, k + 1).
 struct StepBf16Wide {
   using X = float;
@@ -75,7 +76,6 @@ struct StepBf16Wide {
     return simd::fma(x.odd, w.odd, simd::fma(x.even, w.even, c));
   }
 };
-#endif
 
 // What to bring into the cache while a tile works, as hardware prefetchers stop at every page and know nothing of blocks.
 enum class Fetch {
