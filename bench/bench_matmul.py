@@ -1,7 +1,8 @@
 """matmul over packed weights in the shapes of GPT-2 and a 1B llama: ours, numpy and, where installed, torch.
 
 One row reads all weights, so it is held against the read bandwidth; each call takes the next of several copies that
-together exceed the caches. Many rows are held against the multiply-add peak. Results are compared with numpy's.
+together exceed the caches. Many rows are held against the multiply-add peak. Results are compared with numpy's. Gate
+and up of the llama are one product, with what follows them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.ops import GROUP_SIZES, Ops
+from pyllm.spec import Activation
 
 Array = NDArray[Any]
 Multiply = Callable[[Array, int], Array]  # of x and the number of the copy -> x w^T
 
-SHAPES = sized([(2048, 8192), (8192, 2048), (2048, 3072), (768, 50257), (2048, 128256)], [(96, 130)])  # K, N
+SHAPES = sized(  # K, N
+    [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 3072), (768, 50257), (2048, 128256)], [(96, 130)]
+)
+GATED = sized((2048, 8192), (96, 130))
+SMALLER = np.float32(1 / 32)  # x of gated products: gates are then near 1, as those of models
 ROWS = [1, 2, 4, 8, 16, 32, sized(512, 65)]
 DTYPES = ["float32", "float16", "bfloat16", "int8", "int8/32", "int4", "int4/32", "int4/128"]  # /: elements of a group
 COLD_BYTES = sized(512 << 20, 1 << 16)  # what one pass over the copies reads at least, so that no cache holds it
@@ -123,3 +129,29 @@ def test_matmul(
     # Integers are rounded weights and rounded x; torch rounds x, and the result, to the dtype of the weights.
     tolerance = {"int8": 2e-2, "int4": 0.2}.get(name, 1e-3) if by is ours else 5e-2
     assert np.abs(got - case.want).max() <= tolerance * np.abs(case.want).max()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_matmul(dtype: str, rows: int, ops: Ops, benchmark: Any, record: Record) -> None:
+    """silu(x gate^T) * (x up^T)."""
+    k, n = GATED
+    name, _, group = dtype.partition("/")
+    case = make_case(k, n, rows, dtype)
+    x = case.x * SMALLER
+    copies = -(-case.copies // 2)
+    kind: dict[str, Any] = {"dtype": case.dtype, "group_size": case.group_size}
+    packed = itertools.cycle([ops.pack(case.weights, gate=case.weights, **kind) for _ in range(copies)])
+    integers = name in ("int8", "int4")
+    record(
+        dtype="int8" if integers else "bfloat16" if dtype == "bfloat16" and "bf16" in _cpu.active_isa() else "float32",
+        bytes=2 * weight_bytes(n, k, name, int(group or 0)) + 4 * rows * (k + n),
+        operations=4 * rows * n * k,
+        weights=dtype,
+    )
+    out = np.empty((rows, n), np.float32)
+    benchmark(lambda: ops.matmul(x, next(packed), activation=Activation.SILU, out=out))
+    product = case.want * SMALLER
+    want = product / (1 + np.exp(-product)) * product
+    tolerance = {"int8": 4e-2, "int4": 0.4}.get(name, 2e-3)
+    assert np.abs(out - want).max() <= tolerance * np.abs(want).max()

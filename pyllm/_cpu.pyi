@@ -7,9 +7,12 @@ from numpy.typing import NDArray
 
 _Array = NDArray[Any]
 _F32 = NDArray[np.float32]
+_F64 = NDArray[np.float64]
 _I32 = NDArray[np.int32]
 _I64 = NDArray[np.int64]
+_Dropout = tuple[float, NDArray[np.uint64], int]
 
+IGNORED_LABEL: int
 BLOCK_TOKENS: int
 HEAD_PAD: int
 KEY_BLOCK: int
@@ -39,7 +42,10 @@ class PackedMatrix:
         group_size: int = 0,
         scale_dtype: str = "bfloat16",
         zeros: bool = False,
+        memory: _Array | None = None,
     ) -> None: ...
+    @property
+    def flat(self) -> _F32: ...
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -96,7 +102,9 @@ class Context:
         bias_up: _F32 | None,
         residual: _F32 | None,
         activation: int,
+        pre: _F32 | None,
     ) -> None: ...
+    def unpack(self, out: _F32, packed: PackedMatrix) -> None: ...
     def norm(
         self,
         y: _F32,
@@ -105,6 +113,18 @@ class Context:
         bias: _F32 | None,
         residual: _F32 | None,
         sum: _F32 | None,
+        eps: float,
+        kind: int,
+    ) -> None: ...
+    def norm_backward(
+        self,
+        dx: _F32,
+        dweight: _F32 | None,
+        dbias: _F32 | None,
+        dy: _F32,
+        x: _F32,
+        weight: _F32 | None,
+        residual: _F32 | None,
         eps: float,
         kind: int,
     ) -> None: ...
@@ -117,11 +137,20 @@ class Context:
         positions: _I32 | None,
         position_table: _F32 | None,
     ) -> None: ...
+    def embedding_backward(
+        self,
+        dtable: PackedMatrix | _F32,
+        dposition_table: _F32 | None,
+        dy: _F32,
+        tokens: _I32,
+        positions: _I32 | None,
+    ) -> None: ...
     def gather(self, y: _F32, x: _F32, index: _I32) -> None: ...
+    def gather_backward(self, dx: _F32, dy: _F32, index: _I32) -> None: ...
     def rope_angles(
         self, cos: _F32, sin: _F32, positions: _I32, inv_freq: _F32, table: _I32 | None, scaling: float
     ) -> None: ...
-    def rope(self, x: _F32, cos: _F32, sin: _F32, head_size: int) -> None: ...
+    def rope(self, x: _F32, cos: _F32, sin: _F32, head_size: int, inverse: bool = False) -> None: ...
     def kv_write(
         self, cache: _Array, k: _F32, v: _F32, slots: _I64, head_size: int, cos: _F32 | None, sin: _F32 | None
     ) -> None: ...
@@ -136,7 +165,39 @@ class Context:
         head_size: int,
         scale: float,
         window: int,
+        lse: _F32 | None = None,
+        dropout: _Dropout | None = None,
         bf16_dots: bool | None = None,
+    ) -> None: ...
+    def attention_backward(
+        self,
+        dq: _F32,
+        dk: _F32,
+        dv: _F32,
+        dout: _F32,
+        out: _F32,
+        q: _F32,
+        cache: _Array,
+        lse: _F32,
+        starts: _I32,
+        lengths: _I32,
+        tables: _I32,
+        head_size: int,
+        scale: float,
+        window: int,
+        dropout: _Dropout | None = None,
+        bf16_dots: bool | None = None,
+    ) -> None: ...
+    def dropout(self, y: _F32, x: _F32, residual: _F32 | None, dropout: _Dropout | None) -> None: ...
+    def cross_entropy(
+        self,
+        logits: _F32,
+        loss: _F32,
+        correct: _I32 | None,
+        labels: _I32,
+        scale: _F32,
+        z_loss: float,
+        label_smoothing: float,
     ) -> None: ...
     def sample(
         self,
@@ -148,6 +209,23 @@ class Context:
         allowed: tuple[_I64, _I32] | None,
     ) -> None: ...
     def logprobs(self, chosen: _F32, ranks: _I32, top: _F32, top_ids: _I32, logits: _F32, ids: _I32) -> None: ...
+    def matmul_dx(self, out: _F32, dy: _F32, w: PackedMatrix, add: bool) -> None: ...
+    def matmul_dw(self, dw: PackedMatrix, dy: _F32, x: _F32) -> None: ...
+    def column_sum(self, out: _F32, x: _F32) -> None: ...
+    def activation_backward(self, out: _F32, dy: _F32, pre: _F32, activation: int, gated: bool) -> None: ...
+    def adamw(
+        self,
+        params: _F32,
+        grads: _F32,
+        m: _F32,
+        v: _F32,
+        hyper: _F64,
+        weight_decay: float,
+        narrow: PackedMatrix | None,
+        clear: bool,
+    ) -> None: ...
+    def square_norm(self, out: _F64, x: _F32) -> None: ...
+    def clip_coefficient(self, out: _F64, square: _F64, max_norm: float) -> None: ...
     def limits(
         self, limit: str, data: _F32 | None = None, streams: int = 1, chunks: int = 0, rounds: int = 0
     ) -> int: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from pyllm.errors import TokenizerError
@@ -19,11 +19,11 @@ from pyllm.errors import TokenizerError
 class Stage(Protocol):
     """One step of decoding; keeps what it cannot give out yet."""
 
-    def push(self, token: str) -> Iterable[str]:
+    def push(self, token: str) -> Sequence[str]:
         """What is certain after `token`."""
         ...
 
-    def finish(self) -> Iterable[str]:
+    def finish(self) -> Sequence[str]:
         """What was held back; no token follows."""
         ...
 
@@ -38,7 +38,7 @@ class Detokenizer:
     def __init__(self, token_of: Callable[[int], str | None], stages: Sequence[Stage]) -> None:
         """`stages` are fresh: they keep the state of one text."""
         self._token_of = token_of
-        self._stages = stages
+        self._first, *self._later = stages
         self._finished = False
 
     def push(self, ids: Iterable[int]) -> str:
@@ -49,7 +49,8 @@ class Detokenizer:
         for token_id in ids:
             token = self._token_of(token_id)
             if token is not None:
-                parts.extend(self._run(0, [token]))
+                tokens = self._first.push(token)
+                parts += _through(self._later, tokens) if self._later else tokens
         return "".join(parts)
 
     def finish(self) -> str:
@@ -58,16 +59,19 @@ class Detokenizer:
             return ""
         self._finished = True
         parts: list[str] = []
-        for index, stage in enumerate(self._stages):
-            parts.extend(self._run(index + 1, list(stage.finish())))
+        stages = [self._first, *self._later]
+        for index, stage in enumerate(stages):
+            parts += _through(stages[index + 1 :], stage.finish())
         return "".join(parts)
 
-    def _run(self, first: int, tokens: list[str]) -> list[str]:
-        for stage in self._stages[first:]:
-            if not tokens:
-                break
-            tokens = [out for token in tokens for out in stage.push(token)]
-        return tokens
+
+def _through(stages: Sequence[Stage], tokens: Sequence[str]) -> Sequence[str]:
+    """What these stages make of tokens, one after the other."""
+    for stage in stages:
+        if not tokens:
+            break
+        tokens = [out for token in tokens for out in stage.push(token)]
+    return tokens
 
 
 def stages_of(decoder: dict[str, Any] | None) -> Callable[[], list[Stage]]:
@@ -155,10 +159,10 @@ class _PerToken:
     def __init__(self, text_of: Callable[[str], str]) -> None:
         self._text_of = text_of
 
-    def push(self, token: str) -> Iterator[str]:
-        yield self._text_of(token)
+    def push(self, token: str) -> Sequence[str]:
+        return (self._text_of(token),)
 
-    def finish(self) -> Iterable[str]:
+    def finish(self) -> Sequence[str]:
         return ()
 
 
@@ -169,11 +173,12 @@ class _Positional:
         self._first, self._later = first, later
         self._started = False
 
-    def push(self, token: str) -> Iterator[str]:
-        yield self._later(token) if self._started else self._first(token)
+    def push(self, token: str) -> Sequence[str]:
+        text = self._later(token) if self._started else self._first(token)
         self._started = True
+        return (text,)
 
-    def finish(self) -> Iterable[str]:
+    def finish(self) -> Sequence[str]:
         return ()
 
 
@@ -184,14 +189,12 @@ class _WordEnd:
         self._suffix = suffix
         self._held: str | None = None
 
-    def push(self, token: str) -> Iterator[str]:
-        if self._held is not None:
-            yield self._held.replace(self._suffix, " ")
-        self._held = token
+    def push(self, token: str) -> Sequence[str]:
+        held, self._held = self._held, token
+        return () if held is None else (held.replace(self._suffix, " "),)
 
-    def finish(self) -> Iterator[str]:
-        if self._held is not None:
-            yield self._held.replace(self._suffix, "")
+    def finish(self) -> Sequence[str]:
+        return () if self._held is None else (self._held.replace(self._suffix, ""),)
 
 
 class _StripText:
@@ -201,23 +204,22 @@ class _StripText:
         self._content, self._to_strip, self._stop = content, start, stop
         self._tail = ""
 
-    def push(self, token: str) -> Iterator[str]:
+    def push(self, token: str) -> Sequence[str]:
         while self._to_strip and token.startswith(self._content):
             token, self._to_strip = token[1:], self._to_strip - 1
         if not token:
-            return
+            return ()
         self._to_strip = 0
         if not self._stop:
-            yield token
-            return
+            return (token,)
         text = self._tail + token
         kept = len(text)
         while kept and len(text) - kept < self._stop and text[kept - 1] == self._content:
             kept -= 1
         self._tail = text[kept:]
-        yield text[:kept]
+        return (text[:kept],)
 
-    def finish(self) -> Iterable[str]:
+    def finish(self) -> Sequence[str]:
         return ()
 
 
@@ -239,18 +241,26 @@ class _ByteLevel:
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token: str) -> Iterator[str]:
+    def push(self, token: str) -> Sequence[str]:
         try:
             data = bytes([_BYTE_OF_CHARACTER[character] for character in token])
         except KeyError:
             data = token.encode()
-        yield self._utf8.decode(data)
+        return (self._utf8.decode(data),)
 
-    def finish(self) -> Iterator[str]:
-        yield self._utf8.decode(b"", final=True)
+    def finish(self) -> Sequence[str]:
+        return (self._utf8.decode(b"", final=True),)
 
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_of(token: str) -> bytes | None:
+    """The byte that a token stands for, if it is one of those."""
+    if len(token) != len("<0x00>"):  # saves most of them the pattern
+        return None
+    match = _BYTE_TOKEN.fullmatch(token)
+    return None if match is None else bytes([int(match.group(1), 16)])
 
 
 def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
@@ -262,47 +272,63 @@ def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("pyllm.one_mark_per_byte", _one_mark_per_byte)
 
 
-class _ByteFallback:
-    """Tokens `<0x00>` to `<0xFF>` are bytes; what is no UTF-8 among them gives one U+FFFD for each byte."""
+class _Bytes:
+    """A character as its bytes come; what is no UTF-8 gives one U+FFFD for each byte."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("pyllm.one_mark_per_byte")
+        self._begun = False
 
-    def push(self, token: str) -> Iterator[str]:
-        match = _BYTE_TOKEN.fullmatch(token)
-        if match is not None:
-            text = self._utf8.decode(bytes([int(match.group(1), 16)]))
-            if text:
-                yield text
-            return
-        yield from self.finish()
-        yield token
+    def push(self, byte: bytes) -> Sequence[str]:
+        """What the byte completes."""
+        self._begun = True
+        text = self._utf8.decode(byte)
+        return (text,) if text else ()
 
-    def finish(self) -> Iterator[str]:
+    def end(self) -> Sequence[str]:
+        """What is left where no further byte follows."""
+        if not self._begun:
+            return ()
+        self._begun = False
         text = self._utf8.decode(b"", final=True)
-        if text:
-            yield text
+        return (text,) if text else ()
 
 
-class _SentencePieceStage(_ByteFallback):
+class _ByteFallback:
+    """Tokens `<0x00>` to `<0xFF>` are bytes."""
+
+    def __init__(self) -> None:
+        self._bytes = _Bytes()
+
+    def push(self, token: str) -> Sequence[str]:
+        byte = _byte_of(token)
+        return (*self._bytes.end(), token) if byte is None else self._bytes.push(byte)
+
+    def finish(self) -> Sequence[str]:
+        return self._bytes.end()
+
+
+class _SentencePieceStage:
     """Pieces: space marks become spaces, byte pieces characters; the space that encoding put in front goes."""
 
     def __init__(self, strips_first_space: bool, strips_all_spaces: bool) -> None:
-        super().__init__()
+        self._bytes = _Bytes()
         self._strips_first, self._strips_all = strips_first_space, strips_all_spaces
         self._at_start = True
 
-    def push(self, token: str) -> Iterator[str]:
-        is_byte = _BYTE_TOKEN.fullmatch(token) is not None
-        text = "".join(super().push(token))
-        if not is_byte:
-            text = text.replace("\u2581", " ")
-            if self._at_start and self._strips_first and text.startswith(" "):
+    def push(self, token: str) -> Sequence[str]:
+        byte = _byte_of(token)
+        if byte is not None:
+            self._at_start = False
+            return self._bytes.push(byte)
+        text = token.replace("\u2581", " ")
+        if self._at_start:
+            if self._strips_first and text.startswith(" "):
                 text = text[1:]
                 self._at_start = self._strips_all and not text
             else:
                 self._at_start = False
-        else:
-            self._at_start = False
-        if text:
-            yield text
+        return (*self._bytes.end(), text)
+
+    def finish(self) -> Sequence[str]:
+        return self._bytes.end()

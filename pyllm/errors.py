@@ -37,6 +37,10 @@ class RequestError(PyllmError):
     """A prompt cannot be run as it is."""
 
 
+class DataError(PyllmError):
+    """Training data is missing, malformed, too short, or not what a run began with."""
+
+
 class NonFiniteError(PyllmError):
     """The model's values are no longer numbers."""
 

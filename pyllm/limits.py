@@ -39,7 +39,7 @@ class Limits:
     f32_gflops: float
     """float32 multiply-adds, 10^9 operations per second."""
     bf16_gflops: float
-    """bfloat16 dot products with float32 sums; equals the float32 limit where the level has no instruction for them."""
+    """Products of bfloat16 with float32 sums: the faster of dot products and float32 multiply-adds."""
     int8_gops: float
     """8-bit dot products with 32-bit sums."""
 
@@ -51,14 +51,20 @@ def measure(threads: int | None = None, *, read_bytes: int = _READ_BYTES) -> Lim
     eighth of the machine's free memory.
     """
     context = _cpu.Context(threads if threads is not None else isa.default_threads())
+    f32 = _compute(context, "f32")
     return Limits(
         threads=context.threads,
         isa=isa.active_isa(),
         read_gbps=read_bandwidth(context, read_bytes),
-        f32_gflops=_compute(context, "f32"),
-        bf16_gflops=_compute(context, "bf16"),
+        f32_gflops=f32,
+        bf16_gflops=max(_compute(context, "bf16"), f32),
         int8_gops=_compute(context, "int8"),
     )
+
+
+def peak_gflops(dtype: str, threads: int) -> float:
+    """Measured peak of multiply-adds on float32 or of dot products on bfloat16, 10^9 operations per second."""
+    return _compute(_cpu.Context(threads), {"float32": "f32", "bfloat16": "bf16"}[dtype])
 
 
 def read_bandwidth(context: _cpu.Context, read_bytes: int = _READ_BYTES) -> float:

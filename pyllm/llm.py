@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import get_ident
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -388,19 +389,16 @@ class LLM:
             finally:
                 interrupts.remove()
 
-    def _step(self, interrupts: _Interrupts) -> None:
-        with self._lock, interrupts:
-            self.engine.step()
-
     def _run(
         self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: _Interrupts
     ) -> None:
         finished, left = -1, list(requests)
         while left:
-            if left[-1].finished:
+            if not left[-1].running:
                 left.pop()
                 continue
-            self._step(interrupts)
+            with self._lock, interrupts:
+                self.engine.step()
             if progress and (now := sum(request.finished for request in requests)) != finished:
                 finished = now
                 progress(finished, len(requests))
@@ -411,11 +409,14 @@ class LLM:
             self._add(requests, prompt, params, interrupts)
             [request] = requests
             request.streamed = True
-            while not request.finished or request.pieces:
-                while request.pieces:
-                    yield request.pieces.popleft()
-                if not request.finished:
-                    self._step(interrupts)
+            pieces = request.pieces
+            while True:
+                while pieces:
+                    yield pieces.popleft()
+                if not request.running:
+                    break
+                with self._lock, interrupts:
+                    self.engine.step()
         self._result(request)
 
     def _result(self, request: Request) -> RequestOutput:
@@ -499,7 +500,7 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
     def __enter__(self) -> None:
-        self._held = self._thread == threading.get_ident()
+        self._held = self._thread == get_ident()
 
     def __exit__(self, *_: object) -> None:
         self._held = False

@@ -30,10 +30,12 @@ from pyllm.spec import Activation, NormKind
 
 Array: TypeAlias = NDArray[Any]
 F32: TypeAlias = NDArray[np.float32]
+F64: TypeAlias = NDArray[np.float64]
+Dropout: TypeAlias = tuple[float, NDArray[np.uint64], int]  # rate, seed [1], read when a kernel runs, and site
 
-_ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
+ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
-_NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
+NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
 
 
 class Ops:
@@ -148,6 +150,13 @@ class Ops:
         self.context.pack_quantized(packed, values, scales, zeros, 0, int(gate is not None))
         return packed
 
+    def unpack(self, packed: _cpu.PackedMatrix, out: F32 | None = None) -> F32:
+        """The weights of a packed matrix of floats, exactly: [N, K], or of a gated one [2N, K], gate above up."""
+        n, k = packed.shape
+        out = np.empty((n * (1 + packed.gated), k), np.float32) if out is None else out
+        self.context.unpack(out, packed)
+        return out
+
     # Kernels
 
     def matmul(
@@ -159,13 +168,17 @@ class Ops:
         activation: Activation | None = None,
         residual: F32 | None = None,
         out: F32 | None = None,
+        pre: F32 | None = None,
     ) -> F32:
         """``act(x w^T + bias) + residual``: x [T, K], w packed [N, K], bias [N], residual [T, N] -> [T, N].
 
         A gated w gives ``act(x gate^T + bias) * (x up^T + bias_up) + residual``. `out` may be `residual` itself.
+
+        What `act` is applied to is also stored in `pre` [T, N] where given; gated: [T, 2N], ``x up^T + bias_up`` right
+        of it.
         """
         out = self.empty(x.shape[0], w.shape[0]) if out is None else out
-        self.context.matmul(out, x, w, bias, bias_up, residual, _ACTIVATIONS[activation])
+        self.context.matmul(out, x, w, bias, bias_up, residual, ACTIVATIONS[activation], pre)
         return out
 
     def norm(
@@ -187,13 +200,13 @@ class Ops:
         The sum itself is also written to `sum_out` [R, D] where given (it may be x); `out` may be x.
         """
         out = self.empty(*x.shape) if out is None else out
-        self.context.norm(out, x, weight, bias, residual, sum_out, eps, _NORMS[kind])
+        self.context.norm(out, x, weight, bias, residual, sum_out, eps, NORMS[kind])
         return out
 
     def activation(self, x: F32, activation: Activation, up: F32 | None = None, out: F32 | None = None) -> F32:
         """``act(x)``, or ``act(x) * up``: x and up [R, D] -> [R, D]."""
         out = self.empty(*x.shape) if out is None else out
-        self.context.activation(out, x, up, _ACTIVATIONS[activation])
+        self.context.activation(out, x, up, ACTIVATIONS[activation])
         return out
 
     def embedding(
@@ -202,9 +215,10 @@ class Ops:
         table: _cpu.PackedMatrix | Array,
         positions: NDArray[np.int32] | None = None,
         position_table: F32 | None = None,
+        out: F32 | None = None,
     ) -> F32:
         """``table[tokens] + position_table[positions]``: tokens int32 [T], table [V, D] packed or plain -> [T, D]."""
-        out = self.empty(tokens.shape[0], table.shape[1])
+        out = self.empty(tokens.shape[0], table.shape[1]) if out is None else out
         self.context.embedding(out, tokens, table, positions, position_table)
         return out
 
@@ -220,20 +234,24 @@ class Ops:
         inv_freq: F32,
         table: NDArray[np.int32] | None = None,
         scaling: float = 1.0,
+        out: tuple[F32, F32] | None = None,
     ) -> tuple[F32, F32]:
         """Cosines and sines [T, half] of ``positions[t] * inv_freq[table[t]]``, times `scaling`.
 
         positions int32 [T]; inv_freq float32 [C, half]; table int32 [T], the row of inv_freq for each token (default
         0).
         """
-        cos = self.empty(positions.shape[0], inv_freq.shape[1])
-        sin = self.empty(positions.shape[0], inv_freq.shape[1])
+        shape = positions.shape[0], inv_freq.shape[1]
+        cos, sin = (self.empty(*shape), self.empty(*shape)) if out is None else out
         self.context.rope_angles(cos, sin, positions, inv_freq, table, scaling)
         return cos, sin
 
-    def rope(self, x: F32, cos: F32, sin: F32, head_size: int) -> F32:
-        """Rotate, in place, channels (i, i + half) of each head: x [T, heads * E], cos and sin [T, half]. Returns x."""
-        self.context.rope(x, cos, sin, head_size)
+    def rope(self, x: F32, cos: F32, sin: F32, head_size: int, inverse: bool = False) -> F32:
+        """Rotate, in place, channels (i, i + half) of each head: x [T, heads * E], cos and sin [T, half]. Returns x.
+
+        Inverse: by the angle's opposite, times the scaling, which is what takes gradients back.
+        """
+        self.context.rope(x, cos, sin, head_size, inverse)
         return x
 
     def kv_write(
@@ -265,15 +283,22 @@ class Ops:
         head_size: int,
         scale: float,
         window: int | None = None,
+        lse: F32 | None = None,
+        dropout: Dropout | None = None,
+        out: F32 | None = None,
     ) -> F32:
         """Causal attention of a ragged batch over the paged cache, which already holds this step's keys and values.
 
         q [T, H * E], already rotated; cache as in :meth:`kv_write`; starts int32 [B + 1], first row of each sequence;
         lengths int32 [B], keys in the cache, this step's included; tables int32 [B, width], block numbers. A query sees
         keys up to its own position, and only the last `window` of them where given -> [T, H * E].
+
+        For a backward pass `lse` [T, H] receives the log of the sum of exponentials of the scaled scores. `dropout`
+        (rate, seed, site), the site being the layer, sets weights to 0 and divides the others by 1 - rate; which is a
+        function of seed, site, head, row of q and position of the key.
         """
-        out = self.empty(*q.shape)
-        self.context.attention(out, q, cache, starts, lengths, tables, head_size, scale, window or 0)
+        out = self.empty(*q.shape) if out is None else out
+        self.context.attention(out, q, cache, starts, lengths, tables, head_size, scale, window or 0, lse, dropout)
         return out
 
     def sample(self, logits: F32, inputs: SampleInputs) -> NDArray[np.int32]:
@@ -304,10 +329,13 @@ class Ops:
 
 
 class Arena:
-    """One block of memory, laid out once per recorded step: outputs are taken in order and given back by mark."""
+    """One block of memory, laid out once per recorded step: outputs are taken in order and given back by mark.
 
-    def __init__(self, floats: int) -> None:
-        self.memory: F32 = _cpu.allocate(floats * 4).view(np.float32)
+    `memory` float32 [floats] is taken over where given, else it is allocated.
+    """
+
+    def __init__(self, floats: int, memory: F32 | None = None) -> None:
+        self.memory: F32 = _cpu.allocate(floats * 4).view(np.float32) if memory is None else memory[:floats]
         self.used = 0
 
     def take(self, shape: Sequence[int]) -> F32:

@@ -20,7 +20,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "ops_training", "tape", "limits", "batch"},
-    {"folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
+    {"default_model", "folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
     {"models", "packed", "model"},
     {"engine"},
     {"planning"},
@@ -37,7 +37,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "rich": {"cli"},
     "huggingface_hub": {"folder"},
     "jinja2": {"chat_template"},
-    "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "compare"},
+    "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "train", "compare"},
     "safetensors": {"safetensors_file", "weights", "compare"},
     "cuda": {"device"},
     "starlette": {"server"},
@@ -48,7 +48,10 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "llama_cpp": {"compare"},
     "gguf": {"compare"},
     "ctranslate2": {"compare"},
-    "matplotlib": {"compare"},
+    "matplotlib": {"compare", "train"},
+    "yaml": {"train"},
+    "tensorboard": {"train"},
+    "wandb": {"train"},
     "numpy": {"*"},
     "ml_dtypes": {"*"},
 }
@@ -61,6 +64,7 @@ CPU_HEADERS = ("cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h",
 CPU_SIZES = (
     "cpu/attention_workspace.h",
     "cpu/kernels/matmul_plan.h",
+    "cpu/kernels/norm_plan.h",
 )  # sizes that a kernel and its caller must agree on
 
 # C++ folders and what each may include from the project.

@@ -214,7 +214,7 @@ def test_unknown_command_names_the_nearest():
 
 
 def test_missing_model_and_prompt_are_usage_errors(tiny_folder: Path):
-    refused(pyllm("generate", "Once"), 2, "--model")
+    refused(pyllm("score", "Once"), 2, "--model")
     refused(pyllm("generate", "-m", tiny_folder), 2, "--file")
 
 

@@ -10,8 +10,9 @@ import pytest
 from oracle.harness import DIMS, ISAS, Framed, at_isa
 
 from pyllm.ops import Ops
+from pyllm.ops_training import TrainingOps
 
-OPS = Ops(threads=2)
+OPS = TrainingOps(threads=2)
 RNG = np.random.default_rng(7)
 DTYPES: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16]
 VOCAB = 131  # two panels and a piece
@@ -104,3 +105,90 @@ def test_bad_arguments() -> None:
         OPS.embedding(tokens, np.asfortranarray(weights))
     with pytest.raises(ValueError, match="position_table: expected"):
         OPS.embedding(tokens, weights, tokens, table(9, np.float32))
+
+
+def added(start: np.ndarray, dy: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Row after row, in float32."""
+    total = start.copy()
+    for r, i in enumerate(index):
+        total[i] += dy[r]
+    return total
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_embedding_backward(isa: str, packed: bool) -> None:
+    """Rows that many tokens share are added in the order of the tokens, on any number of threads."""
+    everything = np.arange(VOCAB, dtype=np.int32)
+    for dim in DIMS:
+        start, positions_start = table(dim, np.float32), table(dim, np.float32, 9)
+        for count in (0, 1, 300):
+            tokens, positions, dy = ids(count), ids(count, 9), Framed(table(dim, np.float32, count)).array
+            tokens[: count // 2] = 64
+            for threads in (1, 2, 3):
+                ops = TrainingOps(threads)
+                dpositions = Framed(positions_start)
+                plain = Framed(start)
+                with at_isa(isa):
+                    dtable = ops.pack(start) if packed else plain.array
+                    ops.embedding_backward(dtable, dpositions.array, dy, tokens, positions)
+                    actual = ops.embedding(everything, dtable)
+                plain.check()
+                dpositions.check()
+                assert np.array_equal(actual, added(start, dy, tokens))
+                assert np.array_equal(dpositions.array, added(positions_start, dy, positions))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gather_backward(isa: str) -> None:
+    for dim in DIMS:
+        for count in (0, 1, 50):
+            index, dy = ids(count, 20), Framed(table(dim, np.float32, count)).array
+            for threads in (1, 3):
+                dx = Framed(np.full((20, dim), np.nan, np.float32), gap=5)
+                with at_isa(isa):
+                    assert TrainingOps(threads).gather_backward(dx.array, dy, index) is dx.array
+                dx.check()
+                assert np.array_equal(dx.array, added(np.zeros((20, dim), np.float32), dy, index))
+
+
+def test_backward_in_a_graph() -> None:
+    tokens, dy, dtable, dx = (
+        ids(40),
+        table(70, np.float32, 40),
+        np.zeros((VOCAB, 70), np.float32),
+        table(70, np.float32),
+    )
+    ops = TrainingOps(threads=2)
+    ops.begin_recording()
+    ops.embedding_backward(dtable, None, dy, tokens, None)
+    ops.gather_backward(dx, dy, tokens)
+    graph = ops.end_recording()
+    expected = dtable.copy()
+    for _ in range(2):
+        tokens[:] = ids(40)
+        ops.replay(graph)
+        expected = added(expected, dy, tokens)
+        assert np.array_equal(dtable, expected)
+        assert np.array_equal(dx, added(np.zeros_like(dx), dy, tokens))
+    tokens[3] = VOCAB
+    with pytest.raises(ValueError, match=rf"tokens\[3\]: expected a row of dtable in \[0, {VOCAB}\)"):
+        ops.replay(graph)
+
+
+def test_backward_bad_arguments() -> None:
+    dtable, dy, tokens = table(8, np.float32), table(8, np.float32, 3), ids(3)
+    positions = np.array([0, 1, 9], np.int32)
+    for arguments, error, message in (
+        ((table(7, np.float32), None, dy, tokens, None), ValueError, "dtable: expected float32"),
+        ((OPS.pack(table(7, np.float32)), None, dy, tokens, None), ValueError, "dtable: expected a float32 matrix"),
+        ((OPS.pack(table(8, np.float16)), None, dy, tokens, None), ValueError, "dtable: expected a float32 matrix"),
+        ((dtable, None, dy, tokens[:2], None), ValueError, "tokens: expected int32"),
+        ((dtable, None, dy, tokens - VOCAB, None), ValueError, r"tokens\[0\]: expected a row of dtable"),
+        ((dtable, table(8, np.float32, 9), dy, tokens, positions), ValueError, r"positions\[2\]"),
+        ((dtable, table(8, np.float32, 9), dy, tokens, None), TypeError, "positions: expected a numpy array"),
+    ):
+        with pytest.raises(error, match=message):
+            OPS.embedding_backward(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"index\[1\]: expected a row of dx in \[0, 5\)"):
+        OPS.gather_backward(np.zeros((5, 8), np.float32), dy, np.array([0, 5, 1], np.int32))

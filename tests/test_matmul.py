@@ -21,9 +21,9 @@ Array = NDArray[Any]
 
 DTYPES = ["float32", "float16", "bfloat16"]
 EPS = 2.0**-24
-# Around every vector width, the panel (64) and the blocks of K (256 steps, a step being one k or a pair).
+# Around every vector width, the panel (64) and the blocks of K (1024 steps, 128 of few rows; one k each, or a pair).
 COLUMNS = [1, 3, 4, 5, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 193]
-DEPTHS = [0, 1, 2, 3, 7, 64, 65, 255, 256, 257, 511, 513, 1031]
+DEPTHS = [0, 1, 2, 3, 7, 64, 65, 255, 256, 257, 511, 513, 1031, 2053]
 
 
 @pytest.fixture(params=_cpu.available_isas())
@@ -79,7 +79,7 @@ def test_column_edges(isa: str, dtype: str, ops: Ops, rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 29])
+@pytest.mark.parametrize("rows", [1, 5, 29, 97])
 def test_depth_edges(isa: str, dtype: str, rows: int, ops: Ops, rng: np.random.Generator) -> None:
     for k in DEPTHS:
         x, w = normal(rng, rows, k), normal(rng, 70, k, dtype=dtype)
@@ -98,6 +98,21 @@ def test_rows_do_not_depend_on_the_batch(isa: str, dtype: str, rng: np.random.Ge
         for rows in (1, 2, 3, 4, 7, 8, 16, 33, 130, 513):
             first = 600 - rows
             assert np.array_equal(ops.matmul(x[first:], packed, activation=Activation.SILU), want[first:]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [2.0**-64, 2.0**-62, 2.0**63])
+def test_the_ends_of_the_range_do_not_depend_on_the_batch(
+    isa: str, dtype: str, scale: float, ops: Ops, rng: np.random.Generator
+) -> None:
+    """Denormal factors, products and sums, and sums that overflow."""
+    x, w = normal(rng, 130, 67) * np.float32(scale), normal(rng, 70, 67) * np.float32(scale)
+    x[:, ::5] *= np.float32(2.0**-65 if scale < 1 else 1)
+    with np.errstate(over="ignore"):  # of float16
+        packed = ops.pack(w.astype(dtype))
+    want = np.concatenate([ops.matmul(row[None], packed) for row in x])
+    for rows in (2, 3, 7, 16, 50, 130):
+        assert np.array_equal(ops.matmul(x[:rows], packed), want[:rows], equal_nan=True), rows
 
 
 @pytest.mark.parametrize("activation", [None, *Activation])
@@ -242,7 +257,7 @@ def test_bad_arguments(ops: Ops, rng: np.random.Generator) -> None:
     with pytest.raises(TypeError, match=r"x: expected float32\[any, 8\], got float64\[3, 8\]"):
         ops.matmul(x.astype(np.float64), w)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="w: expected a PackedMatrix"):
-        ops.context.matmul(np.zeros((3, 5), np.float32), x, np.zeros((5, 8), np.float32), None, None, None, 0)
+        ops.context.matmul(np.zeros((3, 5), np.float32), x, np.zeros((5, 8), np.float32), None, None, None, 0, None)
     with pytest.raises(ValueError, match=r"x: expected float32\[any, 8\], got float32\[3, 7\]"):
         ops.matmul(normal(rng, 3, 7), w)
     with pytest.raises(ValueError, match=r"x: .*contiguous"):
@@ -260,7 +275,7 @@ def test_bad_arguments(ops: Ops, rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match=r"out: .*overlaps residual"):
         ops.matmul(x, w, residual=shared[:15].reshape(3, 5), out=shared[1:16].reshape(3, 5))
     with pytest.raises(ValueError, match="activation: expected 0 to 4, got 9"):
-        ops.context.matmul(np.zeros((3, 5), np.float32), x, w, None, None, None, 9)
+        ops.context.matmul(np.zeros((3, 5), np.float32), x, w, None, None, None, 9, None)
     with pytest.raises(ValueError, match="rows 3 to 6 lie outside"):
         ops.context.pack(w, normal(rng, 3, 8), 3, 0)
     with pytest.raises(TypeError, match="src: expected float32, float16 or bfloat16, got int64"):

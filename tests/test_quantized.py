@@ -74,9 +74,9 @@ def packed(ops: Ops, w: oracle.Integers, gate: oracle.Integers | None = None) ->
 
 
 def check(y: Array, x: Array, w: oracle.Integers) -> None:
-    """Only adding up groups rounds: a few operations for each of them, and for the scale of a row."""
-    groups = -(-x.shape[1] // (w.group_size or oracle.ROW_GROUP))
-    used = np.abs(oracle.rounded(x, w.group_size))
+    """Only adding up groups and blocks rounds: an operation for each of them, and a few for the scales."""
+    groups = -(-x.shape[1] // (w.group_size or oracle.BLOCK)) + -(-x.shape[1] // oracle.BLOCK)
+    used = np.abs(oracle.rounded(x))
     mass = used @ np.abs(w.weights.astype(np.float64)).T
     assert np.all(np.abs(y - oracle.matmul(x, w)) <= (groups + 4) * EPS * mass)
 
@@ -156,7 +156,7 @@ def test_epilogue(isa: str, kind: Any, ops: Ops, rng: np.random.Generator) -> No
     for rows in (1, 20):
         x, (w, gate) = normal(rng, rows, 96), (oracle.random_integers(rng, 83, 96, *kind) for _ in range(2))
         bias, bias_up, residual = normal(rng, 83), normal(rng, 83), normal(rng, rows, 83)
-        used = oracle.rounded(x, w.group_size)
+        used = oracle.rounded(x)
         want = float_oracle.matmul(
             used, w.weights, bias, gate=gate.weights, bias_up=bias_up, residual=residual, activation="silu"
         )

@@ -53,6 +53,18 @@ def test_rotation_matches_formula(isa: str) -> None:
                 assert np.array_equal(x.array.reshape(oracle.shape), rope(heads_of, cos, sin))  # the same roundings
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_inverse_rotates_back(isa: str) -> None:
+    """The inverse is the rotation by minus the angle, times the scaling: what takes gradients back."""
+    for size, half in ((2, 1), (16, 8), (33, 10), (64, 32), (256, 128)):
+        cos, sin = OPS.rope_angles(RNG.integers(0, 5000, 17).astype(np.int32), frequencies(half), scaling=1.25)
+        start = RNG.normal(size=(17, 3 * size)).astype(np.float32)
+        x = start.copy()
+        with at_isa(isa):
+            assert OPS.rope(x, cos, sin, size, inverse=True) is x
+        assert np.array_equal(x.reshape(17, 3, size), rope(start.reshape(17, 3, size), cos, -sin))
+
+
 def test_rotation_of_heads_in_a_fused_buffer() -> None:
     fused = RNG.normal(size=(9, 3 * 40 + 1)).astype(np.float32)
     before = fused.copy()

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for
-from pyllm.engine.scheduler import Scheduler
+from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
 
 
@@ -86,6 +86,38 @@ def test_youngest_gives_way_when_blocks_run_out_and_all_finish() -> None:
     assert s.preemptions > 0
     assert old.generated == young.generated == 120
     assert s.pool.free == 4
+
+
+def test_a_plan_repeats_until_a_block_ends_or_the_limit_or_anything_changes() -> None:
+    s = scheduler()
+    a, b = Sequence(range(5), 2 * BLOCK_TOKENS, True), Sequence(range(100, 103), 20, True)
+    s.add(a)
+    before: list[Work] = []
+
+    def repeated() -> bool:
+        nonlocal before
+        plan = s.schedule()
+        s.advance(plan)
+        for work in plan:
+            assert work.start + work.count == len(work.sequence.tokens) == work.sequence.computed
+            work.sequence.tokens.append(1)
+        same, before = plan is before, plan
+        return same
+
+    assert [repeated() for _ in range(4)] == [False, False, True, True]  # the prompt, then one token a step
+    s.add(b)
+    assert [repeated() for _ in range(4)] == [False, False, True, True]
+    s.remove(b)
+    assert [repeated() for _ in range(2)] == [False, True]
+    while len(a.tokens) < BLOCK_TOKENS:
+        assert repeated()
+    assert [repeated() for _ in range(3)] == [False, False, True]  # a block is full, and one begins
+    while len(a.tokens) < 2 * BLOCK_TOKENS:
+        assert repeated()
+    assert [repeated() for _ in range(3)] == [False, False, True]
+    while len(a.tokens) < a.limit:
+        assert repeated()
+    assert not repeated()
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -50,4 +50,18 @@ void check_ids(const int32_t* ids, int64_t count, int64_t limit, const char* nam
                             std::to_string(limit) + "), got " + std::to_string(ids[i]));
 }
 
+Dropout dropout_of(const py::object& object) {
+  if (object.is_none()) return {nullptr, 0, 0};
+  if (!py::isinstance<py::tuple>(object) || py::len(object) != 3)
+    throw py::type_error("dropout: expected (rate, seed, site) or None, got " + std::string(py::str(object)));
+  const auto parts = py::reinterpret_borrow<py::tuple>(object);
+  const auto rate = parts[0].cast<double>();
+  const auto site = parts[2].cast<int64_t>();
+  const auto* seed = vector_of<const uint64_t>(parts[1], "seed", 1);
+  if (!(rate >= 0 && float(rate) < 1))
+    throw py::value_error("rate: expected at least 0 and below 1, got " + std::to_string(rate));
+  if (site < 0 || site > INT32_MAX) throw py::value_error("site: expected 0 to 2^31 - 1, got " + std::to_string(site));
+  return {rate > 0 ? seed : nullptr, float(rate), int32_t(site)};
+}
+
 }  // namespace pyllm::bindings

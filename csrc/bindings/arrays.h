@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/numpy.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -52,7 +53,19 @@ T* vector_of(const py::object& object, const char* name, int64_t size, bool opti
   return static_cast<T*>(const_cast<void*>(a.data()));
 }
 
+// Whether two blocks of rows share memory.
+template <class A, class B>
+bool overlap(const Rows<A>& a, const Rows<B>& b) {
+  if (a.rows == 0 || a.cols == 0 || b.rows == 0 || b.cols == 0) return false;
+  const auto* a_end = a.data + (a.rows - 1) * a.stride + a.cols;
+  const auto* b_end = b.data + (b.rows - 1) * b.stride + b.cols;
+  return std::less<const void*>()(a.data, b_end) && std::less<const void*>()(b.data, a_end);
+}
+
 // Every value of ids lies in [0, limit), else ValueError naming the first that does not.
 void check_ids(const int32_t* ids, int64_t count, int64_t limit, const char* name, const char* what);
+
+// (rate, seed uint64 [1], site) as attention and dropout take it; None or a rate of 0: none.
+Dropout dropout_of(const py::object& object);
 
 }  // namespace pyllm::bindings

@@ -1,4 +1,4 @@
-// rope_angles, rope, kv_write and attention.
+// rope_angles, rope, kv_write, attention and its backward pass.
 #include <cmath>
 #include <optional>
 
@@ -91,14 +91,15 @@ void rope_angles(Context& context, const py::object& cos, const py::object& sin,
   context.submit(&cpu::KernelTable::rope_angles, args, {cos, sin, positions, inv_freq, table}, &check_values);
 }
 
-void rope(Context& context, const py::object& x, const py::object& cos, const py::object& sin, int64_t head_size) {
+void rope(Context& context, const py::object& x, const py::object& cos, const py::object& sin, int64_t head_size,
+          bool inverse) {
   check_head_size(head_size);
   const auto in = rows_of<float>(x, "x", -1, -1);
   const auto cosines = dense_rows_of<const float>(cos, "cos", in.rows, -1);
   const auto sines = dense_rows_of<const float>(sin, "sin", in.rows, cosines.cols);
   check_half(cosines.cols, head_size);
   RopeArgs args{in.data,   cosines.data, sines.data, in.rows, heads_of(in.cols, "x", head_size),
-                head_size, cosines.cols, in.stride};
+                head_size, cosines.cols, in.stride,  inverse};
   context.submit(&cpu::KernelTable::rope, args, {x, cos, sin});
 }
 
@@ -130,7 +131,8 @@ void kv_write(Context& context, const py::object& cache, const py::object& k, co
 }
 
 // What changes from step to step: row ranges, lengths and the blocks they reach.
-void check_values(const AttentionArgs& a) {
+template <class Args>
+void check_sequences(const Args& a) {
   if (a.starts[0] != 0) throw py::value_error("starts[0]: expected 0, got " + std::to_string(a.starts[0]));
   for (int64_t b = 0; b < a.sequences; ++b) {
     const int64_t rows = int64_t(a.starts[b + 1]) - a.starts[b];
@@ -158,27 +160,77 @@ void check_values(const AttentionArgs& a) {
                           std::to_string(a.starts[a.sequences]));
 }
 
-void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
-               const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
-               float scale, int64_t window, std::optional<bool> bf16_dots) {
-  const CacheView view = cache_of(cache, head_size, false);
+void check_values(const AttentionArgs& a) { check_sequences(a); }
+
+// Gradients go to the keys of this batch only.
+void check_values(const AttentionBackwardArgs& a) {
+  check_sequences(a);
+  for (int64_t b = 0; b < a.sequences; ++b)
+    if (a.lengths[b] != a.starts[b + 1] - a.starts[b])
+      throw py::value_error(at("lengths", b) + ": expected " + std::to_string(a.starts[b + 1] - a.starts[b]) +
+                            ", the rows of the sequence, as keys of earlier steps get no gradient, got " +
+                            std::to_string(a.lengths[b]));
+}
+
+// The arguments that forward and backward have in common.
+template <class Args>
+void set_sequences(Args& args, const py::object& q, const py::object& cache, const py::object& starts,
+                   const py::object& lengths, const py::object& tables, int64_t head_size, float scale, int64_t window,
+                   const py::object& dropout, std::optional<bool> bf16_dots) {
+  args.cache = cache_of(cache, head_size, false);
   const auto queries = rows_of<const float>(q, "q", -1, -1);
-  const auto result = rows_of<float>(out, "out", queries.rows, queries.cols);
-  const int64_t heads = heads_of(queries.cols, "q", head_size);
-  if (heads % view.kv_heads != 0)
-    throw py::value_error("q: expected a multiple of the cache's " + std::to_string(view.kv_heads) + " heads, got " +
-                          std::to_string(heads));
-  int64_t sequences = 0;
-  const int32_t* length = vector_of<const int32_t>(lengths, "lengths", -1, false, &sequences);
-  const int32_t* start = vector_of<const int32_t>(starts, "starts", sequences + 1);
-  const auto blocks = dense_rows_of<const int32_t>(tables, "tables", sequences, -1);
+  args.q = queries.data, args.q_stride = queries.stride, args.rows = queries.rows;
+  args.heads = heads_of(queries.cols, "q", head_size);
+  if (args.heads % args.cache.kv_heads != 0)
+    throw py::value_error("q: expected a multiple of the cache's " + std::to_string(args.cache.kv_heads) +
+                          " heads, got " + std::to_string(args.heads));
+  args.lengths = vector_of<const int32_t>(lengths, "lengths", -1, false, &args.sequences);
+  args.starts = vector_of<const int32_t>(starts, "starts", args.sequences + 1);
+  const auto blocks = dense_rows_of<const int32_t>(tables, "tables", args.sequences, -1);
+  args.tables = blocks.data, args.table_width = blocks.cols;
   if (window < 0) throw py::value_error("window: expected >= 0, got " + std::to_string(window));
   if (!std::isfinite(scale)) throw py::value_error("scale: expected a finite number, got " + std::to_string(scale));
-  AttentionArgs args{result.data,    queries.data,  view,         start, length,
-                     blocks.data,    sequences,     queries.rows, heads, blocks.cols,
-                     queries.stride, result.stride, window,       scale, bf16_dots.value_or(cpu::fast_bf16_dots()),
-                     nullptr};
-  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables}, &check_values);
+  args.window = window, args.scale = scale;
+  args.dropout = dropout_of(dropout);
+  args.bf16_dots = bf16_dots.value_or(cpu::fast_bf16_dots());
+}
+
+void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
+               const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
+               float scale, int64_t window, const py::object& lse, const py::object& dropout,
+               std::optional<bool> bf16_dots) {
+  AttentionArgs args{};
+  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout, bf16_dots);
+  const auto result = rows_of<float>(out, "out", args.rows, args.heads * head_size);
+  args.out = result.data, args.out_stride = result.stride;
+  if (!lse.is_none()) args.lse = dense_rows_of<float>(lse, "lse", args.rows, args.heads).data;
+  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables, lse, dropout},
+                 &check_values);
+}
+
+void attention_backward(Context& context, const py::object& dq, const py::object& dk, const py::object& dv,
+                        const py::object& dout, const py::object& out, const py::object& q, const py::object& cache,
+                        const py::object& lse, const py::object& starts, const py::object& lengths,
+                        const py::object& tables, int64_t head_size, float scale, int64_t window,
+                        const py::object& dropout, std::optional<bool> bf16_dots) {
+  AttentionBackwardArgs args{};
+  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout, bf16_dots);
+  if (args.cache.dtype == DType::i8)
+    throw py::type_error("cache: expected float32 or bfloat16, as int8 has no gradient, got int8");
+  const int64_t columns = args.heads * head_size, key_columns = args.cache.kv_heads * head_size;
+  const auto queries = rows_of<float>(dq, "dq", args.rows, columns);
+  const auto keys = rows_of<float>(dk, "dk", args.rows, key_columns);
+  const auto values = rows_of<float>(dv, "dv", args.rows, key_columns);
+  const auto gradient = rows_of<const float>(dout, "dout", args.rows, columns);
+  const auto result = rows_of<const float>(out, "out", args.rows, columns);
+  args.dq = queries.data, args.dq_stride = queries.stride;
+  args.dk = keys.data, args.dk_stride = keys.stride;
+  args.dv = values.data, args.dv_stride = values.stride;
+  args.dout = gradient.data, args.dout_stride = gradient.stride;
+  args.out = result.data, args.out_stride = result.stride;
+  args.lse = dense_rows_of<const float>(lse, "lse", args.rows, args.heads).data;
+  context.submit(&cpu::KernelTable::attention_backward, args,
+                 {dq, dk, dv, dout, out, q, cache, lse, starts, lengths, tables, dropout}, &check_values);
 }
 
 }  // namespace
@@ -187,12 +239,17 @@ void bind_attention(py::module_&, ContextClass& context) {
   context
       .def("rope_angles", &rope_angles, py::arg("cos"), py::arg("sin"), py::arg("positions"), py::arg("inv_freq"),
            py::arg("table"), py::arg("scaling"))
-      .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("head_size"))
+      .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("head_size"),
+           py::arg("inverse") = false)
       .def("kv_write", &kv_write, py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("head_size"),
            py::arg("cos"), py::arg("sin"))
       .def("attention", &attention, py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("starts"),
            py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
-           py::arg("bf16_dots") = py::none());
+           py::arg("lse") = py::none(), py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none())
+      .def("attention_backward", &attention_backward, py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dout"),
+           py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("lse"), py::arg("starts"), py::arg("lengths"),
+           py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
+           py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none());
 }
 
 }  // namespace pyllm::bindings

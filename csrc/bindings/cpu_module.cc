@@ -55,6 +55,7 @@ PYBIND11_MODULE(_cpu, module) {
              "Choose a level; ValueError where it is unknown or cannot run here.");
   module.def("fast_bf16_dots", &cpu::fast_bf16_dots,
              "Whether attention over a bfloat16 cache multiplies bfloat16 by default, where the level in use can.");
+  module.attr("IGNORED_LABEL") = kIgnoredLabel;
   module.attr("BLOCK_TOKENS") = kBlockTokens;
   module.attr("HEAD_PAD") = kHeadPad;
   module.attr("KEY_BLOCK") = kKeyBlock;
@@ -82,7 +83,9 @@ PYBIND11_MODULE(_cpu, module) {
   bind_packed(module, context);
   bind_layers(module, context);
   bind_attention(module, context);
+  bind_training_layers(module, context);
   bind_sampling(module, context);
+  bind_training_weights(module, context);
   bind_limits(module, context);
 }
 

@@ -1,4 +1,4 @@
-// norm, activation, embedding and gather.
+// norm, activation, embedding and gather, and the backward passes of norm, embedding and gather.
 #include <cmath>
 
 #include "bindings/arrays.h"
@@ -34,12 +34,16 @@ Heads<T> heads_of(const py::object& object, const char* name, int64_t rows, int6
           a.shape(0) > 1 ? a.strides(0) / size : width};
 }
 
-void norm(Context& context, const py::object& y, const py::object& x, const py::object& weight, const py::object& bias,
-          const py::object& residual, const py::object& sum, double eps, int kind) {
+void check_norm(double eps, int kind) {
   if (!(eps >= 0 && std::isfinite(eps)))
     throw py::value_error("eps: expected a finite number >= 0, got " + std::to_string(eps));
   if (kind != int(NormKind::layer) && kind != int(NormKind::rms))
     throw py::value_error("kind: expected 0 (layer) or 1 (rms), got " + std::to_string(kind));
+}
+
+void norm(Context& context, const py::object& y, const py::object& x, const py::object& weight, const py::object& bias,
+          const py::object& residual, const py::object& sum, double eps, int kind) {
+  check_norm(eps, kind);
   const auto in = heads_of<const float>(x, "x", -1, -1, -1);
   const auto out = heads_of<float>(y, "out", in.rows, in.heads, in.dim);
   NormArgs args{};
@@ -64,6 +68,31 @@ void norm(Context& context, const py::object& y, const py::object& x, const py::
   args.eps = float(eps);
   args.kind = NormKind(kind);
   context.submit(&cpu::KernelTable::norm, args, {y, x, weight, bias, residual, sum});
+}
+
+void norm_backward(Context& context, const py::object& dx, const py::object& dweight, const py::object& dbias,
+                   const py::object& dy, const py::object& x, const py::object& weight, const py::object& residual,
+                   double eps, int kind) {
+  check_norm(eps, kind);
+  const auto in = heads_of<const float>(x, "x", -1, -1, -1);
+  const auto gradient = heads_of<const float>(dy, "dy", in.rows, in.heads, in.dim);
+  const auto out = heads_of<float>(dx, "out", in.rows, in.heads, in.dim);
+  NormBackwardArgs args{};
+  args.dx = out.data, args.dy = gradient.data, args.x = in.data;
+  if (out.data == in.data && in.rows * in.dim > 0)
+    throw py::value_error("out: expected an array of its own, or dy or residual, got x");
+  args.dweight = vector_of<float>(dweight, "dweight", in.dim, true);
+  args.dbias = vector_of<float>(dbias, "dbias", in.dim, true);
+  args.weight = vector_of<const float>(weight, "weight", in.dim, true);
+  if (!residual.is_none()) {
+    const auto view = heads_of<const float>(residual, "residual", in.rows, in.heads, in.dim);
+    args.residual = view.data, args.residual_stride = view.stride;
+  }
+  args.rows = in.rows, args.heads = in.heads, args.dim = in.dim;
+  args.dx_stride = out.stride, args.dy_stride = gradient.stride, args.x_stride = in.stride;
+  args.eps = float(eps);
+  args.kind = NormKind(kind);
+  context.submit(&cpu::KernelTable::norm_backward, args, {dx, dweight, dbias, dy, x, weight, residual});
 }
 
 void activation(Context& context, const py::object& y, const py::object& x, const py::object& up, int kind) {
@@ -112,6 +141,13 @@ void check_values(const EmbeddingArgs& a) {
   if (a.positions) check_ids(a.positions, a.rows, a.position_rows, "positions", "a row of position_table");
 }
 
+void check_values(const EmbeddingBackwardArgs& a) {
+  check_ids(a.tokens, a.rows, a.vocab, "tokens", "a row of dtable");
+  if (a.positions) check_ids(a.positions, a.rows, a.position_rows, "positions", "a row of dposition_table");
+}
+
+void check_values(const GatherBackwardArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of dx"); }
+
 void check_values(const GatherArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of x"); }
 
 void embedding(Context& context, const py::object& y, const py::object& tokens, const py::object& table,
@@ -129,6 +165,32 @@ void embedding(Context& context, const py::object& y, const py::object& tokens, 
   context.submit(&cpu::KernelTable::embedding, args, {y, tokens, table, positions, position_table}, &check_values);
 }
 
+void embedding_backward(Context& context, const py::object& dtable, const py::object& dposition_table,
+                        const py::object& dy, const py::object& tokens, const py::object& positions) {
+  const auto in = rows_of<const float>(dy, "dy", -1, -1);
+  EmbeddingBackwardArgs args{};
+  args.dy = in.data, args.dy_stride = in.stride, args.rows = in.rows, args.dim = in.cols;
+  args.tokens = vector_of<const int32_t>(tokens, "tokens", in.rows);
+  if (py::isinstance<PackedMatrix>(dtable)) {
+    const PackedView view = py::cast<const PackedMatrix&>(dtable).view;
+    if (view.parts != 1 || view.dtype != DType::f32 || view.k != in.cols)
+      throw py::value_error("dtable: expected a float32 matrix of one part and width " + std::to_string(in.cols) +
+                            ", got one of another kind");
+    args.packed = view;
+    args.vocab = view.n;
+  } else {
+    const auto view = rows_of<float>(dtable, "dtable", -1, in.cols);
+    args.dtable = view.data, args.table_stride = view.stride, args.vocab = view.rows;
+  }
+  if (!dposition_table.is_none()) {
+    const auto view = rows_of<float>(dposition_table, "dposition_table", -1, in.cols);
+    args.positions = vector_of<const int32_t>(positions, "positions", in.rows);
+    args.dposition_table = view.data, args.position_stride = view.stride, args.position_rows = view.rows;
+  }
+  context.submit(&cpu::KernelTable::embedding_backward, args, {dtable, dposition_table, dy, tokens, positions},
+                 &check_values);
+}
+
 void gather(Context& context, const py::object& y, const py::object& x, const py::object& index) {
   const auto in = rows_of<const float>(x, "x", -1, -1);
   const auto out = rows_of<float>(y, "y", -1, in.cols);
@@ -137,15 +199,28 @@ void gather(Context& context, const py::object& y, const py::object& x, const py
   context.submit(&cpu::KernelTable::gather, args, {y, x, index}, &check_values);
 }
 
+void gather_backward(Context& context, const py::object& dx, const py::object& dy, const py::object& index) {
+  const auto in = rows_of<const float>(dy, "dy", -1, -1);
+  const auto out = rows_of<float>(dx, "dx", -1, in.cols);
+  const int32_t* rows = vector_of<const int32_t>(index, "index", in.rows);
+  GatherBackwardArgs args{out.data, in.data, rows, in.rows, in.cols, out.stride, in.stride, out.rows};
+  context.submit(&cpu::KernelTable::gather_backward, args, {dx, dy, index}, &check_values);
+}
+
 }  // namespace
 
 void bind_layers(py::module_&, ContextClass& context) {
   context.def("norm", &norm, py::arg("y"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
               py::arg("sum"), py::arg("eps"), py::arg("kind"));
+  context.def("norm_backward", &norm_backward, py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dy"),
+              py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"), py::arg("kind"));
   context.def("activation", &activation, py::arg("y"), py::arg("x"), py::arg("up"), py::arg("activation"));
   context.def("embedding", &embedding, py::arg("y"), py::arg("tokens"), py::arg("table"), py::arg("positions"),
               py::arg("position_table"));
+  context.def("embedding_backward", &embedding_backward, py::arg("dtable"), py::arg("dposition_table"), py::arg("dy"),
+              py::arg("tokens"), py::arg("positions"));
   context.def("gather", &gather, py::arg("y"), py::arg("x"), py::arg("index"));
+  context.def("gather_backward", &gather_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
 }
 
 }  // namespace pyllm::bindings

@@ -1,7 +1,5 @@
-// PackedMatrix, pack, pack_quantized and matmul.
+// PackedMatrix, pack, pack_quantized, unpack and matmul.
 #include "bindings/packed.h"
-
-#include <functional>
 
 #include "bindings/arrays.h"
 #include "bindings/context.h"
@@ -20,12 +18,6 @@ constexpr Name kNames[] = {{"float32", DType::f32},
                            {"bfloat16", DType::bf16},
                            {"int8", DType::i8},
                            {"int4", DType::i4}};
-
-const char* dtype_name(DType dtype) {
-  for (const Name& n : kNames)
-    if (n.dtype == dtype) return n.name;
-  return "";
-}
 
 DType packed_dtype(const std::string& name) {
   for (const Name& n : kNames)
@@ -56,8 +48,32 @@ PackedView packed_view(int64_t n, int64_t k, const std::string& dtype, bool gate
 }
 
 std::unique_ptr<PackedMatrix> make_packed(int64_t n, int64_t k, const std::string& dtype, bool gated,
-                                          int64_t group_size, const std::string& scale_dtype, bool zeros) {
-  return std::make_unique<PackedMatrix>(packed_view(n, k, dtype, gated, group_size, scale_dtype, zeros));
+                                          int64_t group_size, const std::string& scale_dtype, bool zeros,
+                                          const py::object& memory) {
+  const PackedView view = packed_view(n, k, dtype, gated, group_size, scale_dtype, zeros);
+  if (memory.is_none()) return std::make_unique<PackedMatrix>(view);
+  if (!py::isinstance<py::array>(memory))
+    throw py::type_error("memory: expected a numpy array, got " + std::string(py::str(py::type::of(memory))));
+  const auto a = py::reinterpret_borrow<py::array>(memory);
+  if (a.dtype().kind() != 'f' && a.dtype().kind() != 'u')
+    throw py::type_error("memory: expected float32 or uint8, got " + shape_text(a));
+  if (a.nbytes() != view.bytes())
+    throw py::value_error("memory: expected " + std::to_string(view.bytes()) + " bytes, got " +
+                          std::to_string(a.nbytes()));
+  if (a.ndim() != 1 || !(a.flags() & py::array::c_style) || !a.writeable() ||
+      reinterpret_cast<uintptr_t>(a.data()) % 64 != 0)
+    throw py::value_error(
+        "memory: expected one dimension, contiguous, writable and aligned to 64 bytes, as _cpu.allocate gives it");
+  return std::make_unique<PackedMatrix>(view, const_cast<void*>(a.data()), a);
+}
+
+// The panels of a float32 matrix, which keep it alive.
+py::array_t<float> flat(const py::object& matrix) {
+  const PackedView& view = matrix.cast<const PackedMatrix&>().view;
+  if (view.dtype != DType::f32)
+    throw py::value_error("flat: expected a matrix of float32, got one of " + std::string(dtype_name(view.dtype)));
+  auto* data = static_cast<float*>(const_cast<void*>(view.data));
+  return py::array_t<float>({view.bytes() / int64_t(sizeof(float))}, {int64_t(sizeof(float))}, data, matrix);
 }
 
 int64_t packed_bytes(int64_t n, int64_t k, const std::string& dtype, bool gated, int64_t group_size,
@@ -111,25 +127,24 @@ void pack_quantized(Context& context, PackedMatrix& dst, const py::object& value
   context.submit(&cpu::KernelTable::pack_quantized, args, {});
 }
 
-// Whether two blocks of rows share memory.
-template <class A, class B>
-bool overlap(const Rows<A>& a, const Rows<B>& b) {
-  if (a.rows == 0 || a.cols == 0 || b.rows == 0 || b.cols == 0) return false;
-  const auto* a_end = a.data + (a.rows - 1) * a.stride + a.cols;
-  const auto* b_end = b.data + (b.rows - 1) * b.stride + b.cols;
-  return std::less<const void*>()(a.data, b_end) && std::less<const void*>()(b.data, a_end);
+void unpack(Context& context, const py::object& out, const py::object& packed) {
+  const PackedView& src = packed_of(packed, "packed");
+  if (src.integers())
+    throw py::value_error("packed: expected a matrix of floats, got one of " + std::string(dtype_name(src.dtype)));
+  const auto rows = rows_of<float>(out, "out", src.parts * src.n, src.k);
+  UnpackArgs args{rows.data, src, rows.stride};
+  context.submit(&cpu::KernelTable::unpack, args, {out, packed});
 }
 
 void matmul(Context& context, const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
-            const py::object& bias_up, const py::object& residual, int activation) {
-  if (!py::isinstance<PackedMatrix>(w))
-    throw py::type_error("w: expected a PackedMatrix (pack the weights first), got " +
-                         std::string(py::str(py::type::of(w))));
-  const PackedView& packed = w.cast<const PackedMatrix&>().view;
+            const py::object& bias_up, const py::object& residual, int activation, const py::object& pre) {
+  const PackedView& packed = packed_of(w, "w");
   const auto in = rows_of<const float>(x, "x", -1, packed.k);
   const auto out = rows_of<float>(y, "out", in.rows, packed.n);
   const auto added = residual.is_none() ? Rows<const float>{nullptr, 0, 0, 0}
                                         : rows_of<const float>(residual, "residual", in.rows, packed.n);
+  const auto stored =
+      pre.is_none() ? Rows<float>{nullptr, 0, 0, 0} : rows_of<float>(pre, "pre", in.rows, packed.n * packed.parts);
   if (activation < int(Activation::none) || activation > int(Activation::relu))
     throw py::value_error("activation: expected 0 to 4, got " + std::to_string(activation));
   if (!bias_up.is_none() && packed.parts != 2) throw py::value_error("bias_up: expected None, as w is not gated");
@@ -137,27 +152,46 @@ void matmul(Context& context, const py::object& y, const py::object& x, const py
   if (overlap(out, added) && (out.data != added.data || (in.rows > 1 && out.stride != added.stride)))
     throw py::value_error(
         "out: expected residual itself or memory of its own, got an array that overlaps residual in part");
+  if (overlap(stored, in) || overlap(stored, out) || overlap(stored, added))
+    throw py::value_error("pre: expected memory of its own, got an array that overlaps x, out or residual");
   MatmulArgs args{out.data,
                   in.data,
                   packed,
                   vector_of<const float>(bias, "bias", packed.n, true),
                   vector_of<const float>(bias_up, "bias_up", packed.n, true),
                   added.data,
+                  stored.data,
                   in.rows,
                   in.stride,
                   out.stride,
                   added.stride,
+                  stored.stride,
                   Activation(activation),
                   nullptr};
-  context.submit(&cpu::KernelTable::matmul, args, {y, x, w, bias, bias_up, residual});
+  context.submit(&cpu::KernelTable::matmul, args, {y, x, w, bias, bias_up, residual, pre});
 }
 
 }  // namespace
 
+const PackedView& packed_of(const py::object& object, const char* name) {
+  if (!py::isinstance<PackedMatrix>(object))
+    throw py::type_error(std::string(name) + ": expected a PackedMatrix (pack the weights first), got " +
+                         std::string(py::str(py::type::of(object))));
+  return object.cast<const PackedMatrix&>().view;
+}
+
+const char* dtype_name(DType dtype) {
+  for (const Name& n : kNames)
+    if (n.dtype == dtype) return n.name;
+  return "";
+}
+
 void bind_packed(py::module_& module, ContextClass& context) {
   py::class_<PackedMatrix>(module, "PackedMatrix", "A weight matrix [n, k] in the panel layout of the matmul kernel.")
       .def(py::init(&make_packed), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("gated") = false,
-           py::arg("group_size") = 0, py::arg("scale_dtype") = "bfloat16", py::arg("zeros") = false)
+           py::arg("group_size") = 0, py::arg("scale_dtype") = "bfloat16", py::arg("zeros") = false,
+           py::arg("memory") = py::none())
+      .def_property_readonly("flat", &flat)
       .def_property_readonly("shape", [](const PackedMatrix& p) { return py::make_tuple(p.view.n, p.view.k); })
       .def_property_readonly("dtype", [](const PackedMatrix& p) { return dtype_name(p.view.dtype); })
       .def_property_readonly("gated", [](const PackedMatrix& p) { return p.view.parts == 2; })
@@ -167,7 +201,8 @@ void bind_packed(py::module_& module, ContextClass& context) {
   module.def("packed_bytes", &packed_bytes, py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("gated") = false,
              py::arg("group_size") = 0, py::arg("scale_dtype") = "bfloat16", py::arg("zeros") = false);
   context.def("matmul", &matmul, py::arg("out"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("bias_up"),
-              py::arg("residual"), py::arg("activation"));
+              py::arg("residual"), py::arg("activation"), py::arg("pre"));
+  context.def("unpack", &unpack, py::arg("out"), py::arg("packed"));
   context.def("pack", &pack, py::arg("dst"), py::arg("src"), py::arg("row") = 0, py::arg("part") = 0);
   context.def("pack_quantized", &pack_quantized, py::arg("dst"), py::arg("values"), py::arg("scales"), py::arg("zeros"),
               py::arg("row") = 0, py::arg("part") = 0);

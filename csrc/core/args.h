@@ -36,8 +36,9 @@ struct PackQuantizedArgs {
 // y = act(x W^T + bias) + residual;  gated: y = act(x Wgate^T + bias) * (x Wup^T + bias_up) + residual.
 // Every output is one chain of multiply-adds over k in rising order, whatever T is and however the work is split, so a row's
 // result does not depend on the other rows. bf16 weights: where the instruction set has bf16 dot products x is rounded to bf16
-// (nearest even) and pairs are summed by it (by AMX, 32 k at a time); elsewhere the weights are widened. f16 weights are always widened, exactly.
-// Integer weights: x is rounded to int8, with one scale for each row and group (w.x_group() elements): largest magnitude / 127.
+// (nearest even) and pairs are summed as it does (by AMX, 32 k at a time), with denormals taken as 0; elsewhere the weights
+// are widened. f16 weights are always widened, exactly.
+// Integer weights: x is rounded to int8, with one scale for each row and 512 elements: largest magnitude / 127.
 // Products and their sum over a group are exact; groups are then added in rising order, in float32. A row of x that holds a value
 // that is not finite gives NaN.
 struct MatmulArgs {
@@ -47,7 +48,8 @@ struct MatmulArgs {
   const float* bias;      // [N] or null
   const float* bias_up;   // [N] or null, gated only
   const float* residual;  // [T, N] or null; may be y itself
-  int64_t rows, x_stride, y_stride, residual_stride;
+  float* pre;             // [T, N], gated [T, 2N], gate then up: what act is applied to; or null
+  int64_t rows, x_stride, y_stride, residual_stride, pre_stride;
   Activation activation;
   void* workspace;
 };
@@ -65,6 +67,23 @@ struct NormArgs {
   int64_t y_stride, sum_stride, x_stride, residual_stride;  // between rows; heads are adjacent
   float eps;
   NormKind kind;
+};
+
+// dx = the gradient of norm(x) * weight + bias with respect to x, plus residual; dweight and dbias += theirs. The sums
+// over rows are taken in chunks of rows that depend on the number of rows alone, and added in rising order.
+struct NormBackwardArgs {
+  float* dx;              // [R, heads, D], may be dy or residual
+  float* dweight;         // [D] or null
+  float* dbias;           // [D] or null
+  const float* dy;        // [R, heads, D]
+  const float* x;         // [R, heads, D], what was normalised
+  const float* residual;  // [R, heads, D] or null
+  const float* weight;    // [D] or null
+  int64_t rows, heads, dim;
+  int64_t dx_stride, dy_stride, x_stride, residual_stride;
+  float eps;
+  NormKind kind;
+  void* workspace;
 };
 
 // y = act(x), or act(x) * up where up is not null.
@@ -90,6 +109,18 @@ struct EmbeddingArgs {
   int64_t vocab, position_rows;  // V, P
 };
 
+// dtable[tokens[t]] += dy[t], dposition_table[positions[t]] += dy[t], in rising t.
+struct EmbeddingBackwardArgs {
+  PackedView packed;       // float32, the gradient of the table when packed.data is not null
+  float* dtable;           // else [V, D], or null
+  float* dposition_table;  // [P, D] or null
+  const float* dy;         // [T, D]
+  const int32_t* tokens;   // [T]
+  const int32_t* positions;
+  int64_t rows, dim, dy_stride, table_stride, position_stride;
+  int64_t vocab, position_rows;
+};
+
 // y[r] = x[index[r]]
 struct GatherArgs {
   float* y;              // [R, D]
@@ -97,6 +128,38 @@ struct GatherArgs {
   const int32_t* index;  // [R]
   int64_t rows, dim, x_stride, y_stride;
   int64_t x_rows;  // T
+};
+
+// dx = 0, then dx[index[r]] += dy[r], in rising r.
+struct GatherBackwardArgs {
+  float* dx;             // [T, D]
+  const float* dy;       // [R, D]
+  const int32_t* index;  // [R]
+  int64_t rows, dim, dx_stride, dy_stride;
+  int64_t x_rows;  // T
+};
+
+// y = dropout(x) + residual. Whether an element is kept depends on its row and column besides seed and site.
+struct DropoutArgs {
+  float* y;               // [R, D], may be x or residual
+  const float* x;         // [R, D]
+  const float* residual;  // [R, D] or null
+  int64_t rows, dim, y_stride, x_stride, residual_stride;
+  Dropout dropout;
+};
+
+// Softmax cross-entropy, and in place of the logits its gradient times scale[0]:
+// loss = (1 - smoothing) (lse - logits[label]) + smoothing (lse - mean of logits) + z_loss lse^2. A row whose label is
+// kIgnoredLabel has no loss and no gradient.
+constexpr int32_t kIgnoredLabel = -100;
+struct CrossEntropyArgs {
+  float* logits;          // [R, V], becomes the gradient
+  float* loss;            // [R]
+  int32_t* correct;       // [R] or null: whether no logit is larger than the label's
+  const int32_t* labels;  // [R]
+  const float* scale;     // [1]
+  int64_t rows, vocab, stride;
+  float z_loss, label_smoothing;
 };
 
 // cos/sin[t, i] = scaling * cos/sin(positions[t] * inv_freq[table[t], i]), angles in float32 as the published models compute them.
@@ -110,13 +173,15 @@ struct RopeAnglesArgs {
   float scaling;
 };
 
-// Rotates channel pairs (i, i + half), i < half, of every head in place; channels from 2 * half on pass through.
+// Rotates channel pairs (i, i + half), i < half, of every head in place; channels from 2 * half on pass through. Inverse:
+// by the angle's opposite, which takes gradients back (times the scaling, as cos and sin hold it).
 struct RopeArgs {
   float* x;          // [T, heads, E]
   const float* cos;  // [T, half]
   const float* sin;  // [T, half]
   int64_t rows, heads, head_size, half;
   int64_t x_stride;  // between tokens; heads are adjacent
+  bool inverse;
 };
 
 // Writes each token's keys (rotated first where cos is not null) and values into its slot = block * kBlockTokens + offset.
@@ -136,9 +201,11 @@ struct KvWriteArgs {
 // j <= position, and position - j < window where window > 0.
 // Keys are taken in fixed blocks of kKeyBlock; each gives (max, sum, weighted values), merged in rising order, so a row's
 // result depends neither on the other rows nor on how work is split.
+// Dropout acts on the softmax's weights; the place of a weight is its head, its query's row in q and its key's position.
 constexpr int64_t kKeyBlock = 256;
 struct AttentionArgs {
   float* out;      // [T, H, E]
+  float* lse;      // [T, H] log of the sum of exponentials of scaled scores, or null
   const float* q;  // [T, H, E], already rotated
   CacheView cache;
   const int32_t* starts;   // [B + 1] first row of each sequence
@@ -149,6 +216,33 @@ struct AttentionArgs {
   int64_t window;
   float scale;
   bool bf16_dots;  // multiply a bf16 cache by bf16 where the level can, rounding queries and weights; or else widen it
+  Dropout dropout;
+  void* workspace;
+};
+
+// Gradients of attention of whole sequences: each row's keys are those of its sequence's rows before it and its own. With
+// P = exp(scale q k - lse), D = sum over channels of dout * out and m the dropout's factors:
+//   dv += (m P)^T dout    dS = P (m (dout v^T) - D)    dq += scale dS k    dk += scale dS^T q
+// Keys are taken in fixed pages, queries in fixed blocks, both of their sequence, in rising order; heads of a group are
+// added in rising order. So a sequence's gradients depend neither on the others nor on how work is split.
+struct AttentionBackwardArgs {
+  float* dq;          // [T, H, E]
+  float* dk;          // [T, G, E]
+  float* dv;          // [T, G, E]
+  const float* dout;  // [T, H, E]
+  const float* out;   // [T, H, E]
+  const float* q;     // [T, H, E]
+  CacheView cache;    // f32 or bf16
+  const float* lse;   // [T, H]
+  const int32_t* starts;
+  const int32_t* lengths;  // [B], each the rows of its sequence
+  const int32_t* tables;
+  int64_t sequences, rows, heads, table_width;
+  int64_t dq_stride, dk_stride, dv_stride, dout_stride, out_stride, q_stride;
+  int64_t window;
+  float scale;
+  bool bf16_dots;  // of the forward pass
+  Dropout dropout;
   void* workspace;
 };
 

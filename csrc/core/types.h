@@ -13,6 +13,14 @@ enum class NormKind : int32_t { layer = 0, rms = 1 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Dropout: an element is kept with probability 1 - rate, and then divided by it. Which are kept is a function of the
+// number that seed points to, of the site (a layer, say) and of the element's place: see cpu/kernels/dropout.h.
+struct Dropout {
+  const uint64_t* seed;  // [1], read when a kernel runs; null: no dropout
+  float rate;            // in [0, 1)
+  int32_t site;
+};
+
 // A weight matrix W[N, K] (one output per row, as checkpoints store it) packed for the matmul.
 //
 // Outputs are cut into panels of kPanel columns; within a panel the inner dimension K runs slowest, so that one row of x
@@ -28,7 +36,6 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 // panel j of part p stands at index j * parts + p.
 constexpr int64_t kPanel = 64;
 constexpr int64_t kIntegerPad = 8;  // inner elements that one column of packed integers is padded to
-constexpr int64_t kRowGroup = 128;  // inner elements of x that share a scale where the weights of a row do
 
 struct PackedView {
   const void* data;  // 64-byte aligned
@@ -43,7 +50,6 @@ struct PackedView {
   bool integers() const { return dtype == DType::i8 || dtype == DType::i4; }
   int64_t padded_k() const { return integers() ? round_up(k, kIntegerPad) : dtype == DType::bf16 ? round_up(k, 2) : k; }
   int64_t groups() const { return group ? (k + group - 1) / group : 1; }
-  int64_t x_group() const { return group ? group : kRowGroup; }
   int64_t values_bytes(int64_t count) const {
     return count * kPanel * dtype_bits(dtype) / 8;
   }  // of `count` k of a panel

@@ -33,7 +33,7 @@ struct AttentionWorkspace {
 // A partial result of one head is [max, sum, 14 unused, values[Ep]].
 constexpr int64_t kPartialHeader = 16;
 // Rows of per-thread scratch with one float per query row: see Scratch in kernels/attention.cc.
-constexpr int64_t kRowVectors = 9, kSumLanes = 16;
+constexpr int64_t kRowVectors = 11, kSumLanes = 16;
 
 static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int64_t threads) {
   const int64_t Ep = a.cache.padded_head();
@@ -49,6 +49,25 @@ static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int
   w.plan_bytes = round_up((a.sequences + 1) * int64_t(sizeof(SequencePlan)), 64);
   w.partial_bytes = w.slots * a.heads * w.slot_floats * 4;
   w.bytes = w.plan_bytes + w.partial_bytes + threads * w.thread_floats * 4;
+  return w;
+}
+
+// The backward pass takes keys in spans of kSpanPages pages, and queries in blocks of kQueryBlock. Its workspace is
+// [partials][threads]: where heads share keys, each head's dk and then dv [T, H, E]; and each thread's scratch.
+constexpr int64_t kSpanPages = 4, kQueryBlock = 64;
+
+struct AttentionBackwardWorkspace {
+  int64_t partial_floats;  // of dk, and as many of dv
+  int64_t thread_floats;
+  int64_t bytes;
+};
+
+static inline AttentionBackwardWorkspace attention_backward_workspace(const AttentionBackwardArgs& a, int64_t threads) {
+  const int64_t Ep = a.cache.padded_head();
+  AttentionBackwardWorkspace w;
+  w.partial_floats = a.heads > a.cache.kv_heads ? round_up(a.rows * a.heads * a.cache.head_size, 16) : 0;
+  w.thread_floats = (5 * kSpanPages * kBlockTokens + 3 * kQueryBlock) * Ep + kQueryBlock * (2 * kBlockTokens + 4);
+  w.bytes = (2 * w.partial_floats + threads * w.thread_floats) * 4;
   return w;
 }
 

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/cores.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -129,9 +131,7 @@ bool set_isa(const char* name) {
   return false;
 }
 
-// Measured on Emerald Rapids: 0.44 vdpbf16ps a cycle, 1.9 float32 multiply-adds, each on half as many numbers. AMD's cores
-// since Zen 4 make as many of one as of the other.
-bool fast_bf16_dots() { return !__builtin_cpu_is("intel") || std::strcmp(active_isa().name, "amx_bf16") == 0; }
+bool fast_bf16_dots() { return vectors_dot_bf16_fast() || std::strcmp(active_isa().name, "amx_bf16") == 0; }
 
 }  // namespace cpu
 }  // namespace pyllm

@@ -5,22 +5,37 @@
 #include "core/args.h"
 #include "core/limits.h"
 #include "core/sampling.h"
+#include "core/training.h"
 #include "cpu/parallel.h"
 
-#define PYLLM_CPU_KERNELS(X)           \
-  X(pack, PackArgs)                    \
-  X(pack_quantized, PackQuantizedArgs) \
-  X(matmul, MatmulArgs)                \
-  X(norm, NormArgs)                    \
-  X(activation, ActivationArgs)        \
-  X(embedding, EmbeddingArgs)          \
-  X(gather, GatherArgs)                \
-  X(rope_angles, RopeAnglesArgs)       \
-  X(rope, RopeArgs)                    \
-  X(kv_write, KvWriteArgs)             \
-  X(attention, AttentionArgs)          \
-  X(sample, SampleArgs)                \
-  X(logprobs, LogprobsArgs)            \
+#define PYLLM_CPU_KERNELS(X)                     \
+  X(pack, PackArgs)                              \
+  X(pack_quantized, PackQuantizedArgs)           \
+  X(matmul, MatmulArgs)                          \
+  X(norm, NormArgs)                              \
+  X(activation, ActivationArgs)                  \
+  X(embedding, EmbeddingArgs)                    \
+  X(gather, GatherArgs)                          \
+  X(rope_angles, RopeAnglesArgs)                 \
+  X(rope, RopeArgs)                              \
+  X(kv_write, KvWriteArgs)                       \
+  X(attention, AttentionArgs)                    \
+  X(sample, SampleArgs)                          \
+  X(logprobs, LogprobsArgs)                      \
+  X(unpack, UnpackArgs)                          \
+  X(matmul_dx, MatmulDxArgs)                     \
+  X(matmul_dw, MatmulDwArgs)                     \
+  X(column_sum, ColumnSumArgs)                   \
+  X(activation_backward, ActivationBackwardArgs) \
+  X(adamw, AdamWArgs)                            \
+  X(square_norm, SquareNormArgs)                 \
+  X(clip_coefficient, ClipCoefficientArgs)       \
+  X(norm_backward, NormBackwardArgs)             \
+  X(embedding_backward, EmbeddingBackwardArgs)   \
+  X(gather_backward, GatherBackwardArgs)         \
+  X(attention_backward, AttentionBackwardArgs)   \
+  X(dropout, DropoutArgs)                        \
+  X(cross_entropy, CrossEntropyArgs)             \
   X(limits, LimitsArgs)
 
 namespace pyllm::cpu {
@@ -36,8 +51,13 @@ struct KernelTable {
 
 // Scratch memory a call needs, in bytes, on this many threads; the caller puts it into args.workspace, 64-byte aligned.
 int64_t workspace_bytes(const MatmulArgs& args, int threads);
+int64_t workspace_bytes(const MatmulDxArgs& args, int threads);
+int64_t workspace_bytes(const MatmulDwArgs& args, int threads);
+int64_t workspace_bytes(const SquareNormArgs& args, int threads);
 int64_t workspace_bytes(const AttentionArgs& args, int threads);
 int64_t workspace_bytes(const SampleArgs& args, int threads);
+int64_t workspace_bytes(const NormBackwardArgs& args, int threads);
+int64_t workspace_bytes(const AttentionBackwardArgs& args, int threads);
 
 // Kernels that need none.
 template <class Args>

@@ -51,17 +51,17 @@ def build_app() -> typer.Typer:
     """The command line with all its subcommands."""
     import typer
 
-    from pyllm.cli import bench, chat, convert, generate, info, options, plan, score
+    from pyllm.cli import bench, chat, convert, evaluate, generate, info, options, plan, plot, score, tokenize, train
 
     app = typer.Typer(
         name="pyllm",
-        help="Run transformer language models on the CPU.",
+        help="Run and train transformer language models on the CPU.",
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options.main_options)
-    for module in (generate, chat, score, convert, info, plan, bench):
+    for module in (generate, chat, score, evaluate, train, tokenize, plot, convert, info, plan, bench):
         module.register(app)
     return app
 

@@ -34,9 +34,12 @@ def register(app: typer.Typer) -> None:
 def bench(
     context: typer.Context,
     model: Annotated[
-        str | None, o.option("--model", "-m", env="MODEL", help="Also measure this model: folder or hub name.")
+        str | None,
+        o.option("--model", "-m", env="MODEL", help="Measure this model: folder or hub name; default the package's."),
     ] = None,
-    prompt_tokens: Annotated[int, o.option("--prompt-tokens", min=1, help="Length of the prompt; default 512.")] = 512,
+    prompt_tokens: Annotated[
+        int, o.option("--prompt-tokens", min=1, help="Length of the prompt; default 512, or what fits.")
+    ] = 512,
     max_tokens: Annotated[int, o.option("--max-tokens", "-n", min=2, help="Tokens to decode; default 64.")] = 64,
     repeat: Annotated[
         int | None,
@@ -80,7 +83,7 @@ def bench(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
-    """Measure read bandwidth and arithmetic peaks; with --model also prefill and decode, as fractions of them; with
+    """Measure read bandwidth and arithmetic peaks, and prefill and decode of a model as fractions of them; with
     --compare the same of pyllm and the other engines that are installed."""
     be_quiet(quiet)
     _refuse(
@@ -105,26 +108,26 @@ def bench(
         )
     from pyllm.limits import measure
 
-    llm = None
-    if model is not None:
-        llm = load(
-            model,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            threads=threads,
-            ctx_size=ctx_size,
-            kv_cache_dtype=kv_cache_dtype,
-            revision=revision,
-            offline=offline,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
+    llm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        threads=threads,
+        ctx_size=ctx_size,
+        kv_cache_dtype=kv_cache_dtype,
+        revision=revision,
+        offline=offline,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+    )
+    room = llm.max_model_len - max_tokens
+    if not _given(context, "prompt_tokens"):
+        prompt_tokens = max(min(prompt_tokens, room), 1)
+    if room < prompt_tokens:
+        raise typer.BadParameter(
+            f"--prompt-tokens {prompt_tokens} + --max-tokens {max_tokens} exceed the context, {llm.max_model_len}."
         )
-        room = llm.max_model_len - prompt_tokens
-        if room < max_tokens:
-            raise typer.BadParameter(
-                f"--prompt-tokens {prompt_tokens} + --max-tokens {max_tokens} exceed the context, {llm.max_model_len}."
-            )
     limits = measure(threads)
     facts: dict[str, Any] = {"limits": asdict(limits)}
     if not json:
@@ -134,19 +137,18 @@ def bench(
             f"int8 {limits.int8_gops:.0f} GOP/s",
             end="\n",
         )
-    if llm is not None:
-        facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat or 3)
-        if not json:
-            write(
-                f"prefill {prompt_tokens} tokens: {found['prefill_tokens_per_second']:.1f} tok/s, "
-                f"{found['prefill_gflops']:.0f} GFLOP/s, {found['prefill_fraction']:.0%} of the limit",
-                end="\n",
-            )
-            write(
-                f"decode at depth {prompt_tokens}: {found['decode_tokens_per_second']:.1f} tok/s, "
-                f"{found['decode_gbps']:.1f} GB/s, {found['decode_fraction']:.0%} of the read bandwidth",
-                end="\n",
-            )
+    facts["model"] = found = _measure(llm, limits, prompt_tokens, max_tokens, repeat or 3)
+    if not json:
+        write(
+            f"prefill {prompt_tokens} tokens: {found['prefill_tokens_per_second']:.1f} tok/s, "
+            f"{found['prefill_gflops']:.0f} GFLOP/s, {found['prefill_fraction']:.0%} of the limit",
+            end="\n",
+        )
+        write(
+            f"decode at depth {prompt_tokens}: {found['decode_tokens_per_second']:.1f} tok/s, "
+            f"{found['decode_gbps']:.1f} GB/s, {found['decode_fraction']:.0%} of the read bandwidth",
+            end="\n",
+        )
     if json:
         write_json(facts)
     return 0
@@ -154,11 +156,16 @@ def bench(
 
 def _refuse(context: typer.Context, names: tuple[str, ...], where: str) -> None:
     """Raise for options that stand on the command line and would be ignored."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = [name for name in names if _given(context, name)]
     if given:
         listed = ", ".join("--" + name.removesuffix("_files").replace("_", "-") for name in given)
         raise typer.BadParameter(f"{listed}: only {where}.")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repeat: int) -> dict[str, float]:

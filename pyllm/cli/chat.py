@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    model: o.Model,
+    model: o.DefaultModel = None,
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
@@ -59,6 +59,7 @@ def chat(
     be_quiet(quiet)
     params, seed = sampling(
         seed,
+        model=model,
         verbose=verbose,
         max_tokens=max_tokens,
         temperature=temperature,

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: o.Model,
+    model: o.DefaultModel = None,
     prompt: o.Prompt = None,
     prompt_option: Annotated[str | None, o.option("--prompt", "-p", help="The prompt, as an option.")] = None,
     file: o.PromptFile = None,
@@ -66,6 +66,7 @@ def generate(
         raise typer.BadParameter("give the prompt either as argument or with --prompt, not both.")
     params, seed = sampling(
         seed,
+        model=model,
         verbose=verbose,
         max_tokens=max_tokens,
         min_tokens=min_tokens,

@@ -60,7 +60,7 @@ def checked(text: str, source: str) -> str:
 
 
 def load(
-    model: str,
+    model: str | None,
     *,
     device: str | None,
     dtype: str | None,
@@ -72,12 +72,15 @@ def load(
     offline: bool,
     chat_template: Path | None = None,
     verbose: bool = False,
+    sequences: int = 1,
     **more: Any,
 ) -> LLM:
-    """The model that the options describe, for one completion at a time; with a progress bar on a terminal.
+    """The model that the options describe, for `sequences` completions at a time; with a progress bar on a terminal.
 
-    Options that are None keep the defaults of `LLM`; `more` are further arguments of it.
+    Without a model, that of the package. Options that are None keep the defaults of `LLM`; `more` are further arguments
+    of it.
     """
+    from pyllm.default_model import default_model
     from pyllm.isa import active_isa
     from pyllm.llm import LLM
 
@@ -94,7 +97,7 @@ def load(
         }
     )
     with progress_bar("loading") as progress:
-        llm = LLM(model, offline=offline, max_num_seqs=1, progress=progress, **given, **more)
+        llm = LLM(model or default_model(), offline=offline, max_num_seqs=sequences, progress=progress, **given, **more)
     if verbose:
         plan = llm.plan
         note(f"model: {plan.dtype}, cache {plan.cache_dtype}, context {plan.max_model_len}, {llm.ops.threads} threads")
@@ -102,12 +105,19 @@ def load(
     return llm
 
 
-def sampling(seed: int | None, *, verbose: bool, **values: Any) -> tuple[SamplingParams, int]:
-    """Parameters from the options that were given, and the seed, which is drawn when none was given."""
+def sampling(seed: int | None, *, model: str | None, verbose: bool, **values: Any) -> tuple[SamplingParams, int]:
+    """Parameters from the options that were given, and the seed, which is drawn when none was given.
+
+    Without a model, what suits that of the package stands in for options that were not given.
+    """
     from dataclasses import fields
 
+    from pyllm.default_model import MAX_TOKENS, TEMPERATURE
     from pyllm.sampling import SamplingParams
 
+    if model is None:
+        suited = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}
+        values = {**values, **{name: value for name, value in suited.items() if values.get(name) is None}}
     chosen = seed if seed is not None else secrets.randbits(32)
     params = SamplingParams(seed=chosen, **present(values))
     if verbose:

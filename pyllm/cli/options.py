@@ -24,6 +24,15 @@ def _threads(value: int | None) -> int | None:
 Model = Annotated[
     str, option("--model", "-m", env="MODEL", help="Folder in the Hugging Face layout, or a hub name (owner/name).")
 ]
+DefaultModel = Annotated[
+    str | None,
+    option(
+        "--model",
+        "-m",
+        env="MODEL",
+        help="Folder in the Hugging Face layout, or a hub name (owner/name); default: the storyteller in the package.",
+    ),
+]
 Prompt = Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)]
 PromptFile = Annotated[Path | None, option("--file", "-f", help="Read the prompt from this file.")]
 

@@ -23,6 +23,11 @@ def be_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
+    return _quiet
+
+
 def note(text: str = "") -> None:
     """A line on stderr, unless --quiet."""
     if not _quiet:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    model: o.Model,
+    model: o.DefaultModel = None,
     dtype: o.Dtype = None,
     quantization: o.Quantization = None,
     kv_cache_dtype: o.CacheDtype = None,
@@ -30,13 +31,36 @@ def plan(
     num_speculative_tokens: o.DraftTokens = None,
     revision: o.Revision = None,
     offline: o.Offline = False,
+    train: Annotated[bool, o.option("--train", help="Of training: --model, or the settings in --config.")] = False,
+    config: Annotated[
+        Path | None, o.option("--config", help="--train: settings of a run, as `pyllm train` takes them.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, o.option("--batch-tokens", help="--train: tokens of a micro-batch; default eight contexts.")
+    ] = None,
+    checkpoint_activations: Annotated[
+        bool, o.option("--checkpoint-activations", "--grad-checkpoint", help="--train: keep few activations.")
+    ] = False,
     json: o.Json = False,
 ) -> int:
-    """Bytes for weights, cache and workspace, from config.json and the headers of the weights alone."""
+    """Bytes for weights, cache and workspace, from config.json and the headers of the weights alone; with --train those
+    of a training run."""
+    if train:
+        flags = {
+            "model": model,
+            "dtype": dtype,
+            "context": ctx_size,
+            "batch_tokens": batch_tokens,
+            "checkpoint_activations": checkpoint_activations or None,
+        }
+        return _training(config, present(flags), json)
+    if config is not None or batch_tokens is not None or checkpoint_activations:
+        raise typer.BadParameter("--config, --batch-tokens and --checkpoint-activations: only with --train.")
+    from pyllm.default_model import default_model
     from pyllm.planning import plan as plan_of
 
     result = plan_of(
-        model,
+        model or default_model(),
         revision=revision,
         offline=offline,
         **present(
@@ -72,6 +96,34 @@ def plan(
         lines.insert(
             4, f"draft      {_size(draft.total)}  model as {draft.precision}, its cache as {draft.cache_dtype}"
         )
+    write("\n".join(lines), end="\n")
+    return 0
+
+
+def _training(config: Path | None, flags: dict[str, Any], json: bool) -> int:
+    """Bytes for weights, gradients, optimizer, activations, keys and values of a run."""
+    from pyllm.train.run_config import read_yaml
+    from pyllm.train.setup import plan_of_run
+
+    values = read_yaml(config) if config is not None else {}
+    if "model" in flags:
+        values.pop("arch", None)
+    result = plan_of_run({**values, **flags})
+    spec, shape = result.spec, result.shape
+    parts = {
+        name: getattr(result, name) for name in ("weights", "gradients", "optimizer", "activations", "cache", "scratch")
+    }
+    if json:
+        facts = {"total": result.total, "available": result.available, "fits": result.fits}
+        write_json({"family": spec.family, "parameters": spec.num_parameters(), **parts, **facts})
+        return 0
+    lines = [
+        f"{spec.family}, {spec.num_parameters() / 1e6:.1f} million parameters, {len(spec.blocks)} layers, products in "
+        f"{shape.dtype}",
+        *(f"{name:12}{_size(count)}" for name, count in parts.items()),
+        f"total       {_size(result.total)}  for micro-batches of {shape.tokens} tokens",
+        f"available   {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
+    ]
     write("\n".join(lines), end="\n")
     return 0
 

@@ -76,6 +76,8 @@ class Engine:
         self.speculation = speculation
         self.stats = Stats()
         self._running: dict[Sequence, Completion] = {}
+        self._drawn: list[Work] | None = None  # the last plan, where one recorded step gave and chose all its tokens
+        self._drawing: list[Completion] = []  # for these
         self._stepping = False
         self._aborted: list[Request] = []  # during the step, to be ended after it
         self._names = itertools.count()
@@ -97,7 +99,8 @@ class Engine:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
             text = CompletionText(detokenizer, params.stop, params.include_stop_str_in_output)
             row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends)
-            request.completions.append(Completion(request, index, sequence, text, row))
+            request.completions.append(Completion(request, index, sequence, text, row, ends))
+        request.running = len(request.completions)
         for completion in request.completions:
             self._running[completion.sequence] = completion
             self.scheduler.add(completion.sequence)
@@ -137,12 +140,17 @@ class Engine:
     def _step(self) -> None:
         began = time.perf_counter()
         plan = self.scheduler.schedule()
+        if plan is self._drawn:
+            self._step_on(plan, began)
+            return
         if not plan:
             return
         if self.speculation is not None:
             vocabulary = self.runner.model.spec.vocab_size
             plan = self.speculation.extend(plan, self._running, self.scheduler, vocabulary)
         logits, drawn = self._compute(plan)
+        self._drawn = plan if drawn is not None and self.speculation is None else None
+        self._drawing = [self._running[work.sequence] for work in plan]
         self.scheduler.advance(plan)
         generated = self.stats.generated_tokens
         self._choose([work for work in plan if work.last], logits, drawn)
@@ -151,6 +159,17 @@ class Engine:
             if not work.last and work.start + work.count == work.sequence.limit:
                 self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
         self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
+
+    def _step_on(self, plan: list[Work], began: float) -> None:
+        """What `_step` does, for the sequences of the last step, whose tokens are again given and chosen at once."""
+        stats = self.stats
+        generated = stats.generated_tokens
+        for completion, token in zip(self._drawing, self.runner.decode_on(plan), strict=True):
+            completion.sequence.computed += 1
+            self._take(completion, token)
+        stats.decode_steps += 1
+        stats.decode_tokens += stats.generated_tokens - generated
+        stats.generation_seconds += time.perf_counter() - began
 
     def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
         """Logits of the sequences that reach their end, in order, at their last tokens and the drafts behind them; and
@@ -202,34 +221,41 @@ class Engine:
         else:
             chosen = self.sampler.sample(logits, [c.sampling for c in completions])
         for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
-            if token < 0:
-                self._fail(completion)
-                continue
-            self.stats.generated_tokens += 1
-            completion.sequence.tokens.append(token)
-            completion.output.token_ids.append(token)
-            completion.sampling.append(token)
-            if entry is not None:
-                assert completion.output.logprobs is not None and completion.output.cumulative_logprob is not None
-                completion.output.logprobs.append(self._described(entry, completion.request.params))
-                completion.output.cumulative_logprob += entry[token].logprob
-            self._advance(completion, token)
+            self._take(completion, token, entry)
         return chosen.tokens
 
-    def _advance(self, completion: Completion, token: int) -> None:
+    def _take(self, completion: Completion, token: int, entry: dict[int, Logprob] | None = None) -> None:
         """Take in a new token: its text, whether the completion ends with it, and what a reader gets of it."""
-        params, sequence = completion.request.params, completion.sequence
-        may_stop = sequence.generated >= params.min_tokens
-        ends = may_stop and token in self.end_ids and not params.ignore_eos
-        stops = may_stop and token in params.stop_token_ids
+        if token < 0:
+            self._fail(completion)
+            return
+        self.stats.generated_tokens += 1
+        sequence, output = completion.sequence, completion.output
+        sequence.tokens.append(token)
+        output.token_ids.append(token)
+        sampling, text = completion.sampling, completion.text
+        if sampling.plain:  # nothing but the number of tokens counts
+            sampling.position += 1
+        else:
+            sampling.append(token)
+        if entry is not None:
+            assert output.logprobs is not None and output.cumulative_logprob is not None
+            output.logprobs.append(self._described(entry, completion.request.params))
+            output.cumulative_logprob += entry[token].logprob
+        length = len(sequence.tokens)
+        may_stop = length >= completion.least
+        ends = token in completion.ends and may_stop
         found = None
-        if params.include_stop_str_in_output or not (ends or stops):
-            found = completion.text.push([token], may_stop)
-        if ends or stops:
-            self._finish(completion, "stop", token if stops and not ends else None)
+        if not ends or completion.ends_in_text:
+            if text.searched:
+                found = text.push([token], may_stop)
+            else:
+                text.waiting.append(token)
+        if ends:
+            self._finish(completion, "stop", completion.ends[token])
         elif found is not None:
             self._finish(completion, "stop", found)
-        elif len(sequence.tokens) >= sequence.limit:
+        elif length >= sequence.limit:
             self._finish(completion, "length")
         if completion.request.streamed:
             completion.deliver([token])
@@ -239,12 +265,11 @@ class Engine:
         del self._running[completion.sequence]
         if self.speculation is not None:
             self.speculation.proposer.forget(completion.sequence)
-        completion.output.finish_reason = reason
-        completion.output.stop_reason = stop_reason
+        completion.end(reason, stop_reason)
         if not isinstance(stop_reason, str):
             found = completion.text.finish(completion.sequence.generated >= completion.request.params.min_tokens)
             if found is not None and reason == "length":
-                completion.output.finish_reason, completion.output.stop_reason = "stop", found
+                completion.end("stop", found)
         completion.output.text = completion.text.text
 
     def _fail(self, completion: Completion) -> None:
@@ -347,7 +372,7 @@ class Engine:
         self.runner.ops.stop()
         for completion in self._running.values():
             completion.request.error = RequestError("the step that computed this request failed; run it again")
-            completion.output.finish_reason = "error"
+            completion.end("error")
             completion.deliver([])
         self._running.clear()
         self.scheduler.clear(BlockPool(self.scheduler.pool.size))

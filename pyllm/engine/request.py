@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from pyllm.engine.outputs import CompletionOutput, DraftCounts, Logprob, RequestOutput, StreamOutput
 from pyllm.engine.sampler import RowState
@@ -16,13 +17,24 @@ class Completion:
     """One of a request's `n` completions."""
 
     def __init__(
-        self, request: Request, index: int, sequence: Sequence, text: CompletionText, sampling: RowState
+        self,
+        request: Request,
+        index: int,
+        sequence: Sequence,
+        text: CompletionText,
+        sampling: RowState,
+        end_ids: Iterable[int],
     ) -> None:
         self.request = request
         self.sequence = sequence
         self.text = text
         self.sampling = sampling
         self.output = CompletionOutput(index)
+        # Tokens that end it, each with its stop reason, once the sequence has `least` tokens.
+        self.ends: dict[int, int | None] = {token: token for token in request.params.stop_token_ids}
+        self.ends |= dict.fromkeys(end_ids)
+        self.ends_in_text = request.params.include_stop_str_in_output
+        self.least = sequence.prompt_length + request.params.min_tokens
         if request.params.logprobs is not None:
             self.output.logprobs = []
             self.output.cumulative_logprob = 0.0
@@ -32,13 +44,18 @@ class Completion:
         """Whether it has ended, for whatever reason."""
         return self.output.finish_reason is not None
 
+    def end(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """It has ended, and why."""
+        self.request.running -= not self.finished
+        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+
     def deliver(self, new_tokens: list[int]) -> None:
         """Queue what is new for the reader of a stream."""
-        self.output.text = self.text.text
         if not self.request.streamed:
             return
-        piece = self.text.take(self.finished)
-        if piece or new_tokens or self.finished:
+        finished = self.output.finish_reason is not None
+        piece = self.text.take(finished)
+        if piece or new_tokens or finished:
             logprobs = self.output.logprobs
             self.request.pieces.append(
                 StreamOutput(
@@ -60,6 +77,7 @@ class Request:
         self.prompt_ids = prompt_ids
         self.params = params
         self.completions: list[Completion] = []
+        self.running = 0  # of these
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
@@ -71,7 +89,7 @@ class Request:
     @property
     def finished(self) -> bool:
         """Whether all completions have ended."""
-        return all(completion.finished for completion in self.completions)
+        return self.running == 0
 
     def result(self) -> RequestOutput:
         """The request as it stands now."""

@@ -73,6 +73,7 @@ class Runner:
         self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
         self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._inv_freq: dict[object, F32] = {}
+        self._last: _Recorded | None = None  # of the last `decode`
 
     def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
         """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
@@ -81,7 +82,7 @@ class Runner:
         unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
         """
         rows = sum(work.rows for work in plan)
-        step = self._step(len(plan), rows)
+        step = self._last = self._step(len(plan), rows)
         if rows > len(plan):
             return self._decode_ahead(step, plan, states)
         plain = True
@@ -103,6 +104,21 @@ class Runner:
                 self._fill_rope(step.batch, i, sequence, position)
         self.ops.replay(step.graph)
         return step.logits, step.drawn.tolist() if plain else None
+
+    def decode_on(self, plan: Seq[Work]) -> list[int]:
+        """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks."""
+        step = self._last
+        assert step is not None
+        for i, work in enumerate(plan):
+            step.tokens[i] = step.drawn[i]
+            step.positions[i] = work.start
+            step.slots[i] += 1
+            step.lengths[i] += 1
+            step.draw_positions[i] += 1
+            if step.batch.rope_rows is not None:
+                self._fill_rope(step.batch, i, work.sequence, work.start)
+        self.ops.replay(step.graph)
+        return step.drawn.tolist()
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""

@@ -50,9 +50,6 @@ class RowState(SamplingState):
 
     def append(self, token: int) -> None:
         """The token was chosen."""
-        if self.plain:  # nothing hangs on the tokens
-            self.position += 1
-            return
         super().append(token)
         self._output.append(token)
 

@@ -44,13 +44,17 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self._plan: list[Work] = []
+        self._repeats = 0  # further steps for which the plan stays as it is, one token on
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
+        self._repeats = 0
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks; unknown ones are ignored."""
+        self._repeats = 0
         if sequence in self.running:
             self.running.remove(sequence)
             sequence.leave(self.pool)
@@ -60,11 +64,21 @@ class Scheduler:
     def clear(self, pool: BlockPool) -> None:
         """Forget all sequences and go on with `pool`."""
         self.pool = pool
+        self._repeats = 0
         self.running.clear()
         self.waiting.clear()
 
     def schedule(self) -> list[Work]:
-        """The work of the next step; `advance` tells when it is done. Empty when nothing is queued."""
+        """The work of the next step; `advance` tells when it is done. Empty when nothing is queued.
+
+        Where every sequence goes on with the one token that it got since, in the blocks that it has, it is the list of
+        the last step again, with its works moved on; in all other cases a new list.
+        """
+        if self._repeats:
+            self._repeats -= 1
+            for work in self._plan:
+                work.start += 1
+            return self._plan
         budget = self.max_tokens
         plan: list[Work] = []
         index, preempted = 0, self.preemptions
@@ -92,12 +106,15 @@ class Scheduler:
             plan.append(self._work(sequence, count))
             budget -= count
         assert plan or not (self.running or self.waiting), "the cache must hold at least one sequence of full length"
+        self._plan = plan
+        self._repeats = 0 if self.waiting else min((_repeats(work) for work in plan), default=0)
         return plan
 
     def with_drafts(self, work: Work, drafts: Seq[int]) -> Work:
         """The work with as many of these drafts as free blocks hold: nobody is put back for a guess."""
         sequence = work.sequence
         assert work.last and not work.drafts
+        self._repeats = 0
         room = (len(sequence.blocks) + self.pool.free) * BLOCK_TOKENS - len(sequence.tokens)
         drafts = tuple(drafts[:room])
         reserved = sequence.reserve(self.pool, len(sequence.tokens) + len(drafts))
@@ -127,3 +144,10 @@ class Scheduler:
         sequence.leave(self.pool)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+
+def _repeats(work: Work) -> int:
+    """Steps after this one that take one token each, before its sequence fills a block, begins one or ends."""
+    if not work.last or work.count > 1:
+        return 0
+    return max(0, min(BLOCK_TOKENS - 2 - work.start % BLOCK_TOKENS, work.sequence.limit - 2 - work.start))

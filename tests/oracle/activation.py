@@ -27,3 +27,24 @@ def activation(x: Array, name: str) -> Array:
             return np.asarray(x / (one + np.exp(-x)))
     assert name == "relu"
     return np.maximum(x, x.dtype.type(0))
+
+
+def slope(x: Array, name: str) -> Array:
+    """The derivative of `activation`."""
+    one = x.dtype.type(1)
+    half = x.dtype.type(0.5)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if name == "gelu_erf":
+            root = x / x.dtype.type(math.sqrt(2))
+            erf = np.array([math.erf(v) for v in root.ravel().tolist()]).reshape(x.shape).astype(x.dtype)
+            return np.asarray(half * (one + erf) + x * np.exp(-half * x * x) * x.dtype.type(1 / math.sqrt(2 * math.pi)))
+        if name == "gelu_tanh":
+            root, cubic = x.dtype.type(math.sqrt(2 / math.pi)), x.dtype.type(0.044715)
+            tanh = np.tanh(root * (x + cubic * x * x * x))
+            inner = root * (one + x.dtype.type(3) * cubic * x * x)
+            return np.asarray(half * (one + tanh) + half * x * (one - tanh * tanh) * inner)
+        if name == "silu":
+            logistic = one / (one + np.exp(-x))
+            return np.asarray(logistic * (one + x * (one - logistic)))
+    assert name == "relu"
+    return (x > 0).astype(x.dtype)

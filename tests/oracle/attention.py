@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -58,6 +58,59 @@ def weight_error(cache: np.dtype[Any], dots: bool) -> float:
     bfloat16 weights are wrong by 2^-8 of themselves, the 64 int16 weights of a page each by 2^-16 of the largest.
     """
     return 2**-10 if cache == np.int8 else 1.1 * 2**-8 if dots and cache == BF16 else 0.0
+
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    starts: Array,
+    scale: float,
+    window: int,
+    factors: Callable[[int, int, int], Array] | None = None,
+    given: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Gradients dq [T, H, E], dk and dv [T, G, E] of whole sequences, in the dtype of q; then out and lse [T, H].
+
+    factors(row, head, length) are what dropout multiplies a row's weights with; out and lse may be `given`.
+    """
+    dq, out = np.empty_like(q), np.empty_like(q)
+    groups = keys[0].shape[1]
+    dk, dv = (np.empty((len(q), groups, q.shape[2]), q.dtype) for _ in range(2))
+    log_sums = np.empty(q.shape[:2], q.dtype)
+    group = q.shape[1] // groups
+    for b, (k, v) in enumerate(zip(keys, values, strict=True)):
+        rows = slice(starts[b], starts[b + 1])
+        n = starts[b + 1] - starts[b]
+        assert n == len(k)
+        if not n:
+            continue
+        k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
+        i, j = np.arange(n)[:, None], np.arange(n)[None, :]
+        seen = (j <= i) & ((i - j < window) if window else True)
+        score = np.where(seen, np.einsum("the,she->hts", q[rows], k) * q.dtype.type(scale), -np.inf)
+        top = score.max(axis=-1, keepdims=True)
+        lse = top + np.log(np.exp(score - top).sum(axis=-1, keepdims=True))
+        if given is not None:
+            lse = given[1][rows].T[..., None]
+        p = np.exp(score - lse)
+        m = np.ones_like(p)
+        if factors is not None:
+            for h in range(q.shape[1]):
+                for t in range(n):
+                    m[h, t] = factors(starts[b] + t, h, n)
+        out[rows] = np.einsum("hts,she->the", p * m, v) if given is None else given[0][rows]
+        log_sums[rows] = lse[..., 0].T
+        delta = (dout[rows] * out[rows]).sum(-1).T[..., None]
+        ds = p * (m * np.einsum("the,she->hts", dout[rows], v) - delta) * q.dtype.type(scale)
+        dq[rows] = np.einsum("hts,she->the", ds, k)
+        for to, grown in (
+            (dk, np.einsum("hts,the->she", ds, q[rows])),
+            (dv, np.einsum("hts,the->she", p * m, dout[rows])),
+        ):
+            to[rows] = grown.reshape(n, groups, group, q.shape[2]).sum(axis=2)
+    return dq, dk, dv, out, log_sums
 
 
 def padded(head_size: int) -> int:

@@ -46,3 +46,13 @@ def matmul(
         up = x @ w.astype(np.float64).T
         y = y * (up if bias_up is None else up + bias_up)
     return y if residual is None else y + residual
+
+
+def matmul_dx(dy: Array, w: Array) -> Array:
+    """The gradient of x from that of ``x w^T``: dy [T, N], w [N, K] -> float64 [T, K]."""
+    return np.asarray(dy.astype(np.float64) @ w.astype(np.float64))
+
+
+def matmul_dw(dy: Array, x: Array) -> Array:
+    """The gradient of w from that of ``x w^T``: dy [T, N], x [T, K] -> float64 [N, K]."""
+    return np.asarray(dy.astype(np.float64).T @ x.astype(np.float64))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-ROW_GROUP = 128  # inner elements of x that share a scale where the weights of a row do
+BLOCK = 512  # inner elements of x that share a scale
 
 
 @dataclass
@@ -60,11 +60,11 @@ def random_integers(
     )
 
 
-def rounded(x: Array, group_size: int) -> Array:
-    """x [T, K] as the matmul sees it, in float64: multiples of max|x| / 127 of each group of a row."""
+def rounded(x: Array) -> Array:
+    """x [T, K] as the matmul sees it, in float64: multiples of max|x| / 127 of each block of a row."""
     result = np.empty(x.shape, np.float64)
-    for start in range(0, x.shape[1], group_size or ROW_GROUP):
-        piece = x[:, start : start + (group_size or ROW_GROUP)]
+    for start in range(0, x.shape[1], BLOCK):
+        piece = x[:, start : start + BLOCK]
         largest = np.abs(piece).max(axis=1, keepdims=True)
         inverse = np.float32(127) / np.where(largest > 0, largest, np.float32(1))
         steps = np.rint(piece * inverse).astype(np.float64)
@@ -77,4 +77,4 @@ def matmul(x: Array, w: Integers) -> Array:
     middle = 128 if w.dtype == "int8" else 8
     zeros: Any = middle if w.zeros is None else w.spread(w.zeros).astype(np.float64)
     exact = (w.values.astype(np.float64) - zeros) * w.spread(w.scales).astype(np.float64)
-    return rounded(x, w.group_size) @ exact.T
+    return rounded(x) @ exact.T

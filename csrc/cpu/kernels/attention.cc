@@ -10,10 +10,15 @@
 // stream. Queries and weights are rounded to bf16 where the cache is bf16 and is multiplied as such; elsewhere the
 // cache is widened. Where the cache is i8 they are rounded to 16-bit integers, queries by the largest of their row,
 // weights, times the values' scales, by the largest of their row and page: both products are sums of integers, exact.
+#include <math.h>
+
+#include <type_traits>
+
 #include "cpu/kernels/attention_amx.h"
 #include "cpu/kernels/attention_page.h"
 #include "cpu/kernels/attention_plan.h"
 #include "cpu/kernels/attention_softmax.h"
+#include "cpu/kernels/dropout.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -50,7 +55,8 @@ struct Scratch {
   float* weight_unit;  // of the current page
   int64_t* first;      // [rows] visible keys
   int64_t* last;
-  float* keys;  // a page of one head widened to float32
+  DropoutRow* dropout;  // [rows]
+  float* keys;          // a page of one head widened to float32
   float* values;
   float* seen_values;  // what one row sees of a page
 };
@@ -68,6 +74,7 @@ Scratch scratch_of(float* memory, int64_t Ep) {
   s.weight_unit = s.query_unit + kQueryRows;
   s.first = reinterpret_cast<int64_t*>(s.weight_unit + kQueryRows);
   s.last = s.first + kQueryRows;
+  s.dropout = reinterpret_cast<DropoutRow*>(s.last + kQueryRows);
   s.keys = memory + kQueryRows * (3 * Ep + cpu::kSumLanes + cpu::kRowVectors);
   s.values = s.keys + kBlockTokens * Ep;
   s.seen_values = s.values + kBlockTokens * Ep;
@@ -111,6 +118,7 @@ class Attention {
       const int64_t p = plan.position(t.sequence, (t.row + i % t.rows) / group);
       s.first[i] = plan.first_key(p);
       s.last[i] = p + 1;
+      if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, row_of(t, i), head_of(t, i) + 1);
       s.total_max[i] = -kInfinity;
       s.total_sum[i] = 0;
     }
@@ -133,7 +141,14 @@ class Attention {
       for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
     }
     if (t.split) return;
-    for (int64_t i = 0; i < rows; ++i) finish(output(t, i), s.total + i * Ep, s.total_sum[i], E);
+    for (int64_t i = 0; i < rows; ++i)
+      end_row(row_of(t, i), head_of(t, i), s.total + i * Ep, s.total_max[i], s.total_sum[i]);
+  }
+
+  // What is kept by dropout is divided by its probability here, with the sum.
+  void end_row(int64_t row, int64_t head, const float* total, float max, float sum) const {
+    finish(a.out + row * a.out_stride + head * E, total, sum * (1.0f - a.dropout.rate), E);
+    if (a.lse) a.lse[row * a.heads + head] = max / kLog2e + logf(sum);
   }
 
   void take_query(const Scratch& s, int64_t i, const float* q) const {
@@ -153,14 +168,11 @@ class Attention {
 #endif
   }
 
-  const float* query(const Item& t, int64_t i) const {
-    const int64_t row = t.row + i % t.rows, head = (t.head + i / t.rows) * group + row % group;
-    return a.q + (a.starts[t.sequence] + row / group) * a.q_stride + head * E;
+  int64_t row_of(const Item& t, int64_t i) const { return a.starts[t.sequence] + (t.row + i % t.rows) / group; }
+  int64_t head_of(const Item& t, int64_t i) const {
+    return (t.head + i / t.rows) * group + (t.row + i % t.rows) % group;
   }
-  float* output(const Item& t, int64_t i) const {
-    const int64_t row = t.row + i % t.rows, head = (t.head + i / t.rows) * group + row % group;
-    return a.out + (a.starts[t.sequence] + row / group) * a.out_stride + head * E;
-  }
+  const float* query(const Item& t, int64_t i) const { return a.q + row_of(t, i) * a.q_stride + head_of(t, i) * E; }
   float* partial(int64_t sequence, int64_t token, int64_t block, int64_t head) const {
     return partials + (plan.slot(sequence, token, block) * a.heads + head) * w.slot_floats;
   }
@@ -210,7 +222,7 @@ class Attention {
       widen_pairs(s.values, page.values, kBlockTokens / 2, Ep);
       attend_rows<StepF32>(s, rows, {s.keys, kKeyGroup * Ep, kKeyGroup}, {s.values, kKeyGroup, Ep}, {}, next);
     } else {
-      attend_rows<StepBf16Wide>(s, rows, keys, values, {}, next);
+      attend_rows<StepBf16Wide<false>>(s, rows, keys, values, {}, next);
     }
   }
 
@@ -361,7 +373,14 @@ class Attention {
     if (begin < end) {
       const RowState state{s.max + row,        s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep, s.query_unit[row],
                            s.weight_unit + row};
-      weigh_scores<kWeights>(state, p, narrow, {begin, end, strip.first, strip.last}, scales);
+      const Places places{begin, end, strip.first, strip.last};
+      if (a.dropout.seed) {
+        const DropoutRule rule(a.dropout, 1.0f);
+        weigh_scores<kWeights>(state, p, narrow, places, scales,
+                               [&](int v, F weight) { return rule.keep(s.dropout[row], key + v * F::N, weight); });
+      } else {
+        weigh_scores<kWeights>(state, p, narrow, places, scales, [](int, F weight) { return weight; });
+      }
       return;
     }
     for (int64_t j = strip.first * F::N; j < strip.last * F::N; ++j)
@@ -412,8 +431,7 @@ class Attention {
       merge(s.total_max[i], s.total_sum[i], s.total + i * Ep, s.max[i], sum, o, Ep);
       return;
     }
-    const int64_t row = t.row + i % t.rows, head = (t.head + i / t.rows) * group + row % group;
-    float* slot = partial(t.sequence, row / group, key / kKeyBlock, head);
+    float* slot = partial(t.sequence, (t.row + i % t.rows) / group, key / kKeyBlock, head_of(t, i));
     slot[0] = s.max[i];
     slot[1] = sum;
     std::memcpy(slot + cpu::kPartialHeader, o, size_t(Ep) * sizeof(float));
@@ -433,7 +451,7 @@ class Attention {
         const float* slot = partial(b, token, block, head);
         merge(max, sum, total, slot[0], slot[1], slot + cpu::kPartialHeader, Ep);
       }
-      finish(a.out + (a.starts[b] + token) * a.out_stride + head * E, total, sum, E);
+      end_row(a.starts[b] + token, head, total, max, sum);
     }
   }
 

@@ -80,9 +80,10 @@ struct Places {
 };
 
 // Turns a row's scores of one page into weights, 0 where it does not see: into p, or as pairs or words into `narrow`.
-// Words only: what the page's keys and values are to be multiplied with.
-template <Weights kWeights>
-inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, PageScales scales) {
+// `scales`, words only: what the page's keys and values are to be multiplied with. keep(v, weights) gives what is left of
+// the weights of a vector, after they have been added to the sum.
+template <Weights kWeights, class Keep>
+inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, PageScales scales, const Keep& keep) {
   using namespace simd;
   constexpr bool kWords = kWeights == Weights::words;
   alignas(64) static const float kPlaces[kBlockTokens] = {
@@ -120,7 +121,7 @@ inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, Pa
   const auto weight = [&](int v) {
     const F w = weight_of<kWeights == Weights::pairs>(load(p + v * F::N) - m);
     sum = sum + w;
-    return w;
+    return keep(v, w);
   };
   if (kWeights == Weights::floats)
     for (int v = at.first; v < at.last; ++v) store(p + v * F::N, weight(v));

@@ -1,10 +1,12 @@
-// Row lookups: token and position embeddings, and the gather of the rows that need logits.
+// Row lookups and their gradients: token and position embeddings, and the gather of the rows that need logits.
 #include "cpu/kernels/rows.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
 
 using namespace simd;
+
+constexpr int64_t kColumns = 64;  // of a gradient that one thread adds at a time
 
 // Column `lane` of a panel of integers: (value - zero) * scale.
 inline void integer_row(float* y, const PackedView& w, const uint8_t* panel, int64_t lane) {
@@ -87,9 +89,37 @@ void embedding(const EmbeddingArgs& a, Parallel& pool) {
   });
 }
 
+// By ranges of columns, each of which takes all tokens in order.
+void embedding_backward(const EmbeddingBackwardArgs& a, Parallel& pool) {
+  parallel_for(pool, (a.dim + kColumns - 1) / kColumns, [&](int64_t chunk, int) {
+    const int64_t begin = chunk * kColumns, n = a.dim - begin < kColumns ? a.dim - begin : kColumns;
+    for (int64_t t = 0; t < a.rows; ++t) {
+      const float* dy = a.dy + t * a.dy_stride + begin;
+      const int64_t token = a.tokens[t];
+      if (a.packed.data) {
+        float* p = static_cast<float*>(const_cast<void*>(a.packed.data)) +
+                   (token / kPanel * a.packed.k + begin) * kPanel + token % kPanel;
+        for (int64_t i = 0; i < n; ++i) p[i * kPanel] += dy[i];
+      } else if (a.dtable) {
+        add_row(a.dtable + token * a.table_stride + begin, dy, n);
+      }
+      if (a.dposition_table) add_row(a.dposition_table + a.positions[t] * a.position_stride + begin, dy, n);
+    }
+  });
+}
+
 void gather(const GatherArgs& a, Parallel& pool) {
   for_rows(pool, a.rows, a.dim, [&](int64_t r) {
     std::memcpy(a.y + r * a.y_stride, a.x + a.index[r] * a.x_stride, size_t(a.dim) * sizeof(float));
+  });
+}
+
+void gather_backward(const GatherBackwardArgs& a, Parallel& pool) {
+  parallel_for(pool, (a.dim + kColumns - 1) / kColumns, [&](int64_t chunk, int) {
+    const int64_t begin = chunk * kColumns, n = a.dim - begin < kColumns ? a.dim - begin : kColumns;
+    for (int64_t t = 0; t < a.x_rows; ++t) std::memset(a.dx + t * a.dx_stride + begin, 0, size_t(n) * sizeof(float));
+    for (int64_t r = 0; r < a.rows; ++r)
+      add_row(a.dx + a.index[r] * a.dx_stride + begin, a.dy + r * a.dy_stride + begin, n);
   });
 }
 

@@ -10,6 +10,9 @@ namespace pyllm::PYLLM_ISA {
 
 using simd::F;
 
+static inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
+static inline void store_up_to(float* p, F v, int n) { n == F::N ? simd::store(p, v) : simd::store_n(p, v, n); }
+
 // 1 in the first n lanes, 0 in the others: keeps a counted tail out of a sum.
 constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static_assert(F::N <= 16);
@@ -40,9 +43,12 @@ static inline F logistic_times(F x, F z) {
   return select_gt(simd::zero(), z, x * e, x) / (simd::set(1.0f) + e);
 }
 
-// The normal distribution function, relative error below 7e-7 down to -5: for a = |x|, its tail is e^(-a^2/2) p(u) / (a
+// The normal distribution function and e^(-x^2/2), relative error below 7e-7 down to -5: for a = |x|, its tail is e^(-a^2/2) p(u) / (a
 // + 3), u = (a - 3) / (a + 3), p of degree 8 fitted for a <= 14.5 (5.2e-8), where the tail is 0 in float32.
-static inline F normal_cdf(F x) {
+struct Normal {
+  F cdf, bell;
+};
+static inline Normal normal(F x) {
   const F a = min(simd::set(14.5f), abs(x));
   const F w = simd::set(1.0f) / (a + simd::set(3.0f));
   const F u = (a - simd::set(3.0f)) * w;
@@ -55,12 +61,12 @@ static inline F normal_cdf(F x) {
   p = fma(p, u, simd::set(0x1.d7146ap-3f));
   p = fma(p, u, simd::set(-0x1.04c734p-1f));
   p = fma(p, u, simd::set(0x1.754a74p-1f));
-  const F tail = exp(a * a * simd::set(-0.5f)) * (p * w);
-  return select_gt(x, simd::zero(), simd::set(1.0f) - tail, tail);
+  const F bell = exp(a * a * simd::set(-0.5f)), tail = bell * (p * w);
+  return {select_gt(x, simd::zero(), simd::set(1.0f) - tail, tail), bell};
 }
 
 // The activations at -inf are their limit, -0, not the NaN of inf * 0: x is held where the factor is 0 already.
-static inline F gelu_erf(F x) { return max(simd::set(-30.0f), x) * normal_cdf(x); }
+static inline F gelu_erf(F x) { return max(simd::set(-30.0f), x) * normal(x).cdf; }
 
 // 0.5 x (1 + tanh(z / 2)) = x / (1 + e^-z) with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 static inline F gelu_tanh(F x) {
@@ -99,6 +105,36 @@ static inline F apply(Activation activation, F x) {
       break;
   }
   return x;
+}
+
+// act(x), with the same bits as above, and its slope act'(x). Where act'(x) is 0 or 1 in float32 x is held, so that
+// infinities do not become NaN.
+struct Slope {
+  F y, slope;
+};
+template <Activation activation>
+static inline Slope apply_with_slope(F x) {
+  using namespace simd;
+  if constexpr (activation == Activation::gelu_erf) {
+    const F held = max(set(-30.0f), x), inside = min(set(30.0f), held);
+    const Normal n = normal(held);
+    return {held * n.cdf, fma(inside * set(0.398942280f), n.bell, n.cdf)};  // 1 / sqrt(2 pi)
+  }
+  if constexpr (activation == Activation::gelu_tanh || activation == Activation::silu) {
+    constexpr bool silu = activation == Activation::silu;
+    const F held = max(set(silu ? -120.0f : -30.0f), x), inside = min(set(silu ? 120.0f : 30.0f), held);
+    // y = x s(z) with the logistic function s: y' = s (1 + x s(-z) z').
+    F z = held, slope = set(1.0f);
+    if constexpr (!silu) {
+      z = held * fma(held * held, set(0.0713548163f), set(1.59576912f));
+      slope = fma(inside * inside, set(0.214064449f), set(1.59576912f));
+    }
+    const F e = exp(zero() - abs(z)), all = set(1.0f) + e;
+    const F near = select_gt(zero(), z, e, set(1.0f)) / all, far = select_gt(zero(), z, set(1.0f), e) / all;
+    return {select_gt(zero(), z, held * e, held) / all, near * fma(inside * slope, far, set(1.0f))};
+  }
+  if constexpr (activation == Activation::relu) return {relu(x), select_gt(x, zero(), set(1.0f), zero())};
+  return {x, set(1.0f)};
 }
 
 // Calls fn(tag), where tag.value is the activation as a constant: with_activation(a, [&](auto tag) {

@@ -3,8 +3,9 @@
 // A worker takes some rows by some panels of 64 outputs. K is cut into blocks, and each block of a panel is multiplied
 // with all those rows, a register tile at a time (matmul_tile.h); between blocks the partial sums rest in the worker's
 // scratch, so that every output is one chain over rising k. Rows of x are read from a copy laid out by blocks, and
-// where there are many of them, weights that must be widened are widened once per block. The epilogue then goes over
-// the finished panels.
+// where there are many of them, weights that must be widened are widened once per block. A tile that has met its last
+// block goes through the epilogue at once, so that y is written while the next tile is multiplied.
+#include "cpu/cores.h"
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/matmul_amx.h"
 #include "cpu/kernels/matmul_finish.h"
@@ -19,10 +20,13 @@ using simd::F;
 
 constexpr int64_t kInlineCopy =
     16384;  // elements of x below which copying it on several threads costs more than it saves
-constexpr int64_t kChunkBytes = 64 * 1024;     // of weights, at least, that a worker takes at a time
-constexpr int64_t kStreamChunks = 8;           // per thread, at least, so that threads finish together: of few rows
-constexpr int64_t kBlockChunks = 2;            // of many
-constexpr int64_t kWidenRows = 2 * kTileRows;  // from this many rows on, widening a block of weights first is cheaper
+constexpr int64_t kDepthBytes = 32 * 1024;  // of a panel, which few rows multiply at once: what the first cache holds
+constexpr int64_t kChunkBytes = 64 * 1024;  // of weights, at least, that a worker takes at a time
+constexpr int64_t kStreamChunks = 8;        // per thread, at least, so that threads finish together: of few rows
+constexpr int64_t kBlockChunks = 4;         // of many
+
+// From so many rows on it is cheaper to widen a block of weights first than anew for every tile.
+constexpr int64_t kWidenF16 = 24, kWidenBf16 = 96;
 
 constexpr int64_t kStreamTiles =
     8;  // up to this many row tiles the weights come from memory faster than they are used up
@@ -32,6 +36,9 @@ constexpr int64_t kStreamAhead =
 // Intel's cores need prefetching to read one stream at full speed; on AMD's Zen 4 it was measured to hurt.
 inline bool streams_need_prefetch() { return __builtin_cpu_is("intel"); }
 
+// So few rows are bound by memory even where bf16 dot products are slow.
+constexpr int64_t kDotRows = 2;
+
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 using plan::divide_up;
@@ -40,38 +47,47 @@ using plan::divide_up;
 struct Pass {
   const MatmulArgs& args;
   int64_t row, rows;
-  bool pairs;              // bf16 dot products: x is bf16, a step is two k
-  bool streams;            // few rows: the time is that of reading the weights
-  bool widen;              // weights become float32 a block at a time
-  int64_t steps, block;    // of K in all, and per block
-  const void* x;           // copy [blocks][rows][kRowStride] of float or bf16 pairs, or the one row itself
-  int64_t x_block;         // between blocks of x, in 4-byte elements
-  unsigned char* scratch;  // of all workers
+  bool rounded;  // x is rounded to bf16 and multiplied as the bf16 dot product does, whether by it or not
+  bool pairs;    // by it: x is bf16, a step is two k
+  bool streams;  // few rows: the time is that of reading the weights
+  bool widen;    // weights become float32 a block at a time
+  int64_t steps, block, depth;  // of K in all, of a block of x, and of what is multiplied at once
+  const void* x;                // copy [blocks][rows][x_stride] of float or bf16 pairs, or the one row itself
+  int64_t x_stride, x_block;    // of its rows and blocks, in 4-byte elements
+  unsigned char* scratch;       // of all workers
 
   float* sums(int worker, int64_t slot) const {
-    return reinterpret_cast<float*>(scratch + worker * (plan::sums_bytes(rows) + plan::widened_bytes())) +
-           slot * plan::even_part(rows, plan::kRows) * kPanel;
+    return reinterpret_cast<float*>(scratch + worker * (plan::float_sums_bytes(rows) + plan::widened_bytes())) +
+           slot * plan::even_part(rows, plan::kFloatRows) * kPanel;
   }
-  float* widened(int worker) const { return sums(worker, plan::kSlots); }
+  float* widened(int worker) const { return sums(worker, plan::kFloatSlots); }
 };
 
-// Copies x to dst [blocks][rows][kRowStride], rounded to bf16 where `pairs`; odd K is padded with zero.
+// Copies x to dst [blocks][rows][x_stride], as bf16 where `pairs`, and as float that bf16 holds, the second of a pair
+// first, where only `rounded`. Odd K is padded with zero. Rows that a worker copies are mostly those it multiplies.
 void copy_x(const Pass& p, void* dst, Parallel& pool) {
   const MatmulArgs& a = p.args;
   const int64_t elements = p.pairs ? 2 : 1, blocks = divide_up(p.steps, p.block);
   auto copy = [&](int64_t chunk, int) {
-    const int64_t b = chunk / p.rows, r = chunk % p.rows;
+    const int64_t b = chunk % blocks, r = chunk / blocks;
     const int64_t k0 = b * p.block * elements;
     const int64_t steps = least(p.block, p.steps - b * p.block), count = least(steps * elements, a.w.k - k0);
     const int64_t padded = round_up(steps, p.pairs ? kStepPairs : 1) * elements;
     const float* src = a.x + (p.row + r) * a.x_stride + k0;
-    float* row = static_cast<float*>(dst) + (b * p.rows + r) * kRowStride;
+    float* row = static_cast<float*>(dst) + (b * p.rows + r) * p.x_stride;
     auto* narrow = reinterpret_cast<uint16_t*>(row);
     if (p.pairs) {
       int64_t k = 0;
       for (; k + F::N <= count; k += F::N) simd::store_bf16(narrow + k, simd::load(src + k));
       if (k < count) simd::store_bf16_n(narrow + k, simd::load_n(src + k, int(count - k)), int(count - k));
       for (k = count; k < padded; ++k) narrow[k] = 0;
+#if PYLLM_HAS_BF16_DOT
+    } else if (p.rounded) {
+      int64_t k = 0;
+      for (; k + F::N <= count; k += F::N)
+        simd::store(row + k, simd::swap_pairs(simd::round_bf16(simd::load(src + k))));
+      if (k < count) simd::store(row + k, simd::swap_pairs(simd::round_bf16(simd::load_n(src + k, int(count - k)))));
+#endif
     } else {
       std::memcpy(row, src, size_t(count) * sizeof(float));
       if (count < padded) row[count] = 0.0f;
@@ -100,11 +116,34 @@ void tile_panel(float* sums, const typename Step::X* x, const typename Step::W* 
     tile<Step, Rows, kUsed>(sums + c, x, w + c * Step::kColumn, steps, first, ahead);
 }
 
-// One block of K for all rows: sums[rows][kPanel] (+)= x w^T over the first `columns` columns of the panel. Meanwhile
-// what is next is brought into the cache.
+// The epilogue of one panel, rows [r, r + count) of the chunk at a time; of a block that is not the last, nothing.
+struct Finish {
+  const MatmulArgs& args;
+  bool last;
+  int64_t row, panel;  // of y: where the chunk begins
+  const float *sums, *up_sums;
+
+  // Asks for what the epilogue will touch: each row of y is on another page, which takes a while to reach.
+  void expect(int64_t r, int64_t count) const {
+    if (!last) return;
+    const int64_t column = panel * kPanel;
+    for (int64_t i = row + r; i < row + r + count; ++i) {
+      for (int64_t c = column; c < least(column + kPanel, args.w.n); c += 16) {
+        __builtin_prefetch(args.y + i * args.y_stride + c, 1, 2);
+        if (args.residual) __builtin_prefetch(args.residual + i * args.residual_stride + c, 0, 2);
+      }
+    }
+  }
+  void run(int64_t r, int64_t count) const {
+    if (last) finish_panel(args, row + r, count, panel, sums + r * kPanel, up_sums + r * kPanel);
+  }
+};
+
+// One block of K for all rows: sums[rows][kPanel] (+)= x w^T over the first `columns` columns of the panel, and what
+// comes of them. Meanwhile what is next is brought into the cache.
 template <class Step>
 void multiply_block(float* sums, const typename Step::X* x, const void* weights, int64_t rows, int64_t steps,
-                    int64_t columns, bool first, Next next) {
+                    int64_t columns, bool first, Next next, const Finish& finish) {
   using Tile = void (*)(float*, const typename Step::X*, const typename Step::W*, int64_t, int64_t, bool, Ahead);
   static constexpr Tile kTiles[][3] = {
 #define PYLLM_TILE(rows) \
@@ -131,22 +170,26 @@ void multiply_block(float* sums, const typename Step::X* x, const void* weights,
     const Ahead ahead = alone ? Ahead{static_cast<const char*>(weights) + kStreamAhead, step_bytes, nullptr, 0}
                               : Ahead{next.w + w_share * t, divide_up(w_share, spread), next.x + x_share * t,
                                       divide_up(x_share, spread)};
+    finish.expect(begin, end - begin);
     kTiles[end - begin - 1][int(fetch)](sums + begin * kPanel, x + begin * kRowStride, w, steps, columns, first, ahead);
+    finish.run(begin, end - begin);
   }
 }
 
-// Packed bf16 or f16 weights of `k` (even for bf16) inner elements as float32 [k][kPanel].
-void widen_block(float* out, const uint16_t* w, DType dtype, int64_t k) {
-  if (dtype == DType::f16) {
+// Packed bf16 or f16 weights of `k` (even for bf16) inner elements as float32 [k][kPanel]; of bf16 pairs the second comes
+// first where x is so.
+void widen_block(float* out, const uint16_t* w, const Pass& p, int64_t k) {
+  if (p.args.w.dtype == DType::f16) {
     for (int64_t i = 0; i < k * kPanel; i += F::N) simd::store(out + i, simd::load_f16(w + i));
     return;
   }
+  const int64_t even_at = p.rounded ? kPanel : 0, odd_at = kPanel - even_at;
   for (int64_t i = 0; i < k; i += 2, out += 2 * kPanel, w += 2 * kPanel) {
     for (int64_t c = 0; c < kPanel; c += F::N) {
       F even, odd;
       simd::load_bf16_pairs(w + 2 * c, even, odd);
-      simd::store(out + c, even);
-      simd::store(out + kPanel + c, odd);
+      simd::store(out + even_at + c, even);
+      simd::store(out + odd_at + c, odd);
     }
   }
 }
@@ -156,47 +199,54 @@ struct Chunk {
   int64_t row, rows, panel, panels;
 };
 
-// The sums of packed panels [begin, end), which are those of both parts in turn, into the worker's slots from `slot` on.
-void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t begin, int64_t end, int64_t slot,
-                     int worker) {
+// y of packed panels [begin, end), which are those of both parts in turn.
+void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t begin, int64_t end, int worker) {
   const PackedView& w = p.args.w;
   const auto* data = static_cast<const char*>(w.data);
   const int64_t panel_bytes = w.panel_bytes(), step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(w.dtype));
   int64_t s = 0;
   do {
-    const int64_t steps = least(p.block, p.steps - s);
-    const bool last = s + steps == p.steps;
-    const auto* x = static_cast<const float*>(p.x) + s / p.block * p.x_block + chunk.row * kRowStride;
+    const int64_t block = s / p.block, within = s - block * p.block;
+    const int64_t steps = least(least(p.depth, p.block - within), p.steps - s);
+    const bool first = s == 0, last = s + steps == p.steps;
+    const auto* x = static_cast<const float*>(p.x) + block * p.x_block + chunk.row * p.x_stride + within;
     // Each panel fetches its share of the next block of x, which for the last is the first one.
-    const auto* next_x = reinterpret_cast<const char*>(last ? x - s / p.block * p.x_block : x + p.x_block);
-    const int64_t x_bytes = p.streams ? 0 : chunk.rows * kRowStride * 4 / (end - begin);
+    const auto* next_x = reinterpret_cast<const char*>(last ? x - block * p.x_block : x + p.x_block);
+    const int64_t x_bytes = p.streams || (first && last) ? 0 : chunk.rows * p.x_stride * 4 / (end - begin);
     for (int64_t panel = begin; panel < end; ++panel) {
-      const void* block = data + panel * panel_bytes + s * step_bytes;
-      const int64_t columns = least(kPanel, w.n - panel / w.parts * kPanel);
-      float* sums = p.sums(worker, slot + panel - begin);
+      const void* weights = data + panel * panel_bytes + s * step_bytes;
+      const int64_t part = panel % w.parts, columns = least(kPanel, w.n - panel / w.parts * kPanel);
+      // What needs no second block, or has it next, needs no place of its own.
+      const int64_t slot = p.streams || (first && last) ? part : panel - begin;
+      float* sums = p.sums(worker, slot);
+      const Finish finish{p.args,          last && part == w.parts - 1, p.row + chunk.row,
+                          panel / w.parts, p.sums(worker, slot - part), sums};
       Next next{data + (panel + 1) * panel_bytes + s * step_bytes, next_x + (panel - begin) * x_bytes,
                 steps * step_bytes, x_bytes};
       if (panel + 1 == end && !last) next.w = data + begin * panel_bytes + (s + steps) * step_bytes;
       if (p.widen) {
-        widen_block(p.widened(worker), static_cast<const uint16_t*>(block), w.dtype, steps);
-        block = p.widened(worker);
+        widen_block(p.widened(worker), static_cast<const uint16_t*>(weights), p, steps);
+        weights = p.widened(worker);
       }
       if (p.widen || w.dtype == DType::f32)
-        multiply_block<StepF32>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
+        multiply_block<StepF32>(sums, x, weights, chunk.rows, steps, columns, first, next, finish);
       else if (w.dtype == DType::f16)
-        multiply_block<StepF16>(sums, x, block, chunk.rows, steps, columns, s == 0, next);
-      else
+        multiply_block<StepF16>(sums, x, weights, chunk.rows, steps, columns, first, next, finish);
+      else if (!p.pairs)
+        multiply_block<StepBf16Wide<PYLLM_HAS_BF16_DOT>>(sums, x, weights, chunk.rows, steps / 2, columns, first, next,
+                                                         finish);
+      else {
 #if PYLLM_HAS_AMX
-        multiply_block_amx(tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(block),
-                           chunk.rows, steps, s == 0, {next.w, next.w_bytes, next.x, next.x_bytes});
+        multiply_block_amx(tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(weights),
+                           chunk.rows, steps, first, {next.w, next.w_bytes, next.x, next.x_bytes});
+        finish.run(0, chunk.rows);
 #elif PYLLM_HAS_BF16_DOT
-        multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), block, chunk.rows, steps, columns,
-                                    s == 0, next);
-#else
-        multiply_block<StepBf16Wide>(sums, x, block, chunk.rows, steps / 2, columns, s == 0, next);
+        multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), weights, chunk.rows, steps, columns,
+                                    first, next, finish);
 #endif
+      }
     }
-    s += p.block;
+    s += steps;
   } while (s < p.steps);
 }
 
@@ -206,15 +256,20 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
   const int64_t begin = chunk.panel * p.args.w.parts, end = begin + chunk.panels * p.args.w.parts;
   const int64_t width = p.streams ? 1 : end - begin;
   RowTiles tiles;
-  for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, tiles, i, i + width, i - begin, worker);
+  for (int64_t i = begin; i < end; i += width) multiply_panels(p, chunk, tiles, i, i + width, worker);
 }
 
 void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& pool) {
-  Pass p{a, row, rows, false, rows <= kStreamTiles * kTileRows, false, 0, 0, nullptr, 0, nullptr};
-  p.pairs = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
-  p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= kWidenRows;
+  Pass p{a, row, rows, false, false, rows <= kStreamTiles * kTileRows, false, 0, 0, 0, nullptr, 0, 0, nullptr};
+  p.rounded = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
+  p.pairs = p.rounded && (PYLLM_HAS_AMX || rows <= kDotRows || cpu::vectors_dot_bf16_fast());
+  p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= (a.w.dtype == DType::f16 ? kWidenF16 : kWidenBf16);
   p.steps = p.pairs ? a.w.padded_k() / 2 : a.w.padded_k();
-  p.block = p.steps == 0 ? 2 : round_up(plan::even_part(p.steps, kBlock), p.pairs && PYLLM_HAS_AMX ? kStepPairs : 2);
+  const bool amx = p.pairs && PYLLM_HAS_AMX;
+  const int64_t even = amx ? kStepPairs : 2, step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(a.w.dtype));
+  p.block = greatest(even, round_up(plan::even_part(p.steps, amx ? plan::kAmxBlock : kBlock), even));
+  p.depth = p.streams ? greatest(even, round_up(plan::even_part(p.block, kDepthBytes / step_bytes), even)) : p.block;
+  p.x_stride = amx ? plan::kAmxRowStride : kRowStride;
   auto* workspace = static_cast<unsigned char*>(a.workspace);
   p.scratch = workspace + plan::x_bytes(rows, round_up(a.w.k, 2));
   if (rows == 1 && !p.pairs && a.w.padded_k() == a.w.k) {
@@ -222,27 +277,24 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
     p.x_block = p.block;
   } else {
     p.x = workspace;
-    p.x_block = rows * kRowStride;
+    p.x_block = rows * p.x_stride;
     copy_x(p, workspace, pool);
   }
 
   // Few rows: single panels (several where they are small), each of which streams from memory. Many rows: blocks of
   // rows by groups of panels that share a block of x. No larger than leaves every thread several chunks.
-  const int64_t panels = a.w.panels(), most = plan::kSlots / a.w.parts;
-  const int64_t chunk_rows = plan::even_part(rows, plan::kRows), row_chunks = divide_up(rows, chunk_rows);
-  const int64_t wanted = p.streams ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1) : most;
+  const int64_t panels = a.w.panels(), chunk_rows = plan::even_part(rows, plan::kFloatRows);
+  const int64_t row_chunks = divide_up(rows, chunk_rows);
+  const int64_t wanted = p.streams           ? kChunkBytes / (a.w.panel_bytes() * a.w.parts + 1)
+                         : p.block < p.steps ? plan::kFloatSlots / a.w.parts
+                                             : panels;
   const int64_t share = panels * row_chunks / ((p.streams ? kStreamChunks : kBlockChunks) * pool.threads());
-  const int64_t group = greatest(1, least(least(wanted, most), share));
+  const int64_t group = greatest(1, least(wanted, share));
   const int64_t groups = divide_up(panels, group);
   parallel_for(pool, groups * row_chunks, [&](int64_t index, int worker) {
     const int64_t row = index / groups * chunk_rows, panel = index % groups * group;
-    const Chunk chunk{row, least(chunk_rows, rows - row), panel, least(group, panels - panel)};
-    multiply_chunk(p, chunk, worker);
-    // Row by row, so that each is written from one end to the other: down a panel, every row is on another page.
-    for (int64_t r = 0; r < chunk.rows; ++r)
-      for (int64_t i = 0; i < chunk.panels; ++i)
-        finish_panel(a, p.row + row + r, 1, panel + i, p.sums(worker, i * a.w.parts) + r * kPanel,
-                     p.sums(worker, i * a.w.parts + 1) + r * kPanel);
+    const simd::FlushDenormals flush(p.rounded);
+    multiply_chunk(p, {row, least(chunk_rows, rows - row), panel, least(group, panels - panel)}, worker);
   });
 }
 

@@ -11,11 +11,14 @@ namespace pyllm::PYLLM_ISA {
 
 #if PYLLM_HAS_AMX
 
-constexpr int64_t kStepPairs = simd::kTileLines;                       // pairs of k in a step
-constexpr int64_t kAmxRows = 2 * simd::kTileLines;                     // most rows in flight
-constexpr int64_t kAmxColumns = 16;                                    // of a tile
-constexpr int64_t kAmxStep = 2 * kPanel * kStepPairs;                  // bf16 weights of a panel in a step
-constexpr int64_t kAmxXLine = 4 * kRowStride, kAmxWLine = 4 * kPanel;  // bytes between a tile's rows; of sums as of w
+using cpu::matmul_plan::kAmxRowStride;
+
+constexpr int64_t kStepPairs = simd::kTileLines;       // pairs of k in a step
+constexpr int64_t kAmxRows = 2 * simd::kTileLines;     // most rows in flight
+constexpr int64_t kAmxColumns = 16;                    // of a tile
+constexpr int64_t kAmxStep = 2 * kPanel * kStepPairs;  // bf16 weights of a panel in a step
+constexpr int64_t kAmxXLine = 4 * kAmxRowStride,
+                  kAmxWLine = 4 * kPanel;  // bytes between a tile's rows; of sums as of w
 
 // The tiles of a worker, in the shape for a number of rows from 1 to kAmxRows. Sums are tiles 0 to 3.
 class RowTiles {
@@ -124,7 +127,7 @@ struct AmxSquare {  // up to 32 rows, half the columns
     simd::tile_load<7>(w + 2 * kAmxColumns, kAmxWLine);
     simd::tile_dot_bf16<1, 4, 7>();
     following(w, 1, fetch);
-    simd::tile_load<5>(x + simd::kTileLines * kRowStride, kAmxXLine);
+    simd::tile_load<5>(x + simd::kTileLines * kAmxRowStride, kAmxXLine);
     simd::tile_dot_bf16<2, 5, 6>();
     following(w, 2, fetch);
     simd::tile_dot_bf16<3, 5, 7>();
@@ -184,7 +187,7 @@ inline void multiply_block_amx(RowTiles& tiles, float* sums, const uint32_t* x, 
     return;
   }
   FetchNext fetch(coming, 2 * steps * cpu::matmul_plan::divide_up(rows, kAmxRows));
-  for (int64_t r = 0; r < rows; r += kAmxRows, sums += kAmxRows * kPanel, x += kAmxRows * kRowStride) {
+  for (int64_t r = 0; r < rows; r += kAmxRows, sums += kAmxRows * kPanel, x += kAmxRows * kAmxRowStride) {
     const int64_t count = rows - r < kAmxRows ? rows - r : kAmxRows;
     tiles.shape(count);
     if (count <= simd::kTileLines) {

@@ -4,9 +4,7 @@
 
 namespace pyllm::PYLLM_ISA {
 
-static inline F load_up_to(const float* p, int n) { return n == F::N ? simd::load(p) : simd::load_n(p, n); }
-
-// Bias, activation, gate and residual: one panel of rows [row, row + rows) of y from its sums [rows][kPanel], and where
+// Bias, activation, gate and residual, and what the activation is applied to: one panel of rows [row, row + rows) of y from its sums [rows][kPanel], and where
 // gated from those of the same panel of the other part. Sums are multiplied by the scales [kPanel] of their columns first
 // where these are not null.
 static inline void finish_panel(const MatmulArgs& a, int64_t row, int64_t rows, int64_t panel, const float* sums,
@@ -18,23 +16,23 @@ static inline void finish_panel(const MatmulArgs& a, int64_t row, int64_t rows, 
     const float* up = up_sums + r * kPanel;
     float* y = a.y + (row + r) * a.y_stride + column;
     const float* residual = a.residual ? a.residual + (row + r) * a.residual_stride + column : nullptr;
+    float* pre = a.pre ? a.pre + (row + r) * a.pre_stride + column : nullptr;
     for (int64_t c = 0; c < columns; c += F::N) {
       const int n = int(columns - c < F::N ? columns - c : F::N);
       F v = simd::load(sum + c);
       if (scales) v = v * simd::load(scales + c);
       if (a.bias) v = v + load_up_to(a.bias + column + c, n);
+      if (pre) store_up_to(pre + c, v, n);
       if (a.activation != Activation::none) v = apply(a.activation, v);
       if (gated) {
         F u = simd::load(up + c);
         if (up_scales) u = u * simd::load(up_scales + c);
         if (a.bias_up) u = u + load_up_to(a.bias_up + column + c, n);
+        if (pre) store_up_to(pre + a.w.n + c, u, n);
         v = v * u;
       }
       if (residual) v = v + load_up_to(residual + c, n);
-      if (n == F::N)
-        simd::store(y + c, v);
-      else
-        simd::store_n(y + c, v, n);
+      store_up_to(y + c, v, n);
     }
   }
 }

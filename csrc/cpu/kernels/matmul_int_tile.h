@@ -1,7 +1,8 @@
 // The register tile of the matmul over integer weights: a few rows of x against a panel's columns, group by group.
 //
-// Within a group the products of bytes are summed exactly in int32; the group's sum is then scaled and added to the
-// float sums. So the order in which groups are added is all that a result depends on.
+// Within a group the products of bytes are summed exactly in int32; the group's sum is then scaled and added to the float
+// sums of its block of K, and these, scaled by what x has been divided by, to those of all blocks. So the order in which
+// groups and blocks are added is all that a result depends on.
 #pragma once
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/matmul_plan.h"
@@ -75,7 +76,7 @@ struct StepUnpackedI4 {  // [k / 4][kPanel][4] like int8, but at most 15: produc
 
 // One block of K of a panel.
 struct IntBlock {
-  int64_t k, group;       // its padded elements, elements of a group of x
+  int64_t k, group;       // its padded elements, those of a group
   const uint8_t* values;  // of the first group
   int64_t values_stride;  // from one group to the next
   const uint8_t* scales;  // of the first group; null where one scale holds for a row
@@ -106,12 +107,19 @@ struct IntAhead {
   int64_t advance;
 };
 
-// sums[r][c] += x[r] . w[c] over one group, for Rows rows and int_vectors(Rows) vectors of columns; rows of sums are
-// kPanel apart, those of x kIntStride. `x` are the quads of the group, `facts` the records moved on by its number. A function of its own, as gcc 12 would otherwise carry the sums of all
-// groups in registers, and spill the accumulators.
+static inline float scale_of_x(const int32_t* record) {
+  float scale;
+  std::memcpy(&scale, record + plan::kIntScale, sizeof scale);
+  return scale;
+}
+
+// One group, for Rows rows and int_vectors(Rows) vectors of columns: sums[r][c] += x[r] . w[c] times the scale, where it
+// has one, of the group of weights, or else that of x. Rows of sums are `stride` apart, those of x kIntStride; `x` are
+// the quads of the group, `facts` the records moved on by its number. A function of its own, as gcc 12 would otherwise
+// carry the sums of all groups in registers, and spill the accumulators.
 template <class Step, int Rows, bool Scaled, int Lines>
-[[gnu::noinline]] void int_tile_group(float* sums, const int32_t* x, const int32_t* facts, const IntGroup& group,
-                                      IntAhead& ahead) {
+[[gnu::noinline]] void int_tile_group(float* sums, int64_t stride, const int32_t* x, const int32_t* facts,
+                                      const IntGroup& group, IntAhead& ahead) {
   using simd::F;
   using simd::I;
   constexpr int kVectors = int_vectors(Rows);
@@ -155,24 +163,26 @@ template <class Step, int Rows, bool Scaled, int Lines>
     }
   }
   if (Lines) ahead.next = next;
-  const auto* scales_of_x = reinterpret_cast<const float*>(facts + plan::kIntScales);
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
     F scale;
     if (Scaled) scale = load_scale(group.scales + 2 * v * F::N, group.half_scales);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      float* sum = sums + r * kPanel + v * F::N;
-      const F of_x = simd::set(scales_of_x[r * plan::kIntStride]);
-      simd::store(sum, fma(to_float(c[r][v]), Scaled ? scale * of_x : of_x, simd::load(sum)));
+      if (!Scaled) scale = simd::set(scale_of_x(facts + r * plan::kIntStride));
+      float* sum = sums + r * stride + v * F::N;
+      simd::store(sum, fma(to_float(c[r][v]), scale, simd::load(sum)));
     }
   }
 }
 
-// The same over all groups of a block, for columns from `column` on. Where each step asks for as many lines as it reads,
-// these are what follows in this panel, scales included.
+// All groups of a block, for columns from `column` on: sums[r][c] += x[r] . w[c], rows of sums being kPanel apart. Where
+// each step asks for as many lines as it reads, these are what follows in this panel, scales included.
 template <class Step, int Rows, bool Scaled, int Lines>
 void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t column, IntAhead& ahead) {
+  using simd::F;
+  constexpr int64_t kColumns = int_vectors(Rows) * F::N;
+  alignas(64) float of_block[Rows * kColumns] = {};
   for (int64_t k = 0, g = 0; k < block.k; k += block.group, ++g) {
     const int64_t left = block.k - k, count = left < block.group ? left : block.group;
     const int64_t steps = count / 4 / Step::kQuads;
@@ -180,11 +190,20 @@ void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t colu
     const IntGroup group{block.values + g * block.values_stride + 4 * column,
                          Scaled ? block.scales + at + 2 * column : nullptr,
                          block.zeros ? block.zeros + (Scaled ? at : 0) + column : nullptr, steps, block.half_scales};
-    int_tile_group<Step, Rows, Scaled, Lines>(sums, x + k / 4, x + g, group, ahead);
+    int_tile_group<Step, Rows, Scaled, Lines>(Scaled ? of_block : sums, Scaled ? kColumns : kPanel, x + k / 4, x + g,
+                                              group, ahead);
     if (Lines == 4 && Scaled) {
       const int64_t rest = block.values_stride - 64 * Lines * steps;
       for (int64_t line = 0; line < rest; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);
       ahead.next += rest;
+    }
+  }
+  if (!Scaled) return;
+  for (int r = 0; r < Rows; ++r) {
+    const F of_x = simd::set(scale_of_x(x + r * plan::kIntStride));
+    for (int64_t c = 0; c < kColumns; c += F::N) {
+      float* sum = sums + r * kPanel + c;
+      simd::store(sum, fma(simd::load(of_block + r * kColumns + c), of_x, simd::load(sum)));
     }
   }
 }

@@ -55,25 +55,27 @@ struct StepBf16Dot {
 };
 #endif
 
-// bf16 weights widened; one step is the pair (k, k + 1).
+// bf16 weights widened; one step is the pair (k, k + 1), of which the second product may be added first, and then stands
+// first in x: so do the bf16 dot products, which this equals if denormals are flushed.
+template <bool kSecondFirst>
 struct StepBf16Wide {
   using X = float;
   using W = uint16_t;
   struct Operand {
-    simd::F even, odd;
-  };
-  struct Pair {
-    simd::F even, odd;
+    simd::F first, second;
   };
   static constexpr int64_t kX = 2, kW = 2 * kPanel, kColumn = 2;
   static inline Operand load(const W* w) {
     Operand o;
-    simd::load_bf16_pairs(w, o.even, o.odd);
+    if (kSecondFirst)
+      simd::load_bf16_pairs(w, o.second, o.first);
+    else
+      simd::load_bf16_pairs(w, o.first, o.second);
     return o;
   }
-  static inline Pair broadcast(const X* x) { return {simd::set(x[0]), simd::set(x[1])}; }
-  static inline simd::F step(simd::F c, Pair x, Operand w) {
-    return simd::fma(x.odd, w.odd, simd::fma(x.even, w.even, c));
+  static inline Operand broadcast(const X* x) { return {simd::set(x[0]), simd::set(x[1])}; }
+  static inline simd::F step(simd::F c, Operand x, Operand w) {
+    return simd::fma(x.second, w.second, simd::fma(x.first, w.first, c));
   }
 };
 
@@ -91,8 +93,8 @@ struct Ahead {
 };
 
 // sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
-// those of x kRowStride. Continues from what sums holds unless `first`.
-template <class Step, int Rows, Fetch kFetch>
+// those of x kXStride. Continues from what sums holds unless `first`.
+template <class Step, int Rows, Fetch kFetch, int64_t kXStride = kRowStride>
 void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
@@ -119,7 +121,7 @@ void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int
     for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const auto a = Step::broadcast(x + r * kRowStride);
+      const auto a = Step::broadcast(x + r * kXStride);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) c[r][v] = Step::step(c[r][v], a, b[v]);
     }

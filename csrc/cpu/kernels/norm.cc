@@ -1,5 +1,6 @@
 // Layer norm and RMS norm, with the residual addition before them.
 #include "cpu/kernels/math.h"
+#include "cpu/kernels/norm_plan.h"
 #include "cpu/kernels/rows.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -24,10 +25,6 @@ inline float sum_terms(int64_t n, Term&& term) {
   return sum((a + b) + (c + d));
 }
 
-inline F load_up_to(const float* p, int count) { return count == F::N ? load(p) : load_n(p, count); }
-
-inline void store_up_to(float* p, F a, int count) { count == F::N ? store(p, a) : store_n(p, a, count); }
-
 template <class Fn>
 inline void for_vectors(int64_t n, Fn&& fn) {
   int64_t i = 0;
@@ -47,24 +44,55 @@ inline void write_row(float* y, const float* weight, const float* bias, int64_t 
   });
 }
 
+// Of one row: what is taken off each value, and what the rest is then multiplied with.
+struct Statistics {
+  F mean, scale;
+};
+
+template <class Value>
+inline Statistics statistics(NormKind kind, float eps, int64_t n, Value&& value) {
+  const F one = set(1.0f), size = set(float(n));
+  const F mean = kind == NormKind::rms ? zero() : set(sum_terms(n, value)) / size;
+  const float squares = kind == NormKind::rms ? sum_terms(n,
+                                                          [&](int64_t i, int count) {
+                                                            const F v = value(i, count);
+                                                            return v * v;
+                                                          })
+                                              : sum_terms(n, [&](int64_t i, int count) {
+                                                  const F v = (value(i, count) - mean) * ones(count);
+                                                  return v * v;
+                                                });
+  return {mean, one / sqrt(set(squares) / size + set(eps))};
+}
+
 template <class Value>
 inline void norm_row(const NormArgs& a, float* y, Value&& value) {
+  const Statistics row = statistics(a.kind, a.eps, a.dim, value);
+  write_row(y, a.weight, a.bias, a.dim, row.mean, row.scale, value);
+}
+
+// dx = scale (g - mean(g) - xhat mean(g xhat)) + residual with xhat = (x - mean) scale, g = dy weight; rms: without mean(g).
+// dweight += dy xhat, dbias += dy.
+inline void norm_row_backward(const NormBackwardArgs& a, float* dx, const float* dy, const float* x,
+                              const float* residual, float* dweight, float* dbias) {
   const int64_t n = a.dim;
-  const F one = set(1.0f), eps = set(a.eps), size = set(float(n));
-  if (a.kind == NormKind::rms) {
-    const float squares = sum_terms(n, [&](int64_t i, int count) {
-      const F v = value(i, count);
-      return v * v;
-    });
-    write_row(y, a.weight, a.bias, n, zero(), one / sqrt(set(squares) / size + eps), value);
-  } else {
-    const F mean = set(sum_terms(n, value)) / size;
-    const float squares = sum_terms(n, [&](int64_t i, int count) {
-      const F v = (value(i, count) - mean) * ones(count);
-      return v * v;
-    });
-    write_row(y, a.weight, a.bias, n, mean, one / sqrt(set(squares) / size + eps), value);
-  }
+  const Statistics row = statistics(a.kind, a.eps, n, [=](int64_t i, int count) { return load_up_to(x + i, count); });
+  const F size = set(float(n));
+  const auto normal = [=](int64_t i, int count) { return (load_up_to(x + i, count) - row.mean) * row.scale; };
+  const auto gradient = [&](int64_t i, int count) {
+    const F g = load_up_to(dy + i, count);
+    return a.weight ? g * load_up_to(a.weight + i, count) : g;
+  };
+  const F along = set(sum_terms(n, [&](int64_t i, int count) { return gradient(i, count) * normal(i, count); })) / size;
+  const F mean = a.kind == NormKind::rms ? zero() : set(sum_terms(n, gradient)) / size;
+  for_vectors(n, [&](int64_t i, int count) {
+    const F xhat = normal(i, count), g = load_up_to(dy + i, count);
+    if (dweight) store_up_to(dweight + i, load_up_to(dweight + i, count) + g * xhat, count);
+    if (dbias) store_up_to(dbias + i, load_up_to(dbias + i, count) + g, count);
+    F d = (gradient(i, count) - mean - xhat * along) * row.scale;
+    if (residual) d = d + load_up_to(residual + i, count);
+    store_up_to(dx + i, d, count);
+  });
 }
 
 }  // namespace
@@ -82,6 +110,33 @@ void norm(const NormArgs& a, Parallel& pool) {
     for_vectors(a.dim, [&](int64_t i, int count) { store_up_to(sum + i, added(i, count), count); });
     norm_row(a, y, [=](int64_t i, int count) { return load_up_to(sum + i, count); });
   });
+}
+
+void norm_backward(const NormBackwardArgs& a, Parallel& pool) {
+  const cpu::NormPlan plan(a.rows * a.heads, a.dim);
+  float* partials = static_cast<float*>(a.workspace);  // [chunks][2][padded dim]
+  parallel_for(pool, plan.chunks, [&](int64_t chunk, int) {
+    float *dweight = partials + 2 * chunk * plan.stride, *dbias = dweight + plan.stride;
+    if (a.dweight) std::memset(dweight, 0, size_t(a.dim) * sizeof(float));
+    if (a.dbias) std::memset(dbias, 0, size_t(a.dim) * sizeof(float));
+    for (int64_t r = plan.begin(chunk); r < plan.begin(chunk + 1); ++r) {
+      const int64_t t = r / a.heads, offset = r % a.heads * a.dim;
+      norm_row_backward(a, a.dx + t * a.dx_stride + offset, a.dy + t * a.dy_stride + offset,
+                        a.x + t * a.x_stride + offset,
+                        a.residual ? a.residual + t * a.residual_stride + offset : nullptr,
+                        a.dweight ? dweight : nullptr, a.dbias ? dbias : nullptr);
+    }
+  });
+  const auto add_partials = [&](float* to, const float* from) {
+    for_vectors(a.dim, [&](int64_t i, int count) {
+      F total = zero();
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+        total = total + load_up_to(from + 2 * chunk * plan.stride + i, count);
+      store_up_to(to + i, load_up_to(to + i, count) + total, count);
+    });
+  };
+  if (a.dweight) add_partials(a.dweight, partials);
+  if (a.dbias) add_partials(a.dbias, partials + plan.stride);
 }
 
 }  // namespace pyllm::PYLLM_ISA

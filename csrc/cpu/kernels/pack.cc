@@ -1,5 +1,6 @@
 // Packs weights into the panels of the matmul (core/types.h), converting their dtype.
 #include "cpu/kernels/pack_tile.h"
+#include "cpu/kernels/panel_rows.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -42,6 +43,18 @@ void pack(const PackArgs& a, Parallel& pool) {
       const int64_t depth = least(kDepth, a.dst.k - k);
       fill(tile, a, part.row, part.columns, k, depth);
       emit(tile, a, part.panel, part.column, part.columns, k, depth);
+    }
+  });
+}
+
+void unpack(const UnpackArgs& a, Parallel& pool) {
+  parallel_for(pool, a.src.panels() * a.src.parts, [&](int64_t panel, int) {
+    const int64_t row = panel / a.src.parts * kPanel, rows = least(kPanel, a.src.n - row);
+    float* dst = a.dst + (panel % a.src.parts * a.src.n + row) * a.dst_stride;
+    alignas(64) float widened[kWidenRows * kPanel];
+    for (int64_t k = 0; k < a.src.k; k += kWidenRows) {
+      const int64_t depth = least(kWidenRows, a.src.k - k);
+      transpose(dst + k, a.dst_stride, rows_of_panel(a.src, panel, k, depth, widened), kPanel, depth, rows);
     }
   });
 }

@@ -1,6 +1,6 @@
 // What packing is made of: the part of a panel that a call fills, and the tile in which weights become columns.
 #pragma once
-#include "cpu/kernels/kernel.h"
+#include "cpu/kernels/transpose.h"
 
 namespace pyllm::PYLLM_ISA {
 
@@ -39,24 +39,6 @@ inline void load_row(float* out, const unsigned char* src, DType dtype, int64_t 
   }
 }
 
-// tile[k][column + j] = lines[j][k], four by four.
-inline void transpose(Tile& tile, const float (*lines)[kDepth], int64_t column, int64_t depth) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef int32_t Index __attribute__((vector_size(16)));
-  for (int64_t k = 0; k < depth; k += 4) {
-    Four r[4];
-    for (int j = 0; j < 4; ++j) std::memcpy(&r[j], lines[j] + k, sizeof r[j]);
-    const Four low01 = __builtin_shuffle(r[0], r[1], Index{0, 4, 1, 5}),
-               low23 = __builtin_shuffle(r[2], r[3], Index{0, 4, 1, 5});
-    const Four high01 = __builtin_shuffle(r[0], r[1], Index{2, 6, 3, 7}),
-               high23 = __builtin_shuffle(r[2], r[3], Index{2, 6, 3, 7});
-    const Four out[4] = {
-        __builtin_shuffle(low01, low23, Index{0, 1, 4, 5}), __builtin_shuffle(low01, low23, Index{2, 3, 6, 7}),
-        __builtin_shuffle(high01, high23, Index{0, 1, 4, 5}), __builtin_shuffle(high01, high23, Index{2, 3, 6, 7})};
-    for (int j = 0; j < 4; ++j) std::memcpy(tile.values[k + j] + column, &out[j], sizeof out[j]);
-  }
-}
-
 // tile[k][c] for `depth` inner elements and `columns` rows of src from (row, k) on.
 inline void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, int64_t k, int64_t depth) {
   const int64_t size = dtype_bytes(a.src_dtype);
@@ -75,7 +57,8 @@ inline void fill(Tile& tile, const PackArgs& a, int64_t row, int64_t columns, in
       from = gathered;
     }
     load_row(lines[c % 4], from, a.src_dtype, depth);
-    if (c % 4 == 3 || c + 1 == columns) transpose(tile, lines, c / 4 * 4, depth);
+    if (c % 4 == 3 || c + 1 == columns)
+      transpose(tile.values[0] + c / 4 * 4, kPanel, lines[0], kDepth, 4, round_up(depth, 4));
   }
 }
 

@@ -33,7 +33,11 @@ void rope(const RopeArgs& a, Parallel& pool) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t h = 0; h < a.heads; ++h) {
         float* x = a.x + t * a.x_stride + h * a.head_size;
-        rotate(x, x, a.cos + t * a.half, a.sin + t * a.half, a.half, a.head_size);
+        const float *cos = a.cos + t * a.half, *sin = a.sin + t * a.half;
+        if (a.inverse)
+          rotate<true>(x, x, cos, sin, a.half, a.head_size);
+        else
+          rotate(x, x, cos, sin, a.half, a.head_size);
       }
     }
   });

@@ -59,13 +59,16 @@ static inline F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_
 static inline F load_f16_n(const uint16_t* p, int n) { return {_mm256_cvtph_ps(load_u16_n(p, n))}; }
 
 // Nearest even; NaN stays NaN (quieted), denormals are kept.
-static inline __m128i narrow_bf16(F a) {
+static inline __m256i bf16_bits(F a) {  // in the upper halves
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+static inline __m128i narrow_bf16(F a) {
+  const __m256i high = _mm256_srli_epi32(bf16_bits(a), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   return _mm256_castsi256_si128(packed);
 }
@@ -79,6 +82,11 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   const __m256i pairs = _mm256_loadu_si256((const __m256i*)p);
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+}
+
+static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
+  const __m256i high = _mm256_and_si256(bf16_bits(odd), _mm256_set1_epi32(int(0xffff0000)));
+  _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(high, _mm256_srli_epi32(bf16_bits(even), 16)));
 }
 
 static inline float sum(F a) {

@@ -47,14 +47,14 @@ static inline F load_f16_n(const uint16_t* p, int n) {
 }
 
 // Nearest even; NaN stays NaN (quieted), denormals are kept.
-static inline __m256i narrow_bf16(F a) {
+static inline __m512i bf16_bits(F a) {  // in the upper halves
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i result = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, quiet);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, quiet);
 }
+static inline __m256i narrow_bf16(F a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(a), 16)); }
 static inline void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(a)); }
 static inline void store_bf16_n(uint16_t* p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a)); }
 static inline __m256i narrow_f16(F a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -65,6 +65,11 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   const __m512i pairs = _mm512_loadu_si512(p);
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+}
+
+static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
+  const __m512i high = _mm512_and_si512(bf16_bits(odd), _mm512_set1_epi32(int(0xffff0000)));
+  _mm512_storeu_si512(p, _mm512_or_si512(high, _mm512_srli_epi32(bf16_bits(even), 16)));
 }
 
 static inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
@@ -79,7 +84,21 @@ static inline B load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; 
 static inline B set_pair(uint32_t pair) { return {_mm512_set1_epi32(int(pair))}; }
 static inline B round_pairs(F low, F high) { return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
 static inline void store_pairs(uint16_t* p, B a) { _mm512_storeu_si512(p, a.v); }
+static inline F round_bf16(F a) { return widen_bf16(narrow_bf16(a)); }
+static inline F swap_pairs(F a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 static inline F dot_bf16(F acc, B x, B w) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)w.v)}; }
+class FlushDenormals {
+ public:
+  explicit FlushDenormals(bool flush) : saved_(_mm_getcsr()) {
+    if (flush) _mm_setcsr(saved_ | 0x8040u);  // results, operands
+  }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
 #else
 #define PYLLM_HAS_BF16_DOT 0
 #endif

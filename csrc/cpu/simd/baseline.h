@@ -73,13 +73,16 @@ static inline F load_f16(const uint16_t* p) { return widen_f16(load_u16(p)); }
 static inline F load_f16_n(const uint16_t* p, int n) { return widen_f16(load_u16_n(p, n)); }
 
 // Nearest even; NaN stays NaN (quieted), denormals are kept.
-static inline __m128i narrow_bf16(F a) {
+static inline __m128i bf16_bits(F a) {  // in the upper halves
   const __m128i bits = _mm_castps_si128(a.v);
   const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
   const __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
   const __m128i quiet = _mm_or_si128(bits, _mm_set1_epi32(0x400000));
   const __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(a.v, a.v));
-  const __m128i high = _mm_srli_epi32(_mm_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_blendv_epi8(rounded, quiet, nan);
+}
+static inline __m128i narrow_bf16(F a) {
+  const __m128i high = _mm_srli_epi32(bf16_bits(a), 16);
   return _mm_packus_epi32(high, high);
 }
 static inline void store_bf16(uint16_t* p, F a) { _mm_storel_epi64((__m128i*)p, narrow_bf16(a)); }
@@ -114,6 +117,11 @@ static inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   const __m128i pairs = _mm_loadu_si128((const __m128i*)p);
   even.v = _mm_castsi128_ps(_mm_slli_epi32(pairs, 16));
   odd.v = _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(int(0xffff0000))));
+}
+
+static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
+  const __m128i high = _mm_and_si128(bf16_bits(odd), _mm_set1_epi32(int(0xffff0000)));
+  _mm_storeu_si128((__m128i*)p, _mm_or_si128(high, _mm_srli_epi32(bf16_bits(even), 16)));
 }
 
 static inline float sum(F a) {

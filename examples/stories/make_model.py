@@ -1,0 +1,76 @@
+"""Makes the model that ships with pyllm: `python -m stories.make_model WORK`, from the folder examples/.
+
+In WORK: corpus/ (the stories), tokenizer/, run/ (the training run, which goes on where it was stopped), and at the end
+model/ (bfloat16 weights), loss.png and quality.json. What is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import ml_dtypes
+from safetensors.numpy import load_file, save_file
+
+from .quality import measure
+from .write import write
+
+HERE = Path(__file__).parent
+STORIES, VOCABULARY = 240_000, 2048
+KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def make(work: Path) -> Path:
+    """All steps; gives the folder of the model."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "corpus").exists():
+        write(work / "corpus", STORIES)
+    if not (work / "tokenizer").exists():
+        template = HERE / "chat_template.jinja"
+        _pyllm(work, "train-tokenizer", "corpus/train.jsonl", "--out", "tokenizer",
+               "--vocab-size", str(VOCABULARY), "--chat-template", str(template))  # fmt: skip
+    if not (work / "model").exists():
+        if (work / "run" / "last").exists():
+            _pyllm(work, "train", "--resume", "--out", "run")
+        else:
+            shutil.copyfile(HERE / "run.yaml", work / "run.yaml")
+            _pyllm(work, "train", "--config", "run.yaml")
+        _pyllm(work, "plot", "run", "--out", "loss.png")
+        shrink(work / "run" / "best", work / "model")
+    quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, 0.7)
+    (work / "quality.json").write_text(json.dumps(asdict(quality), indent=2) + "\n")
+    print(json.dumps(asdict(quality), indent=2))
+    return work / "model"
+
+
+def shrink(source: Path, target: Path) -> None:
+    """A model folder with the weights as bfloat16 and nothing that only training needs."""
+    target.mkdir()
+    weights = {
+        name: values.astype(ml_dtypes.bfloat16) for name, values in load_file(source / "model.safetensors").items()
+    }
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+    for name in KEPT:
+        shutil.copyfile(source / name, target / name)
+
+
+def _pyllm(work: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pyllm", *arguments], cwd=work, check=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Make the model that ships with pyllm.")
+    parser.add_argument("work", type=Path)
+    print(make(parser.parse_args().work))
+
+
+if __name__ == "__main__":
+    main()

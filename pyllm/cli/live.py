@@ -1,0 +1,82 @@
+"""The line that shows how a training run goes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from pyllm.cli.output import is_quiet, note
+from pyllm.limits import peak_gflops
+from pyllm.spec import ModelSpec
+from pyllm.train.report import Callbacks, EvalReport, Sample, StepReport
+
+EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+class LiveLine(Callbacks):
+    """Loss, rate, norm, speed, share of the machine's peak and time left: one line, written anew; or a line now and
+    then where stderr is no terminal."""
+
+    def __init__(self, spec: ModelSpec, context: int, dtype: str, threads: int) -> None:
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        mean = max(context // 2, 1)
+        self._operations = 3 * spec.operations(mean) / mean  # of a token, forward and backward
+        self._peak = 0.0 if is_quiet() else peak_gflops(dtype, threads) * 1e9
+        self._steps, self._first, self._began, self._shown = 1, 0, time.monotonic(), 0.0
+        self._open = False
+
+    def started(self, step: int, steps: int, parameters: int) -> None:
+        """The run begins."""
+        self._steps, self._first, self._began = steps, step, time.monotonic()
+
+    def stepped(self, report: StepReport) -> None:
+        """A step."""
+        now = time.monotonic()
+        if not self._terminal and now - self._shown < EVERY and report.step not in (self._first + 1, self._steps):
+            return
+        self._shown = now
+        left = (now - self._began) / (report.step - self._first) * (self._steps - report.step)
+        share = self._operations * report.tokens_per_second / self._peak if self._peak else 0.0
+        line = (
+            f"step {report.step}/{self._steps} | loss {report.loss:.4f} | rate {report.learning_rate:.2e} | "
+            f"norm {report.gradient_norm:.2f} | {report.tokens_per_second:.0f} tok/s | {share:.0%} of peak | "
+            f"{_clock(left)} left"
+        )
+        if self._terminal and not is_quiet():
+            sys.stderr.write("\r\x1b[K" + line)
+            sys.stderr.flush()
+            self._open = True
+        else:
+            note(line)
+
+    def evaluated(self, report: EvalReport) -> None:
+        """An evaluation."""
+        self._line(
+            f"step {report.step}: held-out loss {report.loss:.4f}, perplexity {report.perplexity:.3f}"
+            + (" (best)" if report.best else "")
+        )
+
+    def sampled(self, sample: Sample) -> None:
+        """A sample."""
+        self._line(f"step {sample.step}: {sample.prompt}|{sample.text}")
+
+    def saved(self, step: int, folder: Path) -> None:
+        """A checkpoint."""
+        self._line(f"step {step}: saved {folder}")
+
+    def clear(self) -> None:
+        """End the line."""
+        if self._open:
+            self._open = False
+            note()
+
+    def _line(self, text: str) -> None:
+        self.clear()
+        note(text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,162 @@
+"""Checkpoints of a run: ordinary model folders with the training state beside the weights.
+
+A run's folder holds ``step-<n>`` folders and the links ``last`` and ``best``. A folder appears whole or not at all, and
+a link goes over to it in one step afterwards, so a run that is killed at any moment leaves its last checkpoint intact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.convert.new_folder import new_folder
+from pyllm.errors import CheckpointError, shown
+from pyllm.folder import read_json
+from pyllm.models import family_of, open_checkpoint
+from pyllm.safetensors_file import SafetensorsFile
+from pyllm.safetensors_writer import SafetensorsWriter, Shape
+from pyllm.train.parameters import Parameters, load_values
+from pyllm.weights import HEAD, SINGLE_FILE, Row, Transform
+
+LAST, BEST = "last", "best"
+STATE_FILE, MOMENTS_FILE = "training_state.json", "training_state.safetensors"
+MAX_STATE_BYTES = 100_000_000
+FORMAT = 1
+MOMENTS = ("first_moment", "second_moment")
+FROM_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
+                  "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that a run needs to go on, beside weights and moments."""
+
+    step: int
+    settings: dict[str, Any]  # `TrainConfig.fixed()`
+    model: dict[str, Any]  # config.json as the run was given it
+    data: dict[str, Any]
+    best_loss: float | None
+    last_loss: float | None
+
+
+def save_model(
+    folder: Path, parameters: Parameters, config: Mapping[str, Any], tokenizer: Path | None, dtype: Any = np.float32
+) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files into an existing folder, weights as `dtype`."""
+    kept = {name: value for name, value in config.items() if name not in ("torch_dtype", "quantization_config")}
+    _write_json(folder / "config.json", {**kept, "dtype": str(np.dtype(dtype))})
+    names, spec = family_of(config).names, parameters.spec
+    rows = {row.name if row.slots == (HEAD,) else names.prefix + row.name: row for row in names.expand(spec)}
+    slots = spec.slots()
+    shapes = {name: Shape(np.dtype(dtype), _stored_shape(row, slots)) for name, row in rows.items()}
+    with SafetensorsWriter(folder / SINGLE_FILE, shapes) as writer:
+        for name, row in rows.items():
+            values = np.concatenate([parameters.get(slot) for slot in row.slots])
+            writer.write(name, (values.T if row.transform is Transform.TRANSPOSED else values).astype(dtype))
+    for path in sorted(tokenizer.iterdir()) if tokenizer is not None else []:
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FROM_TOKENIZER):
+            shutil.copyfile(path, folder / path.name)
+
+
+class Checkpoints:
+    """The checkpoints in the folder of a run."""
+
+    def __init__(self, out: Path, keep: int) -> None:
+        self.out, self.keep = out, keep
+
+    def save(self, parameters: Parameters, state: RunState, tokenizer: Path | None) -> Path:
+        """Write a checkpoint, make it the last one, and remove those beyond `keep`; raises `OSError` for what the disk
+        refuses, with the last checkpoint as it was."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for path in self.out.glob(".*.partial"):  # of a run that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        folder = self.out / f"step-{state.step:08}"
+        if folder.exists():  # whole, but the run was killed before it became the last one
+            shutil.rmtree(folder)
+        needed, free = parameters.weights.nbytes * 3, shutil.disk_usage(self.out).free
+        if needed > free:
+            raise OSError(28, f"no room for a checkpoint: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; the "
+                          "last one is intact", str(self.out))  # fmt: skip
+        with new_folder(folder) as partial:
+            save_model(partial, parameters, state.model, tokenizer)
+            values = {name: getattr(parameters, name) for name in MOMENTS}
+            shapes = {name: Shape(array.dtype, array.shape) for name, array in values.items()}
+            with SafetensorsWriter(partial / MOMENTS_FILE, shapes) as writer:
+                for name, array in values.items():
+                    writer.write(name, array)
+            _write_json(partial / STATE_FILE, {"format": FORMAT, **vars(state)})
+        self._link(LAST, folder)
+        self._prune()
+        return folder
+
+    def mark_best(self, folder: Path) -> None:
+        """Let `best` stand for this checkpoint."""
+        self._link(BEST, folder)
+        self._prune()
+
+    def exist(self) -> bool:
+        """Whether the run has a checkpoint."""
+        return (self.out / LAST).exists()
+
+    def read_state(self) -> RunState:
+        """The state of the last checkpoint; raises `CheckpointError` where there is none."""
+        if not self.exist():
+            raise CheckpointError(f"{self.out}: no checkpoint to go on from: expected the link {LAST} in it")
+        path = self.out / LAST / STATE_FILE
+        values = read_json(path, MAX_STATE_BYTES, CheckpointError)
+        found = values.pop("format", None)
+        if found != FORMAT or set(values) != set(RunState.__dataclass_fields__):
+            raise CheckpointError(f"{path}: expected a training state of format {FORMAT}, found {shown(found)}")
+        return RunState(**values)
+
+    def load(self, parameters: Parameters) -> None:
+        """Weights and moments of the last checkpoint."""
+        folder = self.out / LAST
+        with open_checkpoint(folder) as checkpoint:
+            if checkpoint.spec.slots() != parameters.spec.slots():
+                raise CheckpointError(f"{folder}: the weights are those of another model")
+            load_values(parameters, checkpoint.tensors)
+        file = SafetensorsFile(folder / MOMENTS_FILE)
+        try:
+            for name in MOMENTS:
+                target: NDArray[np.float32] = getattr(parameters, name)
+                entry = file.entries.get(name)
+                if entry is None or entry.dtype != "F32" or entry.shape != target.shape:
+                    raise CheckpointError(f"{folder / MOMENTS_FILE}: {name}: expected float32 {list(target.shape)}")
+                target[:] = file.view(name)
+        finally:
+            file.close()
+
+    def _link(self, name: str, folder: Path) -> None:
+        temporary = self.out / f".{name}.{secrets.token_hex(4)}"
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, self.out / name)
+
+    def _prune(self) -> None:
+        linked = {(self.out / name).resolve() for name in (LAST, BEST)}
+        folders = sorted(path for path in self.out.glob("step-*") if path.is_dir())
+        for path in folders[: -self.keep]:
+            if path.resolve() not in linked:
+                shutil.rmtree(path)
+
+
+def _stored_shape(row: Row, slots: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    shape = (sum(slots[slot][0] for slot in row.slots), *slots[row.slots[0]][1:])
+    return shape[::-1] if row.transform is Transform.TRANSPOSED else shape
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,95 @@
+"""Two checks that show a broken setup before hours are spent: gradients against slopes, and fitting one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyllm.errors import RequestError
+from pyllm.ops import F32
+from pyllm.train.parameters import Parameters
+from pyllm.train.report import I32, Data
+from pyllm.train.step import IGNORED, Step
+
+CHANGE = 4e-3  # of the loss, by the longer of the two steps along a gradient
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """The norm of a weight's gradient, and the slope of the loss along it, which should be the same."""
+
+    slot: str
+    gradient: float
+    slope: float
+
+    @property
+    def error(self) -> float:
+        """The difference relative to the gradient."""
+        return abs(self.slope - self.gradient) / self.gradient if self.gradient else abs(self.slope)
+
+
+class RepeatedData:
+    """The first `batches` micro-batches of other data, over and over: a model that learns fits them quickly."""
+
+    def __init__(self, data: Data, batches: int) -> None:
+        self._data, self._at = data, 0
+        state = data.state()
+        self._batches = [tuple(array.copy() for array in data.next_batch()) for _ in range(batches)]
+        data.load_state(state)
+
+    def next_batch(self) -> tuple[I32, I32, I32]:
+        """See :class:`Data`."""
+        tokens, labels, starts = self._batches[self._at % len(self._batches)]
+        self._at += 1
+        return tokens, labels, starts
+
+    def state(self) -> dict[str, Any]:
+        """See :class:`Data`."""
+        return {"repeated": self._at, "data": self._data.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :class:`Data`."""
+        if "repeated" not in state:
+            raise RequestError("the run was not one that repeats a batch: start another run to overfit one")
+        self._data.load_state(state["data"])
+        self._at = state["repeated"]
+
+
+def check_gradients(parameters: Parameters, step: Step, batch: tuple[I32, I32, I32]) -> Iterator[GradientCheck]:
+    """For every weight, in float32, the slope of the loss along its gradient from four points on it.
+
+    Weights are as before afterwards; gradients are not. Raises `RequestError` for rounded weights, whose loss has no
+    slope.
+    """
+    if parameters.compute != "float32":
+        raise RequestError(f"gradients can be checked in float32 only, and the run computes in {parameters.compute}")
+    counted = int((batch[1] != IGNORED).sum())
+    if counted == 0:
+        raise RequestError("the batch has no token that counts")
+    step.fill(*batch)
+    parameters.zero_gradients()
+    loss = step.accumulate(counted, 0) / counted
+    gradients = {slot: parameters.gradient(slot) for slot in parameters.spec.slots()}
+
+    def loss_at(slot: str, before: F32, direction: F32, width: float) -> float:
+        parameters.set(slot, before + np.float32(width) * direction)
+        return step.accumulate(counted, 0) / counted
+
+    for slot, gradient in gradients.items():
+        norm = float(np.linalg.norm(gradient.astype(np.float64)))
+        if norm == 0:
+            yield GradientCheck(slot, 0.0, 0.0)
+            continue
+        before, direction = parameters.get(slot), gradient / np.float32(norm)
+        width = CHANGE * abs(loss) / norm / 2
+        largest = float(np.abs(before).max(initial=0)) * before.size**0.5
+        width = min(width, 0.02 * largest if largest else width)
+        try:
+            near = loss_at(slot, before, direction, width) - loss_at(slot, before, direction, -width)
+            far = loss_at(slot, before, direction, 2 * width) - loss_at(slot, before, direction, -2 * width)
+        finally:
+            parameters.set(slot, before)
+        yield GradientCheck(slot, norm, (8 * near - far) / (12 * width))

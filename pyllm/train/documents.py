@@ -1,0 +1,160 @@
+"""Reads training text: `.txt`, one document a file, and `.jsonl`, one document a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyllm.errors import DataError, TokenizerError, shown
+from pyllm.folder import unique_names
+from pyllm.tokenizer import Tokenizer
+
+PIECE_CHARACTERS = 1 << 20  # of a text file that are tokenised together, about
+MAX_LINE_BYTES = 64 << 20
+KEYS = "`text`, `prompt` and `completion`, or `messages`"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Texts in order, each with whether its tokens are an answer, that is, no prompt.
+
+    `open` says that more of the same document follows, so that no end token is due; `chat` that a template made the
+    text, which brings its own special tokens. `maskable` is False where a template does not let prompt and answer be
+    told apart.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+    open: bool = False
+    chat: bool = False
+    maskable: bool = True
+    bytes_read: int = 0  # of the file, so far
+
+
+def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
+    """The documents of a file; raises `DataError` for what is empty, binary or malformed."""
+    if path.suffix == ".txt":
+        return _read_text(path)
+    if path.suffix == ".jsonl":
+        return _read_lines(path, tokenizer)
+    raise DataError(f"{path}: expected a file named .txt, .jsonl or .bin")
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The plain texts of a file, without any template; raises `DataError`."""
+    if path.suffix == ".jsonl":
+        for record, at, _ in _records(path):
+            keys = [key for key in ("text", "prompt", "completion") if isinstance(record.get(key), str)]
+            yield from (record[key] for key in keys)
+            messages = record.get("messages")
+            said = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+            yield from (text for text in said if isinstance(text, str))
+            if not keys and not said:
+                raise DataError(f"{at}: expected {KEYS}, found {', '.join(sorted(record)) or 'no keys'}")
+    elif path.suffix == ".txt":
+        for document in _read_text(path):
+            yield from (text for text, _ in document.parts)
+    else:
+        raise DataError(f"{path}: expected a file named .txt or .jsonl")
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    """Pieces of a text, cut before a line: for byte-level tokenizers the ids are those of the whole text."""
+    read, rest = 0, ""
+    with path.open("rb") as file:
+        while data := file.read(PIECE_CHARACTERS):
+            while data[-1] & 0x80 and (more := file.read(1)):  # not within a character
+                data += more
+            rest += _decoded(data, path, read)
+            read += len(data)
+            cut = rest.rfind("\n") + 1
+            while cut < len(rest) and rest[cut].isspace():  # white space stays in one piece
+                cut += 1
+            if 0 < cut < len(rest):
+                yield Document(((rest[:cut], True),), open=True, bytes_read=read)
+                rest = rest[cut:]
+    if rest:
+        yield Document(((rest, True),), bytes_read=read)
+
+
+def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
+    for record, at, read in _records(path):
+        yield _document(record, at, tokenizer, read)
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """The objects of a file, each with where it stands and the bytes read so far."""
+    read = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            at = f"{path}, line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(f"{at}: longer than {MAX_LINE_BYTES} bytes; is this one JSON object a line?")
+            text = _decoded(line, path, read).strip()
+            read += len(line)
+            if not text:
+                continue
+            try:
+                record = json.loads(text, object_pairs_hook=unique_names)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{at}: not a JSON object: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{at}: expected a JSON object with {KEYS}, found {shown(record)}")
+            yield record, at, read
+
+
+def _document(record: Mapping[str, Any], at: str, tokenizer: Tokenizer, read: int) -> Document:
+    keys = {"text", "prompt", "completion", "messages"} & record.keys()
+    if keys == {"messages"}:
+        return _conversation(record["messages"], at, tokenizer, read)
+    if keys not in ({"text"}, {"prompt", "completion"}):
+        raise DataError(f"{at}: expected {KEYS}, found {', '.join(sorted(record)) or 'no keys'}")
+    for key in keys:
+        if not isinstance(record[key], str):
+            raise DataError(f"{at}: {key}: expected a string, found {shown(record[key])}")
+    if keys == {"text"}:
+        return Document(((record["text"], True),), bytes_read=read)
+    return Document(((record["prompt"], False), (record["completion"], True)), bytes_read=read)
+
+
+def _conversation(messages: object, at: str, tokenizer: Tokenizer, read: int) -> Document:
+    """A conversation through the chat template; what the assistant says is the answer."""
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+    ):
+        raise DataError(f"{at}: messages: expected a list of objects with role and content, found {shown(messages)}")
+    try:
+        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        parts, done = [], 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
+            answer = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
+            if not (whole.startswith(answer) and answer.startswith(prompt) and len(prompt) >= done):
+                return Document(((whole, True),), chat=True, maskable=False, bytes_read=read)
+            parts += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answer)], True)]
+            done = len(answer)
+    except TokenizerError as error:
+        raise DataError(f"{at}: {error}") from error
+    parts.append((whole[done:], False))
+    return Document(tuple(part for part in parts if part[0]), chat=True, bytes_read=read)
+
+
+def _decoded(data: bytes, path: Path, before: int) -> str:
+    """Text; refuses what is not UTF-8 and what holds NUL bytes, which no text does."""
+    zero = data.find(b"\0")
+    try:
+        if zero < 0:
+            return data.decode("utf-8")
+        what, where = "a zero byte", zero
+    except UnicodeDecodeError as error:
+        what, where = error.reason, error.start
+    raise DataError(
+        f"{path}: not UTF-8 text: {what} at byte {before + where} (0x{data[where]:02x}). Convert it, for example with "
+        "iconv -t UTF-8; token files are named .bin."
+    )

@@ -1,0 +1,176 @@
+"""What training takes, in bytes, before anything is laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pyllm import _cpu
+from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
+from pyllm.engine.runner import arena_floats
+from pyllm.errors import InsufficientMemoryError
+from pyllm.planning import GB, SPARE
+from pyllm.spec import BlockSpec, ModelSpec
+from pyllm.system import available_memory
+from pyllm.train.parameters import layout_of
+
+LOGITS_FLOATS = 1 << 25  # of a chunk of rows that pass through the head together, about
+SCRATCH_ROWS, SCRATCH_COLUMNS = 1024, 4096  # of an incoming gradient that the kernels copy, at most
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A micro-batch of `tokens` tokens in at most `sequences` sequences, and what decides how it is computed."""
+
+    tokens: int
+    sequences: int
+    dtype: str = "float32"
+    dropout: bool = False
+    checkpoint_activations: bool = False
+
+
+@dataclass(frozen=True)
+class StepFloats:
+    """Floats of a step's arena: values kept until backward, those of a part of a block that are computed again, and
+    gradients."""
+
+    kept: int
+    part: int
+    gradients: int
+    evaluation: int  # of a step without gradients, in the same memory
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return max(self.kept + self.part + self.gradients, self.evaluation)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Bytes by purpose; `available` is what the system can give now."""
+
+    spec: ModelSpec
+    shape: StepShape
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    cache: int
+    scratch: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.cache + self.scratch
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits what is available, with some room for the interpreter."""
+        return self.total + SPARE <= self.available
+
+    def check(self) -> None:
+        """Raise `InsufficientMemoryError` where it does not fit."""
+        if self.fits:
+            return
+        raise InsufficientMemoryError(
+            f"not enough memory to train: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f}, gradients "
+            f"{self.gradients / GB:.2f}, optimizer {self.optimizer / GB:.2f}, activations {self.activations / GB:.2f} "
+            f"for {self.shape.tokens} tokens, keys and values {self.cache / GB:.2f}, scratch "
+            f"{self.scratch / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a "
+            "micro-batch and accumulate more of them, keep fewer activations (checkpoint_activations), or choose a "
+            "smaller model."
+        )
+
+
+def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
+    """Plan for a model and the shape of its micro-batches; nothing is laid out."""
+    layout = layout_of(spec)
+    weights = 4 * layout.size
+    if shape.dtype != "float32":
+        weights += sum(_cpu.packed_bytes(m.n, m.k, shape.dtype, m.gate is not None) for m in layout.matrices)
+    return TrainPlan(
+        spec=spec,
+        shape=shape,
+        weights=weights,
+        gradients=4 * layout.size,
+        optimizer=8 * layout.size,
+        activations=4 * step_floats(spec, shape).total,
+        cache=cache_blocks(shape) * KVCache.block_bytes(cached(spec, shape), cache_dtype(shape)),
+        scratch=_scratch(spec, shape),
+        available=available_memory(),
+    )
+
+
+def _scratch(spec: ModelSpec, shape: StepShape) -> int:
+    """Bytes of the kernels' scratch memory, nearly: that of the widest matrix, and a quarter more."""
+    widest = max(m.n * (2 if m.gate is not None else 1) for m in layout_of(spec).matrices)
+    return 5 * min(shape.tokens, SCRATCH_ROWS) * min(widest, SCRATCH_COLUMNS)
+
+
+def cache_dtype(shape: StepShape) -> str:
+    """Of keys and values: as inference stores them."""
+    return shape.dtype
+
+
+def cached(spec: ModelSpec, shape: StepShape) -> ModelSpec:
+    """A model whose layers are those that have keys and values of their own: one that all share, in turn, where what is
+    in a block is computed again before its gradients and the blocks are alike."""
+    alike = all(block.attention == spec.blocks[0].attention for block in spec.blocks)
+    return replace(spec, blocks=spec.blocks[:1]) if shape.checkpoint_activations and alike else spec
+
+
+def cache_blocks(shape: StepShape) -> int:
+    """Blocks that hold a micro-batch, however it is cut into sequences, each of which begins a block."""
+    return shape.tokens // BLOCK_TOKENS + min(shape.sequences, shape.tokens)
+
+
+def table_width(spec: ModelSpec, shape: StepShape) -> int:
+    """Blocks of the longest sequence."""
+    return blocks_for(min(shape.tokens, spec.max_positions))
+
+
+def head_rows(spec: ModelSpec, tokens: int) -> int:
+    """Rows that pass through the head together: as even as they can be within `LOGITS_FLOATS`."""
+    most = max(BLOCK_TOKENS, LOGITS_FLOATS // spec.vocab_size)
+    chunks = -(-tokens // most)
+    rows = -(-tokens // max(chunks, 1))
+    return min(tokens, -(-rows // 16) * 16)
+
+
+def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
+    """What a :class:`pyllm.tape.Tape` takes from its arenas for one step."""
+    tokens = shape.tokens
+
+    def floats(columns: int, rows: int = tokens) -> int:
+        return -(-columns * rows // 16) * 16
+
+    width = floats(spec.hidden)
+    branch = width if shape.dropout else 0
+
+    def attention(b: BlockSpec) -> tuple[int, int]:
+        """Values and gradients."""
+        a = b.attention
+        queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        normed = floats(queries) + floats(keys) if a.qk_norm is not None else 0
+        qkv = floats(queries + 2 * keys)
+        return (
+            width + qkv + normed + floats(queries) + floats(a.heads) + branch,
+            branch + floats(queries) + qkv + normed + width,
+        )
+
+    def mlp(b: BlockSpec) -> tuple[int, int]:
+        inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
+        return width + inner + pre + branch, branch + inner + width
+
+    parts = [part(b) for b in spec.blocks for part in (attention, mlp)]
+    angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
+    kept = width + angles + width * len(parts) + width
+    values = [value for value, _ in parts]
+    rows = head_rows(spec, tokens)
+    logits = floats(spec.vocab_size, rows)
+    return StepFloats(
+        kept=kept + (0 if shape.checkpoint_activations else sum(values)),
+        part=max(values) if shape.checkpoint_activations else 0,
+        gradients=width + max(logits, width + max(gradient for _, gradient in parts)),
+        evaluation=arena_floats(spec, tokens, tokens) + logits,
+    )

@@ -1,0 +1,132 @@
+"""From settings to what a trainer takes: tokens, micro-batches and a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyllm.errors import ConfigError
+from pyllm.folder import read_config, resolve
+from pyllm.models import family_of
+from pyllm.tokenizer import Tokenizer
+from pyllm.train.architectures import new_config
+from pyllm.train.data import PackedData
+from pyllm.train.memory import StepShape, TrainPlan, plan_training
+from pyllm.train.run_config import RunConfig, settings
+from pyllm.train.token_store import TokenStore, open_tokens
+
+DEFAULT_CONTEXT = 256
+CONTEXTS = 8  # in a micro-batch, unless told
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer takes: the folder of a model or the content of a config.json, and data."""
+
+    model: Path | dict[str, Any]
+    tokenizer: Path | None
+    train: PackedData
+    valid: PackedData | None
+    notes: tuple[str, ...]
+
+
+def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path | None, int]:
+    """The model's folder or config.json, the tokenizer's folder, and the context."""
+    folder = resolve(config.model) if config.model is not None else None
+    tokenizer = Path(config.tokenizer) if config.tokenizer is not None else folder
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ConfigError(f"tokenizer: expected a folder with tokenizer.json, found no folder {tokenizer}")
+    if folder is not None:
+        limit = family_of(values := read_config(folder)).read(values).max_positions
+        context = config.context or min(DEFAULT_CONTEXT, limit)
+        if context > limit:
+            raise ConfigError(f"context: expected at most the model's {limit} positions, got {context}")
+        return folder, tokenizer, context
+    loaded = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    size = config.vocab_size or (loaded.vocab_size if loaded is not None else None)
+    if size is None:
+        raise ConfigError("tokenizer: a new model needs the folder of a tokenizer, or vocab_size and data of tokens")
+    if loaded is not None and size < loaded.vocab_size:
+        raise ConfigError(f"vocab_size: expected at least the tokenizer's {loaded.vocab_size}, got {size}")
+    context = config.context or DEFAULT_CONTEXT
+    assert config.arch is not None
+    values = new_config(
+        config.arch,
+        layers=config.layers,
+        hidden=config.hidden,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        ffn=config.ffn,
+        tie=config.tie,
+        context=context,
+        vocab_size=size,
+        init_std=config.init_std,
+        tokenizer=loaded,
+    )
+    return values, tokenizer, context
+
+
+def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | None = None) -> Setup:
+    """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit."""
+    model, tokenizer, context = model_and_tokenizer(config)
+    files = [*config.data, *config.valid]
+    cache = Path(config.data_cache) if config.data_cache is not None else None
+
+    def opened(index: int) -> TokenStore:
+        def share(done: float) -> None:
+            if progress is not None:
+                progress((index + done) / len(files))
+
+        return open_tokens(Path(files[index]), tokenizer, cache, share)
+
+    stores = [opened(i) for i in range(len(files))]
+    training, held = stores[: len(config.data)], stores[len(config.data) :]
+    if not 0 <= config.valid_share < 1:
+        raise ConfigError(f"valid_share: expected 0 <= value < 1, got {config.valid_share}")
+    if not held and config.valid_share > 0:
+        training, held = map(list, zip(*(store.split(config.valid_share) for store in training), strict=True))
+    tokens = config.batch_tokens or CONTEXTS * context
+    _check_ids(model, stores)
+
+    def packed(chosen: Sequence[TokenStore], weights: Sequence[float] | None, sequences: int | None) -> PackedData:
+        return PackedData(
+            chosen,
+            context=context,
+            tokens=tokens,
+            weights=weights,
+            packing=config.packing,
+            mask_prompt=config.mask_prompt,
+            seed=seed,
+            sequences=sequences,
+        )
+
+    train = packed(training, config.weights, None)
+    valid = packed(held, None, train.sequences) if held else None
+    return Setup(model, tokenizer, train, valid, tuple(train.notes))
+
+
+def plan_of_run(values: Mapping[str, Any]) -> TrainPlan:
+    """The memory of a run with these settings, of which those of its data may be missing."""
+    needed = {"steps": 1, "out": ".", "data": ("none.bin",)}
+    config, theirs = settings({**needed, **values})
+    model, _, context = model_and_tokenizer(config)
+    config_json = model if isinstance(model, dict) else read_config(model)
+    tokens = config.batch_tokens or CONTEXTS * context
+    sequences = -(-tokens // context) if config.packing == "plain" else -(-tokens // 32)
+    shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
+    return plan_training(family_of(config_json).read(config_json), shape)
+
+
+def _check_ids(model: Path | dict[str, Any], stores: Sequence[TokenStore]) -> None:
+    """Raise for tokens that the model has no embedding of."""
+    values = model if isinstance(model, dict) else read_config(model)
+    size = family_of(values).read(values).vocab_size
+    for store in stores:
+        step = 1 << 24
+        largest = max(int(store.tokens[i : i + step].max()) for i in range(0, len(store.tokens), step))
+        if largest >= size:
+            raise ConfigError(
+                f"{store.name}: holds token {largest}, and the model has {size}: was it made with another tokenizer?"
+            )

@@ -1,0 +1,171 @@
+"""Training against torch: all gradients of transformers' models, the optimizer, and folders that transformers loads."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_families import goldens
+from training import Batch, CountedData, gradients, make_batch
+
+from pyllm.folder import read_config
+from pyllm.models import family_of, open_checkpoint, read_spec
+from pyllm.ops_training import TrainingOps
+from pyllm.train import TrainConfig, Trainer, learning_rate
+from pyllm.train.parameters import Parameters, load_values
+from pyllm.train.step import IGNORED
+from pyllm.weights import HEAD, Transform
+
+MODELS = ["gpt2", "llama", "llama-tied-biased", "qwen3"]
+VOCAB = 67
+
+if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
+    pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
+    pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
+
+
+def torch_model(folder: Path) -> Any:
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).train(False)
+
+
+def random_model(name: str, folder: Path, seed: int = 0) -> None:
+    """A model with all parameters at random, in `folder`."""
+    model = goldens._random_model(goldens.variants()[name].config, seed)
+    folder.mkdir(exist_ok=True)
+    model.config.to_json_file(folder / "config.json", use_diff=False)
+    goldens._save_weights(model, folder / "model.safetensors")
+
+
+def torch_loss(model: Any, batch: Batch) -> Any:
+    """Mean over the counted labels of all sequences, each by itself."""
+    import torch
+
+    ids, labels, starts = batch
+    total: Any = 0
+    for first, end in pairwise(starts):
+        if first == end:
+            continue
+        logits = model(torch.from_numpy(ids[first:end].astype(np.int64))[None]).logits[0].float()
+        wanted = torch.from_numpy(labels[first:end].astype(np.int64))
+        total = total + torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+    return total / int((labels != IGNORED).sum())
+
+
+def by_slot(folder: Path, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays under the checkpoint's names as slots, [out, in]."""
+    spec, names, found = read_spec(folder), family_of(read_config(folder)).names, {}
+    for row in names.expand(spec):
+        values = tensors[row.name if row.slots == (HEAD,) else names.prefix + row.name]
+        values = values.T if row.transform is Transform.TRANSPOSED else values
+        start = 0
+        for slot in row.slots:
+            rows = spec.slots()[slot][0]
+            found[slot] = values[start : start + rows]
+            start += rows
+    return found
+
+
+def torch_gradients(folder: Path, batch: Batch, autocast: bool = False) -> tuple[float, dict[str, np.ndarray]]:
+    import torch
+
+    model = torch_model(folder)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = torch_loss(model, batch)
+    loss.backward()
+    named = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    return float(loss.detach()), by_slot(folder, named)
+
+
+def parameters_of(folder: Path, dtype: str = "float32") -> Parameters:
+    with open_checkpoint(folder) as checkpoint:
+        parameters = Parameters(checkpoint.spec, TrainingOps(threads=2), dtype)
+        load_values(parameters, checkpoint.tensors)
+    return parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
+    random_model(name, tmp_path)
+    batch = make_batch(VOCAB, 90, 4, 0)
+    expected_loss, expected = torch_gradients(tmp_path, batch)
+    loss, found = gradients(parameters_of(tmp_path), batch)
+    assert abs(loss - expected_loss) <= 1e-6 * expected_loss
+    assert set(found) == set(expected)
+    # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
+    rounding = 1e-7 * max(float(np.abs(gradient).max()) for gradient in expected.values())
+    for slot, gradient in expected.items():
+        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + rounding, slot
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_as_near_to_float32_as_that_of_torch(name: str, tmp_path: Path) -> None:
+    """Twice its error is allowed, over all gradients together and over the loss of several batches."""
+    random_model(name, tmp_path)
+    ours, theirs, loss_ours, loss_theirs = 0.0, 0.0, [], []
+    for seed in range(6):
+        batch = make_batch(VOCAB, 90, 4, seed)
+        exact_loss, exact = torch_gradients(tmp_path, batch)
+        their_loss, their = torch_gradients(tmp_path, batch, autocast=True)
+        our_loss, our = gradients(parameters_of(tmp_path, "bfloat16"), batch)
+        ours += sum(float(((our[slot] - g) ** 2).sum()) for slot, g in exact.items())
+        theirs += sum(float(((their[slot] - g) ** 2).sum()) for slot, g in exact.items())
+        loss_ours.append(our_loss - exact_loss)
+        loss_theirs.append(their_loss - exact_loss)
+    assert ours**0.5 <= 2 * theirs**0.5
+    assert np.linalg.norm(loss_ours) <= 2 * np.linalg.norm(loss_theirs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_steps_follow_torch(name: str, tmp_path: Path) -> None:
+    import torch
+
+    random_model(name, tmp_path / "model")
+    config = TrainConfig(tmp_path / "run", steps=20, learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, clip=0.7)
+    trainer = Trainer(tmp_path / "model", CountedData(vocab=VOCAB), config)
+    model = torch_model(tmp_path / "model")
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "wpe" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "wpe" in n]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps)
+    data = CountedData(vocab=VOCAB)
+    for step in range(20):
+        optimizer.zero_grad()
+        loss = torch_loss(model, data.next_batch())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        report = trainer.step()
+        assert report.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert report.gradient_norm == pytest.approx(float(norm), rel=1e-4)
+    named = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    for slot, value in by_slot(tmp_path / "model", named).items():
+        if name == "gpt2" and slot.endswith("attn.k.bias"):
+            continue  # its gradient is zero but for rounding, which Adam makes as large as any other
+        assert np.abs(trainer.parameters.get(slot) - value).max() <= 1e-5 * max(1, np.abs(value).max()), slot
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_what_was_trained(name: str, tmp_path: Path) -> None:
+    import torch
+
+    from pyllm import LLM
+
+    random_model(name, tmp_path / "model")
+    config = TrainConfig(tmp_path / "run", steps=3, learning_rate=1e-2)
+    folder = Trainer(tmp_path / "model", CountedData(vocab=VOCAB), config).run().folder
+    ids = make_batch(VOCAB, 32, 1, 5)[0].tolist()
+    ours = LLM(folder, skip_tokenizer_init=True, threads=2).forward(ids).logits
+    with torch.no_grad():
+        theirs = torch_model(folder)(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(ours - theirs).max() <= 2e-5 * max(1.0, np.abs(theirs).max())
