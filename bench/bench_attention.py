@@ -65,37 +65,43 @@ def formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def assert_matches(result: np.ndarray, q: np.ndarray, cache: np.ndarray, tokens: int) -> None:
-    """Hold a result against the formula; where bf16 dot products are used, queries and weights are rounded for them."""
+    """Hold a result against the formula, with queries and weights rounded where the kernel rounds them."""
     keys, values = contents(cache, tokens)
     allowed = 1e-4
+    unit = np.float32(SCALE) * np.float32(np.log2(np.e))  # queries as the kernel scales and rounds them
     if dot_products(cache.dtype) == "bfloat16":
-        unit = np.float32(SCALE) * np.float32(np.log2(np.e))  # queries as the kernel scales and rounds them
         q = (q * unit).astype(BF16).astype(np.float32) / unit
         allowed += 1.1 * 2**-8 * float(np.abs(values).max())
+    if cache.dtype == np.int8:
+        word = np.abs(q * unit).max(axis=-1, keepdims=True) / np.float32(32767)
+        q = np.rint(q * unit / word) * word / unit
+        allowed += 2**-10 * float(np.abs(values).max())
     assert np.abs(result - formula(q, keys, values)).max() < allowed
 
 
 def dot_products(cache: np.dtype) -> str:
-    """In which dtype queries, keys, weights and values are multiplied."""
-    return "bfloat16" if cache != np.float32 and "bf16" in _cpu.active_isa() else "float32"
+    """In which dtype queries, keys, weights and values are multiplied; int16, for int8, counts as float32."""
+    return "bfloat16" if cache == BF16 and "bf16" in _cpu.active_isa() and _cpu.fast_bf16_dots() else "float32"
 
 
 @pytest.mark.parametrize("blocks_in", ["order", "shuffled"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("depth", sized([512, 2048, 8192], [128, 256]))
+@pytest.mark.parametrize(
+    ("batch", "depth"), sized([(1, 512), (1, 2048), (1, 8192), (4, 2048), (16, 2048)], [(1, 128), (1, 256), (3, 128)])
+)
 def test_decode(
-    benchmark: Any, record: Callable[..., None], ops: Ops, depth: int, dtype: np.dtype, blocks_in: str
+    benchmark: Any, record: Callable[..., None], ops: Ops, batch: int, depth: int, dtype: np.dtype, blocks_in: str
 ) -> None:
-    blocks = depth // PAGE
-    memory = caches(max(2, CACHE_BYTES // (2 * depth * GROUPS * SIZE * dtype.itemsize)), blocks, dtype)
+    blocks = batch * depth // PAGE
+    memory = caches(max(2, CACHE_BYTES // (2 * batch * depth * GROUPS * SIZE * dtype.itemsize)), blocks, dtype)
     order = np.arange(blocks) if blocks_in == "order" else RNG.permutation(blocks)
-    tables = order.astype(np.int32)[None]
-    q = RNG.normal(size=(1, HEADS * SIZE)).astype(np.float32)
-    starts, lengths = np.array([0, 1], np.int32), np.array([depth], np.int32)
+    tables = order.astype(np.int32).reshape(batch, -1)
+    q = RNG.normal(size=(batch, HEADS * SIZE)).astype(np.float32)
+    starts, lengths = np.arange(batch + 1, dtype=np.int32), np.full(batch, depth, np.int32)
     ops.begin_recording()
     out = [ops.attention(q, layer, starts, lengths, tables, head_size=SIZE, scale=SCALE) for layer in memory]
     graph = ops.end_recording()
-    work = len(memory) * depth
+    work = len(memory) * batch * depth
     record(
         dtype=dot_products(dtype),
         bytes=2 * work * GROUPS * (SIZE + 2 * (dtype == np.int8)) * dtype.itemsize,
@@ -105,7 +111,9 @@ def test_decode(
         state="cache in memory",
     )
     benchmark.pedantic(ops.replay, (graph,), warmup_rounds=1, rounds=5)
-    assert_matches(out[0], q.reshape(1, HEADS, SIZE), memory[0][order], depth)
+    for b in (0, batch - 1):
+        row = q[b : b + 1].reshape(1, HEADS, SIZE)
+        assert_matches(out[0][b : b + 1], row, memory[0][tables[b]], depth)
     assert np.array_equal(out[0], out[-1])
 
 

@@ -76,9 +76,17 @@ class BlockPool:
         """Number of blocks that can be handed out."""
         return len(self._free)
 
-    def take(self) -> int:
-        """A free block, now held once; its old content is forgotten."""
-        block, _ = self._free.popitem(last=False)
+    def take(self, after: int = -1) -> int:
+        """A free block, now held once; its old content is forgotten.
+
+        The one behind block `after`, the sequence's last, where that is free and holds nothing to find again: memory is
+        read faster in order.
+        """
+        block = after + 1
+        if after >= 0 and block in self._free and self._hash[block] is None:
+            del self._free[block]
+        else:
+            block, _ = self._free.popitem(last=False)
         assert self._count[block] == 0
         self._forget(block)
         self._count[block] = 1

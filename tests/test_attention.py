@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from oracle.attention import BF16, DTYPES, PAGE, attention, empty, put, stored
+from oracle.attention import BF16, DTYPES, PAGE, attention, empty, put, rounded_queries, stored, weight_error
 from oracle.harness import ISAS, Framed, at_isa
 
+from pyllm import _cpu
 from pyllm.ops import Ops
 
 SIZES = [1, 3, 8, 16, 33, 64, 80, 96, 127, 128, 256]
@@ -30,9 +31,9 @@ class Case:
     def head_size(self) -> int:
         return self.keys[0].shape[2]
 
-    def rounds(self, isa: str) -> bool:
-        """Whether queries and weights are rounded to bfloat16."""
-        return self.cache.dtype != np.float32 and isa in ("avx512_bf16", "amx_bf16")
+    def weight_error(self, dots: bool) -> float:
+        """By how much rounded weights move an output at most."""
+        return weight_error(self.cache.dtype, dots) * max(float(np.abs(v).max()) for v in self.values)
 
     def rows(self, *ranges: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """q, starts, lengths, tables of a batch of (sequence, first position, end position)."""
@@ -49,34 +50,36 @@ class Case:
         )
 
     def formula(
-        self, *ranges: tuple[int, int, int], window: int = 0, dtype: type = np.float64, isa: str = "avx2"
+        self, *ranges: tuple[int, int, int], window: int = 0, dtype: type = np.float64, dots: bool = False
     ) -> np.ndarray:
-        q = np.concatenate([self.queries[b][i:j] for b, i, j in ranges]).astype(dtype)
-        if self.rounds(isa):  # queries as the kernel scales and rounds them
-            unit = np.float32(self.head_size**-0.5) * np.float32(np.log2(np.e))
-            q = (q.astype(np.float32) * unit).astype(BF16).astype(dtype) / dtype(unit)
+        q = np.concatenate([self.queries[b][i:j] for b, i, j in ranges])
+        q = rounded_queries(q, self.head_size**-0.5, self.cache.dtype, dots).astype(dtype)
         starts = np.cumsum([0] + [j - i for _, i, j in ranges])
         keys, values = ([part[b][:j] for b, _, j in ranges] for part in (self.keys, self.values))
         return attention(q, keys, values, starts, self.head_size**-0.5, window).reshape(len(q), -1)
 
 
+def multiplies_bf16(isa: str) -> bool:
+    """Whether a bfloat16 cache is multiplied as such, on this machine, by default."""
+    with at_isa(isa):
+        return isa.endswith("bf16") and _cpu.fast_bf16_dots()
+
+
 def assert_close_to_formula(
-    case: Case, isa: str, actual: np.ndarray, *ranges: tuple[int, int, int], window: int = 0
+    case: Case, dots: bool, actual: np.ndarray, *ranges: tuple[int, int, int], window: int = 0
 ) -> None:
     """The tolerance of all kernels, with a floor for batches so small that the naive version is exact by luck.
 
     A score is wrong by about half a unit in its last place, and a weight, so an output, by as much as its score.
-    Weights that are rounded to bfloat16 are wrong by 2^-8, and so are outputs, relative to the largest value.
     """
-    oracle, naive = (case.formula(*ranges, window=window, dtype=d, isa=isa) for d in (np.float64, np.float32))
+    oracle, naive = (case.formula(*ranges, window=window, dtype=d, dots=dots) for d in (np.float64, np.float32))
     norms = [max(float(np.linalg.norm(a, axis=-1).max()) for a in part) for part in (case.queries, case.keys)]
     score = norms[0] * norms[1] * case.head_size**-0.5
     floor = 2**-24 * score * max(float(np.abs(v).max()) for v in case.values)
     assert np.isfinite(actual).all()
     error, usual = (float(np.abs(a - oracle).max(initial=0)) for a in (actual, naive))
     allowed = 2 * max(usual, floor) + 4 * 2**-23 * float(np.abs(oracle).max(initial=0))
-    if case.rounds(isa):
-        allowed += 1.1 * 2**-8 * max(float(np.abs(v).max()) for v in case.values)
+    allowed += case.weight_error(dots)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -115,7 +118,7 @@ def test_matches_formula(dtype: np.dtype, size: int) -> None:
                 context = POOLS[2].context
                 context.attention(out.array, query.array, case.cache, starts, lengths, tables, size, size**-0.5, window)
             out.check()
-            assert_close_to_formula(case, isa, out.array, *ranges, window=window)
+            assert_close_to_formula(case, multiplies_bf16(isa), out.array, *ranges, window=window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,7 +132,7 @@ def test_lengths_and_heads(dtype: np.dtype, heads: int, groups: int) -> None:
             for isa in ISAS:
                 with at_isa(isa):
                     actual = case.attend(POOLS[2], *ranges, window=window)
-                assert_close_to_formula(case, isa, actual, *ranges, window=window)
+                assert_close_to_formula(case, multiplies_bf16(isa), actual, *ranges, window=window)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -153,6 +156,27 @@ def test_same_bits_however_it_is_cut(
             company = case.attend(ops, (1, 3, 70), (0, 100, n), (2, 512, 513), (0, 57, 58), window=window)
             assert np.array_equal(company[67 : 67 + n - 100].view(np.int32), whole[100:].view(np.int32))
             assert np.array_equal(company[-1].view(np.int32), whole[57].view(np.int32))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.endswith("bf16")])
+@pytest.mark.parametrize("dots", [False, True])
+@pytest.mark.parametrize("size", [33, 64, 256])
+def test_both_ways_to_multiply_bfloat16(isa: str, dots: bool, size: int) -> None:
+    """What other machines of the level do by default: against the formula, and prefill equals decoding."""
+    case = make([300], 6, 2, size, BF16, seed=size)
+
+    def attend(begin: int, end: int) -> np.ndarray:
+        q, starts, lengths, tables = case.rows((0, begin, end))
+        out = np.empty_like(q)
+        context = POOLS[2].context
+        context.attention(out, q, case.cache, starts, lengths, tables, size, size**-0.5, 100, bf16_dots=dots)
+        return out
+
+    with at_isa(isa):
+        whole = attend(0, 300)
+        assert_close_to_formula(case, dots, whole, (0, 0, 300), window=100)
+        for i in range(0, 300, 23):
+            assert np.array_equal(attend(i, i + 1).view(np.int32), whole[i : i + 1].view(np.int32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -206,8 +230,8 @@ def test_large_scores(dtype: np.dtype) -> None:
         with at_isa(isa):
             actual = case.attend(POOLS[2], (0, 0, 520))
         assert np.isfinite(actual).all()
-        oracle = case.formula((0, 0, 520), isa=isa)
-        assert np.abs(actual - oracle).max() <= allowed + case.rounds(isa) * 2**-8 * np.abs(case.values[0]).max()
+        oracle = case.formula((0, 0, 520), dots=multiplies_bf16(isa))
+        assert np.abs(actual - oracle).max() <= allowed + case.weight_error(multiplies_bf16(isa))
         assert np.median(np.abs(actual - oracle)) <= 2**-22
 
 

@@ -10,7 +10,7 @@ from oracle import attention as formulas
 from oracle import dropout
 from oracle.attention import BF16, PAGE, put
 from oracle.harness import ISAS, Framed, assert_close, at_isa
-from test_attention import SIZES, Case, make
+from test_attention import SIZES, Case, make, multiplies_bf16
 
 from pyllm.ops import Dropout
 from pyllm.ops_training import TrainingOps
@@ -21,9 +21,9 @@ RNG = np.random.default_rng(17)
 SEED = np.array([0x1234567890ABCDEF], np.uint64)
 
 
-def assert_log_sums(case: Case, isa: str, lse: np.ndarray, oracle: np.ndarray, naive: np.ndarray) -> None:
+def assert_log_sums(rounds: bool, lse: np.ndarray, oracle: np.ndarray, naive: np.ndarray) -> None:
     """Weights that are rounded to bfloat16 come from a polynomial that is 1e-4 off."""
-    if case.rounds(isa):
+    if rounds:
         assert np.abs(lse - oracle).max() <= 1.1e-4
     else:
         assert_close(lse, oracle, naive)
@@ -32,20 +32,22 @@ def assert_log_sums(case: Case, isa: str, lse: np.ndarray, oracle: np.ndarray, n
 class Whole:
     """All sequences of a case, each from its first row to its last, and a random cotangent."""
 
-    def __init__(self, case: Case, isa: str, window: int = 0, dropout: Dropout | None = None) -> None:
+    def __init__(
+        self, case: Case, isa: str, window: int = 0, dropout: Dropout | None = None, dots: bool | None = None
+    ) -> None:
+        """`dots` says whether a bfloat16 cache is multiplied as such, which is the machine's choice if None."""
         self.case, self.window, self.dropout = case, window, dropout
         self.q, self.starts, self.lengths, self.tables = case.rows(*[(b, 0, len(k)) for b, k in enumerate(case.keys)])
         self.heads, self.size = case.queries[0].shape[1:]
         self.dout = RNG.normal(size=self.q.shape).astype(np.float32)
-        self.isa = isa
+        self.dots = dots
+        rounds = multiplies_bf16(isa) if dots is None else dots and isa.endswith("bf16")
+        self.rounds = case.cache.dtype == BF16 and rounds
 
     def formula(self, dtype: type, given: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, ...]:
         """dq, dk, dv, out, lse; of queries as the kernel rounds them."""
         shape = len(self.q), self.heads, self.size
-        q = self.q.reshape(shape)
-        if self.case.rounds(self.isa):
-            unit = np.float32(self.size**-0.5) * np.float32(np.log2(np.e))
-            q = (q * unit).astype(BF16).astype(dtype) / dtype(unit)
+        q = formulas.rounded_queries(self.q.reshape(shape), self.size**-0.5, self.case.cache.dtype, self.rounds)
         if given is not None:
             given = given[0].reshape(shape), given[1]
         arguments = self.dout.reshape(shape).astype(dtype), q.astype(dtype), self.case.keys, self.case.values
@@ -83,35 +85,19 @@ class Whole:
 
     def forward(self, ops: TrainingOps) -> tuple[np.ndarray, np.ndarray]:
         lse = np.full((len(self.q), self.heads), np.nan, np.float32)
-        out = ops.attention(
-            self.q,
-            self.case.cache,
-            self.starts,
-            self.lengths,
-            self.tables,
-            head_size=self.size,
-            scale=self.size**-0.5,
-            window=self.window,
-            lse=lse,
-            dropout=self.dropout,
-        )
+        out = ops.empty(*self.q.shape)
+        ops.context.attention(out, self.q, self.case.cache, *self.settings(), lse, self.dropout, self.dots)
         return out, lse
 
     def backward(self, ops: TrainingOps, out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, ...]:
-        return ops.attention_backward(
-            self.dout,
-            out,
-            self.q,
-            self.case.cache,
-            lse,
-            self.starts,
-            self.lengths,
-            self.tables,
-            head_size=self.size,
-            scale=self.size**-0.5,
-            window=self.window,
-            dropout=self.dropout,
-        )
+        width = self.case.cache.shape[1] * self.size
+        gradients = ops.empty(*self.q.shape), ops.empty(len(self.q), width), ops.empty(len(self.q), width)
+        inputs = self.dout, out, self.q, self.case.cache, lse
+        ops.context.attention_backward(*gradients, *inputs, *self.settings(), self.dropout, self.dots)
+        return gradients
+
+    def settings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, float, int]:
+        return self.starts, self.lengths, self.tables, self.size, self.size**-0.5, self.window
 
 
 def same_bits(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
@@ -192,40 +178,50 @@ def test_lengths_and_heads(isa: str, heads: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_bfloat16_pass(isa: str) -> None:
+@pytest.mark.parametrize("dots", [False, True])
+def test_bfloat16_pass(isa: str, dots: bool) -> None:
     """Forward and backward over a bfloat16 cache: where weights are rounded, out and so gradients are off by 2^-8."""
-    case = make([200, 64, 7], 4, 2, 48, BF16)
-    whole = Whole(case, isa)
+    whole = Whole(make([200, 64, 7], 4, 2, 48, BF16), isa, dots=dots)
     with at_isa(isa):
         out, lse = whole.forward(POOLS[2])
         gradients = whole.backward(POOLS[2], out, lse)
     oracle, naive = whole.formula(np.float64), whole.formula(np.float32)
-    assert_log_sums(case, isa, lse, oracle[4], naive[4])
-    if not case.rounds(isa):
+    assert_log_sums(whole.rounds, lse, oracle[4], naive[4])
+    if not whole.rounds:
         return whole.assert_gradients(gradients, out, lse)
     for actual, exact in zip(gradients, oracle, strict=False):
         assert np.abs(actual - exact).max() <= 2**-8 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout(isa: str, dtype: np.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "dots"), [(DTYPES[0], False), (BF16, False), (BF16, True)], ids=str)
+def test_dropout(isa: str, dtype: np.dtype, dots: bool) -> None:
     """Forward and backward drop the same weights, those of the generator's description."""
     case = make([300, 65, 1], 4, 2, 24, dtype)
-    whole = Whole(case, isa, 0, (0.3, SEED, 5))
+    whole = Whole(case, isa, 0, (0.3, SEED, 5), dots)
     oracle, naive = whole.formula(np.float64), whole.formula(np.float32)
     with at_isa(isa):
         out, lse = whole.forward(POOLS[2])
         given = tuple(a.astype(np.float32) for a in oracle[3:])
         gradients = whole.backward(POOLS[2], *given)
         from_forward = whole.backward(POOLS[2], out, lse)
-    assert_log_sums(case, isa, lse, oracle[4], naive[4])
-    if case.rounds(isa):
+    assert_log_sums(whole.rounds, lse, oracle[4], naive[4])
+    if whole.rounds:
         assert np.abs(out - oracle[3]).max() <= 2**-7 * max(np.abs(v).max() for v in case.values)
     else:
         assert_close(out, oracle[3], naive[3])
         whole.assert_gradients(from_forward, out, lse)
     whole.assert_gradients(gradients, *given)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_dropout_over_int8(isa: str) -> None:
+    case = make([300, 65, 1], 4, 2, 24, np.dtype(np.int8))
+    whole = Whole(case, isa, 0, (0.3, SEED, 5))
+    with at_isa(isa):
+        out, _ = whole.forward(POOLS[2])
+    oracle = whole.formula(np.float64)[3]
+    assert np.abs(out - oracle).max() <= case.weight_error(False) / (1 - 0.3)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -54,6 +54,22 @@ def test_blocks_without_content_are_reused_before_cached_ones() -> None:
     assert pool.find([b"key"]) == [cached]
 
 
+def test_the_block_behind_the_last_one_is_taken_if_nothing_can_be_found_in_it() -> None:
+    pool = BlockPool(6)
+    first = pool.take()
+    other = pool.take()
+    assert pool.take(after=other) == 2
+    pool.give_back([other])
+    assert pool.take(after=2) == 3  # not the one that was freed last
+    assert pool.take(after=first) == other
+    pool.publish(3, b"key")
+    pool.give_back([3])
+    assert pool.take(after=2) == 4  # 3 may be found again
+    assert pool.find([b"key"]) == [3]
+    assert pool.take(after=5) == 5  # there is none behind the last
+    pool.check()
+
+
 def test_shared_block_is_free_only_when_all_let_go() -> None:
     pool = BlockPool(1)
     block = pool.take()
@@ -71,7 +87,7 @@ def test_invariants_hold_whatever_is_done(actions: list[tuple[str, int]]) -> Non
     pool, held = BlockPool(5), []
     for action, n in actions:
         if action == "take" and pool.free:
-            held.append(pool.take())
+            held.append(pool.take(after=n - 2))
         elif action == "back" and held:
             pool.give_back([held.pop(n % len(held))])
         elif action == "publish" and held:

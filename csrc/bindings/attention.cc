@@ -1,5 +1,6 @@
 // rope_angles, rope, kv_write, attention and its backward pass.
 #include <cmath>
+#include <optional>
 
 #include "bindings/arrays.h"
 #include "bindings/context.h"
@@ -175,7 +176,7 @@ void check_values(const AttentionBackwardArgs& a) {
 template <class Args>
 void set_sequences(Args& args, const py::object& q, const py::object& cache, const py::object& starts,
                    const py::object& lengths, const py::object& tables, int64_t head_size, float scale, int64_t window,
-                   const py::object& dropout) {
+                   const py::object& dropout, std::optional<bool> bf16_dots) {
   args.cache = cache_of(cache, head_size, false);
   const auto queries = rows_of<const float>(q, "q", -1, -1);
   args.q = queries.data, args.q_stride = queries.stride, args.rows = queries.rows;
@@ -191,13 +192,15 @@ void set_sequences(Args& args, const py::object& q, const py::object& cache, con
   if (!std::isfinite(scale)) throw py::value_error("scale: expected a finite number, got " + std::to_string(scale));
   args.window = window, args.scale = scale;
   args.dropout = dropout_of(dropout);
+  args.bf16_dots = bf16_dots.value_or(cpu::fast_bf16_dots());
 }
 
 void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
                const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
-               float scale, int64_t window, const py::object& lse, const py::object& dropout) {
+               float scale, int64_t window, const py::object& lse, const py::object& dropout,
+               std::optional<bool> bf16_dots) {
   AttentionArgs args{};
-  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout);
+  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout, bf16_dots);
   const auto result = rows_of<float>(out, "out", args.rows, args.heads * head_size);
   args.out = result.data, args.out_stride = result.stride;
   if (!lse.is_none()) args.lse = dense_rows_of<float>(lse, "lse", args.rows, args.heads).data;
@@ -209,9 +212,9 @@ void attention_backward(Context& context, const py::object& dq, const py::object
                         const py::object& dout, const py::object& out, const py::object& q, const py::object& cache,
                         const py::object& lse, const py::object& starts, const py::object& lengths,
                         const py::object& tables, int64_t head_size, float scale, int64_t window,
-                        const py::object& dropout) {
+                        const py::object& dropout, std::optional<bool> bf16_dots) {
   AttentionBackwardArgs args{};
-  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout);
+  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout, bf16_dots);
   if (args.cache.dtype == DType::i8)
     throw py::type_error("cache: expected float32 or bfloat16, as int8 has no gradient, got int8");
   const int64_t columns = args.heads * head_size, key_columns = args.cache.kv_heads * head_size;
@@ -242,11 +245,11 @@ void bind_attention(py::module_&, ContextClass& context) {
            py::arg("cos"), py::arg("sin"))
       .def("attention", &attention, py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("starts"),
            py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
-           py::arg("lse") = py::none(), py::arg("dropout") = py::none())
+           py::arg("lse") = py::none(), py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none())
       .def("attention_backward", &attention_backward, py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dout"),
            py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("lse"), py::arg("starts"), py::arg("lengths"),
            py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
-           py::arg("dropout") = py::none());
+           py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none());
 }
 
 }  // namespace pyllm::bindings

@@ -53,6 +53,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("active_isa", [] { return cpu::active_isa().name; }, "Name of the level in use.");
   module.def("set_isa", &set_isa, py::arg("name"),
              "Choose a level; ValueError where it is unknown or cannot run here.");
+  module.def("fast_bf16_dots", &cpu::fast_bf16_dots,
+             "Whether attention over a bfloat16 cache multiplies bfloat16 by default, where the level in use can.");
   module.attr("IGNORED_LABEL") = kIgnoredLabel;
   module.attr("BLOCK_TOKENS") = kBlockTokens;
   module.attr("HEAD_PAD") = kHeadPad;

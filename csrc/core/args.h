@@ -215,6 +215,7 @@ struct AttentionArgs {
   int64_t q_stride, out_stride;
   int64_t window;
   float scale;
+  bool bf16_dots;  // multiply a bf16 cache by bf16 where the level can, rounding queries and weights; or else widen it
   Dropout dropout;
   void* workspace;
 };
@@ -240,6 +241,7 @@ struct AttentionBackwardArgs {
   int64_t dq_stride, dk_stride, dv_stride, dout_stride, out_stride, q_stride;
   int64_t window;
   float scale;
+  bool bf16_dots;  // of the forward pass
   Dropout dropout;
   void* workspace;
 };

@@ -26,14 +26,14 @@ struct AttentionWorkspace {
   int64_t slots;          // partial results: of one query token and one key block
   int64_t slot_floats;    // per head: max, sum, weighted values
   int64_t tile_floats;    // accumulators and queries of one tile
-  int64_t thread_floats;  // a thread's scratch: those, and a page's numbers and scales
+  int64_t thread_floats;  // a thread's scratch: those, and a page's numbers
   int64_t plan_bytes, partial_bytes, bytes;
 };
 
 // A partial result of one head is [max, sum, 14 unused, values[Ep]].
 constexpr int64_t kPartialHeader = 16;
 // Rows of per-thread scratch with one float per query row: see Scratch in kernels/attention.cc.
-constexpr int64_t kRowVectors = 10, kSumLanes = 16;
+constexpr int64_t kRowVectors = 11, kSumLanes = 16;
 
 static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int64_t threads) {
   const int64_t Ep = a.cache.padded_head();
@@ -45,7 +45,7 @@ static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int
   w.slots = wanted < most ? wanted : most;
   w.slot_floats = kPartialHeader + Ep;
   w.tile_floats = kQueryRows * (3 * Ep + kSumLanes + kRowVectors);
-  w.thread_floats = w.tile_floats + kBlockTokens * (3 * Ep + 4);
+  w.thread_floats = w.tile_floats + kBlockTokens * 3 * Ep;
   w.plan_bytes = round_up((a.sequences + 1) * int64_t(sizeof(SequencePlan)), 64);
   w.partial_bytes = w.slots * a.heads * w.slot_floats * 4;
   w.bytes = w.plan_bytes + w.partial_bytes + threads * w.thread_floats * 4;

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/cores.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -128,6 +130,8 @@ bool set_isa(const char* name) {
   }
   return false;
 }
+
+bool fast_bf16_dots() { return vectors_dot_bf16_fast() || std::strcmp(active_isa().name, "amx_bf16") == 0; }
 
 }  // namespace cpu
 }  // namespace pyllm

@@ -27,4 +27,7 @@ const IsaLevel& active_isa();
 // Chooses a level by name. False where the name is unknown or the machine cannot run it.
 bool set_isa(const char* name);
 
+// Whether the bf16 dot products of the level in use, tiles included, outrun float32 multiply-adds, where it has any.
+bool fast_bf16_dots();
+
 }  // namespace pyllm::cpu

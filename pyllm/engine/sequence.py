@@ -54,7 +54,12 @@ class Sequence:
         missing = blocks_for(tokens) - len(self.blocks)
         if missing > pool.free:
             return False
-        self._append([pool.take() for _ in range(missing)])
+        last = self.blocks[-1] if self.blocks else -1
+        taken = []
+        for _ in range(missing):
+            last = pool.take(after=last)
+            taken.append(last)
+        self._append(taken)
         return True
 
     def publish(self, pool: BlockPool, until: int) -> None:

@@ -39,6 +39,27 @@ def attention(
     return out
 
 
+def rounded_queries(q: Array, scale: float, cache: np.dtype[Any], dots: bool) -> Array:
+    """float32 queries [..., E] as the kernel takes them.
+
+    In bfloat16 where it multiplies that (`dots`), for an int8 cache in 16-bit integers by each row's largest magnitude.
+    """
+    unit = np.float32(scale) * np.float32(np.log2(np.e))
+    scaled = q * unit
+    if cache == np.int8:
+        most = np.maximum(np.abs(scaled).max(axis=-1, keepdims=True), np.float32(2**-110))
+        return np.rint(scaled * (np.float32(32767) / most)) * (most / np.float64(32767)) / np.float64(unit)
+    return scaled.astype(BF16).astype(np.float64) / np.float64(unit) if dots and cache == BF16 else q
+
+
+def weight_error(cache: np.dtype[Any], dots: bool) -> float:
+    """By how much rounded weights move an output at most, relative to the largest value.
+
+    bfloat16 weights are wrong by 2^-8 of themselves, the 64 int16 weights of a page each by 2^-16 of the largest.
+    """
+    return 2**-10 if cache == np.int8 else 1.1 * 2**-8 if dots and cache == BF16 else 0.0
+
+
 def attention_backward(
     dout: Array,
     q: Array,

@@ -7,8 +7,9 @@
 // same ones.
 //
 // An item walks pages outermost, then heads: a page's heads, each its keys and then its values, are one contiguous
-// stream. Queries and weights are rounded to bf16 where the cache is bf16 or i8 and the level multiplies bf16; elsewhere
-// the cache is widened. An i8 page's integers are multiplied as they are, and its scales go into scores and weights.
+// stream. Queries and weights are rounded to bf16 where the cache is bf16 and is multiplied as such; elsewhere the
+// cache is widened. Where the cache is i8 they are rounded to 16-bit integers, queries by the largest of their row,
+// weights, times the values' scales, by the largest of their row and page: both products are sums of integers, exact.
 #include <math.h>
 
 #include <type_traits>
@@ -29,29 +30,35 @@ constexpr int kPageVectors = kBlockTokens / F::N;
 // From here on arithmetic costs more than memory: a page is widened once for all rows, and nothing is fetched ahead.
 constexpr int64_t kManyRows = 24;
 
-// Whether queries and weights are pairs of bf16, or float32.
+// What queries and weights are multiplied as.
 template <class Step>
-constexpr bool is_pairs() {
-  return !std::is_same<typename Step::X, float>::value;
+constexpr Weights weights_of() {
+  return is_words<Step>()                               ? Weights::words
+         : std::is_same<typename Step::X, float>::value ? Weights::floats
+                                                        : Weights::pairs;
 }
-constexpr bool pairs_for(DType cache) { return PYLLM_HAS_BF16_DOT && cache != DType::f32; }
+inline Weights weights_for(const AttentionArgs& a) {
+  if (a.cache.dtype == DType::i8) return Weights::words;
+  return PYLLM_HAS_BF16_DOT && a.cache.dtype == DType::bf16 && a.bf16_dots ? Weights::pairs : Weights::floats;
+}
 
 // A thread's scratch. Rows are those of the item's first head, then those of its second, and so on.
 struct Scratch {
-  float* q;      // [rows][Ep] scaled; or bf16 [rows][q_pairs][2], zero past Ep
+  float* q;      // [rows][Ep] scaled; or bf16 or int16 [rows][q_pairs][2], zero past Ep
   float* o;      // [rows][Ep] of the current key block
   float* total;  // [rows][Ep] merged so far
   float* lanes;  // [rows][kSumLanes] of the current key block's sum
   float* max;    // [rows] of the current key block
   float* total_max;
   float* total_sum;
-  int64_t* first;  // [rows] visible keys
+  float* query_unit;   // [rows] of words, see RowState
+  float* weight_unit;  // of the current page
+  int64_t* first;      // [rows] visible keys
   int64_t* last;
   DropoutRow* dropout;  // [rows]
-  float* keys;          // a page of one head widened to float32; or each a whole page widened to bf16
+  float* keys;          // a page of one head widened to float32
   float* values;
   float* seen_values;  // what one row sees of a page
-  float* scales;       // of a page's keys, then of its values: [2][2][kBlockTokens], for the two that are widened
 };
 
 Scratch scratch_of(float* memory, int64_t Ep) {
@@ -63,22 +70,16 @@ Scratch scratch_of(float* memory, int64_t Ep) {
   s.max = s.lanes + kQueryRows * cpu::kSumLanes;
   s.total_max = s.max + kQueryRows;
   s.total_sum = s.total_max + kQueryRows;
-  s.first = reinterpret_cast<int64_t*>(s.total_sum + 2 * kQueryRows);
+  s.query_unit = s.total_sum + kQueryRows;
+  s.weight_unit = s.query_unit + kQueryRows;
+  s.first = reinterpret_cast<int64_t*>(s.weight_unit + kQueryRows);
   s.last = s.first + kQueryRows;
   s.dropout = reinterpret_cast<DropoutRow*>(s.last + kQueryRows);
   s.keys = memory + kQueryRows * (3 * Ep + cpu::kSumLanes + cpu::kRowVectors);
   s.values = s.keys + kBlockTokens * Ep;
   s.seen_values = s.values + kBlockTokens * Ep;
-  s.scales = s.seen_values + kBlockTokens * Ep;
   return s;
 }
-
-// What stays from page to page of an item.
-struct Worker {
-  StripTiles tiles;
-  const int8_t* widened[2] = {nullptr, nullptr};  // the i8 pages that stand in scratch as bf16, and where the next is
-  int turn = 0;
-};
 
 // Rows of one head that take in one page.
 struct Rows {
@@ -95,7 +96,7 @@ class Attention {
         Ep(args.cache.padded_head()),
         q_pairs(round_up(Ep, 32) / 2),
         group(args.heads / args.cache.kv_heads),
-        pairs(pairs_for(args.cache.dtype)),
+        weights(weights_for(args)),
         plan(args, static_cast<SequencePlan*>(args.workspace), workspace.slots),
         partials(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes)),
         threads(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes +
@@ -123,7 +124,7 @@ class Attention {
     }
     std::memset(s.total, 0, size_t(rows * Ep) * sizeof(float));
     const int64_t begin = max_of(t.first_key, s.first[0]), end = min_of(t.last_key, s.last[rows - 1]);
-    Worker worker;
+    StripTiles tiles;
     for (int64_t key = begin / kKeyBlock * kKeyBlock; key < end; key += kKeyBlock) {
       for (int64_t i = 0; i < rows; ++i) s.max[i] = -kInfinity;
       std::memset(s.lanes, 0, size_t(rows) * cpu::kSumLanes * sizeof(float));
@@ -131,11 +132,11 @@ class Attention {
       const int64_t last_page = min_of(end, key + kKeyBlock);
       for (int64_t page = max_of(key, begin) / kBlockTokens * kBlockTokens; page < last_page; page += kBlockTokens) {
         if (a.cache.dtype == DType::f32)
-          attend_page<float>(t, s, page, end, worker);
+          attend_page<float>(t, s, page, end, tiles);
         else if (a.cache.dtype == DType::bf16)
-          attend_page<uint16_t>(t, s, page, end, worker);
+          attend_page<uint16_t>(t, s, page, end, tiles);
         else
-          attend_page<int8_t>(t, s, page, end, worker);
+          attend_page<int8_t>(t, s, page, end, tiles);
       }
       for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
     }
@@ -152,15 +153,17 @@ class Attention {
 
   void take_query(const Scratch& s, int64_t i, const float* q) const {
     alignas(64) float scaled[kMaxHead + 16];
-    float* to = pairs ? scaled : s.q + i * Ep;
+    float* to = weights == Weights::floats ? s.q + i * Ep : scaled;
     const F scale = set(a.scale * kLog2e);
     int64_t e = 0;
     for (; e + F::N <= E; e += F::N) store(to + e, load(q + e) * scale);
     if (e < E) store(to + e, load_n(q + e, int(E - e)) * scale);
-#if PYLLM_HAS_BF16_DOT
-    if (!pairs) return;
+    if (weights == Weights::floats) return;
     for (e = round_up(E, F::N); e < 2 * q_pairs; e += F::N) store(to + e, zero());
     uint16_t* row = reinterpret_cast<uint16_t*>(s.q) + i * 2 * q_pairs;
+    if (weights == Weights::words) s.query_unit[i] = round_to_words(reinterpret_cast<int16_t*>(row), to, 2 * q_pairs);
+#if PYLLM_HAS_BF16_DOT
+    if (weights == Weights::words) return;
     for (e = 0; e < 2 * q_pairs; e += 2 * F::N) store_pairs(row + e, round_pairs(load(to + e), load(to + e + F::N)));
 #endif
   }
@@ -182,126 +185,104 @@ class Attention {
 
   // Takes in the keys [key, key + kBlockTokens) for all heads and rows of an item; `end` is where its keys end.
   template <class T>
-  void attend_page(const Item& t, const Scratch& s, int64_t key, int64_t end, Worker& worker) const {
+  void attend_page(const Item& t, const Scratch& s, int64_t key, int64_t end, StripTiles& tiles) const {
     const T* data = static_cast<const T*>(a.cache.data);
     const int64_t half = a.cache.half_elements();
-    // The head's page that comes so many after head h's in the item's order, the last one where there are no more.
-    const auto page_after = [&](int64_t h, int64_t ahead) {
-      int64_t k = key;
-      for (h += ahead; h >= t.heads && k + kBlockTokens < end; h -= t.heads) k += kBlockTokens;
-      const T* keys = data + page_of(t, k, min_of(h, t.heads - 1));
+    const auto page = [&](int64_t k, int64_t h) {
+      const T* keys = data + page_of(t, k, h);
       return Page<T>{keys, keys + half};
     };
-    for (int64_t h = 0; h < t.heads; ++h)
-      attend_head(s, Rows{h * t.rows, (h + 1) * t.rows, key}, page_after(h, 0), page_after(h, 1), page_after(h, 2),
-                  worker);
+    for (int64_t h = 0; h < t.heads; ++h) {
+      Page<T> next = page(key, min_of(h + 1, t.heads - 1));  // in the item's order
+      if (h + 1 == t.heads && key + kBlockTokens < end) next = page(key + kBlockTokens, 0);
+      attend_head(s, Rows{h * t.rows, (h + 1) * t.rows, key}, page(key, h), next, tiles);
+    }
   }
 
-  void attend_head(const Scratch& s, Rows rows, Page<float> page, Page<float> next, Page<float>, Worker&) const {
+  void attend_head(const Scratch& s, Rows rows, Page<float> page, Page<float> next, StripTiles&) const {
     const PageOperand<float> keys{page.keys, kKeyGroup * E, kKeyGroup}, values{page.values, kKeyGroup, Ep};
-    if (rows.end - rows.begin >= kManyRows)
-      attend_rows<StepF32, false>(s, rows, keys, values, nullptr, next);
-    else
-      attend_rows<StepF32, true>(s, rows, keys, values, nullptr, next);
+    attend_rows<StepF32>(s, rows, keys, values, {}, next);
   }
 
-#if PYLLM_HAS_BF16_DOT
-  void attend_head(const Scratch& s, Rows rows, Page<uint16_t> page, Page<uint16_t> next, Page<uint16_t>,
-                   Worker& worker) const {
-    attend_pairs(s, rows, page, nullptr, next, rows.end - rows.begin < kManyRows, worker);
+  void attend_head(const Scratch& s, Rows rows, Page<int8_t> page, Page<int8_t> next, StripTiles&) const {
+    const PageOperand<int8_t> keys{page.keys, kKeyGroup * Ep, 2 * kKeyGroup},
+        values{page.values, 2 * kKeyGroup, 2 * Ep};
+    const auto scales = [&](const int8_t* half) { return reinterpret_cast<const uint16_t*>(half + kBlockTokens * Ep); };
+    attend_rows<StepWords>(s, rows, keys, values, {scales(page.keys), scales(page.values)}, next);
   }
 
-  // The next page is widened before this one is multiplied, so that its stores are done when they are loaded as tiles.
-  void attend_head(const Scratch& s, Rows rows, Page<int8_t> page, Page<int8_t> next, Page<int8_t> after,
-                   Worker& worker) const {
-    if (worker.widened[worker.turn] != page.keys) widen(s, page, next, worker, worker.turn);
-    if (next.keys != page.keys) widen(s, next, after, worker, 1 - worker.turn);
-    const Page<uint16_t> wide = wide_page(s, worker.turn);
-    attend_pairs(s, rows, wide, s.scales + worker.turn * 2 * kBlockTokens, wide, false, worker);
-    worker.turn = 1 - worker.turn;
-  }
-
-  Page<uint16_t> wide_page(const Scratch& s, int turn) const {
-    auto* keys = reinterpret_cast<uint16_t*>(turn ? s.values : s.keys);
-    return {keys, keys + kBlockTokens * Ep};
-  }
-
-  void widen(const Scratch& s, Page<int8_t> page, Page<int8_t> next, Worker& worker, int turn) const {
-    const Page<uint16_t> to = wide_page(s, turn);
-    widen_integers(const_cast<uint16_t*>(to.keys), page.keys, kBlockTokens * Ep, next.keys);
-    widen_integers(const_cast<uint16_t*>(to.values), page.values, kBlockTokens * Ep, next.values);
-    widen_scales(s.scales + turn * 2 * kBlockTokens, page, kBlockTokens * Ep);
-    worker.widened[turn] = page.keys;
-  }
-
-  void attend_pairs(const Scratch& s, Rows rows, Page<uint16_t> page, const float* scales, Page<uint16_t> next,
-                    bool ahead, Worker& worker) const {
+  void attend_head(const Scratch& s, Rows rows, Page<uint16_t> page, Page<uint16_t> next, StripTiles& tiles) const {
     const PageOperand<uint16_t> keys{page.keys, kKeyGroup * Ep, 2 * kKeyGroup},
         values{page.values, 2 * kKeyGroup, 2 * Ep};
-#if PYLLM_HAS_AMX
-    const int64_t products = 2 * Ep / kAmxGroup + 4 * divide_up(Ep / 2, kAmxPairs);
-    attend_rows_amx(s, rows, keys, values, scales,
-                    PageAhead(next.keys, 2 * a.cache.half_elements() * 2, ahead ? products : 0), worker.tiles);
-#else
-    if (ahead)
-      attend_rows<StepBf16Dot, true>(s, rows, keys, values, scales, next);
-    else
-      attend_rows<StepBf16Dot, false>(s, rows, keys, values, scales, next);
+#if PYLLM_HAS_BF16_DOT
+    if (weights == Weights::pairs) return attend_pairs(s, rows, keys, values, next, tiles);
 #endif
-  }
-#else
-  template <class T>
-  void attend_head(const Scratch& s, Rows rows, Page<T> page, Page<T> next, Page<T>, Worker&) const {
-    const float* scales = nullptr;
-    if constexpr (sizeof(T) == 1) {
-      widen_scales(s.scales, page, kBlockTokens * Ep);
-      scales = s.scales;
-    }
     if (rows.end - rows.begin >= kManyRows) {
       widen_pairs(s.keys, page.keys, kBlockTokens / kKeyGroup * Ep / 2, kKeyGroup);
       widen_pairs(s.values, page.values, kBlockTokens / 2, Ep);
-      const PageOperand<float> keys{s.keys, kKeyGroup * Ep, kKeyGroup}, values{s.values, kKeyGroup, Ep};
-      attend_rows<StepF32, false>(s, rows, keys, values, scales, next);
+      attend_rows<StepF32>(s, rows, {s.keys, kKeyGroup * Ep, kKeyGroup}, {s.values, kKeyGroup, Ep}, {}, next);
     } else {
-      using Step = std::conditional_t<sizeof(T) == 1, StepI8Wide, StepBf16Wide>;
-      const PageOperand<T> keys{page.keys, kKeyGroup * Ep, 2 * kKeyGroup}, values{page.values, 2 * kKeyGroup, 2 * Ep};
-      attend_rows<Step, true>(s, rows, keys, values, scales, next);
+      attend_rows<StepBf16Wide<false>>(s, rows, keys, values, {}, next);
     }
+  }
+
+#if PYLLM_HAS_BF16_DOT
+  void attend_pairs(const Scratch& s, Rows rows, PageOperand<uint16_t> keys, PageOperand<uint16_t> values,
+                    Page<uint16_t> next, StripTiles& tiles) const {
+#if PYLLM_HAS_AMX
+    const int64_t products = 2 * Ep / kAmxGroup + 4 * divide_up(Ep / 2, kAmxPairs);
+    const bool ahead = rows.end - rows.begin < kManyRows;
+    attend_rows_amx(s, rows, keys, values, PageAhead(next.keys, 2 * a.cache.half_elements() * 2, ahead ? products : 0),
+                    tiles);
+#else
+    attend_rows<StepBf16Dot>(s, rows, keys, values, {}, next);
+#endif
   }
 #endif
 
-  // One head's page for its rows, as many at a time as the registers hold. Meanwhile `next` is fetched where kAhead.
-  template <class Step, bool kAhead, class T>
+  // One head's page for its rows. Few of them wait for memory: meanwhile `next` is fetched.
+  template <class Step, class T>
   void attend_rows(const Scratch& s, Rows rows, PageOperand<typename Step::W> keys,
-                   PageOperand<typename Step::W> values, const float* scales, Page<T> next) const {
+                   PageOperand<typename Step::W> values, PageScales scales, Page<T> next) const {
+    if (rows.end - rows.begin >= kManyRows)
+      attend_strips<Step, false>(s, rows, keys, values, scales, next);
+    else
+      attend_strips<Step, true>(s, rows, keys, values, scales, next);
+  }
+
+  // As many rows at a time as the registers hold.
+  template <class Step, bool kAhead, class T>
+  void attend_strips(const Scratch& s, Rows rows, PageOperand<typename Step::W> keys,
+                     PageOperand<typename Step::W> values, PageScales scales, Page<T> next) const {
     using X = typename Step::X;
-    constexpr bool kPairs = is_pairs<Step>();
-    constexpr int64_t kTokens = Step::kColumn;                 // of a step over values
-    constexpr int64_t kRow = kBlockTokens / (kPairs ? 2 : 1);  // weights of a row, in X
+    constexpr Weights kWeights = weights_of<Step>();
+    constexpr int kPerX = kWeights == Weights::floats ? 1 : 2;
+    constexpr int64_t kTokens = Step::kColumn;      // of a step over values
+    constexpr int64_t kRow = kBlockTokens / kPerX;  // weights of a row, in X
     constexpr int kStrip = tile_rows<Step>();
     const int64_t steps = a.cache.dtype == DType::f32 ? E : divide_up(E, 2) * (Step::kColumn == 2 ? 1 : 2);
-    const int64_t q_stride = kPairs ? q_pairs : Ep;
+    const int64_t q_stride = kPerX == 2 ? q_pairs : Ep;
     const auto* ahead_keys = reinterpret_cast<const char*>(next.keys);
     const auto* ahead_values = reinterpret_cast<const char*>(next.values);
     const int64_t count = rows.end - rows.begin, strips = divide_up(count, kStrip);
     alignas(64) float p[kStrip * kBlockTokens];
-    alignas(64) uint16_t rounded[kPairs ? kStrip * kBlockTokens : 1];
-    const X* weights = kPairs ? reinterpret_cast<const X*>(rounded) : reinterpret_cast<const X*>(p);
+    alignas(64) uint16_t narrow[kPerX == 2 ? kStrip * kBlockTokens : 1];
+    const X* weights = kPerX == 2 ? reinterpret_cast<const X*>(narrow) : reinterpret_cast<const X*>(p);
     Finite finite;
     for (int64_t i = 0; i < strips; ++i) {
       const int64_t begin = rows.begin + count * i / strips, n = rows.begin + count * (i + 1) / strips - begin;
-      const Strip strip = strip_of(s, begin, n, rows.key, kPairs ? 2 : 1, kTokens);
+      const Strip strip = strip_of(s, begin, n, rows.key, kPerX, kTokens);
       if (strip.first == strip.last) continue;
       const X* q = reinterpret_cast<const X*>(s.q) + begin * q_stride;
-      page_product<Step, kAhead>(int(n), p, kBlockTokens, q, q_stride, keys, strip.first, strip.last, steps, true,
-                                 ahead_keys);
+      page_product<Step, kAhead>(int(n), p, kBlockTokens, q, q_stride, nullptr, keys, strip.first, strip.last, steps,
+                                 true, ahead_keys);
       for (int64_t r = 0; r < n; ++r)
-        weigh_row<kPairs>(s, begin + r, rows.key, p + r * kBlockTokens, rounded + r * kBlockTokens * kPairs, strip,
-                          scales);
+        weigh_row<kWeights>(s, begin + r, rows.key, p + r * kBlockTokens, narrow + r * kBlockTokens * (kPerX - 1),
+                            strip, scales);
       const auto add = [&](int64_t r, int64_t many, PageOperand<typename Step::W> from) {
         from.data += strip.low / kTokens * from.step;
-        page_product<Step, kAhead>(int(many), s.o + (begin + r) * Ep, Ep,
-                                   weights + r * kRow + strip.low / (kPairs ? 2 : 1), kRow, from, 0, int(Ep / F::N),
+        page_product<Step, kAhead>(int(many), s.o + (begin + r) * Ep, Ep, weights + r * kRow + strip.low / kPerX, kRow,
+                                   s.weight_unit + begin + r, from, 0, int(Ep / F::N),
                                    (strip.high - strip.low) / kTokens, false, ahead_values);
       };
       if (!strip.ragged || finite.all(values.data, kBlockTokens * Ep))
@@ -315,7 +296,7 @@ class Attention {
   // The same on tiles. What one strip stores, its weights and its scores, is loaded as tiles or vectors only after another
   // strip's turn: loads that find their line in the store buffer would wait, and tiles multiply while weights are made.
   void attend_rows_amx(const Scratch& s, Rows rows, PageOperand<uint16_t> keys, PageOperand<uint16_t> values,
-                       const float* scales, PageAhead ahead, StripTiles& tiles) const {
+                       PageAhead ahead, StripTiles& tiles) const {
     constexpr int64_t kTokens = 2 * kAmxPairs;  // of a step over values
     const auto* q = reinterpret_cast<const uint16_t*>(s.q);
     const int64_t strips = divide_up(rows.end - rows.begin, kTileLines);
@@ -338,8 +319,8 @@ class Attention {
       const Strip strip = strip_at(i);
       if (strip.first == strip.last) return;
       for (int64_t r = 0; r < rows_of(i); ++r)
-        weigh_row<true>(s, begin_of(i) + r, rows.key, scores[i % 2] + r * kBlockTokens,
-                        rounded[i % 2] + r * kBlockTokens, strip, scales);
+        weigh_row<Weights::pairs>(s, begin_of(i) + r, rows.key, scores[i % 2] + r * kBlockTokens,
+                                  rounded[i % 2] + r * kBlockTokens, strip, {});
     };
     const auto add_values = [&](int64_t i) {
       const Strip strip = strip_at(i);
@@ -385,34 +366,26 @@ class Attention {
     return strip;
   }
 
-  template <bool kPairs>
-  void weigh_row(const Scratch& s, int64_t row, int64_t key, float* p, uint16_t* rounded, Strip strip,
-                 const float* scales) const {
+  template <Weights kWeights>
+  void weigh_row(const Scratch& s, int64_t row, int64_t key, float* p, uint16_t* narrow, Strip strip,
+                 PageScales scales) const {
     const int64_t begin = max_of(0, s.first[row] - key), end = min_of(kBlockTokens, s.last[row] - key);
     if (begin < end) {
-      weigh_scores<kPairs>({s.max + row, s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep}, p, rounded,
-                           {begin, end, strip.first, strip.last}, scales);
-      if (a.dropout.seed) drop_weights<kPairs>(s.dropout[row], key, p, rounded, strip);
+      const RowState state{s.max + row,        s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep, s.query_unit[row],
+                           s.weight_unit + row};
+      const Places places{begin, end, strip.first, strip.last};
+      if (a.dropout.seed) {
+        const DropoutRule rule(a.dropout, 1.0f);
+        weigh_scores<kWeights>(state, p, narrow, places, scales,
+                               [&](int v, F weight) { return rule.keep(s.dropout[row], key + v * F::N, weight); });
+      } else {
+        weigh_scores<kWeights>(state, p, narrow, places, scales, [](int, F weight) { return weight; });
+      }
       return;
     }
     for (int64_t j = strip.first * F::N; j < strip.last * F::N; ++j)
-      (kPairs ? (void)(rounded[j] = 0) : (void)(p[j] = 0));
-  }
-
-  template <bool kPairs>
-  void drop_weights(DropoutRow row, int64_t key, float* p, uint16_t* rounded, Strip strip) const {
-    const DropoutRule rule(a.dropout, 1.0f);
-    for (int v = strip.first; v < strip.last; ++v) {
-      const int64_t j = v * F::N;
-      if (!kPairs) {
-        store(p + j, rule.keep(row, key + j, load(p + j)));
-        continue;
-      }
-      alignas(64) float kept[F::N];
-      store(kept, rule.keep(row, key + j, set(1.0f)));
-      for (int i = 0; i < F::N; ++i)
-        if (kept[i] == 0.0f) rounded[j + i] = 0;
-    }
+      (kWeights == Weights::floats ? (void)(p[j] = 0) : (void)(narrow[j] = 0));
+    s.weight_unit[row] = 0;
   }
 
   // Whether a page's values are all finite, found out when first asked: then hidden ones need a weight of 0 only.
@@ -449,7 +422,8 @@ class Attention {
     if (s.first[i] >= key + kKeyBlock || s.last[i] <= key) return;
     const float sum = simd::sum(load(s.lanes + i * cpu::kSumLanes));
     float* o = s.o + i * Ep;
-    if (pairs) {  // the bf16 instructions take denormals for 0, but only in pages that a row takes part in
+    if (weights ==
+        Weights::pairs) {  // the bf16 instructions take denormals for 0, but only in pages that a row takes part in
       const F least = set(0x1p-126f);
       for (int64_t e = 0; e < Ep; e += F::N) store(o + e, select_gt(least, abs(load(o + e)), zero(), load(o + e)));
     }
@@ -484,7 +458,7 @@ class Attention {
   const AttentionArgs& a;
   const AttentionWorkspace& w;
   const int64_t E, Ep, q_pairs, group;
-  const bool pairs;
+  const Weights weights;
   AttentionPlan plan;
   float* partials;
   float* threads;

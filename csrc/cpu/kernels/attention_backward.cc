@@ -133,7 +133,7 @@ class AttentionBackward {
         Ep(args.cache.padded_head()),
         group(args.heads / args.cache.kv_heads),
         key_group(kKeyGroup * (args.cache.dtype == DType::f32 ? E : Ep)),
-        rounds(PYLLM_HAS_BF16_DOT && args.cache.dtype == DType::bf16),
+        rounds(PYLLM_HAS_BF16_DOT && args.cache.dtype == DType::bf16 && args.bf16_dots),
         partials(static_cast<float*>(args.workspace)),
         threads(partials + 2 * workspace.partial_floats) {}
 

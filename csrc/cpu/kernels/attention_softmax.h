@@ -31,17 +31,47 @@ inline simd::F weight_of(simd::F x) {
   return select_gt(least, x, zero(), ldexp(fma(q, r, set(1.0f)), n));
 }
 
-// One row's part of a key block: weights relative to 2^max, their sum in lanes, weighted values o[Ep].
+// What weights become for their product with values.
+enum class Weights { floats, pairs, words };  // float32; bf16; int16, at most kWord, times a unit of the row and page
+
+constexpr float kWord = 32767.0f;
+// A unit of words is no less than this over kWord, so that nothing is divided by zero.
+constexpr float kLeastWord = 0x1p-110f;
+
+// One row's part of a key block: weights relative to 2^max, their sum in lanes, weighted values o[Ep]. Words only: the
+// unit of its query, by which scores are multiplied, and of its weights, which is found.
 struct RowState {
   float* max;
   float* lanes;  // [kSumLanes]
   float* o;
   int64_t Ep;
+  float query_unit;
+  float* weight_unit;
 };
+
+// x[count] to words and their unit, NaN where x is not finite; count is a multiple of F::N.
+inline float round_to_words(int16_t* words, const float* x, int64_t count) {
+  using namespace simd;
+  F most = set(kLeastWord), wrong = zero();  // x * 0 is 0 unless x is infinite or NaN
+  for (int64_t e = 0; e < count; e += F::N) {
+    most = simd::max(most, abs(load(x + e)));
+    wrong = fma(load(x + e), zero(), wrong);
+  }
+  const float largest = simd::max(most);
+  const F per_unit = set(kWord / largest);
+  for (int64_t e = 0; e < count; e += F::N) store_words(words + e, load(x + e) * per_unit);
+  return largest / kWord + simd::sum(wrong);
+}
 
 // How far a page's scores may stand over `max` before it is raised, which rescales what has been gathered. Weights up to
 // 2^8 are as good as weights up to 1.
 constexpr float kHeadroom = 8.0f;
+
+// Of an i8 page, [kBlockTokens] bf16 each.
+struct PageScales {
+  const uint16_t* keys;
+  const uint16_t* values;
+};
 
 // Places of a page: `begin` to `end` are what a row sees; vectors `first` to `last` are what has been computed.
 struct Places {
@@ -49,11 +79,13 @@ struct Places {
   int first, last;
 };
 
-// Turns a row's scores of one page into weights, 0 where it does not see. `scales` are null or what the page's keys, and
-// kBlockTokens further its values, are to be multiplied with. Weights go back into p, or as bf16 into `pairs` where kPairs.
-template <bool kPairs>
-inline void weigh_scores(RowState row, float* p, uint16_t* pairs, Places at, const float* scales) {
+// Turns a row's scores of one page into weights, 0 where it does not see: into p, or as pairs or words into `narrow`.
+// `scales`, words only: what the page's keys and values are to be multiplied with. keep(v, weights) gives what is left of
+// the weights of a vector, after they have been added to the sum.
+template <Weights kWeights, class Keep>
+inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, PageScales scales, const Keep& keep) {
   using namespace simd;
+  constexpr bool kWords = kWeights == Weights::words;
   alignas(64) static const float kPlaces[kBlockTokens] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
@@ -65,10 +97,10 @@ inline void weigh_scores(RowState row, float* p, uint16_t* pairs, Places at, con
     return select_gt(place, begin, select_gt(end, place, x, otherwise), otherwise);
   };
   F largest = set(-kInfinity);
-  if (partial || scales) {
+  if (partial || kWords) {
     for (int v = at.first; v < at.last; ++v) {
       F score = load(p + v * F::N);
-      if (scales) score = score * load(scales + v * F::N);
+      if (kWords) score = score * (load_bf16(scales.keys + v * F::N) * set(row.query_unit));
       if (partial) score = where_seen(v, score, set(-kInfinity));
       store(p + v * F::N, score);
       largest = simd::max(largest, score);
@@ -87,22 +119,35 @@ inline void weigh_scores(RowState row, float* p, uint16_t* pairs, Places at, con
   }
   const F m = set(now);
   const auto weight = [&](int v) {
-    const F w = weight_of<kPairs>(load(p + v * F::N) - m);
+    const F w = weight_of<kWeights == Weights::pairs>(load(p + v * F::N) - m);
     sum = sum + w;
-    if (!scales) return w;
-    const F scaled = w * load(scales + kBlockTokens + v * F::N);
-    return partial ? where_seen(v, scaled, zero()) : scaled;  // what is not seen may have any scale
+    return keep(v, w);
   };
+  if (kWeights == Weights::floats)
+    for (int v = at.first; v < at.last; ++v) store(p + v * F::N, weight(v));
 #if PYLLM_HAS_BF16_DOT
-  if (kPairs) {
+  if (kWeights == Weights::pairs) {
     for (int v = at.first; v < at.last; v += 2) {
       const F low = weight(v);
-      store_pairs(pairs + v * F::N, round_pairs(low, weight(v + 1)));
+      store_pairs(narrow + v * F::N, round_pairs(low, weight(v + 1)));
     }
   }
 #endif
-  if (!kPairs)
-    for (int v = at.first; v < at.last; ++v) store(p + v * F::N, weight(v));
+  if (kWords) {
+    F most = zero(), wrong = zero();  // x * 0 is 0 unless x is infinite or NaN
+    for (int v = at.first; v < at.last; ++v) {
+      F scaled = weight(v) * load_bf16(scales.values + v * F::N);
+      if (partial) scaled = where_seen(v, scaled, zero());  // what is not seen may have any scale
+      most = simd::max(most, scaled);
+      wrong = fma(scaled, zero(), wrong);
+      store(p + v * F::N, scaled);
+    }
+    const float largest_word = simd::max(simd::max(most, set(kLeastWord)));
+    *row.weight_unit = largest_word / kWord + simd::sum(wrong);
+    const F per_unit = set(kWord / largest_word);
+    for (int v = at.first; v < at.last; ++v)
+      store_words(reinterpret_cast<int16_t*>(narrow) + v * F::N, load(p + v * F::N) * per_unit);
+  }
   store(row.lanes, sum);
 }
 

@@ -5,6 +5,7 @@
 // scratch, so that every output is one chain over rising k. Rows of x are read from a copy laid out by blocks, and
 // where there are many of them, weights that must be widened are widened once per block. A tile that has met its last
 // block goes through the epilogue at once, so that y is written while the next tile is multiplied.
+#include "cpu/cores.h"
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/matmul_amx.h"
 #include "cpu/kernels/matmul_finish.h"
@@ -35,10 +36,7 @@ constexpr int64_t kStreamAhead =
 // Intel's cores need prefetching to read one stream at full speed; on AMD's Zen 4 it was measured to hurt.
 inline bool streams_need_prefetch() { return __builtin_cpu_is("intel"); }
 
-// Intel's cores start a bf16 dot product every other cycle and two float32 multiply-adds in each (measured on Emerald
-// Rapids: 172 and 350 GFLOP/s); Zen 4 has dot products at twice the speed of multiply-adds. So few rows as kDotRows are
-// bound by memory either way.
-inline bool dot_products_are_slow() { return __builtin_cpu_is("intel"); }
+// So few rows are bound by memory even where bf16 dot products are slow.
 constexpr int64_t kDotRows = 2;
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -235,7 +233,8 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
       else if (w.dtype == DType::f16)
         multiply_block<StepF16>(sums, x, weights, chunk.rows, steps, columns, first, next, finish);
       else if (!p.pairs)
-        multiply_block<StepBf16Wide>(sums, x, weights, chunk.rows, steps / 2, columns, first, next, finish);
+        multiply_block<StepBf16Wide<PYLLM_HAS_BF16_DOT>>(sums, x, weights, chunk.rows, steps / 2, columns, first, next,
+                                                         finish);
       else {
 #if PYLLM_HAS_AMX
         multiply_block_amx(tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(weights),
@@ -263,7 +262,7 @@ void multiply_chunk(const Pass& p, const Chunk& chunk, int worker) {
 void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& pool) {
   Pass p{a, row, rows, false, false, rows <= kStreamTiles * kTileRows, false, 0, 0, 0, nullptr, 0, 0, nullptr};
   p.rounded = PYLLM_HAS_BF16_DOT && a.w.dtype == DType::bf16;
-  p.pairs = p.rounded && (PYLLM_HAS_AMX || rows <= kDotRows || !dot_products_are_slow());
+  p.pairs = p.rounded && (PYLLM_HAS_AMX || rows <= kDotRows || cpu::vectors_dot_bf16_fast());
   p.widen = !p.pairs && a.w.dtype != DType::f32 && rows >= (a.w.dtype == DType::f16 ? kWidenF16 : kWidenBf16);
   p.steps = p.pairs ? a.w.padded_k() / 2 : a.w.padded_k();
   const bool amx = p.pairs && PYLLM_HAS_AMX;

@@ -55,8 +55,9 @@ struct StepBf16Dot {
 };
 #endif
 
-// bf16 weights widened; one step is the pair (k, k + 1). Where there are bf16 dot products this is what they do, if
-// denormals are flushed: the second product is added first, and so stands first in x.
+// bf16 weights widened; one step is the pair (k, k + 1), of which the second product may be added first, and then stands
+// first in x: so do the bf16 dot products, which this equals if denormals are flushed.
+template <bool kSecondFirst>
 struct StepBf16Wide {
   using X = float;
   using W = uint16_t;
@@ -66,7 +67,7 @@ struct StepBf16Wide {
   static constexpr int64_t kX = 2, kW = 2 * kPanel, kColumn = 2;
   static inline Operand load(const W* w) {
     Operand o;
-    if (PYLLM_HAS_BF16_DOT)
+    if (kSecondFirst)
       simd::load_bf16_pairs(w, o.second, o.first);
     else
       simd::load_bf16_pairs(w, o.first, o.second);

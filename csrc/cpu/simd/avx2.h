@@ -89,12 +89,6 @@ static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
   _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(high, _mm256_srli_epi32(bf16_bits(even), 16)));
 }
 
-static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
-  const __m256i pairs = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
-  even.v = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
-  odd.v = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
-}
-
 static inline float sum(F a) {
   const __m128 h = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));
@@ -114,6 +108,14 @@ struct I {
 static inline I set_bytes(int a) { return {(Lanes)_mm256_set1_epi8(char(a))}; }
 static inline I dot_bytes(I acc, I x, I w) {
   return {acc.v + (Lanes)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)x.v, (__m256i)w.v), _mm256_set1_epi16(1))};
+}
+static inline I dot_words(I acc, I x, I w) { return {acc.v + (Lanes)_mm256_madd_epi16((__m256i)x.v, (__m256i)w.v)}; }
+static inline I load_i8_words(const int8_t* p) {
+  return {(Lanes)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))};
+}
+static inline void store_words(int16_t* p, F a) {
+  const __m256i v = _mm256_cvtps_epi32(a.v);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 static inline I load_bytes(const void* p) { return {(Lanes)_mm256_loadu_si256((const __m256i*)p)}; }
 static inline F to_float(I a) { return {_mm256_cvtepi32_ps((__m256i)a.v)}; }

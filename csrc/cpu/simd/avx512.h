@@ -72,12 +72,6 @@ static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
   _mm512_storeu_si512(p, _mm512_or_si512(high, _mm512_srli_epi32(bf16_bits(even), 16)));
 }
 
-static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
-  const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  even.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
-  odd.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
-}
-
 static inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 static inline float max(F a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -90,11 +84,6 @@ static inline B load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; 
 static inline B set_pair(uint32_t pair) { return {_mm512_set1_epi32(int(pair))}; }
 static inline B round_pairs(F low, F high) { return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
 static inline void store_pairs(uint16_t* p, B a) { _mm512_storeu_si512(p, a.v); }
-static inline B load_i8_pairs(const int8_t* p) {
-  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
-  return round_pairs({low}, {high});
-}
 static inline F round_bf16(F a) { return widen_bf16(narrow_bf16(a)); }
 static inline F swap_pairs(F a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 static inline F dot_bf16(F acc, B x, B w) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)w.v)}; }
@@ -125,12 +114,22 @@ static inline I set_bytes(int a) { return {(Lanes)_mm512_set1_epi8(char(a))}; }
 static inline I dot_bytes(I acc, I x, I w) {
   return {(Lanes)_mm512_dpbusd_epi32((__m512i)acc.v, (__m512i)x.v, (__m512i)w.v)};
 }
+static inline I dot_words(I acc, I x, I w) {
+  return {(Lanes)_mm512_dpwssd_epi32((__m512i)acc.v, (__m512i)x.v, (__m512i)w.v)};
+}
 #else
 #define PYLLM_HAS_VNNI 0
 static inline I dot_bytes(I acc, I x, I w) {
   return {acc.v + (Lanes)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)x.v, (__m512i)w.v), _mm512_set1_epi16(1))};
 }
+static inline I dot_words(I acc, I x, I w) { return {acc.v + (Lanes)_mm512_madd_epi16((__m512i)x.v, (__m512i)w.v)}; }
 #endif
+static inline I load_i8_words(const int8_t* p) {
+  return {(Lanes)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))};
+}
+static inline void store_words(int16_t* p, F a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
 static inline I load_bytes(const void* p) { return {(Lanes)_mm512_loadu_si512(p)}; }
 static inline F to_float(I a) { return {_mm512_cvtepi32_ps((__m512i)a.v)}; }
 static inline I to_int(F a) { return {(Lanes)_mm512_cvtps_epi32(a.v)}; }

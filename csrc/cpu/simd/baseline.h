@@ -124,12 +124,6 @@ static inline void store_bf16_pairs(uint16_t* p, F even, F odd) {
   _mm_storeu_si128((__m128i*)p, _mm_or_si128(high, _mm_srli_epi32(bf16_bits(even), 16)));
 }
 
-static inline void load_i8_pairs(const int8_t* p, F& even, F& odd) {
-  const __m128i pairs = _mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i*)p));
-  even.v = _mm_cvtepi32_ps(_mm_srai_epi32(_mm_slli_epi32(pairs, 24), 24));
-  odd.v = _mm_cvtepi32_ps(_mm_srai_epi32(pairs, 8));
-}
-
 static inline float sum(F a) {
   const __m128 q = _mm_add_ps(a.v, _mm_movehl_ps(a.v, a.v));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
@@ -147,6 +141,14 @@ struct I {
 static inline I set_bytes(int a) { return {(Lanes)_mm_set1_epi8(char(a))}; }
 static inline I dot_bytes(I acc, I x, I w) {
   return {acc.v + (Lanes)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)x.v, (__m128i)w.v), _mm_set1_epi16(1))};
+}
+static inline I dot_words(I acc, I x, I w) { return {acc.v + (Lanes)_mm_madd_epi16((__m128i)x.v, (__m128i)w.v)}; }
+static inline I load_i8_words(const int8_t* p) {
+  return {(Lanes)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p))};
+}
+static inline void store_words(int16_t* p, F a) {
+  const __m128i v = _mm_cvtps_epi32(a.v);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(v, v));
 }
 static inline I load_bytes(const void* p) { return {(Lanes)_mm_loadu_si128((const __m128i*)p)}; }
 static inline F to_float(I a) { return {_mm_cvtepi32_ps((__m128i)a.v)}; }

@@ -10,15 +10,16 @@
 //   F load_bf16(const uint16_t*), load_bf16_n(p, n), load_f16, load_f16_n; store_bf16(uint16_t*, F), store_bf16_n, store_f16, store_f16_n
 //   void load_bf16_pairs(const uint16_t* p, F& even, F& odd): p[0..2N) holds pairs; even gets p[2i], odd p[2i + 1]
 //   void store_bf16_pairs(uint16_t* p, F even, F odd): its inverse, rounded as store_bf16 does
-//   void load_i8_pairs(const int8_t* p, F& even, F& odd): the same of p[0..2N), integers made float
 //   float sum(F), max(F): over lanes, in a fixed order
 //   PYLLM_HAS_BF16_DOT 0/1, and where 1: struct B (2N bf16), B load_pairs(const uint16_t*), B set_pair(uint32_t),
-//   void store_pairs(uint16_t*, B), B round_pairs(F low, F high) to nearest even, denormals to 0, B load_i8_pairs(const int8_t*),
+//   void store_pairs(uint16_t*, B), B round_pairs(F low, F high) to nearest even, denormals to 0,
 //   F dot_bf16(F acc, B x, B w): acc + x[2i+1] * w[2i+1], then + x[2i] * w[2i], as the instruction does: fused, nearest even,
 //   denormals taken and given as 0; F round_bf16(F) as store_bf16 rounds, F swap_pairs(F): lanes 2i and 2i + 1 exchanged
 //   class FlushDenormals(bool): with bf16 dot products, and where true: float32 takes and gives denormals as 0 while it lives
 //   PYLLM_HAS_VNNI 0/1; struct I (N int32, or 4N bytes), I set_bytes(int), I dot_bytes(I acc, I x, I w): acc + the sum of four
 //   products of unsigned x and signed w per lane; without VNNI the sum of two neighbouring products saturates at 16 bits
+//   I dot_words(I acc, I x, I w): acc + the sum of two products of int16 per lane, exact in 32 bits; I load_i8_words(const int8_t*):
+//   2N integers as int16; void store_words(int16_t*, F): N numbers of at most 32767, to the nearest integers
 //   I load_bytes(const void*): 4N bytes; F to_float(I), I to_int(F) of integral values; store_bytes(int8_t*, F): N of them; F load_u8(const uint8_t*): N
 //   struct OffsetBytes, OffsetBytes load_offset_bytes(const void*): 4N unsigned bytes w; I dot_offset(I acc, OffsetBytes w, I x):
 //   acc + the sum of four products (w - kByteOffset) * x per lane, exact for signed x > -128
