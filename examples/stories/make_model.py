@@ -18,6 +18,8 @@ from pathlib import Path
 import ml_dtypes
 from safetensors.numpy import load_file, save_file
 
+from pyllm.default_model import TEMPERATURE
+
 from .quality import measure
 from .write import write
 
@@ -44,7 +46,7 @@ def make(work: Path) -> Path:
                 _pyllm(work, "train", "--config", str(HERE / settings))
             _pyllm(work, "plot", run, "--out", f"{run}.png")
         shrink(work / run / "best", work / "model")
-    quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, 0.7)
+    quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, TEMPERATURE)
     (work / "model" / "quality.json").write_text(json.dumps(asdict(quality), indent=2) + "\n")
     print(json.dumps(asdict(quality), indent=2))
     return work / "model"
