@@ -1,7 +1,8 @@
 """Makes the model that ships with pyllm: `python -m stories.make_model WORK`, from the folder examples/.
 
-In WORK: corpus/ (the stories), tokenizer/, run/ (the training run, which goes on where it was stopped), and at the end
-model/ (bfloat16 weights), loss.png and quality.json. What is there already is not made again.
+In WORK: corpus/ (the stories), tokenizer/, run/ and more/ (the training, which goes on where it was stopped) with their
+curves run.png and more.png, and at the end model/, with bfloat16 weights and quality.json. What is there already is not
+made again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pathlib import Path
 import ml_dtypes
 from safetensors.numpy import load_file, save_file
 
+from pyllm.default_model import TEMPERATURE
+
 from .quality import measure
 from .write import write
 
 HERE = Path(__file__).parent
 STORIES, VOCABULARY = 240_000, 2048
+RUNS = {"run": "run.yaml", "more": "more.yaml"}  # the second goes on with what the first made
 KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -35,15 +39,15 @@ def make(work: Path) -> Path:
         _pyllm(work, "train-tokenizer", "corpus/train.jsonl", "--out", "tokenizer",
                "--vocab-size", str(VOCABULARY), "--chat-template", str(template))  # fmt: skip
     if not (work / "model").exists():
-        if (work / "run" / "last").exists():
-            _pyllm(work, "train", "--resume", "--out", "run")
-        else:
-            shutil.copyfile(HERE / "run.yaml", work / "run.yaml")
-            _pyllm(work, "train", "--config", "run.yaml")
-        _pyllm(work, "plot", "run", "--out", "loss.png")
-        shrink(work / "run" / "best", work / "model")
-    quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, 0.7)
-    (work / "quality.json").write_text(json.dumps(asdict(quality), indent=2) + "\n")
+        for run, settings in RUNS.items():
+            if (work / run / "last").exists():
+                _pyllm(work, "train", "--resume", "--out", run)
+            else:
+                _pyllm(work, "train", "--config", str(HERE / settings))
+            _pyllm(work, "plot", run, "--out", f"{run}.png")
+        shrink(work / run / "best", work / "model")
+    quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, TEMPERATURE)
+    (work / "model" / "quality.json").write_text(json.dumps(asdict(quality), indent=2) + "\n")
     print(json.dumps(asdict(quality), indent=2))
     return work / "model"
 
@@ -59,6 +63,7 @@ def shrink(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
     for name in KEPT:
         shutil.copyfile(source / name, target / name)
+    shutil.copyfile(HERE / "model_card.md", target / "README.md")
 
 
 def _pyllm(work: Path, *arguments: str) -> None:
