@@ -1,8 +1,7 @@
 """Makes the model that ships with pyllm: `python -m stories.make_model WORK`, from the folder examples/.
 
-In WORK: corpus/ (the stories), tokenizer/, run/ and more/ (the training, which goes on where it was stopped) with their
-curves run.png and more.png, and at the end model/, with bfloat16 weights and quality.json. What is there already is not
-made again.
+In WORK: corpus/ (the stories), tokenizer/, run/ (the training, which goes on where it was stopped) with its curve run.png,
+and at the end model/, with bfloat16 weights and quality.json. What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from .write import write
 
 HERE = Path(__file__).parent
 STORIES, VOCABULARY = 240_000, 2048
-RUNS = {"run": "run.yaml", "more": "more.yaml"}  # the second goes on with what the first made
 KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -39,13 +37,12 @@ def make(work: Path) -> Path:
         _pyllm(work, "train-tokenizer", "corpus/train.jsonl", "--out", "tokenizer",
                "--vocab-size", str(VOCABULARY), "--chat-template", str(template))  # fmt: skip
     if not (work / "model").exists():
-        for run, settings in RUNS.items():
-            if (work / run / "last").exists():
-                _pyllm(work, "train", "--resume", "--out", run)
-            else:
-                _pyllm(work, "train", "--config", str(HERE / settings))
-            _pyllm(work, "plot", run, "--out", f"{run}.png")
-        shrink(work / run / "best", work / "model")
+        if (work / "run" / "last").exists():
+            _pyllm(work, "train", "--resume", "--out", "run")
+        else:
+            _pyllm(work, "train", "--config", str(HERE / "run.yaml"))
+        _pyllm(work, "plot", "run", "--out", "run.png")
+        shrink(work / "run" / "best", work / "model")
     quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, TEMPERATURE)
     (work / "model" / "quality.json").write_text(json.dumps(asdict(quality), indent=2) + "\n")
     print(json.dumps(asdict(quality), indent=2))
