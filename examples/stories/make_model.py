@@ -1,7 +1,7 @@
 """Makes the model that ships with pyllm: `python -m stories.make_model WORK`, from the folder examples/.
 
-In WORK: corpus/ (the stories), tokenizer/, run/ (the training, which goes on where it was stopped) with its curve run.png,
-and at the end model/, with bfloat16 weights and quality.json. What is there already is not made again.
+In WORK: corpus/ (the stories), tokenizer/, run/ (the training, which goes on where it was stopped) with its curve
+run.png, and at the end model/, with bfloat16 weights and quality.json. What is there already is not made again.
 """
 
 from __future__ import annotations
