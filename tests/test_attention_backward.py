@@ -43,9 +43,16 @@ class Whole:
         self.dots = dots
         rounds = multiplies_bf16(isa) if dots is None else dots and isa.endswith("bf16")
         self.rounds = case.cache.dtype == BF16 and rounds
+        self.known: dict[object, tuple[object, tuple[np.ndarray, ...]]] = {}  # results, with what was given
 
     def formula(self, dtype: type, given: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, ...]:
-        """dq, dk, dv, out, lse; of queries as the kernel rounds them."""
+        """dq, dk, dv, out, lse; of queries as the kernel rounds them. Computed once."""
+        key = dtype, given and (id(given[0]), id(given[1]))
+        if key not in self.known:
+            self.known[key] = given, self.compute(dtype, given)
+        return self.known[key][1]
+
+    def compute(self, dtype: type, given: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, ...]:
         shape = len(self.q), self.heads, self.size
         q = formulas.rounded_queries(self.q.reshape(shape), self.size**-0.5, self.case.cache.dtype, self.rounds)
         if given is not None:
@@ -138,9 +145,12 @@ def test_matches_formula(dtype: np.dtype, size: int) -> None:
     heads, groups = 6, 2
     case = make([17, 65, 300, 64, 1], heads, groups, size, dtype, seed=size)
     for window in (0, 1, 30, 257):
+        wholes: dict[bool, tuple[Whole, np.ndarray, np.ndarray]] = {}  # by what the formula depends on
         for isa in ISAS:
             whole = Whole(case, isa, window)
-            out, lse = (a.astype(np.float32) for a in whole.formula(np.float64)[3:])
+            if whole.rounds not in wholes:
+                wholes[whole.rounds] = whole, *(a.astype(np.float32) for a in whole.formula(np.float64)[3:])
+            whole, out, lse = wholes[whole.rounds]
             width = groups * size
             fused = Framed(np.zeros((len(out), (heads + 2 * groups) * size), np.float32), offset=size % 9)
             dq, dk, dv = np.split(fused.array, [heads * size, heads * size + width], axis=1)

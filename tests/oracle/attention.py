@@ -89,7 +89,7 @@ def attention_backward(
         k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
         i, j = np.arange(n)[:, None], np.arange(n)[None, :]
         seen = (j <= i) & ((i - j < window) if window else True)
-        score = np.where(seen, np.einsum("the,she->hts", q[rows], k) * q.dtype.type(scale), -np.inf)
+        score = np.where(seen, scores(q[rows], k) * q.dtype.type(scale), -np.inf)
         top = score.max(axis=-1, keepdims=True)
         lse = top + np.log(np.exp(score - top).sum(axis=-1, keepdims=True))
         if given is not None:
@@ -100,17 +100,31 @@ def attention_backward(
             for h in range(q.shape[1]):
                 for t in range(n):
                     m[h, t] = factors(starts[b] + t, h, n)
-        out[rows] = np.einsum("hts,she->the", p * m, v) if given is None else given[0][rows]
+        out[rows] = mix(p * m, v) if given is None else given[0][rows]
         log_sums[rows] = lse[..., 0].T
         delta = (dout[rows] * out[rows]).sum(-1).T[..., None]
-        ds = p * (m * np.einsum("the,she->hts", dout[rows], v) - delta) * q.dtype.type(scale)
-        dq[rows] = np.einsum("hts,she->the", ds, k)
+        ds = p * (m * scores(dout[rows], v) - delta) * q.dtype.type(scale)
+        dq[rows] = mix(ds, k)
         for to, grown in (
-            (dk, np.einsum("hts,the->she", ds, q[rows])),
-            (dv, np.einsum("hts,the->she", p * m, dout[rows])),
+            (dk, mix(ds.transpose(0, 2, 1), q[rows])),
+            (dv, mix((p * m).transpose(0, 2, 1), dout[rows])),
         ):
             to[rows] = grown.reshape(n, groups, group, q.shape[2]).sum(axis=2)
     return dq, dk, dv, out, log_sums
+
+
+def scores(a: Array, b: Array) -> Array:
+    """[T, H, E] and [S, H, E] -> [H, T, S]: products over E; in float32 summed plainly, one after the other."""
+    if a.dtype == np.float64:
+        return np.asarray(a.transpose(1, 0, 2) @ b.transpose(1, 2, 0))
+    return np.asarray(np.einsum("the,she->hts", a, b))
+
+
+def mix(weights: Array, values: Array) -> Array:
+    """[H, T, S] and [S, H, E] -> [T, H, E]: sums over S, as in `scores`."""
+    if weights.dtype == np.float64:
+        return np.asarray((weights @ values.transpose(1, 0, 2)).transpose(1, 0, 2))
+    return np.asarray(np.einsum("hts,she->the", weights, values))
 
 
 def padded(head_size: int) -> int:
