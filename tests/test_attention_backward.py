@@ -373,6 +373,9 @@ def test_refuses_bad_arguments() -> None:
         POOLS[1].attention_backward(**{**good, **changed})  # type: ignore[arg-type]
 
     call()
+    with at_isa("avx2"):
+        widest = {"gradients": (out * 0, *np.zeros((2, 75, 16), np.float32)), "window": 2**63 - 1}
+        assert same_bits(POOLS[1].attention_backward(**{**good, **widest}), POOLS[1].attention_backward(**good))
     narrow = np.zeros((75, 8), np.float32)
     seed = np.zeros(1, np.uint64)
     for changed, message in (
@@ -381,6 +384,7 @@ def test_refuses_bad_arguments() -> None:
         ({"dout": narrow}, r"dout: expected float32\[75, 32\]"),
         ({"out": out[:70]}, r"out: expected float32\[75, 32\]"),
         ({"gradients": (whole.q.copy(), narrow, np.zeros((75, 16), np.float32))}, r"dk: expected float32\[75, 16\]"),
+        ({"gradients": (whole.dout, *np.zeros((2, 75, 16), np.float32))}, "dq: expected memory of its own"),
         ({"tables": whole.tables + np.int32(9)}, r"tables\[0\]\[0\]: expected a block"),
         ({"dropout": (1.0, seed, 0)}, "rate: expected at least 0 and below 1"),
         ({"dropout": (float("nan"), seed, 0)}, "rate: expected at least 0"),

@@ -86,6 +86,7 @@ def test_bad_arguments() -> None:
         ({"rate": -0.1}, ValueError, "rate: expected at least 0"),
         ({"seed": np.zeros(1, np.int64)}, TypeError, r"seed: expected uint64\[1\]"),
         ({"site": 2**31}, ValueError, "site: expected 0 to"),
+        ({"rate": "a"}, TypeError, r"dropout: expected \(rate, seed, site\)"),
         ({"out": random(2, 7)}, ValueError, "out: expected"),
         ({"residual": random(3, 8)}, ValueError, "residual: expected"),
     ):

@@ -109,6 +109,14 @@ def test_what_is_no_number_shows(isa: str, wrong: float) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_the_lowest_logits_are_logits(isa: str) -> None:
+    logits = np.full((1, 40), -3.3e38, np.float32)
+    with at_isa(isa):
+        loss = OPS.cross_entropy(logits, np.array([3], np.int32), ONE)
+    assert abs(loss[0] - np.log(40)) < 1e-6
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_same_bits_for_threads_company_and_graph(isa: str) -> None:
     logits, labels = case(33, 1999)
     scale, ops = np.zeros(1, np.float32), TrainingOps(threads=2)

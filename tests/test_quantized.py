@@ -36,7 +36,7 @@ KINDS = [
 IDS = [f"{d}-{g}-{np.dtype(s).name}{'-zeros' if z else ''}" for d, g, s, z in KINDS]
 # Around vectors and the panel of 64; around quads, groups, tiles and the block of 512.
 COLUMNS = [1, 3, 15, 16, 17, 63, 64, 65, 130]
-DEPTHS = [1, 3, 4, 5, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 160, 511, 512, 513, 1031]
+DEPTHS = [0, 1, 3, 4, 5, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 160, 511, 512, 513, 1031]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 16, 17, 32, 33, 65]
 
 

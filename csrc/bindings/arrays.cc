@@ -55,8 +55,14 @@ Dropout dropout_of(const py::object& object) {
   if (!py::isinstance<py::tuple>(object) || py::len(object) != 3)
     throw py::type_error("dropout: expected (rate, seed, site) or None, got " + std::string(py::str(object)));
   const auto parts = py::reinterpret_borrow<py::tuple>(object);
-  const auto rate = parts[0].cast<double>();
-  const auto site = parts[2].cast<int64_t>();
+  double rate;
+  int64_t site;
+  try {
+    rate = parts[0].cast<double>(), site = parts[2].cast<int64_t>();
+  } catch (const py::cast_error&) {
+    throw py::type_error("dropout: expected (rate, seed, site) of a number, an array and an integer, got " +
+                         std::string(py::str(object)));
+  }
   const auto* seed = vector_of<const uint64_t>(parts[1], "seed", 1);
   if (!(rate >= 0 && float(rate) < 1))
     throw py::value_error("rate: expected at least 0 and below 1, got " + std::to_string(rate));

@@ -53,10 +53,22 @@ T* vector_of(const py::object& object, const char* name, int64_t size, bool opti
   return static_cast<T*>(const_cast<void*>(a.data()));
 }
 
-// Whether two blocks of rows share memory.
+// Whether two blocks of rows are the same elements.
+template <class A, class B>
+bool same(const Rows<A>& a, const Rows<B>& b) {
+  return a.data == b.data && (a.rows <= 1 || a.stride == b.stride);
+}
+
+// Whether two blocks of rows share memory; columns side by side in one wider array do not.
 template <class A, class B>
 bool overlap(const Rows<A>& a, const Rows<B>& b) {
+  static_assert(sizeof(A) == sizeof(B));
   if (a.rows == 0 || a.cols == 0 || b.rows == 0 || b.cols == 0) return false;
+  if (a.stride == b.stride) {
+    const int64_t apart = (intptr_t(b.data) - intptr_t(a.data)) / int64_t(sizeof(A)) % a.stride;
+    const int64_t column = apart < 0 ? apart + a.stride : apart;  // of b, where a begins at 0
+    if (column >= a.cols && column + b.cols <= a.stride) return false;
+  }
   const auto* a_end = a.data + (a.rows - 1) * a.stride + a.cols;
   const auto* b_end = b.data + (b.rows - 1) * b.stride + b.cols;
   return std::less<const void*>()(a.data, b_end) && std::less<const void*>()(b.data, a_end);

@@ -1,4 +1,5 @@
 // rope_angles, rope, kv_write, attention and its backward pass.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -190,7 +191,7 @@ void set_sequences(Args& args, const py::object& q, const py::object& cache, con
   args.tables = blocks.data, args.table_width = blocks.cols;
   if (window < 0) throw py::value_error("window: expected >= 0, got " + std::to_string(window));
   if (!std::isfinite(scale)) throw py::value_error("scale: expected a finite number, got " + std::to_string(scale));
-  args.window = window, args.scale = scale;
+  args.window = std::min(window, int64_t(INT32_MAX)), args.scale = scale;  // as lengths are int32
   args.dropout = dropout_of(dropout);
   args.bf16_dots = bf16_dots.value_or(cpu::fast_bf16_dots());
 }
@@ -223,6 +224,14 @@ void attention_backward(Context& context, const py::object& dq, const py::object
   const auto values = rows_of<float>(dv, "dv", args.rows, key_columns);
   const auto gradient = rows_of<const float>(dout, "dout", args.rows, columns);
   const auto result = rows_of<const float>(out, "out", args.rows, columns);
+  const auto alone = [&](const auto& to, const char* name, const auto&... from) {
+    if ((overlap(to, from) || ...))
+      throw py::value_error(std::string(name) + ": expected memory of its own, got an array that overlaps another one");
+  };
+  const auto given = rows_of<const float>(q, "q", args.rows, columns);
+  alone(queries, "dq", keys, values, gradient, result, given);
+  alone(keys, "dk", values, gradient, result, given);
+  alone(values, "dv", gradient, result, given);
   args.dq = queries.data, args.dq_stride = queries.stride;
   args.dk = keys.data, args.dk_stride = keys.stride;
   args.dv = values.data, args.dv_stride = values.stride;

@@ -79,13 +79,21 @@ void norm_backward(Context& context, const py::object& dx, const py::object& dwe
   const auto out = heads_of<float>(dx, "out", in.rows, in.heads, in.dim);
   NormBackwardArgs args{};
   args.dx = out.data, args.dy = gradient.data, args.x = in.data;
-  if (out.data == in.data && in.rows * in.dim > 0)
-    throw py::value_error("out: expected an array of its own, or dy or residual, got x");
+  const auto rows = [](const auto& a) { return Rows<const float>{a.data, a.rows, a.heads * a.dim, a.stride}; };
+  const auto check = [&](const auto& read, const char* name) {
+    if (overlap(rows(out), rows(read)) && !same(rows(out), rows(read)))
+      throw py::value_error("out: expected memory of its own, or dy or residual itself, got an array that overlaps " +
+                            std::string(name) + " in part");
+  };
+  if (overlap(rows(out), rows(in)))
+    throw py::value_error("out: expected memory of its own, or dy or residual itself, got an array that overlaps x");
+  check(gradient, "dy");
   args.dweight = vector_of<float>(dweight, "dweight", in.dim, true);
   args.dbias = vector_of<float>(dbias, "dbias", in.dim, true);
   args.weight = vector_of<const float>(weight, "weight", in.dim, true);
   if (!residual.is_none()) {
     const auto view = heads_of<const float>(residual, "residual", in.rows, in.heads, in.dim);
+    check(view, "residual");
     args.residual = view.data, args.residual_stride = view.stride;
   }
   args.rows = in.rows, args.heads = in.heads, args.dim = in.dim;
@@ -202,6 +210,7 @@ void gather(Context& context, const py::object& y, const py::object& x, const py
 void gather_backward(Context& context, const py::object& dx, const py::object& dy, const py::object& index) {
   const auto in = rows_of<const float>(dy, "dy", -1, -1);
   const auto out = rows_of<float>(dx, "dx", -1, in.cols);
+  if (overlap(out, in)) throw py::value_error("dx: expected memory of its own, got an array that overlaps dy");
   const int32_t* rows = vector_of<const int32_t>(index, "index", in.rows);
   GatherBackwardArgs args{out.data, in.data, rows, in.rows, in.cols, out.stride, in.stride, out.rows};
   context.submit(&cpu::KernelTable::gather_backward, args, {dx, dy, index}, &check_values);

@@ -15,8 +15,13 @@ void dropout(Context& context, const py::object& y, const py::object& x, const p
   args.y = out.data, args.y_stride = out.stride;
   args.x = in.data, args.x_stride = in.stride;
   args.rows = in.rows, args.dim = in.cols;
+  if (overlap(out, in) && !same(out, in))
+    throw py::value_error("out: expected x itself or memory of its own, got an array that overlaps x in part");
   if (!residual.is_none()) {
     const auto view = rows_of<const float>(residual, "residual", in.rows, in.cols);
+    if (overlap(out, view) && !same(out, view))
+      throw py::value_error(
+          "out: expected residual itself or memory of its own, got an array that overlaps it in part");
     args.residual = view.data, args.residual_stride = view.stride;
   }
   args.dropout = dropout_of(dropout);
@@ -34,7 +39,7 @@ void check_values(const CrossEntropyArgs& a) {
 void cross_entropy(Context& context, const py::object& logits, const py::object& loss, const py::object& correct,
                    const py::object& labels, const py::object& scale, double z_loss, double label_smoothing) {
   const auto in = rows_of<float>(logits, "logits", -1, -1);
-  if (!(z_loss >= 0 && std::isfinite(z_loss)))
+  if (!(z_loss >= 0 && std::isfinite(float(z_loss))))
     throw py::value_error("z_loss: expected a finite number >= 0, got " + std::to_string(z_loss));
   if (!(label_smoothing >= 0 && label_smoothing <= 1))
     throw py::value_error("label_smoothing: expected 0 to 1, got " + std::to_string(label_smoothing));

@@ -43,12 +43,9 @@ void activation_backward(Context& context, const py::object& dpre, const py::obj
   const int64_t width = gradient.cols * (gated ? 2 : 1);
   const auto in = rows_of<const float>(pre, "pre", gradient.rows, width);
   const auto out = rows_of<float>(dpre, "out", gradient.rows, width);
-  const auto same = [&](const Rows<const float>& a) {
-    return out.data == a.data && (out.rows <= 1 || out.stride == a.stride);
-  };
-  if (overlap(out, in) && !same(in))
+  if (overlap(out, in) && !same(out, in))
     throw py::value_error("out: expected pre itself or memory of its own, got an array that overlaps pre in part");
-  if (overlap(out, gradient) && (gated || !same(gradient)))
+  if (overlap(out, gradient) && (gated || !same(out, gradient)))
     throw py::value_error("out: expected memory that is not that of dy" + std::string(gated ? "" : ", or dy itself") +
                           ", got an array that overlaps it");
   ActivationBackwardArgs args{out.data,   gradient.data,   in.data,   gradient.rows,    gradient.cols,

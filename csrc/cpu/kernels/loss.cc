@@ -25,7 +25,7 @@ inline F exponential(F x) { return weight_of<false>(x * set(kLog2e)); }
 // Blocks have sums of their own, which are added in double: 128k columns lose no digits.
 template <bool kTotal>
 inline RowSums row_sums(const float* x, int64_t n) {
-  RowSums row{-3.0e38f, 0, 0};  // a finite start: -inf - -inf would be NaN
+  RowSums row{-3.4028235e38f, 0, 0};  // a finite start: -inf - -inf would be NaN
   for (int64_t begin = 0; begin < n; begin += kLossBlock) {
     const int64_t end = begin + kLossBlock < n ? begin + kLossBlock : n;
     F largest[kStreams], sums[kStreams], totals[kStreams];

@@ -198,7 +198,7 @@ void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t colu
       ahead.next += rest;
     }
   }
-  if (!Scaled) return;
+  if (!Scaled || block.k == 0) return;
   for (int r = 0; r < Rows; ++r) {
     const F of_x = simd::set(scale_of_x(x + r * plan::kIntStride));
     for (int64_t c = 0; c < kColumns; c += F::N) {

@@ -113,6 +113,7 @@ void norm(const NormArgs& a, Parallel& pool) {
 }
 
 void norm_backward(const NormBackwardArgs& a, Parallel& pool) {
+  if (a.dim == 0) return;
   const cpu::NormPlan plan(a.rows * a.heads, a.dim);
   float* partials = static_cast<float*>(a.workspace);  // [chunks][2][padded dim]
   parallel_for(pool, plan.chunks, [&](int64_t chunk, int) {

@@ -26,11 +26,14 @@ struct Step {
         scale(simd::set(float(hyper[6]))) {}
 };
 
+// Moments of parameters that get no gradient would sink into denormals and stay there, which cost tens of times as much.
+inline F without_denormals(F x) { return select_gt(simd::set(0x1p-126f), abs(x), simd::zero(), x); }
+
 // Parameters [i, i + n), n <= F::N; returns their new values.
 inline F update(const AdamWArgs& a, const Step& s, int64_t i, int n) {
   const F g = load_up_to(a.grads + i, n) * s.scale;
-  const F m = fma(s.beta1, load_up_to(a.m + i, n), s.one_less_beta1 * g);
-  const F v = fma(s.beta2, load_up_to(a.v + i, n), s.one_less_beta2 * g * g);
+  const F m = without_denormals(fma(s.beta1, load_up_to(a.m + i, n), s.one_less_beta1 * g));
+  const F v = without_denormals(fma(s.beta2, load_up_to(a.v + i, n), s.one_less_beta2 * g * g));
   const F p = fma(s.keep, load_up_to(a.params + i, n), simd::zero() - s.rate * (m / fma(sqrt(v), s.correction, s.eps)));
   store_up_to(a.m + i, m, n);
   store_up_to(a.v + i, v, n);
