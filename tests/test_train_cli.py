@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pyllm.errors import ConfigError, DataError
 from pyllm.models import family_of
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
-from pyllm.train.logs import COLUMNS, CSV, RunLog, read_log
+from pyllm.train.logs import COLUMNS, CSV, RunLog, read_log, replace_text
 from pyllm.train.report import EvalReport, StepReport
 from pyllm.train.run_config import as_json, read_yaml, settings
 from pyllm.train.token_files import read_bin, write_bin
@@ -378,6 +379,19 @@ def test_sizes_that_do_not_go_together(changes: dict[str, Any], message: str) ->
         new_config(**{**sizes, **changes})
 
 
+def test_a_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    def cut() -> Iterator[str]:
+        yield "new"
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "run.json"
+    replace_text(path, ["old", "\n"])
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(path, cut())
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.started(0, 10, 1)
@@ -389,6 +403,7 @@ def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     RunLog(tmp_path).started(3, 10, 1)
     assert [r["step"] for r in read_log(tmp_path)] == [1, 1, 2, 2, 3, 3]
     assert len((tmp_path / CSV).read_text().splitlines()) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CSV, "log.jsonl"]
     (tmp_path / "log.jsonl").write_text('{"kind": 1\n{}\n')
     with pytest.raises(DataError, match="line 1: not a JSON object"):
         read_log(tmp_path)

@@ -153,7 +153,7 @@ def train(
     run, theirs = settings(values)
     from pyllm.cli.live import LiveLine
     from pyllm.train import RepeatedData, Trainer
-    from pyllm.train.logs import RunLog
+    from pyllm.train.logs import RunLog, replace_text
     from pyllm.train.setup import prepare
     from pyllm.train.trackers import TensorBoard, WeightsAndBiases
 
@@ -179,7 +179,7 @@ def train(
     if wandb is not None:
         trainer.callbacks.append(WeightsAndBiases(wandb, theirs.out, values))
     theirs.out.mkdir(parents=True, exist_ok=True)
-    (theirs.out / SETTINGS_FILE).write_text(as_json(run, theirs) + "\n", encoding="utf-8")
+    replace_text(theirs.out / SETTINGS_FILE, [as_json(run, theirs), "\n"])
     _describe(setup, trainer)
     with _stopped_by_ctrl_c(trainer):
         result = trainer.run()
