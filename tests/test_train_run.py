@@ -376,6 +376,9 @@ def test_a_run_does_not_go_on_as_another(tmp_path: Path) -> None:
         train(out, steps=2, model={**TINY, "hidden_size": 64}, resume=True)
     with pytest.raises(CheckpointError, match="data: the run has seed 0"):
         train(out, CountedData(seed=1), steps=2, resume=True)
+    train(tmp_path / "fit", RepeatedData(CountedData(), 1), steps=2)[0].run()
+    with pytest.raises(RequestError, match="the run repeats 1 micro-batches, now it is 2"):
+        train(tmp_path / "fit", RepeatedData(CountedData(), 2), steps=2, resume=True)
     (out / "last/training_state.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="training state of format"):
         train(out, steps=2, resume=True)
