@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,13 @@ from pyllm.errors import ConfigError, DataError
 from pyllm.models import family_of
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
-from pyllm.train.logs import COLUMNS, CSV, RunLog, read_log
+from pyllm.train.evaluation import evaluate
+from pyllm.train.logs import COLUMNS, CSV, RunLog, read_log, replace_text
 from pyllm.train.report import EvalReport, StepReport
 from pyllm.train.run_config import as_json, read_yaml, settings
+from pyllm.train.setup import plan_of_run
 from pyllm.train.token_files import read_bin, write_bin
+from pyllm.train.token_store import open_tokens
 
 SENTENCES = [
     "Once upon a time there was a little fox named Pip.",
@@ -199,6 +204,10 @@ def test_token_files_are_written_and_trained_on(home: Path) -> None:
     tokens = read_bin(home / "llm.c.bin")
     assert np.array_equal(tokens, read_bin(home / "nanogpt.bin"))
     assert (tokens == 1).sum() == 60
+    refused(pyllm(home, "tokenize", "a.jsonl", "nanogpt.bin", "--tokenizer", "tokenizer"), 1, "already exists")
+    before = (home / "a.txt").read_bytes()
+    refused(pyllm(home, "tokenize", "a.txt", "a.txt", "--tokenizer", "tokenizer"), 2, "ends in .bin")
+    assert (home / "a.txt").read_bytes() == before
     trained(home, "nanogpt.bin", "--out", "bin", *SMALL, "--vocab-size", 320, "--packing", "plain", "--steps", 2)
 
 
@@ -213,6 +222,18 @@ def test_eval_is_the_loss_of_training(home: Path) -> None:
     assert found["tokens"] == len(values)
     assert found["loss"] == pytest.approx(-np.mean(values), rel=1e-6)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_eval_of_answers_needs_prompts(home: Path) -> None:
+    llm, store = LLM(home / "model"), open_tokens(home / "a.jsonl", home / "model", home / "cache")
+    with pytest.raises(ConfigError, match=r"a\.jsonl holds no prompts"):
+        evaluate(llm, store, mask_prompt=True, limit=1)
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        evaluate(llm, replace(store, maskable=False), mask_prompt=True, limit=1)
+    answers = np.zeros(len(store.tokens), np.uint8)
+    answers[: int(store.ends[0]) : 2] = 1
+    found = evaluate(llm, replace(store, answers=answers), mask_prompt=True, limit=1)
+    assert found.tokens == answers[1 : int(store.ends[0])].sum()
 
 
 def test_a_plot(home: Path) -> None:
@@ -313,6 +334,25 @@ def test_trackers_that_are_missing_are_named(home: Path) -> None:
         assert f"{package} is not installed: pip install 'pyllm[{package}]'" in result.stderr.decode()
 
 
+def test_wandb_gets_the_folder_of_the_run(home: Path) -> None:
+    """A stand-in for the package, which is told `--out .`."""
+    (home / "stand-in").mkdir()
+    (home / "stand-in" / "wandb.py").write_text(
+        "import os\n\nclass Run:\n    def log(self, *_, **__): pass\n\ndef init(name, dir, **_):\n"
+        "    assert os.path.isdir(dir)\n    print('told', name)\n    return Run()\n"
+    )
+    (home / "tracked").mkdir()
+    paths = os.pathsep.join([str(home / "stand-in"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    args = ["../a.jsonl", "--tokenizer", "../tokenizer", *SMALL, "--steps", 1, "--wandb", "project"]
+    for out, name in ((".", "tracked"), ("below", "below")):
+        result = run_pyllm(
+            "train", *args, "--out", out, env={"PYLLM_CACHE": str(home / "cache"), "PYTHONPATH": paths},
+            cwd=home / "tracked",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert f"told {name}\n" in result.stdout.decode()
+
+
 def test_tokenizers_that_cannot_be(home: Path, tmp_path: Path) -> None:
     made = ["train-tokenizer", "a.txt", "--out", tmp_path / "t"]
     refused(pyllm(home, *made, "--vocab-size", 100), 1, "at least 258")
@@ -363,6 +403,9 @@ def test_values_of_a_wrong_kind(name: str, value: object, message: str) -> None:
         ({"arch": "gpt2", "kv_heads": 2}, "a divisor"),
         ({"arch": "gpt2", "tie": False}, "one matrix"),
         ({"layers": 0}, "layers: expected 1 to"),
+        ({"ffn": 0}, "ffn: expected 1 to"),
+        ({"vocab_size": 0}, "vocab_size: expected 1 to"),
+        ({"context": 0}, "context: expected 1 to"),
     ],
 )
 def test_sizes_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
@@ -378,6 +421,35 @@ def test_sizes_that_do_not_go_together(changes: dict[str, Any], message: str) ->
         new_config(**{**sizes, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 0}, "context: expected"),
+        ({"vocab_size": 0}, "vocab_size: expected"),
+        ({"batch_tokens": 0}, "batch_tokens: expected at least the context of 256, got 0"),
+        ({"ffn": 0}, "ffn: expected"),
+        ({"model": True, "context": 0}, "context: expected at least 1"),
+    ],
+)
+def test_zero_is_not_the_default(home: Path, changes: dict[str, Any], message: str) -> None:
+    base = {"model": str(home / "model")} if "model" in changes else {"arch": "llama", "vocab_size": 100}
+    with pytest.raises(ConfigError, match=message):
+        plan_of_run({**base, **{name: value for name, value in changes.items() if name != "model"}})
+
+
+def test_a_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    def cut() -> Iterator[str]:
+        yield "new"
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "run.json"
+    replace_text(path, ["old", "\n"])
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(path, cut())
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.started(0, 10, 1)
@@ -389,6 +461,7 @@ def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     RunLog(tmp_path).started(3, 10, 1)
     assert [r["step"] for r in read_log(tmp_path)] == [1, 1, 2, 2, 3, 3]
     assert len((tmp_path / CSV).read_text().splitlines()) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CSV, "log.jsonl"]
     (tmp_path / "log.jsonl").write_text('{"kind": 1\n{}\n')
     with pytest.raises(DataError, match="line 1: not a JSON object"):
         read_log(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -120,6 +121,27 @@ def test_conversations_go_through_the_template(tmp_path: Path, model: Path, cach
     assert said == "upon</s>time</s>"
 
 
+def test_a_conversation_without_text_is_no_document(tmp_path: Path, model: Path, cache: Path) -> None:
+    folder = tmp_path / "silent"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    silent, said = ({"messages": [{"role": role, "content": "Once"}]} for role in ("system", "user"))
+    store = open_tokens(lines(tmp_path / "a.jsonl", [silent, said, silent, said]), folder, cache)
+    size = len(Tokenizer.load(folder).encode("Once", add_special_tokens=False))
+    assert store.ends.tolist() == [size, 2 * size] and len(store.tokens) == 2 * size
+    with pytest.raises(DataError, match="holds 0 token"):
+        open_tokens(lines(tmp_path / "b.jsonl", [silent]), folder, cache)
+
+
+def test_token_files_are_known_by_where_their_documents_end(tmp_path: Path, model: Path) -> None:
+    write_bin(tmp_path / "a.bin", np.array([5, 1, 6, 7], np.uint16))
+    with_ends, without = open_tokens(tmp_path / "a.bin", model), open_tokens(tmp_path / "a.bin", None)
+    assert with_ends.ends.tolist() == [2, 4] and without.ends.tolist() == [4]
+    assert with_ends.key != without.key
+
+
 def test_tokens_are_made_once_for_a_content(tmp_path: Path, model: Path, cache: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("Once upon a time")
@@ -181,6 +203,7 @@ def test_a_header_as_llm_c_writes_it(tmp_path: Path) -> None:
         ("a.jsonl", b'{"txt": "a"}\n', "expected `text`.*found txt"),
         ("a.jsonl", b'{"text": 3}\n', "text: expected a string, found 3"),
         ("a.jsonl", b'{"text": "a", "prompt": "b", "completion": "c"}\n', "found completion, prompt, text"),
+        ("a.jsonl", b'{"text": "a \\ud83d\\ude42"}\n{"text": "a \\ud83d"}\n', r"line 2: .ud83d is half of a surrogate"),
         ("a.jsonl", b'{"messages": []}\n', "expected a list of objects with role"),
         ("a.csv", b"a,b", "expected a file named .txt, .jsonl or .bin"),
     ],

@@ -275,6 +275,66 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     ]
 
 
+def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    others = ["step-0-data", "step-00000000", "step-1", ".mine.partial"]
+    for name in others:
+        (out / name).mkdir(parents=True)
+        (out / name / "precious").write_text("x")
+    left = out / ".step-00000001.0123abcd.partial"  # by a run that was killed
+    left.mkdir()
+    train(out, steps=4, save_every=1, keep=1)[0].run()
+    assert sorted(path.name for path in out.iterdir()) == sorted([*others, "last", "step-00000004"])
+    assert all((out / name / "precious").is_file() for name in others)
+    (tmp_path / "taken" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        train(tmp_path / "taken", steps=1, warmup_steps=0)[0].run()
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **_: object) -> None:
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    trainer, _ = train(out, save_every=1, keep=1)
+    trainer.step()
+    trainer.save()
+    trainer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.save()
+    assert [path.name for path in out.glob("step-*")] == ["step-00000002"]
+    train(out, save_every=1, keep=1, resume=True)[0].run()
+    assert sorted(path.name for path in out.iterdir()) == ["last", "step-00000006"]
+
+
+def test_the_best_is_marked_before_a_resumed_run_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = train(tmp_path / "run", eval_data=CountedData(seed=3), eval_batches=1)
+    order: list[str] = []
+    monkeypatch.setattr(trainer._checkpoints, "_link", lambda name, folder: order.append(name))
+    trainer.step()
+    trainer._evaluate_and_keep()
+    assert order == ["best", "last"]
+
+
+def test_a_stop_at_the_end_of_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, log = train(tmp_path / "run", steps=9, save_every=2)
+
+    def due(step: int, every: int) -> bool:
+        if step == 3 and every == 2:
+            trainer.stop()  # a signal that comes when the loop has looked already
+        return every > 0 and step % every == 0
+
+    monkeypatch.setattr(trainer_module, "_due", due)
+    result = trainer.run()
+    assert not result.finished and result.folder.name == "step-00000003"
+    assert log.events == ["saved 2", "saved 3"]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = train(tmp_path / "run", save_every=2)
     trainer.step()
@@ -316,6 +376,9 @@ def test_a_run_does_not_go_on_as_another(tmp_path: Path) -> None:
         train(out, steps=2, model={**TINY, "hidden_size": 64}, resume=True)
     with pytest.raises(CheckpointError, match="data: the run has seed 0"):
         train(out, CountedData(seed=1), steps=2, resume=True)
+    train(tmp_path / "fit", RepeatedData(CountedData(), 1), steps=2)[0].run()
+    with pytest.raises(RequestError, match="the run repeats 1 micro-batches, now it is 2"):
+        train(tmp_path / "fit", RepeatedData(CountedData(), 2), steps=2, resume=True)
     (out / "last/training_state.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="training state of format"):
         train(out, steps=2, resume=True)
@@ -419,6 +482,8 @@ def test_samples_are_what_the_engine_gives(tmp_path: Path) -> None:
     without, _ = train(tmp_path / "other")
     with pytest.raises(RequestError, match="tokenizer"):
         without.sample()
+    with pytest.raises(RequestError, match="samples need a tokenizer"):  # before any step
+        train(tmp_path / "third", sample_every=500)
 
 
 def test_a_run_is_described_by_its_reports(tmp_path: Path) -> None:

@@ -41,18 +41,22 @@ def train_tokenizer(
 
 def tokenize(
     file: Annotated[Path, typer.Argument(help="Text: .txt or .jsonl.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Token file to write: .bin.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The new token file, .bin; it must not exist.", show_default=False)],
     tokenizer: Annotated[Path, o.option("--tokenizer", help="Folder with a tokenizer.")],
     layout: Annotated[str, o.option("--layout", help="llm.c (default) or nanogpt.")] = "llm.c",
     quiet: o.Quiet = False,
 ) -> int:
     """Write the tokens of a text as a file that llm.c or nanoGPT read, and `pyllm train` too."""
     be_quiet(quiet)
+    from pyllm.convert.new_folder import refuse_existing
     from pyllm.train.token_files import LAYOUTS, write_bin
     from pyllm.train.token_store import open_tokens
 
     if layout not in LAYOUTS:
         raise typer.BadParameter(f"--layout: expected {' or '.join(LAYOUTS)}, got {layout}.")
+    if out.suffix != ".bin":
+        raise typer.BadParameter(f"{out}: expected a name that ends in .bin, by which token files are known.")
+    refuse_existing(out)
     with progress_bar("tokenising") as progress:
         store = open_tokens(file, tokenizer, progress=progress)
     write_bin(out, store.tokens, layout)

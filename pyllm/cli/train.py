@@ -153,7 +153,7 @@ def train(
     run, theirs = settings(values)
     from pyllm.cli.live import LiveLine
     from pyllm.train import RepeatedData, Trainer
-    from pyllm.train.logs import RunLog
+    from pyllm.train.logs import RunLog, replace_text
     from pyllm.train.setup import prepare
     from pyllm.train.trackers import TensorBoard, WeightsAndBiases
 
@@ -176,10 +176,10 @@ def train(
     trainer.callbacks += [RunLog(theirs.out), live]
     if tensorboard:
         trainer.callbacks.append(TensorBoard(theirs.out / "tensorboard"))
-    if wandb is not None:
-        trainer.callbacks.append(WeightsAndBiases(wandb, theirs.out, values))
     theirs.out.mkdir(parents=True, exist_ok=True)
-    (theirs.out / SETTINGS_FILE).write_text(as_json(run, theirs) + "\n", encoding="utf-8")
+    if wandb is not None:  # it takes the system's folder where there is none
+        trainer.callbacks.append(WeightsAndBiases(wandb, theirs.out.resolve(), values))
+    replace_text(theirs.out / SETTINGS_FILE, [as_json(run, theirs), "\n"])
     _describe(setup, trainer)
     with _stopped_by_ctrl_c(trainer):
         result = trainer.run()
@@ -190,7 +190,8 @@ def train(
         loss = f", loss {result.best_loss:.4f} on held-out data" if result.best_loss is not None else ""
         write(f"{result.folder}: step {result.step}{loss}", end="\n")
     if not result.finished:
-        note(f"stopped; go on with: pyllm train --resume --out {theirs.out}")
+        repeated = f" --overfit-batch {overfit_batch}" if overfit_batch is not None else ""
+        note(f"stopped; go on with: pyllm train --resume --out {theirs.out}{repeated}")
         return 130
     return 0
 

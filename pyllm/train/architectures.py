@@ -40,7 +40,8 @@ def new_config(
         "hidden": hidden,
         "heads": heads,
         "context": context,
-        "ffn": ffn or 1,
+        "ffn": ffn if ffn is not None else 1,
+        "vocab_size": vocab_size,
     }.items():
         if not 1 <= value <= 1 << 20:
             problems.append(f"{name}: expected 1 to {1 << 20}, got {value}")
@@ -95,8 +96,8 @@ def _llama(
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads or heads,
-        "intermediate_size": ffn or -(-8 * hidden // 3 // 32) * 32,
+        "num_key_value_heads": kv_heads if kv_heads is not None else heads,
+        "intermediate_size": ffn if ffn is not None else -(-8 * hidden // 3 // 32) * 32,
         "max_position_embeddings": context,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,

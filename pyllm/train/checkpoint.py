@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ STATE_FILE, MOMENTS_FILE = "training_state.json", "training_state.safetensors"
 MAX_STATE_BYTES = 100_000_000
 FORMAT = 1
 MOMENTS = ("first_moment", "second_moment")
+STEP = re.compile(r"step-(\d{8,})")
+PARTIAL = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.partial")
 FROM_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
                   "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
 
@@ -69,20 +72,23 @@ def save_model(
 
 
 class Checkpoints:
-    """The checkpoints in the folder of a run."""
+    """The checkpoints in the folder of a run. What else lies in that folder is left alone."""
 
     def __init__(self, out: Path, keep: int) -> None:
         self.out, self.keep = out, keep
 
-    def save(self, parameters: Parameters, state: RunState, tokenizer: Path | None) -> Path:
-        """Write a checkpoint, make it the last one, and remove those beyond `keep`; raises `OSError` for what the disk
-        refuses, with the last checkpoint as it was."""
+    def save(self, parameters: Parameters, state: RunState, tokenizer: Path | None, best: bool = False) -> Path:
+        """Write a checkpoint, make it the last one, and the best one if it is, and remove those beyond `keep`.
+
+        Raises `OSError` for what the disk refuses, with the last checkpoint as it was.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        for path in self.out.glob(".*.partial"):  # of a run that was killed
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.out.iterdir():
+            if PARTIAL.fullmatch(path.name):  # of a run that was killed
+                shutil.rmtree(path, ignore_errors=True)
         folder = self.out / f"step-{state.step:08}"
-        if folder.exists():  # whole, but the run was killed before it became the last one
-            shutil.rmtree(folder)
+        if _step_of(folder) is not None:  # whole, but the run was killed before it became the last one
+            _remove(folder)
         needed, free = parameters.weights.nbytes * 3, shutil.disk_usage(self.out).free
         if needed > free:
             raise OSError(28, f"no room for a checkpoint: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; the "
@@ -95,6 +101,8 @@ class Checkpoints:
                 for name, array in values.items():
                     writer.write(name, array)
             _write_json(partial / STATE_FILE, {"format": FORMAT, **vars(state)})
+        if best:  # before `last`, whose state tells a resumed run of the best loss: `best` never lags behind it
+            self._link(BEST, folder)
         self._link(LAST, folder)
         self._prune()
         return folder
@@ -144,10 +152,23 @@ class Checkpoints:
 
     def _prune(self) -> None:
         linked = {(self.out / name).resolve() for name in (LAST, BEST)}
-        folders = sorted(path for path in self.out.glob("step-*") if path.is_dir())
-        for path in folders[: -self.keep]:
+        steps = {path: step for path in self.out.iterdir() if (step := _step_of(path)) is not None}
+        for path in sorted(steps, key=steps.__getitem__)[: -self.keep]:
             if path.resolve() not in linked:
-                shutil.rmtree(path)
+                _remove(path)
+
+
+def _step_of(folder: Path) -> int | None:
+    """The step of a checkpoint, or None for what is none."""
+    match = STEP.fullmatch(folder.name)
+    return int(match[1]) if match and not folder.is_symlink() and (folder / STATE_FILE).is_file() else None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; a kill midway leaves a partial folder, which the next save removes, and never half of it."""
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    folder.rename(partial)
+    shutil.rmtree(partial)
 
 
 def _stored_shape(row: Row, slots: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

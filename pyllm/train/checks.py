@@ -48,12 +48,16 @@ class RepeatedData:
 
     def state(self) -> dict[str, Any]:
         """See :class:`Data`."""
-        return {"repeated": self._at, "data": self._data.state()}
+        return {"repeated": self._at, "batches": len(self._batches), "data": self._data.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`Data`."""
         if "repeated" not in state:
             raise RequestError("the run was not one that repeats a batch: start another run to overfit one")
+        if state.get("batches") != len(self._batches):
+            raise RequestError(
+                f"data: the run repeats {state.get('batches')} micro-batches, now it is {len(self._batches)}"
+            )
         self._data.load_state(state["data"])
         self._at = state["repeated"]
 

@@ -102,6 +102,14 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
                 raise DataError(f"{at}: not a JSON object: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{at}: expected a JSON object with {KEYS}, found {shown(record)}")
+            if "\\u" in text:  # only an escape can stand for half of a surrogate pair
+                try:
+                    json.dumps(record, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    half = ord(error.object[error.start])
+                    raise DataError(
+                        f"{at}: \\u{half:04x} is half of a surrogate pair, which stands for no character by itself"
+                    ) from error
             yield record, at, read
 
 

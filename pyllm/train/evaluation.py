@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyllm.errors import RequestError
+from pyllm.errors import ConfigError, RequestError
 from pyllm.llm import LLM
 from pyllm.train.token_store import TokenStore
 
@@ -38,8 +38,18 @@ def evaluate(
 ) -> Evaluation:
     """Score the first `limit` documents, each by itself; longer ones in pieces of the context.
 
-    With `mask_prompt` only answers count. Raises `RequestError` where nothing counts.
+    With `mask_prompt` only answers count. Raises `ConfigError` where they cannot be told from prompts, `RequestError`
+    where nothing counts.
     """
+    if mask_prompt and not store.maskable:
+        raise ConfigError(
+            f"mask_prompt: {store.name}: the chat template writes earlier turns anew, so that prompts and answers "
+            "cannot be told apart"
+        )
+    if mask_prompt and store.answers is None:
+        raise ConfigError(
+            f"mask_prompt: {store.name} holds no prompts: expected `prompt` and `completion`, or `messages`"
+        )
     ends = store.ends[:limit]
     pieces: list[tuple[int, int]] = []
     begin = 0
@@ -52,7 +62,7 @@ def evaluate(
         chosen = pieces[at : at + BATCH]
         scores = llm.score([{"prompt_token_ids": store.tokens[a:b].tolist()} for a, b in chosen])
         for (a, b), score in zip(chosen, scores, strict=True):
-            answers = None if store.answers is None or not mask_prompt else store.answers[a + 1 : b]
+            answers = store.answers[a + 1 : b] if mask_prompt and store.answers is not None else None
             kept = [v for i, v in enumerate(score.logprobs) if answers is None or answers[i]]
             total -= sum(kept)
             counted += len(kept)

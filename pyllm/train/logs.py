@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,8 @@ class RunLog(Callbacks):
         """Begin the files, or go on with them after `step`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_log(self.folder) if r["step"] <= step] if step else []
-        with (self.folder / JSONL).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        with (self.folder / CSV).open("w", encoding="utf-8") as file:
-            file.write(",".join(COLUMNS) + "\n")
-            file.writelines(_row(record) for record in kept)
+        replace_text(self.folder / JSONL, (json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        replace_text(self.folder / CSV, [",".join(COLUMNS) + "\n", *map(_row, kept)])
 
     def stepped(self, report: StepReport) -> None:
         """A step."""
@@ -54,6 +54,20 @@ class RunLog(Callbacks):
         if row := _row(record):
             with (self.folder / CSV).open("a", encoding="utf-8") as file:
                 file.write(row)
+
+
+def replace_text(path: Path, lines: Iterable[str]) -> None:
+    """Write a file, or another one in its place; a kill or a full disk leaves the old one as it was."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -40,17 +40,21 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
         raise ConfigError(f"tokenizer: expected a folder with tokenizer.json, found no folder {tokenizer}")
     if folder is not None:
         limit = family_of(values := read_config(folder)).read(values).max_positions
-        context = config.context or min(DEFAULT_CONTEXT, limit)
+        context = config.context if config.context is not None else min(DEFAULT_CONTEXT, limit)
+        if context < 1:
+            raise ConfigError(f"context: expected at least 1, got {context}")
         if context > limit:
             raise ConfigError(f"context: expected at most the model's {limit} positions, got {context}")
         return folder, tokenizer, context
     loaded = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    size = config.vocab_size or (loaded.vocab_size if loaded is not None else None)
+    size = config.vocab_size
+    if size is None and loaded is not None:
+        size = loaded.vocab_size
     if size is None:
         raise ConfigError("tokenizer: a new model needs the folder of a tokenizer, or vocab_size and data of tokens")
     if loaded is not None and size < loaded.vocab_size:
         raise ConfigError(f"vocab_size: expected at least the tokenizer's {loaded.vocab_size}, got {size}")
-    context = config.context or DEFAULT_CONTEXT
+    context = config.context if config.context is not None else DEFAULT_CONTEXT
     assert config.arch is not None
     values = new_config(
         config.arch,
@@ -71,6 +75,7 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
 def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | None = None) -> Setup:
     """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit."""
     model, tokenizer, context = model_and_tokenizer(config)
+    tokens = _batch_tokens(config, context)
     files = [*config.data, *config.valid]
     cache = Path(config.data_cache) if config.data_cache is not None else None
 
@@ -87,7 +92,6 @@ def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | No
         raise ConfigError(f"valid_share: expected 0 <= value < 1, got {config.valid_share}")
     if not held and config.valid_share > 0:
         training, held = map(list, zip(*(store.split(config.valid_share) for store in training), strict=True))
-    tokens = config.batch_tokens or CONTEXTS * context
     _check_ids(model, stores)
 
     def packed(chosen: Sequence[TokenStore], weights: Sequence[float] | None, sequences: int | None) -> PackedData:
@@ -113,13 +117,22 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     config, theirs = settings({**needed, **values})
     model, _, context = model_and_tokenizer(config)
     config_json = model if isinstance(model, dict) else read_config(model)
-    tokens = config.batch_tokens or CONTEXTS * context
+    tokens = _batch_tokens(config, context)
     if "data" in values:
         sequences = prepare(config, theirs.seed, progress).train.sequences
     else:
         sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
     shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
     return plan_training(family_of(config_json).read(config_json), shape)
+
+
+def _batch_tokens(config: RunConfig, context: int) -> int:
+    """Tokens of a micro-batch."""
+    if config.batch_tokens is None:
+        return CONTEXTS * context
+    if config.batch_tokens < context:
+        raise ConfigError(f"batch_tokens: expected at least the context of {context}, got {config.batch_tokens}")
+    return config.batch_tokens
 
 
 def _check_ids(model: Path | dict[str, Any], stores: Sequence[TokenStore]) -> None:

@@ -120,10 +120,10 @@ def default_cache() -> Path:
 def _of_bin(path: Path, tokenizer: Tokenizer | None) -> TokenStore:
     """A token file; its documents end where the tokenizer's end token stands."""
     tokens = read_bin(path, tokenizer.vocab_size if tokenizer else None)
-    ends = [np.array([len(tokens)])]
-    if tokenizer is not None and tokenizer.eos_token_ids:
-        ends.insert(0, np.flatnonzero(np.isin(tokens, tokenizer.eos_token_ids)) + 1)
-    return TokenStore(tokens, np.unique(np.concatenate(ends)), None, True, _digest(path), str(path))
+    final = tokenizer.eos_token_ids if tokenizer is not None else ()
+    ends = np.append(np.flatnonzero(np.isin(tokens, final)) + 1 if final else [], len(tokens)).astype(np.int64)
+    key = _digest(path) + "".join(f"-{token}" for token in final)
+    return TokenStore(tokens, np.unique(ends), None, True, key, str(path))
 
 
 def _tokenise(path: Path, tokenizer: Tokenizer, folder: Path, progress: Progress | None) -> None:
@@ -174,7 +174,7 @@ class _Writer:
         for document in documents:
             begins = not self._open and not document.chat
             ids = list(self._start) if begins else []
-            answers = [document.parts[0][1]] * len(ids)
+            answers = [document.parts[0][1]] if ids else []
             for _, answer in document.parts:
                 more = next(encoded)
                 ids += more
@@ -194,7 +194,7 @@ class _Writer:
             inner = np.flatnonzero(np.isin(ids, self.tokenizer.eos_token_ids))
             self.ends += (self.count + inner + 1).tolist()
         self.count += len(ids)
-        if not document.open and (not self.ends or self.ends[-1] != self.count):
+        if not document.open and self.count > (self.ends[-1] if self.ends else 0):  # a template may give no text
             self.ends.append(self.count)
 
     def finish(self, folder: Path) -> None:

@@ -97,7 +97,7 @@ class Trainer:
             optimizer=AdamW(config.beta1, config.beta2, config.eps, config.weight_decay),
             dropout=config.dropout,
         )
-        self._sampler: Sampler | None = None
+        self._sampler = self._new_sampler() if config.sample_every > 0 else None
         self._stopping = False
 
     # The run
@@ -116,8 +116,7 @@ class Trainer:
                 self.sample()
             if last or self._stopping or _due(done, config.save_every):
                 self.save()
-        if self._saved is None:
-            self.save()
+        self.save()  # where `stop` came between the last look at it and the end of the loop
         folder = (config.out / "last").resolve()
         return TrainResult(self.steps_done, self.steps_done >= config.steps, self._last_loss, self._best, folder)
 
@@ -185,10 +184,7 @@ class Trainer:
     def sample(self) -> list[Sample]:
         """Continue ``config.sample_prompts`` with the weights as they are."""
         if self._sampler is None:
-            if self._tokenizer_folder is None:
-                raise RequestError("samples need a tokenizer: give its folder as tokenizer")
-            tokenizer = Tokenizer.load(self._tokenizer_folder)
-            self._sampler = Sampler(self._step.model, self.ops, tokenizer)
+            self._sampler = self._new_sampler()
         config = self.config
         samples = [
             Sample(self.steps_done, prompt, text)
@@ -215,10 +211,13 @@ class Trainer:
         self._left_over = True
         return list(check_gradients(self.parameters, self._step, batch))
 
-    def save(self) -> Path:
-        """Write a checkpoint of the run as it stands, unless there is one of this step."""
+    def save(self, best: bool = False) -> Path:
+        """Write a checkpoint of the run as it stands, unless there is one of this step; `best` makes it the best."""
         if self._saved == self.steps_done:
-            return (self.config.out / "last").resolve()
+            folder = (self.config.out / "last").resolve()
+            if best:
+                self._checkpoints.mark_best(folder)
+            return folder
         state = RunState(
             self.steps_done,
             self.config.fixed(),
@@ -227,7 +226,7 @@ class Trainer:
             self._best,
             self._last_loss,
         )
-        folder = self._checkpoints.save(self.parameters, state, self._tokenizer_folder)
+        folder = self._checkpoints.save(self.parameters, state, self._tokenizer_folder, best)
         self._saved = self.steps_done
         self._tell("saved", self.steps_done, folder)
         return folder
@@ -238,7 +237,12 @@ class Trainer:
         report = self.evaluate()
         self._tell("evaluated", report)
         if report.best:
-            self._checkpoints.mark_best(self.save())
+            self.save(best=True)
+
+    def _new_sampler(self) -> Sampler:
+        if self._tokenizer_folder is None:
+            raise RequestError("samples need a tokenizer: give its folder as tokenizer")
+        return Sampler(self._step.model, self.ops, Tokenizer.load(self._tokenizer_folder))
 
     def _tell(self, what: str, *values: object) -> None:
         for callback in self.callbacks:
