@@ -19,7 +19,8 @@ from tokenizers import Regex, pre_tokenizers
 from pyllm.errors import ConfigError, DataError
 from pyllm.tokenizer import Tokenizer
 from pyllm.train import documents
-from pyllm.train.data import IGNORED, PackedData
+from pyllm.train.data import PackedData
+from pyllm.train.step import IGNORED
 from pyllm.train.token_files import read_bin, write_bin
 from pyllm.train.token_store import TokenStore, open_tokens
 
