@@ -406,5 +406,5 @@ def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
 def test_too_short() -> None:
     with pytest.raises(DataError, match="no document has a token to predict"):
         PackedData([made([1, 1])], context=8, tokens=16)
-    with pytest.raises(DataError, match="fewer than the context"):
+    with pytest.raises(DataError, match=r"fewer than the context.*\(--valid-share 0\)"):
         PackedData([made([8])], context=8, tokens=16, packing="plain")

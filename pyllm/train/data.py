@@ -281,7 +281,8 @@ class _Windows(_Source):
         if self._room < context:
             raise DataError(
                 f"{self.name}: {len(store.tokens)} tokens are fewer than the context of {context} and one more: give "
-                "more text, or a shorter context"
+                "more text, or a shorter context. Where they are the part of a file that is held out, give held-out "
+                "data of its own (--valid), hold out a larger part (--valid-share), or none (--valid-share 0)"
             )
         self.mean_length = float(context)
 
