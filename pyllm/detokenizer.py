@@ -36,7 +36,7 @@ class Detokenizer:
     """
 
     def __init__(self, token_of: Callable[[int], str | None], stages: Sequence[Stage]) -> None:
-        """`stages` are fresh: they keep the state of one text."""
+        """`stages` are fresh, at least one: they keep the state of one text."""
         self._token_of = token_of
         self._first, *self._later = stages
         self._finished = False
@@ -92,6 +92,8 @@ def stages_of(decoder: dict[str, Any] | None) -> Callable[[], list[Stage]]:
             continue
         makers.append(_maker(kind, spec, fused))
         fused = fused or kind == "ByteLevel"
+    if not makers:  # only Fuse, or a Sequence of none: the tokens as they are
+        makers.append(lambda: _PerToken(lambda token: token))
     return lambda: [make() for make in makers]
 
 

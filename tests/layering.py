@@ -60,7 +60,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile"}
 PRINTERS = {"cli", "__main__"}  # the only place that prints or ends the process
 MODELS_MAY_IMPORT = {"errors", "spec", "quantization", "weights", "folder", "models"}
 
-CPU_HEADERS = ("cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
+CPU_HEADERS = ("cpu/cores.h", "cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
 CPU_SIZES = (
     "cpu/attention_workspace.h",
     "cpu/kernels/matmul_plan.h",
@@ -71,7 +71,10 @@ CPU_SIZES = (
 CPP_LAYERS: list[tuple[str, tuple[str, ...]]] = [  # first match counts
     ("core/", ("core/",)),
     ("cpu/simd/", ("core/", "cpu/simd/")),
-    ("cpu/kernels/", ("core/", "cpu/simd/", "cpu/kernels/", "cpu/kernels.h", "cpu/parallel.h", *CPU_SIZES)),
+    (
+        "cpu/kernels/",
+        ("core/", "cpu/simd/", "cpu/kernels/", "cpu/cores.h", "cpu/kernels.h", "cpu/parallel.h", *CPU_SIZES),
+    ),
     ("cpu/", ("core/", *CPU_HEADERS, *CPU_SIZES)),
     ("cuda/", ("core/", "cuda/")),
     ("bindings/", ("core/", "bindings/", "cuda/", *CPU_HEADERS)),

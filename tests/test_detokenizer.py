@@ -56,6 +56,8 @@ DECODERS: dict[str, Any] = {
     },
     "strip tokens": {"type": "Strip", "content": "l", "start": 1, "stop": 1},
     "regex": {"type": "Replace", "pattern": {"Regex": "[lo]+"}, "content": "0"},
+    "fuse": {"type": "Fuse"},
+    "empty sequence": {"type": "Sequence", "decoders": []},
 }
 
 

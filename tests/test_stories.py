@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from stories import words
+from stories import make_model, words
 from stories.check import check
 from stories.compose import story
 from stories.events import FORMS
@@ -124,3 +124,14 @@ def test_the_corpus_is_split_by_seed_and_does_not_depend_on_the_processes(tmp_pa
     train = {json.loads(line)["text"] for line in (tmp_path / "one" / "train.jsonl").read_text().splitlines()}
     assert story(99) in held and story(0) in train
     assert not held & train
+
+
+def test_a_corpus_that_is_broken_off_is_not_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(folder: Path, count: int) -> None:
+        (folder / "train.jsonl").write_text("{}\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_model, "write", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        make_model.make(tmp_path / "work")
+    assert list((tmp_path / "work").iterdir()) == []

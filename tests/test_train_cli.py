@@ -20,12 +20,14 @@ from test_cli import COMMAND, environment, refused
 from test_cli import pyllm as run_pyllm
 
 from pyllm import LLM
+from pyllm.cli.live import operations_per_token
 from pyllm.errors import ConfigError, DataError
 from pyllm.models import family_of
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.evaluation import evaluate
 from pyllm.train.logs import COLUMNS, CSV, RunLog, read_log, replace_text
+from pyllm.train.plot import plot_run
 from pyllm.train.report import EvalReport, StepReport
 from pyllm.train.run_config import as_json, read_yaml, settings
 from pyllm.train.setup import plan_of_run
@@ -376,6 +378,12 @@ def test_settings_survive_their_own_json(tmp_path: Path) -> None:
     assert settings(read_yaml(path)) == made
 
 
+def test_the_examples_are_settings_of_runs_beside_each_other() -> None:
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    runs = [settings(read_yaml(path))[1].out for path in sorted(examples.glob("*.yaml"))]
+    assert len(set(runs)) == len(runs) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -448,6 +456,28 @@ def test_a_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
         replace_text(path, cut())
     assert path.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_operations_of_a_token_count_the_head_for_each() -> None:
+    sizes: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": None, "ffn": None, "tie": True}
+    config = new_config("gpt2", **sizes, context=64, vocab_size=100, tokenizer=None)
+    spec = family_of(config).read(config)
+    products = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 100 * 32
+    keys = (64 + 1) / 2  # that a query sees, on average
+    assert operations_per_token(spec, 64) == 3 * (2 * products + 2 * 2 * 2 * 32 * keys)
+
+
+def test_a_plot_leaves_out_what_is_no_number(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = RunLog(tmp_path)
+    log.started(0, 10, 1)
+    for step in range(1, 4):
+        log.stepped(StepReport(step, 1.0 / step, 1e-3, 0.5, 64, 60, 0.1))
+        log.evaluated(EvalReport(step, float("nan" if step == 2 else "inf"), 7.4, 60, True, 0.1))
+    plot_run(tmp_path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="odd"):
+        plot_run(tmp_path, tmp_path / "loss.odd")
 
 
 def test_a_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:

@@ -15,15 +15,22 @@ import pytest
 import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from pyllm.errors import ConfigError, DataError
 from pyllm.tokenizer import Tokenizer
 from pyllm.train import documents
-from pyllm.train.data import IGNORED, PackedData
+from pyllm.train.data import PackedData
+from pyllm.train.step import IGNORED
 from pyllm.train.token_files import read_bin, write_bin
 from pyllm.train.token_store import TokenStore, open_tokens
 
 WORDS = ["once", "upon", "a", "time", "there", "was", "little", "girl", "Köln", "你好", "🙂", "fox."]
+PATTERNS = (  # how GPT-2 and Llama 3 cut a text into words
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+",
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,36 @@ def test_a_long_text_has_the_ids_of_the_whole(
     assert store.tokens.tolist() == [*Tokenizer.load(model).encode(text), 1]
     assert store.ends.tolist() == [len(store.tokens)]
     assert shares[-1] == 1.0
+
+
+def test_pieces_of_a_text_keep_the_words_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 300)
+    rng = np.random.default_rng(2)
+    marks = [" ", "  ", "\n", "\n\n", "\n  ", "\r\n", "\n\n \n"]
+    text = "".join(rng.choice(WORDS) + rng.choice(marks) for _ in range(2000))
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    pieces = list(documents.read_texts(path))
+    assert "".join(pieces) == text and len(pieces) > 20
+    for pattern in PATTERNS:
+        words = pre_tokenizers.Split(Regex(pattern), "isolated")
+        cut = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
+        assert cut == [word for word, _ in words.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("text", ["你好" * 1000, "a" * 1000, "\n" * 1000, "a\n\n" * 300, "é", "  "])
+def test_a_text_without_a_place_to_cut_comes_in_pieces(
+    tmp_path: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 61)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    made = list(documents.read_documents(path, Tokenizer.load(model)))
+    pieces = [document.parts[0][0] for document in made]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 2 * 61
+    assert [document.open for document in made] == [True] * (len(made) - 1) + [False]
+    assert made[-1].bytes_read == len(text.encode())
 
 
 def test_an_end_token_in_a_text_separates_documents(tmp_path: Path, model: Path, cache: Path) -> None:
@@ -194,6 +231,7 @@ def test_a_header_as_llm_c_writes_it(tmp_path: Path) -> None:
         ("a.bin", b"", "empty"),
         ("a.txt", b"abc\0def", "zero byte at byte 3"),
         ("a.txt", b"abc\xff", "not UTF-8 text.*at byte 3"),
+        ("a.txt", "abcü".encode()[:-1], "not UTF-8 text.*at byte 3 \\(0xc3"),
         ("a.txt", os.urandom(3000) + b"\0", "not UTF-8 text"),
         ("a.bin", b"abc", "found 3 bytes"),
         ("a.bin", b"\5\0", "holds 1 token"),
@@ -391,5 +429,5 @@ def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
 def test_too_short() -> None:
     with pytest.raises(DataError, match="no document has a token to predict"):
         PackedData([made([1, 1])], context=8, tokens=16)
-    with pytest.raises(DataError, match="fewer than the context"):
+    with pytest.raises(DataError, match=r"fewer than the context.*\(--valid-share 0\)"):
         PackedData([made([8])], context=8, tokens=16, packing="plain")

@@ -1,7 +1,8 @@
 """Makes the model that ships with pyllm: `python -m stories.make_model WORK`, from the folder examples/.
 
 In WORK: corpus/ (the stories), tokenizer/, run/ (the training, which goes on where it was stopped) with its curve
-run.png, and at the end model/, with bfloat16 weights and quality.json. What is there already is not made again.
+run.png, and at the end model/, with bfloat16 weights and quality.json. What is there already is not made again; each
+folder but run/ appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import ml_dtypes
 from safetensors.numpy import load_file, save_file
 
+from pyllm.convert.new_folder import new_folder
 from pyllm.default_model import TEMPERATURE
 
 from .quality import measure
@@ -31,7 +33,8 @@ def make(work: Path) -> Path:
     """All steps; gives the folder of the model."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "corpus").exists():
-        write(work / "corpus", STORIES)
+        with new_folder(work / "corpus") as partial:
+            write(partial, STORIES)
     if not (work / "tokenizer").exists():
         template = HERE / "chat_template.jinja"
         _pyllm(work, "train-tokenizer", "corpus/train.jsonl", "--out", "tokenizer",
@@ -42,7 +45,8 @@ def make(work: Path) -> Path:
         else:
             _pyllm(work, "train", "--config", str(HERE / "run.yaml"))
         _pyllm(work, "plot", "run", "--out", "run.png")
-        shrink(work / "run" / "best", work / "model")
+        with new_folder(work / "model") as partial:
+            shrink(work / "run" / "best", partial)
     quality, _ = measure(work / "model", work / "corpus" / "train.jsonl", 400, TEMPERATURE)
     (work / "model" / "quality.json").write_text(json.dumps(asdict(quality), indent=2) + "\n")
     print(json.dumps(asdict(quality), indent=2))
@@ -50,8 +54,7 @@ def make(work: Path) -> Path:
 
 
 def shrink(source: Path, target: Path) -> None:
-    """A model folder with the weights as bfloat16 and nothing that only training needs."""
-    target.mkdir()
+    """Fill `target`, an empty folder, with a model of bfloat16 weights and nothing that only training needs."""
     weights = {
         name: values.astype(ml_dtypes.bfloat16) for name, values in load_file(source / "model.safetensors").items()
     }

@@ -10,18 +10,18 @@ from pyllm.cli.output import is_quiet, note
 from pyllm.limits import peak_gflops
 from pyllm.spec import ModelSpec
 from pyllm.train.report import Callbacks, EvalReport, Sample, StepReport
+from pyllm.train.setup import DEFAULT_CONTEXT
 
 EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 class LiveLine(Callbacks):
     """Loss, rate, norm, speed, share of the machine's peak and time left: one line, written anew; or a line now and
-    then where stderr is no terminal."""
+    then where stderr is no terminal. A `context` of 0 stands for the default one."""
 
     def __init__(self, spec: ModelSpec, context: int, dtype: str, threads: int) -> None:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        mean = max(context // 2, 1)
-        self._operations = 3 * spec.operations(mean) / mean  # of a token, forward and backward
+        self._operations = operations_per_token(spec, context or min(DEFAULT_CONTEXT, spec.max_positions))
         self._peak = 0.0 if is_quiet() else peak_gflops(dtype, threads) * 1e9
         self._steps, self._first, self._began, self._shown = 1, 0, time.monotonic(), 0.0
         self._open = False
@@ -74,6 +74,15 @@ class LiveLine(Callbacks):
     def _line(self, text: str) -> None:
         self.clear()
         note(text)
+
+
+def operations_per_token(spec: ModelSpec, context: int) -> float:
+    """Multiplications and additions of a token in a sequence of `context`, forward and, twice as many, backward.
+
+    The head reads every token; what checkpointed activations compute again is not counted.
+    """
+    head_of_others = 2 * (context - 1) * spec.vocab_size * spec.hidden
+    return 3 * (spec.operations(context) + head_of_others) / context
 
 
 def _clock(seconds: float) -> str:

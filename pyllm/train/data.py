@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.errors import ConfigError, DataError, listed
+from pyllm.ops_training import IGNORED_LABEL
 from pyllm.train.report import I32
 from pyllm.train.token_store import TokenStore
 
 PACKINGS = ("documents", "plain")
-IGNORED = -100
 WAITING = 64  # sequences to choose from when a micro-batch is filled
 FORMAT = 1
 
@@ -113,7 +113,7 @@ class PackedData:
     def next_batch(self) -> tuple[I32, I32, I32]:
         """Tokens [T], labels [T] and starts [B + 1], see :class:`pyllm.train.report.Data`."""
         tokens = np.zeros(self.tokens, np.int32)
-        labels = np.full(self.tokens, IGNORED, np.int32)
+        labels = np.full(self.tokens, IGNORED_LABEL, np.int32)
         starts = np.full(self._most + 1, self.tokens, np.int32)
         starts[0] = at = count = 0
         while at < self.tokens and count < self._most - (self._reserve if self.packing == "documents" else 0):
@@ -281,7 +281,8 @@ class _Windows(_Source):
         if self._room < context:
             raise DataError(
                 f"{self.name}: {len(store.tokens)} tokens are fewer than the context of {context} and one more: give "
-                "more text, or a shorter context"
+                "more text, or a shorter context. Where they are the part of a file that is held out, give held-out "
+                "data of its own (--valid), hold out a larger part (--valid-share), or none (--valid-share 0)"
             )
         self.mean_length = float(context)
 
@@ -316,7 +317,7 @@ def _fill(stored: Any, mask: NDArray[np.uint8] | None, start: int, size: int, to
     tokens[:size] = stored[start : start + size]
     labels[:size] = stored[start + 1 : start + size + 1]
     if mask is not None:
-        labels[:size][mask[start + 1 : start + size + 1] == 0] = IGNORED
+        labels[:size][mask[start + 1 : start + size + 1] == 0] = IGNORED_LABEL
     return size
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pyllm.errors import DataError, TokenizerError, shown
 from pyllm.folder import unique_names
 from pyllm.tokenizer import Tokenizer
 
-PIECE_CHARACTERS = 1 << 20  # of a text file that are tokenised together, about
+PIECE_CHARACTERS = 1 << 20  # of a text file that are tokenised together: as many, up to twice as many
 MAX_LINE_BYTES = 64 << 20
 KEYS = "`text`, `prompt` and `completion`, or `messages`"
 
@@ -61,22 +62,42 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def _read_text(path: Path) -> Iterator[Document]:
-    """Pieces of a text, cut before a line: for byte-level tokenizers the ids are those of the whole text."""
+    """A text in pieces, so that its length costs no memory.
+
+    Byte-level tokenizers with the patterns of GPT-2 or Llama 3 give the ids of the whole text, as long as it can be cut
+    beside a line end or space with no other white space at its side.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def decode(data: bytes) -> str:
+        return decoder.decode(data, final=not data)  # the beginning of a character waits for its end
+
     read, rest = 0, ""
     with path.open("rb") as file:
-        while data := file.read(PIECE_CHARACTERS):
-            while data[-1] & 0x80 and (more := file.read(1)):  # not within a character
-                data += more
-            rest += _decoded(data, path, read)
+        for data in iter(lambda: file.read(PIECE_CHARACTERS), b""):
+            rest += _decoded(data, path, read, decode)
             read += len(data)
-            cut = rest.rfind("\n") + 1
-            while cut < len(rest) and rest[cut].isspace():  # white space stays in one piece
-                cut += 1
-            if 0 < cut < len(rest):
+            if len(rest) >= PIECE_CHARACTERS:
+                cut = _cut(rest)
                 yield Document(((rest[:cut], True),), open=True, bytes_read=read)
                 rest = rest[cut:]
+    rest += _decoded(b"", path, read, decode)
     if rest:
         yield Document(((rest, True),), bytes_read=read)
+
+
+def _cut(text: str) -> int:
+    """Where to cut: after the last line, else before the last space, that stands alone; else before the last character.
+
+    White space in a row stays in one piece, as patterns tell its end from what follows.
+    """
+    for mark, after in (("\n", 1), (" ", 0)):
+        at = text.rfind(mark, 1, -1)
+        while at > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + after
+            at = text.rfind(mark, 1, at)
+    return len(text) - 1
 
 
 def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
@@ -153,16 +174,20 @@ def _conversation(messages: object, at: str, tokenizer: Tokenizer, read: int) ->
     return Document(tuple(part for part in parts if part[0]), chat=True, bytes_read=read)
 
 
-def _decoded(data: bytes, path: Path, before: int) -> str:
-    """Text; refuses what is not UTF-8 and what holds NUL bytes, which no text does."""
+def _decoded(data: bytes, path: Path, before: int, decode: Callable[[bytes], str] = bytes.decode) -> str:
+    """Text; refuses what is not UTF-8 and what holds NUL bytes, which no text does.
+
+    `before` counts the bytes of the file before `data`; `decode` may hold back some of them.
+    """
     zero = data.find(b"\0")
     try:
         if zero < 0:
-            return data.decode("utf-8")
-        what, where = "a zero byte", zero
+            return decode(data)
+        what, where, byte = "a zero byte", zero, 0
     except UnicodeDecodeError as error:
-        what, where = error.reason, error.start
+        what, where = error.reason, error.start + len(data) - len(error.object)
+        byte = error.object[error.start]
     raise DataError(
-        f"{path}: not UTF-8 text: {what} at byte {before + where} (0x{data[where]:02x}). Convert it, for example with "
+        f"{path}: not UTF-8 text: {what} at byte {before + where} (0x{byte:02x}). Convert it, for example with "
         "iconv -t UTF-8; token files are named .bin."
     )

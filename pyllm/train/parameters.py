@@ -160,14 +160,6 @@ class Parameters:
         """Gradients accumulate: begin again."""
         self.gradients.fill(0)
 
-    def refresh(self) -> None:
-        """Round the weights again, where products read a rounded copy."""
-        if self.compute == "float32":
-            return
-        for place in self.layout.matrices:
-            for slot in (*place.slots, *([place.gate] if place.gate else [])):
-                self.set(slot, self.get(slot))
-
     def update(self, hyper: F64, weight_decay: float) -> None:
         """One AdamW step of all weights, which leaves gradients at 0; see :meth:`TrainingOps.adamw` for `hyper`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 from pyllm.errors import ConfigError, DataError
@@ -21,15 +22,11 @@ def plot_run(folder: Path, out: Path) -> None:
     if not steps:
         raise DataError(f"{folder}: the run has made no step yet")
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("matplotlib is not installed: pip install 'pyllm[train]'") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (losses, rates) = pyplot.subplots(
-        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")  # by itself: pyplot would know of it, and have a backend
+    losses, rates = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     at = [r["step"] for r in steps]
     loss = [r["loss"] for r in steps]
     losses.plot(at, loss, color="0.75", linewidth=0.8)
@@ -38,8 +35,9 @@ def plot_run(folder: Path, out: Path) -> None:
         losses.plot(
             [r["step"] for r in evals], [r["eval_loss"] for r in evals], "o-", color="tab:red", label="held out"
         )
-    shown = _smoothed(loss) + [r["eval_loss"] for r in evals]
-    losses.set_ylim(min(shown) * 0.95, sorted(shown)[int(0.99 * (len(shown) - 1))] * 1.05)
+    shown = sorted(filter(isfinite, _smoothed(loss) + [r["eval_loss"] for r in evals]))
+    if shown:
+        losses.set_ylim(shown[0] * 0.95, shown[int(0.99 * (len(shown) - 1))] * 1.05)
     losses.set_ylabel("loss, nats per token")
     losses.legend()
     losses.grid(alpha=0.3)
@@ -51,8 +49,6 @@ def plot_run(folder: Path, out: Path) -> None:
         figure.savefig(out, dpi=120)
     except ValueError as error:
         raise ConfigError(f"{out}: {error}") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -14,13 +14,13 @@ from pyllm.cache import BLOCK_TOKENS, KVCache
 from pyllm.errors import RequestError
 from pyllm.model import Model
 from pyllm.ops import F32, Arena
-from pyllm.ops_training import TrainingOps
+from pyllm.ops_training import IGNORED_LABEL, TrainingOps
 from pyllm.tape import Dropout, Tape, TapeMemory
 from pyllm.train.memory import StepShape, cache_blocks, cache_dtype, cached, head_rows, step_floats, table_width
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import I32
 
-IGNORED = -100  # the label of a token that does not count
+IGNORED = IGNORED_LABEL  # the label of a token that does not count
 
 
 @dataclass(frozen=True)
