@@ -78,7 +78,7 @@ class TrainingOps(Ops):
         self.context.adamw(params, grads, m, v, hyper, weight_decay, narrow, clear)
 
     def square_norm(self, out: F64, x: F32) -> None:
-        """``out[0] += sum(x**2)``, blocks of float32 sums added in float64, in a fixed order: out float64 [1], x flat."""
+        """``out[0] += sum(x**2)``: float32 in blocks, these in float64, in a fixed order; out float64 [1], x flat."""
         self.context.square_norm(out, x)
 
     def clip_coefficient(self, out: F64, square: F64, max_norm: float) -> None:

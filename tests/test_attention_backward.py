@@ -140,7 +140,7 @@ def test_formula_is_the_derivative() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_matches_formula(dtype: np.dtype, size: int) -> None:
+def test_gradients_match_formula(dtype: np.dtype, size: int) -> None:
     """Given out and lse, the gradients of ragged sequences, in guarded and misaligned slices of wider arrays."""
     heads, groups = 6, 2
     case = make([17, 65, 300, 64, 1], heads, groups, size, dtype, seed=size)
@@ -174,7 +174,7 @@ def test_matches_formula(dtype: np.dtype, size: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (7, 7), (8, 2), (7, 1), (12, 4)])
-def test_lengths_and_heads(isa: str, heads: int, groups: int) -> None:
+def test_gradients_match_formula_for_lengths(isa: str, heads: int, groups: int) -> None:
     """From the forward pass to the gradients; lse is that of the formula."""
     case = make([1, 15, 16, 63, 64, 65, 255, 256, 257, 700], heads, groups, 16, DTYPES[0], seed=heads)
     for window in (0, 100):
