@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,7 +184,7 @@ class PackedData:
         return shares
 
 
-class _Source:
+class _Source(ABC):
     """One file: an order of its sequences for each epoch, and the position in it."""
 
     def __init__(self, store: TokenStore, seed: int, shuffle: bool) -> None:
@@ -193,17 +194,17 @@ class _Source:
         self._order: NDArray[np.int64] | None = None
 
     @property
+    @abstractmethod
     def total(self) -> int:
         """Tokens that are seen in an epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self) -> int:
         """Sequences in this epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def length(self, index: int) -> int:
         """Tokens of a sequence."""
-        raise NotImplementedError
 
     def draw(self) -> int:
         """The next sequence of the order."""
