@@ -260,6 +260,7 @@ def test_a_plan_of_training(home: Path) -> None:
     assert text.returncode == 0, text.stderr
     assert b"optimizer" in text.stdout and b"it fits" in text.stdout
     refused(pyllm(home, "plan", "-m", "model", "--batch-tokens", 256), 2, "only with --train")
+    refused(pyllm(home, "plan", "--train", "-m", "model", "--quantization", "int8"), 2, "only without --train")
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def bench(
     """Measure read bandwidth and arithmetic peaks, and prefill and decode of a model as fractions of them; with
     --compare the same of pyllm and the other engines that are installed."""
     be_quiet(quiet)
-    _refuse(
+    o.refuse(
         context, MODEL_OPTIONS if compare else COMPARE_OPTIONS, "without --compare" if compare else "with --compare"
     )
     if compare:
@@ -125,7 +125,7 @@ def bench(
         enable_prefix_caching=False,
     )
     room = llm.max_model_len - max_tokens
-    if not _given(context, "prompt_tokens"):
+    if not o.given(context, "prompt_tokens"):
         prompt_tokens = max(min(prompt_tokens, room), 1)
     if room < prompt_tokens:
         raise typer.BadParameter(
@@ -155,20 +155,6 @@ def bench(
     if json:
         write_json(facts)
     return 0
-
-
-def _refuse(context: typer.Context, names: tuple[str, ...], where: str) -> None:
-    """Raise for options that stand on the command line and would be ignored."""
-    given = [name for name in names if _given(context, name)]
-    if given:
-        listed = ", ".join("--" + name.removesuffix("_files").replace("_", "-") for name in given)
-        raise typer.BadParameter(f"{listed}: only {where}.")
-
-
-def _given(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _measure(llm: LLM, limits: Limits, prompt_tokens: int, max_tokens: int, repeat: int) -> dict[str, float]:

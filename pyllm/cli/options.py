@@ -161,3 +161,17 @@ def main_options(
     ] = False,
 ) -> None:
     """Run transformer language models on the CPU."""
+
+
+def refuse(context: typer.Context, names: tuple[str, ...], where: str) -> None:
+    """Raise for options that stand on the command line and would be ignored."""
+    named = [name for name in names if given(context, name)]
+    if named:
+        listed = ", ".join("--" + name.removesuffix("_files").replace("_", "-") for name in named)
+        raise typer.BadParameter(f"{listed}: only {where}.")
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

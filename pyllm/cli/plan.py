@@ -11,6 +11,12 @@ from pyllm.cli import options as o
 from pyllm.cli.inputs import present
 from pyllm.cli.output import progress_bar, write, write_json
 
+GENERATION_OPTIONS = (
+    "quantization", "quantization_skip", "kv_cache_dtype", "max_num_seqs", "speculative", "draft_model",
+    "num_speculative_tokens", "revision", "offline",
+)  # fmt: skip
+TRAINING_OPTIONS = ("config", "batch_tokens", "checkpoint_activations")
+
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
@@ -18,6 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
+    context: typer.Context,
     model: o.DefaultModel = None,
     dtype: o.Dtype = None,
     quantization: o.Quantization = None,
@@ -46,6 +53,7 @@ def plan(
 ) -> int:
     """Bytes for weights, cache and workspace, from config.json and the headers of the weights alone; with --train those
     of a training run."""
+    o.refuse(context, GENERATION_OPTIONS if train else TRAINING_OPTIONS, "without --train" if train else "with --train")
     if train:
         flags = {
             "model": model,
@@ -55,8 +63,6 @@ def plan(
             "checkpoint_activations": checkpoint_activations or None,
         }
         return _training(config, present(flags), json)
-    if config is not None or batch_tokens is not None or checkpoint_activations:
-        raise typer.BadParameter("--config, --batch-tokens and --checkpoint-activations: only with --train.")
     from pyllm.default_model import default_model
     from pyllm.planning import plan as plan_of
 
