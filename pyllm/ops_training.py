@@ -72,7 +72,7 @@ class TrainingOps(Ops):
 
         params, grads, and the moments m and v are flat and of one length. hyper is float64 [7], read when the step is
         run: rate, beta1, beta2, eps, ``1 - beta1**t``, ``1 - beta2**t``, and a factor that gradients are multiplied
-        with (see :meth:`clip_coefficient`). `narrow`, a bfloat16 matrix of which params are the panels in float32,
+        with, to clip them. `narrow`, a bfloat16 matrix of which params are the panels in float32,
         receives the new weights, rounded. With `clear` grads are zero afterwards, for the sums of the next step.
         """
         self.context.adamw(params, grads, m, v, hyper, weight_decay, narrow, clear)
@@ -80,14 +80,6 @@ class TrainingOps(Ops):
     def square_norm(self, out: F64, x: F32) -> None:
         """``out[0] += sum(x**2)``: float32 in blocks, these in float64, in a fixed order; out float64 [1], x flat."""
         self.context.square_norm(out, x)
-
-    def clip_coefficient(self, out: F64, square: F64, max_norm: float) -> None:
-        """``out[0] = min(1, max_norm / (sqrt(square[0]) + 1e-6))``, float64 [1] both.
-
-        Gradients whose squares sum to `square` and that are multiplied with it have a norm of at most `max_norm`. `out`
-        may be ``hyper[6:]`` of :meth:`adamw`.
-        """
-        self.context.clip_coefficient(out, square, max_norm)
 
     # Layers, attention, losses
 

@@ -100,12 +100,6 @@ void square_norm(Context& context, const py::object& out, const py::object& x) {
   context.submit(&cpu::KernelTable::square_norm, args, {out, x});
 }
 
-void clip_coefficient(Context& context, const py::object& out, const py::object& square, double max_norm) {
-  if (!(max_norm > 0)) throw py::value_error("max_norm: expected a number > 0, got " + std::to_string(max_norm));
-  ClipCoefficientArgs args{vector_of<double>(out, "out", 1), vector_of<const double>(square, "square", 1), max_norm};
-  context.submit(&cpu::KernelTable::clip_coefficient, args, {out, square});
-}
-
 }  // namespace
 
 void bind_training_weights(py::module_&, ContextClass& context) {
@@ -116,8 +110,7 @@ void bind_training_weights(py::module_&, ContextClass& context) {
            py::arg("activation"), py::arg("gated"))
       .def("adamw", &adamw, py::arg("params"), py::arg("grads"), py::arg("m"), py::arg("v"), py::arg("hyper"),
            py::arg("weight_decay"), py::arg("narrow"), py::arg("clear"))
-      .def("square_norm", &square_norm, py::arg("out"), py::arg("x"))
-      .def("clip_coefficient", &clip_coefficient, py::arg("out"), py::arg("square"), py::arg("max_norm"));
+      .def("square_norm", &square_norm, py::arg("out"), py::arg("x"));
 }
 
 }  // namespace pyllm::bindings

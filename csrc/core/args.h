@@ -112,7 +112,7 @@ struct EmbeddingArgs {
 // dtable[tokens[t]] += dy[t], dposition_table[positions[t]] += dy[t], in rising t.
 struct EmbeddingBackwardArgs {
   PackedView packed;       // float32, the gradient of the table when packed.data is not null
-  float* dtable;           // else [V, D], or null
+  float* dtable;           // else [V, D]
   float* dposition_table;  // [P, D] or null
   const float* dy;         // [T, D]
   const int32_t* tokens;   // [T]

@@ -77,11 +77,4 @@ struct SquareNormArgs {
   void* workspace;  // double [chunks of kSquareChunk]
 };
 
-// out[0] = min(1, max_norm / (sqrt(square[0]) + 1e-6)), NaN where square is.
-struct ClipCoefficientArgs {
-  double* out;           // [1]
-  const double* square;  // [1]
-  double max_norm;
-};
-
 }  // namespace pyllm

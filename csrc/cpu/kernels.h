@@ -29,7 +29,6 @@
   X(activation_backward, ActivationBackwardArgs) \
   X(adamw, AdamWArgs)                            \
   X(square_norm, SquareNormArgs)                 \
-  X(clip_coefficient, ClipCoefficientArgs)       \
   X(norm_backward, NormBackwardArgs)             \
   X(embedding_backward, EmbeddingBackwardArgs)   \
   X(gather_backward, GatherBackwardArgs)         \

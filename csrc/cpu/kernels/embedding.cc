@@ -100,7 +100,7 @@ void embedding_backward(const EmbeddingBackwardArgs& a, Parallel& pool) {
         float* p = static_cast<float*>(const_cast<void*>(a.packed.data)) +
                    (token / kPanel * a.packed.k + begin) * kPanel + token % kPanel;
         for (int64_t i = 0; i < n; ++i) p[i * kPanel] += dy[i];
-      } else if (a.dtable) {
+      } else {
         add_row(a.dtable + token * a.table_stride + begin, dy, n);
       }
       if (a.dposition_table) add_row(a.dposition_table + a.positions[t] * a.position_stride + begin, dy, n);

@@ -107,9 +107,4 @@ void square_norm(const SquareNormArgs& a, Parallel& pool) {
   a.out[0] = total;
 }
 
-void clip_coefficient(const ClipCoefficientArgs& a, Parallel&) {
-  const double coefficient = a.max_norm / (std::sqrt(a.square[0]) + 1e-6);
-  a.out[0] = coefficient > 1.0 ? 1.0 : coefficient;
-}
-
 }  // namespace pyllm::PYLLM_ISA
