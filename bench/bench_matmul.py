@@ -25,9 +25,9 @@ from pyllm.spec import Activation
 Array = NDArray[Any]
 Multiply = Callable[[Array, int], Array]  # of x and the number of the copy -> x w^T
 
-SHAPES = sized(  # K, N
-    [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 3072), (768, 50257), (2048, 128256)], [(96, 130)]
-)
+GPT2 = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, 50257)]  # K, N
+LLAMA_1B = [(2048, 3072), (2048, 2048), (2048, 8192), (8192, 2048), (2048, 128256)]
+SHAPES = sized([*GPT2, *LLAMA_1B], [(96, 130)])
 GATED = sized((2048, 8192), (96, 130))
 SMALLER = np.float32(1 / 32)  # x of gated products: gates are then near 1, as those of models
 ROWS = [1, 2, 4, 8, 16, 32, sized(512, 65)]
