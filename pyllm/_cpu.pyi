@@ -193,9 +193,8 @@ class Context:
         self,
         logits: _F32,
         loss: _F32,
-        correct: _I32 | None,
         labels: _I32,
-        scale: _F32,
+        scale: _F32 | None,
         z_loss: float,
         label_smoothing: float,
     ) -> None: ...

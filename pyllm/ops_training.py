@@ -179,19 +179,19 @@ class TrainingOps(Ops):
         self,
         logits: F32,
         labels: NDArray[np.int32],
-        scale: F32,
+        scale: F32 | None,
         *,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         loss: F32 | None = None,
-        correct: NDArray[np.int32] | None = None,
     ) -> F32:
         """Softmax cross-entropy of logits [R, V], which become their gradient times `scale` [1] -> loss [R].
 
+        Where `scale` is None there are losses only, and logits stay as they are.
+
         labels int32 [R]; rows with IGNORED_LABEL, -100, have no loss and no gradient. A row's loss, not scaled, is ``(1
         - label_smoothing) * (lse - logits[label]) + label_smoothing * (lse - mean(logits)) + z_loss * lse**2``.
-        `correct` int32 [R] receives 1 where no logit is larger than the label's, else 0.
         """
         loss = self.empty(logits.shape[0]) if loss is None else loss
-        self.context.cross_entropy(logits, loss, correct, labels, scale, z_loss, label_smoothing)
+        self.context.cross_entropy(logits, loss, labels, scale, z_loss, label_smoothing)
         return loss

@@ -36,8 +36,8 @@ void check_values(const CrossEntropyArgs& a) {
                             std::to_string(a.labels[r]));
 }
 
-void cross_entropy(Context& context, const py::object& logits, const py::object& loss, const py::object& correct,
-                   const py::object& labels, const py::object& scale, double z_loss, double label_smoothing) {
+void cross_entropy(Context& context, const py::object& logits, const py::object& loss, const py::object& labels,
+                   const py::object& scale, double z_loss, double label_smoothing) {
   const auto in = rows_of<float>(logits, "logits", -1, -1);
   if (!(z_loss >= 0 && std::isfinite(float(z_loss))))
     throw py::value_error("z_loss: expected a finite number >= 0, got " + std::to_string(z_loss));
@@ -45,23 +45,22 @@ void cross_entropy(Context& context, const py::object& logits, const py::object&
     throw py::value_error("label_smoothing: expected 0 to 1, got " + std::to_string(label_smoothing));
   CrossEntropyArgs args{in.data,
                         vector_of<float>(loss, "loss", in.rows),
-                        vector_of<int32_t>(correct, "correct", in.rows, true),
                         vector_of<const int32_t>(labels, "labels", in.rows),
-                        vector_of<const float>(scale, "scale", 1),
+                        vector_of<const float>(scale, "scale", 1, true),
                         in.rows,
                         in.cols,
                         in.stride,
                         float(z_loss),
                         float(label_smoothing)};
-  context.submit(&cpu::KernelTable::cross_entropy, args, {logits, loss, correct, labels, scale}, &check_values);
+  context.submit(&cpu::KernelTable::cross_entropy, args, {logits, loss, labels, scale}, &check_values);
 }
 
 }  // namespace
 
 void bind_training_layers(py::module_&, ContextClass& context) {
   context.def("dropout", &dropout, py::arg("y"), py::arg("x"), py::arg("residual"), py::arg("dropout"));
-  context.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("loss"), py::arg("correct"),
-              py::arg("labels"), py::arg("scale"), py::arg("z_loss"), py::arg("label_smoothing"));
+  context.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("loss"), py::arg("labels"), py::arg("scale"),
+              py::arg("z_loss"), py::arg("label_smoothing"));
 }
 
 }  // namespace pyllm::bindings

@@ -148,16 +148,15 @@ struct DropoutArgs {
   Dropout dropout;
 };
 
-// Softmax cross-entropy, and in place of the logits its gradient times scale[0]:
+// Softmax cross-entropy, and in place of the logits its gradient times scale[0] unless scale is null:
 // loss = (1 - smoothing) (lse - logits[label]) + smoothing (lse - mean of logits) + z_loss lse^2. A row whose label is
 // kIgnoredLabel has no loss and no gradient.
 constexpr int32_t kIgnoredLabel = -100;
 struct CrossEntropyArgs {
   float* logits;          // [R, V], becomes the gradient
   float* loss;            // [R]
-  int32_t* correct;       // [R] or null: whether no logit is larger than the label's
   const int32_t* labels;  // [R]
-  const float* scale;     // [1]
+  const float* scale;     // [1] or null
   int64_t rows, vocab, stride;
   float z_loss, label_smoothing;
 };

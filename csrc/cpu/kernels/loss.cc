@@ -80,9 +80,8 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t r) {
   float* x = a.logits + r * a.stride;
   const int32_t label = a.labels[r];
   if (label == kIgnoredLabel) {
-    std::memset(x, 0, size_t(a.vocab) * sizeof(float));
+    if (a.scale) std::memset(x, 0, size_t(a.vocab) * sizeof(float));
     a.loss[r] = 0;
-    if (a.correct) a.correct[r] = 0;
     return;
   }
   const double smoothing = a.label_smoothing;
@@ -91,7 +90,7 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t r) {
   double loss = (row.max - target) + log_sum;
   if (smoothing > 0) loss = (1 - smoothing) * loss + smoothing * (lse - row.total / double(a.vocab));
   a.loss[r] = float(loss + a.z_loss * lse * lse);
-  if (a.correct) a.correct[r] = x[label] >= row.max;
+  if (!a.scale) return;
   const double scale = *a.scale;
   const F factor = set(float(scale * (1 + 2 * a.z_loss * lse) / row.sum));
   const F part = set(float(-scale * smoothing / double(a.vocab)));
