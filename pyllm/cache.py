@@ -37,6 +37,12 @@ class KVCache:
             memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
             self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to), in this order."""
+        for layer in self.layers:
+            for source, target in pairs:
+                layer[target] = layer[source]
+
     @staticmethod
     def block_bytes(spec: ModelSpec, dtype: str) -> int:
         """Bytes of one block over all layers."""
@@ -70,6 +76,7 @@ class BlockPool:
         self._hash: list[bytes | None] = [None] * blocks
         self._by_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(blocks))
+        self.copies: list[tuple[int, int]] = []  # (from, to), to be made in this order before the next step writes
 
     @property
     def free(self) -> int:
@@ -91,6 +98,24 @@ class BlockPool:
         self._forget(block)
         self._count[block] = 1
         return block
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Hold each of these held blocks once more."""
+        for block in blocks:
+            assert self._count[block] > 0
+            self._count[block] += 1
+
+    def shared(self, block: int) -> bool:
+        """Whether more than one holds the block: then nobody may write to it."""
+        return self._count[block] > 1
+
+    def take_copy(self, block: int) -> int:
+        """A block of one's own with the content of a shared one, whose hold is dropped; `copies` has what to copy."""
+        assert self.shared(block)
+        own = self.take()
+        self._count[block] -= 1
+        self.copies.append((block, own))
+        return own
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """Drop one hold on each block. The last ones of a sequence are reused first: its beginning is shared most."""

@@ -213,6 +213,8 @@ class LLM:
     ) -> Iterator[StreamOutput]:
         """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends it."""
         [one] = _params_for(1, sampling_params, params)
+        if one.num_beams > 1:
+            raise ValueError(f"num_beams: expected 1, got {one.num_beams}: beams have no text to stream; use generate")
         encoded = self._encode_prompt(prompt)
         self.engine.check_prompt(encoded[1])
         return self._stream(encoded, one)

@@ -25,6 +25,7 @@ T = TypeVar("T")
 State = TypeVar("State", bound="SamplingState")
 
 MAX_N = 16
+MAX_BEAMS = 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
@@ -40,14 +41,10 @@ _ALIASES: dict[str, str] = {
 }
 # Parameters of other systems that pyllm has not, with the value that asks for nothing.
 _ABSENT: dict[str, Any] = {
-    "num_beams": 1,
     "num_beam_groups": 1,
     "use_beam_search": False,
     "best_of": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
     "diversity_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -75,7 +72,7 @@ class SamplingParams:
     """Parameters of one request. Names are those of vLLM; these are pyllm's defaults:
 
     ============================  ========  ==================================================================
-    ``n``                         1         completions of the prompt, at most 16
+    ``n``                         1         completions of the prompt, at most 16; of a beam search the best
     ``max_tokens``                128       most tokens to generate; 0: only score the prompt; None: all that fit
     ``min_tokens``                0         tokens before which the output may not end
     ``temperature``               1.0       0 (anything below 1e-5): always the most probable token
@@ -83,6 +80,7 @@ class SamplingParams:
     ``top_p``                     1.0       keep the fewest most probable that hold this probability
     ``min_p``                     0.0       keep tokens at least this probable relative to the most probable
     ``repetition_penalty``        1.0       logits of tokens seen: divided by it, multiplied where negative
+    ``no_repeat_ngram_size``      0         no sequence of so many tokens may stand twice in prompt and output; 0: off
     ``presence_penalty``          0.0       subtracted from logits of tokens in the output; -2 to 2
     ``frequency_penalty``         0.0       the same, times how often the token stands there; -2 to 2
     ``seed``                      None      of the draws; None: fresh entropy
@@ -97,6 +95,12 @@ class SamplingParams:
     ``prompt_logprobs``           None      the same for the prompt
     ``detokenize``                True      produce text; without it there are only token ids
     ``skip_special_tokens``       True      leave special tokens out of the text
+    ``num_beams``                 1         above 1: beam search over so many, at most 16; temperature is then 0
+    ``length_penalty``            1.0       beams are compared by log-probability / length ** this
+    ``early_stopping``            False     True: end with ``num_beams`` ended beams; False: when none that runs is
+                                            likely to become better; "never": when none can
+    ``forced_bos_token_id``       None      first token of the output; None: what the model says, if anything
+    ``forced_eos_token_id``       None      last token of an output of ``max_tokens``; None: likewise
     ============================  ========  ==================================================================
 
     Hugging Face spellings (``max_new_tokens``, ``do_sample``, ``stop_strings``) are accepted with a ``UserWarning``
@@ -113,6 +117,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -125,6 +130,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
@@ -142,6 +152,10 @@ class SamplingParams:
         put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True))
         put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
         put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
+        put("no_repeat_ngram_size", _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 2**31 - 1))
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if getattr(self, name) is not None:
+                put(name, _integer(name, getattr(self, name), 0, 2**31 - 1))
         if self.seed is not None:
             put("seed", _integer("seed", self.seed, 0, 2**64 - 1))
         put("stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop, MAX_STOPS))
@@ -163,8 +177,41 @@ class SamplingParams:
             raise ValueError(
                 "stop: expected no stop strings where detokenize is False: use stop_token_ids, or let it be True"
             )
-        if self.greedy and self.n > 1:
-            raise ValueError(f"n: expected 1 where temperature is 0, for all completions would be equal, got {self.n}")
+        self._check_beams()
+        if self.greedy and self.n > self.num_beams:
+            expected = "1 where temperature is 0, for all completions would be equal"
+            expected = expected if self.num_beams == 1 else f"at most num_beams = {self.num_beams}"
+            raise ValueError(f"n: expected {expected}, got {self.n}")
+
+    def _check_beams(self) -> None:
+        """Check what belongs to beam search, and what does not go together with it."""
+        put = functools.partial(object.__setattr__, self)
+        put("num_beams", _integer("num_beams", self.num_beams, 1, MAX_BEAMS))
+        put("length_penalty", _number("length_penalty", self.length_penalty, -1000, 1000))
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping: expected True, False or 'never', got {self.early_stopping!r}")
+        if self.num_beams == 1:
+            for name, nothing in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != nothing:
+                    raise ValueError(
+                        f"{name}: only of beam search: expected {nothing!r}, or num_beams above 1, got "
+                        f"{getattr(self, name)!r}"
+                    )
+            return
+        expected: list[tuple[str, Any]] = [("logprobs", None), ("prompt_logprobs", None), ("stop", ())]
+        for name, nothing in expected:
+            if getattr(self, name) != nothing:
+                raise ValueError(
+                    f"{name}: expected none where num_beams is above 1, got {getattr(self, name)!r}: beams end by "
+                    "tokens, and their scores come with the output"
+                )
+        if not self.greedy:
+            raise ValueError(
+                f"temperature: expected 0 where num_beams is {self.num_beams}, got {self.temperature}: beam search "
+                "draws nothing"
+            )
+        if self.max_tokens == 0:
+            raise ValueError(f"max_tokens: expected at least 1 where num_beams is {self.num_beams}, got 0")
 
     @property
     def greedy(self) -> bool:
@@ -216,6 +263,8 @@ def _translate(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
             hint = f": did you mean {nearest[0]}?" if nearest else f": expected one of {', '.join(names)}"
             raise TypeError(f"unknown sampling parameter {name}{hint}")
         result[target] = value
+    if result.get("num_beams", 1) != 1:
+        result.setdefault("temperature", 0.0)  # beam search draws nothing
     return result
 
 

@@ -71,6 +71,18 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(tiny_folder: P
     assert b"generation: 8 tokens" in first.stderr
 
 
+def test_beam_search_writes_the_best_beam(tiny_folder: Path):
+    args = ("generate", "-m", tiny_folder, "Once upon", "-n", 12, "--num-beams", 3, "--length-penalty", 0.5)
+    result = pyllm(*args, "--no-repeat-ngram-size", 2)
+    assert result.returncode == 0, result.stderr
+    assert CLOSING.search(result.stderr.decode()), result.stderr
+    as_json = json.loads(pyllm(*args, "--no-repeat-ngram-size", 2, "--json").stdout)
+    assert result.stdout.decode() == as_json["text"] + "\n"
+    pairs = list(zip(as_json["token_ids"], as_json["token_ids"][1:], strict=False))
+    assert len(set(pairs)) == len(pairs)
+    refused(pyllm(*args, "--temp", 1), 2, "temperature: expected 0 where num_beams is 3")
+
+
 def test_speculative_decoding_writes_the_same_text_and_says_how_much_was_accepted(tiny_folder: Path):
     args = ("generate", "-m", tiny_folder, "the dog the dog the dog the", "-n", 30, "--seed", 1, "--ignore-eos")
     plain = pyllm(*args)

@@ -130,7 +130,8 @@ def test_defaults_are_those_of_the_table() -> None:
         ({"temprature": 1}, TypeError, "unknown sampling parameter temprature: did you mean temperature?"),
         ({"max_new_token": 1}, TypeError, "unknown sampling parameter max_new_token: did you mean max_new_tokens?"),
         ({"qqqq": 1}, TypeError, "unknown sampling parameter qqqq: expected one of n, max_tokens"),
-        ({"num_beams": 4}, ValueError, "num_beams: pyllm does not have this yet: expected 1 or no num_beams, got 4"),
+        ({"num_beam_groups": 4}, ValueError, "num_beam_groups: pyllm does not have this yet: expected 1 or no"),
+        ({"num_beam": 4}, TypeError, "unknown sampling parameter num_beam: did you mean num_beams?"),
         (
             {"max_tokens": 1, "max_new_tokens": 1},
             ValueError,
@@ -163,8 +164,8 @@ def test_aliases_warn(values: dict[str, Any], name: str, kept: Any) -> None:
 
 
 def test_neutral_values_of_absent_parameters_warn() -> None:
-    with pytest.warns(UserWarning, match="num_beams has no effect"):
-        assert SamplingParams(num_beams=1) == SamplingParams()  # type: ignore[call-arg]
+    with pytest.warns(UserWarning, match="num_beam_groups has no effect"):
+        assert SamplingParams(num_beam_groups=1) == SamplingParams()  # type: ignore[call-arg]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SamplingParams(top_k=np.int64(5), temperature=np.float32(0.5), logit_bias={"12": 1})  # type: ignore[dict-item]

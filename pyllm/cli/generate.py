@@ -39,6 +39,9 @@ def generate(
     seed: o.Seed = None,
     stop: o.Stop = None,
     ignore_eos: o.IgnoreEos = False,
+    num_beams: o.NumBeams = None,
+    length_penalty: o.LengthPenalty = None,
+    no_repeat_ngram_size: o.NoRepeatNgramSize = None,
     system_prompt: o.SystemPrompt = None,
     chat_template: o.ChatTemplate = None,
     ignore_chat_template: o.IgnoreTemplate = False,
@@ -80,6 +83,9 @@ def generate(
         frequency_penalty=frequency_penalty,
         stop=stop or None,
         ignore_eos=ignore_eos or None,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
     )
     text = given_text(prompt if prompt_option is None else prompt_option, file)
     llm = load(
@@ -98,11 +104,12 @@ def generate(
         offline=offline,
         chat_template=chat_template,
         verbose=verbose,
+        sequences=params.num_beams,
     )
     request = _request(llm, text, system_prompt, ignore_chat_template, chat_template is not None)
     if json:
         return _as_json(llm, request, params, seed)
-    interrupted = _stream(llm, request, params)
+    interrupted = (_stream if params.num_beams == 1 else _search)(llm, request, params)
     report(llm, seed, interrupted=interrupted)
     return INTERRUPTED if interrupted else OK
 
@@ -137,6 +144,16 @@ def _stream(llm: LLM, request: Any, params: SamplingParams) -> bool:
         pieces.close()  # type: ignore[attr-defined]  # ends the request
         if not last.endswith("\n"):
             write("\n")
+    return False
+
+
+def _search(llm: LLM, request: Any, params: SamplingParams) -> bool:
+    """Write the best beam; True when Ctrl-C ended the search, which leaves nothing to write."""
+    try:
+        [result] = llm.generate(request, params)
+    except KeyboardInterrupt:
+        return True
+    write(result.outputs[0].text, end="\n")
     return False
 
 

@@ -118,7 +118,9 @@ def sampling(seed: int | None, *, model: str | None, verbose: bool, **values: An
     from pyllm.sampling import SamplingParams
 
     if model is None:
-        suited = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}
+        suited: dict[str, Any] = {"max_tokens": MAX_TOKENS}
+        if values.get("num_beams") in (None, 1):  # beam search draws nothing
+            suited["temperature"] = TEMPERATURE
         values = {**values, **{name: value for name, value in suited.items() if values.get(name) is None}}
     chosen = seed if seed is not None else secrets.randbits(32)
     params = SamplingParams(seed=chosen, **present(values))

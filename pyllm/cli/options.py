@@ -127,6 +127,24 @@ Seed = Annotated[
 Stop = Annotated[list[str] | None, option("--stop", help="End before this text; may be given several times.")]
 IgnoreEos = Annotated[bool, option("--ignore-eos", help="Go on after the model's end token.")]
 
+# Choosing
+NumBeams = Annotated[
+    int | None,
+    option("--num-beams", env="NUM_BEAMS", help="Beam search over so many continuations, at most 16; default 1: off."),
+]
+LengthPenalty = Annotated[
+    float | None,
+    option("--length-penalty", env="LENGTH_PENALTY", help="Of beams: above 0 favours long ones; default 1."),
+]
+NoRepeatNgramSize = Annotated[
+    int | None,
+    option(
+        "--no-repeat-ngram-size",
+        env="NO_REPEAT_NGRAM_SIZE",
+        help="No sequence of so many tokens may stand twice; default 0: off.",
+    ),
+]
+
 # Chat templates
 SystemPrompt = Annotated[
     str | None, option("--system-prompt", env="SYSTEM_PROMPT", help="First message of the conversation.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyllm.cache import BlockPool
+from pyllm.cache import BlockPool, blocks_for
+from pyllm.engine.beam import BeamSearch, best_next
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
@@ -85,6 +86,7 @@ class Engine:
     def add(self, prompt: str | None, prompt_ids: Seq[int], params: SamplingParams, seed: int) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run."""
         self.check_prompt(prompt_ids)
+        self._check_beams(params, len(prompt_ids))
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
         request.drafts = DraftCounts() if self.speculation is not None else None
         vocabulary = self.runner.model.spec.vocab_size
@@ -98,10 +100,16 @@ class Engine:
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
             text = CompletionText(detokenizer, params.stop, params.include_stop_str_in_output)
-            row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends)
+            forced = params.forced_bos_token_id, None if params.ignore_eos else params.forced_eos_token_id
+            row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends, limit, forced)
             request.completions.append(Completion(request, index, sequence, text, row, ends))
         request.running = len(request.completions)
-        for completion in request.completions:
+        started = request.completions
+        if params.num_beams > 1 and limit > 0:
+            started = started[:1]
+            first = started[0]
+            request.search = BeamSearch(params, first.sequence, first.sampling, list(first.ends))
+        for completion in started:
             self._running[completion.sequence] = completion
             self.scheduler.add(completion.sequence)
         return request
@@ -148,6 +156,9 @@ class Engine:
         if self.speculation is not None:
             vocabulary = self.runner.model.spec.vocab_size
             plan = self.speculation.extend(plan, self._running, self.scheduler, vocabulary)
+        if self.scheduler.pool.copies:
+            self.runner.cache.copy(self.scheduler.pool.copies)
+            self.scheduler.pool.copies.clear()
         logits, drawn = self._compute(plan)
         self._drawn = plan if drawn is not None and self.speculation is None else None
         self._drawing = [self._running[work.sequence] for work in plan]
@@ -189,6 +200,11 @@ class Engine:
 
     def _choose(self, works: list[Work], logits: F32, drawn: list[int] | None) -> None:
         """The next token at each of these works' ends, and behind it wherever that token is the draft there."""
+        beams = [row for row, work in enumerate(works) if self._running[work.sequence].request.search is not None]
+        if beams:
+            self._choose_beams([works[row] for row in beams], logits[beams])
+            others = [row for row in range(len(works)) if row not in beams]
+            works, logits = [works[row] for row in others], logits[others]
         if self.speculation is None or not any(work.drafts for work in works):
             self._choose_next([self._running[work.sequence] for work in works], logits, drawn)
             return
@@ -223,6 +239,48 @@ class Engine:
         for completion, token, entry in zip(completions, chosen.tokens, chosen.logprobs, strict=True):
             self._take(completion, token, entry)
         return chosen.tokens
+
+    def _choose_beams(self, works: list[Work], logits: F32) -> None:
+        """Extend the beams of these works' ends, in every search that now has the logits of all its beams."""
+        searches: dict[BeamSearch, Completion] = {}
+        states = []
+        for work in works:
+            completion = self._running[work.sequence]
+            assert completion.request.search is not None
+            searches[completion.request.search] = completion
+            states.append(completion.request.search.state(work.sequence))
+        ids, logprobs = best_next(self.runner.ops, logits, states, max(search.candidates for search in searches))
+        for row, work in enumerate(works):
+            if work.sequence not in self._running:  # another of its beams failed
+                continue
+            completion = self._running[work.sequence]
+            if ids[row, 0] < 0:
+                self._fail(completion, work.sequence)
+            elif completion.request.search is not None:
+                completion.request.search.take(work.sequence, ids[row], logprobs[row])
+        for search, completion in searches.items():
+            if completion.finished or not search.ready:
+                continue
+            for sequence in search.sequences:
+                del self._running[sequence]
+            search.advance(self.scheduler)
+            self._running.update(dict.fromkeys(search.sequences, completion))
+            self.stats.generated_tokens += 1
+            if search.done:
+                self._conclude(completion.request, search)
+
+    def _conclude(self, request: Request, search: BeamSearch) -> None:
+        """The best hypotheses of a search are the completions; there may be fewer than were asked for."""
+        request.running -= len(request.completions) - len(search.hypotheses[: len(request.completions)])
+        del request.completions[len(search.hypotheses) :]
+        for completion, found in zip(request.completions, search.hypotheses, strict=False):
+            output = completion.output
+            output.token_ids, output.score, output.cumulative_logprob = found.token_ids, found.score, found.logprob
+            end = found.token_ids[-1]
+            with_end = completion.ends_in_text or not found.ended
+            completion.text.waiting.extend(found.token_ids if with_end else found.token_ids[:-1])
+            self._finish(completion, *(("stop", completion.ends[end]) if found.ended else ("length", None)))
+            completion.deliver(found.token_ids)
 
     def _take(self, completion: Completion, token: int, entry: dict[int, Logprob] | None = None) -> None:
         """Take in a new token: its text, whether the completion ends with it, and what a reader gets of it."""
@@ -261,8 +319,12 @@ class Engine:
             completion.deliver([token])
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
-        self.scheduler.remove(completion.sequence)
-        del self._running[completion.sequence]
+        search = completion.request.search
+        for sequence in [completion.sequence] if search is None else search.sequences:
+            self.scheduler.remove(sequence)
+            del self._running[sequence]
+        if search is not None:
+            search.clear()
         if self.speculation is not None:
             self.speculation.forget(completion.sequence)
         completion.end(reason, stop_reason)
@@ -272,9 +334,9 @@ class Engine:
                 completion.end("stop", found)
         completion.output.text = completion.text.text
 
-    def _fail(self, completion: Completion) -> None:
-        """No token can be chosen: end the completion, and say why."""
-        layer = self._first_bad_layer(completion.sequence)
+    def _fail(self, completion: Completion, sequence: Sequence | None = None) -> None:
+        """No token can be chosen: end the completion, and say why; of a search all, `sequence` being the beam."""
+        layer = self._first_bad_layer(sequence or completion.sequence)
         if layer is None:
             completion.request.error = RequestError(
                 "no token is left to choose from: expected allowed_token_ids, bad_words, logit_bias, stop_token_ids "
@@ -286,8 +348,9 @@ class Engine:
                 f"finite from {layer} on. Check the checkpoint, or load it with dtype float32 if it overflows in a "
                 "smaller one."
             )
-        self._finish(completion, "error")
-        completion.deliver([])
+        for each in [completion] if sequence is None else completion.request.completions:
+            self._finish(each, "error")
+            each.deliver([])
 
     def _first_bad_layer(self, sequence: Sequence) -> str | None:
         """Where values stop being numbers at the last token of `sequence`; None where they do not."""
@@ -343,6 +406,26 @@ class Engine:
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
             )
 
+    def _check_beams(self, params: SamplingParams, prompt: int) -> None:
+        """Raise `RequestError` for a beam search that cannot be run after so many tokens."""
+        beams = params.num_beams
+        if beams == 1:
+            return
+        if self.speculation is not None:
+            raise RequestError("num_beams: expected 1 with speculative decoding: load the model without it for beams")
+        if beams > self.scheduler.max_sequences:
+            raise RequestError(
+                f"num_beams: expected at most max_num_seqs = {self.scheduler.max_sequences}, got {beams}: raise "
+                "max_num_seqs, or search with fewer beams"
+            )
+        length = min(self.max_length, prompt + (self.max_length if params.max_tokens is None else params.max_tokens))
+        needed, held = beams * blocks_for(length), self.scheduler.pool.size
+        if needed > held:
+            raise RequestError(
+                f"num_beams: {beams} beams of up to {length} tokens take {needed} blocks of cache, which has {held}: "
+                "lower num_beams or max_tokens, or raise kv_cache_bytes"
+            )
+
     def _count_drafts(self, completion: Completion, *, drafted: int = 0, accepted: int = 0) -> None:
         self.stats.drafted_tokens += drafted
         self.stats.accepted_tokens += accepted
@@ -370,10 +453,12 @@ class Engine:
     def _reset(self) -> None:
         """End every request and forget all blocks."""
         self.runner.ops.stop()
-        for completion in self._running.values():
-            completion.request.error = RequestError("the step that computed this request failed; run it again")
-            completion.end("error")
-            completion.deliver([])
+        for request in {completion.request for completion in self._running.values()}:
+            request.error = RequestError("the step that computed this request failed; run it again")
+            for completion in request.completions:
+                if not completion.finished:
+                    completion.end("error")
+                    completion.deliver([])
         self._running.clear()
         self.scheduler.clear(BlockPool(self.scheduler.pool.size))
         if self.speculation is not None:

@@ -27,7 +27,8 @@ class CompletionOutput:
     """One completion. `finish_reason` is None while it runs, then "stop", "length", "abort" or "error".
 
     `stop_reason` is the stop string or the stop token id that ended it, None where the model's own end token did.
-    `logprobs` has an entry a token when they were asked for; `cumulative_logprob` is then the sum over those chosen.
+    `logprobs` has an entry a token when they were asked for; `cumulative_logprob` is then the sum over those chosen. It
+    is also there after a beam search, whose `score`, by which beams are ranked, is it over length ** length_penalty.
     """
 
     index: int
@@ -37,6 +38,7 @@ class CompletionOutput:
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    score: float | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from pyllm.engine.beam import BeamSearch
 from pyllm.engine.outputs import CompletionOutput, DraftCounts, Logprob, RequestOutput, StreamOutput
 from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
@@ -81,6 +82,7 @@ class Request:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
+        self.search: BeamSearch | None = None  # whose hypotheses the completions will be
         self.drafts: DraftCounts | None = None  # of all completions, with speculative decoding
         self.streamed = False  # whether anyone reads the pieces
         self.pieces: deque[StreamOutput] = deque()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,8 +28,18 @@ class RowState(SamplingState):
         vocab: int,
         tokenizer: Tokenizer | None,
         end_ids: Sequence[int],
+        most: int,
+        forced: tuple[int | None, int | None] = (None, None),
     ) -> None:
-        for where, ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids or ())):
+        """State before the first of `most` output tokens; the first and the last of these may be `forced`.
+
+        `prompt` is what penalties and n-grams count besides the output.
+        """
+        for where, ids in (
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("forced_bos_token_id, forced_eos_token_id", [token for token in forced if token is not None]),
+        ):
             for token in ids:
                 if token >= vocab:
                     raise RequestError(
@@ -39,28 +50,67 @@ class RowState(SamplingState):
         self._output: list[int] = []
         self._ends = sorted({*end_ids, *(i for i in params.stop_token_ids if i < vocab)})
         self._bad_words = _bad_words(params, tokenizer)
-        # Nothing is ever forbidden either, nor are log-probabilities wanted.
-        self.plain = self.plain and not self._bad_words and params.min_tokens == 0 and params.logprobs is None
+        self._ngrams = NgramBans(params.no_repeat_ngram_size, prompt) if params.no_repeat_ngram_size else None
+        self._most, self._forced = most, forced
+        bans = self._bad_words or params.min_tokens or self._ngrams
+        self.unchanged = self.plain and not bans and forced == (None, None)  # the logits decide as they are
+        self.plain = self.unchanged and params.logprobs is None and params.num_beams == 1
 
     def fork(self) -> RowState:
         """One that goes on by itself from here."""
         twin = super().fork()
         twin._output = self._output.copy()
+        twin._ngrams = copy.deepcopy(self._ngrams)
         return twin
 
     def append(self, token: int) -> None:
         """The token was chosen."""
         super().append(token)
         self._output.append(token)
+        if self._ngrams is not None:
+            self._ngrams.append(token)
+
+    def forced(self) -> int | None:
+        """The next token where there is no choice: the first or the last of the output may be given."""
+        first, last = self._forced
+        if last is not None and len(self._output) == self._most - 1:
+            return last
+        return first if not self._output else None
 
     def forbidden(self) -> list[int]:
-        """Tokens that must not be chosen next: ends before the minimum, and the last token of a bad word begun."""
+        """Tokens that must not be chosen next: ends before the minimum, the last token of an n-gram that stands there
+        already, and that of a bad word begun."""
+        if self.forced() is not None:
+            return []
         banned = list(self._ends) if len(self._output) < self.params.min_tokens else []
         for word in self._bad_words:
             begun = len(word) - 1
             if len(self._output) >= begun and self._output[len(self._output) - begun :] == word[:-1]:
                 banned.append(word[-1])
+        if self._ngrams is not None:
+            banned.extend(self._ngrams.banned())
         return banned
+
+
+class NgramBans:
+    """The n-grams of a growing sequence: which tokens would make one stand there twice."""
+
+    def __init__(self, size: int, tokens: Sequence[int]) -> None:
+        self._begun = size - 1
+        self._tail: tuple[int, ...] = ()  # the last tokens, with which the next one makes an n-gram
+        self._followers: dict[tuple[int, ...], list[int]] = {}
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """The sequence goes on with `token`."""
+        if len(self._tail) == self._begun:
+            self._followers.setdefault(self._tail, []).append(token)
+        self._tail = (*self._tail, token)[-self._begun :] if self._begun else ()
+
+    def banned(self) -> list[int]:
+        """Tokens that followed the last n - 1 before."""
+        return self._followers.get(self._tail, [])
 
 
 class Chosen(NamedTuple):
@@ -85,6 +135,10 @@ class Sampler:
         changed = inputs.history or inputs.bias or inputs.allowed
         raw = logits.copy() if asked is not None and changed else logits
         tokens = self.ops.sample(logits, inputs)
+        for row, state in enumerate(states):
+            forced = state.forced()
+            if forced is not None and tokens[row] >= 0:
+                tokens[row] = forced
         if asked is None:
             return Chosen(tokens.tolist(), [None] * len(states))
         entries = self.logprobs(raw, np.maximum(tokens, 0), asked)

@@ -61,6 +61,21 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def replace(self, old: Seq[Sequence], new: Seq[Sequence]) -> None:
+        """The sequences of a search go on as `new`, in their place; old ones that are not among these are removed."""
+        self._repeats = 0
+        place = next((i for i, sequence in enumerate(self.running) if sequence in old), 0)
+        for sequence in old:
+            if sequence not in new:
+                self.remove(sequence)
+        for sequence in new:
+            if sequence in old:
+                continue
+            if sequence.blocks:
+                self.running.insert(place, sequence)
+            else:
+                self.waiting.appendleft(sequence)
+
     def clear(self, pool: BlockPool) -> None:
         """Forget all sequences and go on with `pool`."""
         self.pool = pool
@@ -85,6 +100,9 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             count = min(len(sequence.tokens) - sequence.computed, budget)
+            if count == 0:  # a beam that waits for the others of its search
+                index += 1
+                continue
             while not sequence.reserve(self.pool, sequence.computed + count):
                 self._preempt()
                 if len(self.running) <= index:
@@ -95,7 +113,8 @@ class Scheduler:
                 index += 1
         # Who was just put back must not take at once the blocks that others were short of.
         room = self.preemptions == preempted
-        while room and self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+        seats = self.max_sequences - sum(sequence.seats for sequence in self.running)
+        while room and self.waiting and budget > 0 and self.waiting[0].seats <= seats:
             sequence = self.waiting[0]
             sequence.adopt_prefix(self.pool)
             count = min(len(sequence.tokens) - sequence.computed, budget)
@@ -103,11 +122,13 @@ class Scheduler:
                 sequence.leave(self.pool)
                 break
             self.running.append(self.waiting.popleft())
+            seats -= sequence.seats
             plan.append(self._work(sequence, count))
             budget -= count
         assert plan or not (self.running or self.waiting), "the cache must hold at least one sequence of full length"
         self._plan = plan
-        self._repeats = 0 if self.waiting else min((_repeats(work) for work in plan), default=0)
+        left_out = self.waiting or len(plan) < len(self.running)
+        self._repeats = 0 if left_out else min((_repeats(work) for work in plan), default=0)
         return plan
 
     def with_drafts(self, work: Work, drafts: Seq[int]) -> Work:

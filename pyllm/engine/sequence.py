@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -23,6 +24,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.table: I32 = np.zeros(blocks_for(self.limit), np.int32)  # blocks again, as the kernels read them
         self.residence = 0  # counts how often the sequence was given blocks anew
+        self.seats = 1  # of those that run together: one, or what its search may fork into
+        self.forked = False  # whether its last block may be shared, and has to be copied before a write
         self._hashes: list[bytes] = []  # of full blocks
         self._published = 0  # blocks that others can find
 
@@ -48,12 +51,19 @@ class Sequence:
         self.residence += 1
 
     def reserve(self, pool: BlockPool, tokens: int) -> bool:
-        """Hold blocks for the first `tokens` tokens; False, with nothing taken, where the pool has too few."""
-        if tokens <= len(self.blocks) * BLOCK_TOKENS:
+        """Hold blocks for the first `tokens` tokens, those to be written alone; False, with nothing taken, where the
+        pool has too few."""
+        if tokens <= len(self.blocks) * BLOCK_TOKENS and not self.forked:
             return True
-        missing = blocks_for(tokens) - len(self.blocks)
-        if missing > pool.free:
+        missing = max(0, blocks_for(tokens) - len(self.blocks))
+        partial = self.computed // BLOCK_TOKENS if self.forked and self.computed % BLOCK_TOKENS else None
+        shared = partial is not None and pool.shared(self.blocks[partial])
+        if missing + shared > pool.free:
             return False
+        if partial is not None and shared:
+            self.blocks[partial] = self.table[partial] = pool.take_copy(self.blocks[partial])
+            self.residence += 1
+        self.forked = False
         last = self.blocks[-1] if self.blocks else -1
         taken = []
         for _ in range(missing):
@@ -80,11 +90,26 @@ class Sequence:
             pool.give_back(self.blocks[kept:])
             del self.blocks[kept:]
 
+    def fork(self, pool: BlockPool) -> Sequence:
+        """One with the same tokens that goes on by itself; it shares the blocks if all of them are computed."""
+        twin = copy.copy(self)
+        twin.tokens, twin.table, twin._hashes = self.tokens.copy(), self.table.copy(), self._hashes.copy()
+        if self.computed == len(self.tokens):
+            twin.blocks = self.blocks.copy()
+            pool.share(twin.blocks)
+            self.forked = twin.forked = True
+        else:
+            twin.blocks = []
+            twin.computed = twin._published = 0
+            twin.forked = False
+        return twin
+
     def leave(self, pool: BlockPool) -> None:
         """Give all blocks back; what was computed is forgotten, but may be found again by its hash."""
         pool.give_back(self.blocks)
         self.blocks.clear()
         self.computed = self._published = 0
+        self.forked = False
 
     def _append(self, blocks: Seq[int]) -> None:
         self.table[len(self.blocks) : len(self.blocks) + len(blocks)] = blocks
