@@ -1,7 +1,7 @@
 """Text to ids and back, for every tokenizer layout of a Hugging Face folder.
 
-`Tokenizer.load` takes, in this order, `tokenizer.json`, `tokenizer.model` (SentencePiece, BPE or Unigram), or
-`vocab.json` + `merges.txt` (byte-level BPE; also under the names `encoder.json` + `vocab.bpe`).
+`Tokenizer.load` takes, in this order, `tokenizer.json`, `tokenizer.model` or `spiece.model` (SentencePiece, BPE or
+Unigram), or `vocab.json` + `merges.txt` (byte-level BPE; also under the names `encoder.json` + `vocab.bpe`).
 
 Special tokens in plain text: a string such as `<|endoftext|>` or `</s>` inside a text becomes that token's id, as
 transformers does and as chat templates need it. Text of strangers that must not hold them is the caller's to clean.
@@ -63,14 +63,15 @@ class Tokenizer:
         settings = _Settings.load(folder)
         if (folder / "tokenizer.json").is_file():
             return cls(_from_tokenizer_json(folder / "tokenizer.json", settings), settings)
-        if (folder / "tokenizer.model").is_file():
-            return cls(_from_sentencepiece(folder / "tokenizer.model", settings), settings)
+        for name in ("tokenizer.model", "spiece.model"):
+            if (folder / name).is_file():
+                return cls(_from_sentencepiece(folder / name, settings), settings)
         for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if (folder / vocab).is_file() and (folder / merges).is_file():
                 return cls(_from_vocab_and_merges(folder / vocab, folder / merges, settings), settings)
         raise TokenizerError(
-            f"{folder}: no tokenizer found; expected tokenizer.json, tokenizer.model, vocab.json with merges.txt, or "
-            "encoder.json with vocab.bpe. Copy the tokenizer's files into the folder, or pass token ids."
+            f"{folder}: no tokenizer found; expected tokenizer.json, tokenizer.model, spiece.model, vocab.json with "
+            "merges.txt, or encoder.json with vocab.bpe. Copy the tokenizer's files into the folder, or pass token ids."
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -567,6 +568,11 @@ class _SentencePieceBackend:
         from pyllm.sentencepiece import PieceType
 
         self._encoder = encoder
+        is_t5 = settings.tokenizer.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") or (
+            "tokenizer_class" not in settings.tokenizer and settings.config.get("model_type") in ("t5", "mt5", "umt5")
+        )
+        if is_t5:
+            _add_sentinels(settings, len(model.pieces))
         tokens: list[str | None] = [piece.text for piece in model.pieces]
         added: dict[str, tuple[int, _AddedToken]] = {}
         for index, piece in enumerate(model.pieces):
@@ -593,12 +599,9 @@ class _SentencePieceBackend:
         self._split = _split_pattern([token for _, token in added.values()])
         self.vocab_size = len(tokens)
         self.special_ids = frozenset(index for index, token in added.values() if token.special) | {model.unk_id}
-        is_t5 = settings.tokenizer.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") or (
-            "tokenizer_class" not in settings.tokenizer and settings.config.get("model_type") in ("t5", "mt5", "umt5")
-        )
         self._prefix = self._named(settings, "bos_token", not is_t5)
         self._suffix = self._named(settings, "eos_token", is_t5)
-        self._space_everywhere = settings.flag("legacy") is True
+        self._space_everywhere = is_t5 or settings.flag("legacy") is True
         self._space_in_front = settings.flag("add_prefix_space") is not False
         self._strips = (
             model.add_dummy_prefix or model.remove_extra_whitespaces,
@@ -640,6 +643,20 @@ class _SentencePieceBackend:
 
     def stages(self) -> list[Stage]:
         return sentencepiece_stages(*self._strips)
+
+
+def _add_sentinels(settings: _Settings, pieces: int) -> None:
+    """T5's tokens for masked spans, unless they are written down: behind the pieces, <extra_id_0> last."""
+    if any(token.content.startswith("<extra_id_") for token in settings.added.values()):
+        return
+    count = settings.tokenizer.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= 10_000:
+        raise TokenizerError(
+            f"{settings.folder / 'tokenizer_config.json'}: extra_ids: expected an integer from 0 to 10000, found "
+            f"{count!r}"
+        )
+    for index in range(count):
+        settings.added.setdefault(pieces + index, _AddedToken(f"<extra_id_{count - 1 - index}>"))
 
 
 def _split_pattern(added: list[_AddedToken]) -> re.Pattern[str] | None:

@@ -171,9 +171,76 @@ def test_sentencepiece_special_tokens(tmp_path: Path) -> None:
 
     legacy = load_model(tmp_path, small_bpe(), legacy=True, add_bos_token=False, add_eos_token=True)
     assert legacy.encode("the</s>he") == [the, 2, legacy.id_of("\u2581he"), 2]
-    t5 = load_model(tmp_path, small_unigram(), tokenizer_class="T5Tokenizer")
-    assert t5.encode("the")[-1] == 2
-    assert t5.encode("the")[0] == t5.id_of("\u2581the")
+
+
+T5_TEXTS = [
+    "the hello",
+    "hello <extra_id_0> the<extra_id_99>he",
+    "",
+    " ",
+    "<extra_id_1> <extra_id_0>",
+    "the</s>he",
+    "translate English to German: the b.",
+    "Grüße, 你好 the привет 🙂🙂he",
+    "  a  aa  aaa  ",
+]
+
+
+def test_t5_pieces_sentinels_and_end(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    words = [
+        ("\u2581the", -2.0),
+        ("\u2581", -2.5),
+        ("he", -3.0),
+        ("ll", -3.25),
+        ("hello", -6.0),
+        ("a", -4.0),
+        ("aa", -6.1),
+    ]
+    words += [(character, -5.0 - index / 7) for index, character in enumerate("tehlow.b")]
+    pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), *((text, score, 1) for text, score in words)]
+    (tmp_path / "spiece.model").write_bytes(
+        sentencepiece_model(pieces, 1, remove_extra_whitespaces=True, ids=(2, -1, 1, 0))
+    )
+    write_json(tmp_path / "config.json", {"model_type": "t5", "eos_token_id": 1, "pad_token_id": 0})
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_json(tmp_path / "tokenizer_config.json", names)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.id_of("<extra_id_0>") == len(pieces) + 99 and tokenizer.id_of("<extra_id_99>") == len(pieces)
+    assert tokenizer.vocab_size == len(pieces) + 100 and tokenizer.eos_token_ids == (1,)
+
+    vocabulary = [(text, score) for text, score, _ in pieces]
+    library = Library(models.Unigram([*vocabulary, *((f"<extra_id_{99 - i}>", 0.0) for i in range(100))], unk_id=2))
+    library.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(100))])
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
+    )
+    for text in T5_TEXTS:
+        assert tokenizer.encode(text) == [*library.encode(text).ids, 1], text
+        assert tokenizer.encode(text, add_special_tokens=False) == library.encode(text).ids
+
+    write_json(tmp_path / "tokenizer_config.json", {**names, "extra_ids": 3})
+    assert Tokenizer.load(tmp_path).vocab_size == len(pieces) + 3
+    write_json(tmp_path / "tokenizer_config.json", {**names, "extra_ids": "3"})
+    with pytest.raises(TokenizerError, match="extra_ids: expected an integer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_byte_level_bpe_of_bart_equals_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    byte_level_bpe().model.save(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    named = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocab |= {token: len(vocab) + i for i, token in enumerate(named)}
+    write_json(tmp_path / "vocab.json", vocab)
+    write_json(tmp_path / "config.json", {"model_type": "bart"})
+    tokenizer = Tokenizer.load(tmp_path)
+    library = transformers.BartTokenizer.from_pretrained(tmp_path)
+    for text in (*T5_TEXTS, "Hello there<mask> w\u00f6rld", "<s>x</s></s>y"):
+        assert tokenizer.encode(text) == library(text)["input_ids"], text
+        assert tokenizer.encode(text)[0] == vocab["<s>"] and tokenizer.encode(text)[-1] == vocab["</s>"]
 
 
 def test_sentencepiece_added_tokens(tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ def sentencepiece_model(
     byte_fallback: bool = False,
     remove_extra_whitespaces: bool = False,
     charsmap: bytes = b"",
+    ids: tuple[int, int, int, int] = (0, 1, 2, -1),
 ) -> bytes:
+    """`ids` are those of the unknown piece, the start, the end and padding; -1: none."""
     trainer = field(3, model_type) + field(35, int(byte_fallback))
+    trainer += b"".join(field(number, index % 2**64) for number, index in enumerate(ids, start=40))
     normalizer = field(3, 1) + field(4, int(remove_extra_whitespaces)) + field(5, 1)
     if charsmap:
         normalizer += field(2, charsmap)
