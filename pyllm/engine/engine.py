@@ -202,7 +202,8 @@ class Engine:
         """The next token at each of these works' ends, and behind it wherever that token is the draft there."""
         beams = [row for row, work in enumerate(works) if self._running[work.sequence].request.search is not None]
         if beams:
-            self._choose_beams([works[row] for row in beams], logits[beams])
+            alone = len(beams) == len(works)
+            self._choose_beams([works[row] for row in beams], logits if alone else logits[beams])
             others = [row for row in range(len(works)) if row not in beams]
             works, logits = [works[row] for row in others], logits[others]
         if self.speculation is None or not any(work.drafts for work in works):
