@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.cache import blocks_for
 from pyllm.engine.sampler import RowState
 from pyllm.engine.scheduler import Scheduler
 from pyllm.engine.sequence import Sequence
+from pyllm.errors import RequestError
 from pyllm.ops import F32, Ops
 from pyllm.sampling import SamplingParams
 
@@ -144,6 +146,28 @@ class BeamSearch:
             child.sequence.seats = 1
         beams[0][0].sequence.seats = self.width - len(beams) + 1
         return [child for child, _ in beams]
+
+
+def check_beams(
+    params: SamplingParams, prompt: Seq[int], max_length: int, scheduler: Scheduler, speculative: bool
+) -> None:
+    """Raise `RequestError` for a search behind `prompt` that an engine with this scheduler cannot run."""
+    beams = params.num_beams
+    if speculative:
+        raise RequestError("num_beams: expected 1 with speculative decoding: load the model without it for beams")
+    if beams > scheduler.max_sequences:
+        raise RequestError(
+            f"num_beams: expected at most max_num_seqs = {scheduler.max_sequences}, got {beams}: raise max_num_seqs, "
+            "or search with fewer beams"
+        )
+    most = max_length if params.max_tokens is None else params.max_tokens
+    length = min(max_length, len(prompt) + most)
+    needed, held = beams * blocks_for(length), scheduler.pool.size
+    if needed > held:
+        raise RequestError(
+            f"num_beams: {beams} beams of up to {length} tokens take {needed} blocks of cache, which has {held}: lower "
+            "num_beams or max_tokens, or raise kv_cache_bytes"
+        )
 
 
 def best_next(ops: Ops, logits: F32, states: Seq[RowState], count: int) -> tuple[NDArray[np.int32], F32]:

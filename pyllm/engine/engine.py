@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyllm.cache import BlockPool, blocks_for
-from pyllm.engine.beam import BeamSearch, best_next
+from pyllm.cache import BlockPool
+from pyllm.engine.beam import BeamSearch, best_next, check_beams
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
@@ -86,7 +86,8 @@ class Engine:
     def add(self, prompt: str | None, prompt_ids: Seq[int], params: SamplingParams, seed: int) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run."""
         self.check_prompt(prompt_ids)
-        self._check_beams(params, len(prompt_ids))
+        if params.num_beams > 1:
+            check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
         request.drafts = DraftCounts() if self.speculation is not None else None
         vocabulary = self.runner.model.spec.vocab_size
@@ -405,26 +406,6 @@ class Engine:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
-            )
-
-    def _check_beams(self, params: SamplingParams, prompt: int) -> None:
-        """Raise `RequestError` for a beam search that cannot be run after so many tokens."""
-        beams = params.num_beams
-        if beams == 1:
-            return
-        if self.speculation is not None:
-            raise RequestError("num_beams: expected 1 with speculative decoding: load the model without it for beams")
-        if beams > self.scheduler.max_sequences:
-            raise RequestError(
-                f"num_beams: expected at most max_num_seqs = {self.scheduler.max_sequences}, got {beams}: raise "
-                "max_num_seqs, or search with fewer beams"
-            )
-        length = min(self.max_length, prompt + (self.max_length if params.max_tokens is None else params.max_tokens))
-        needed, held = beams * blocks_for(length), self.scheduler.pool.size
-        if needed > held:
-            raise RequestError(
-                f"num_beams: {beams} beams of up to {length} tokens take {needed} blocks of cache, which has {held}: "
-                "lower num_beams or max_tokens, or raise kv_cache_bytes"
             )
 
     def _count_drafts(self, completion: Completion, *, drafted: int = 0, accepted: int = 0) -> None:
