@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyllm.errors import InsufficientMemoryError, PyllmError
+from pyllm.errors import InsufficientMemoryError, NonFiniteError, PyllmError
 
 RETRY_SECONDS = 1
 MAX_MESSAGE = 1000  # characters; messages may quote the request
@@ -50,6 +50,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, (ValueError, TypeError)):
         param, colon, _ = str(error).partition(":")
         return ApiError(400, str(error), param=param if colon and param.isidentifier() else None)
+    if isinstance(error, NonFiniteError):
+        return ApiError(500, str(error), code="non_finite")
     if isinstance(error, PyllmError):
         return ApiError(400, str(error))
     return ApiError(500, "internal error: the server's log says more", code="internal_error")

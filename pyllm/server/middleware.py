@@ -78,7 +78,8 @@ def _line(scope: Scope, name: bytes, status: int, seconds: float) -> dict[str, A
         line["prompt_tokens"] = sum(len(prompt.ids) for prompt in generation.prompts)
         completions = [one for request in generation.requests for one in request.completions]
         line["completion_tokens"] = sum(len(one.output.token_ids) for one in completions)
-        line["finish_reasons"] = [one.output.finish_reason for one in completions]
+        # Those of a client that is gone end before the next step, which may be after this line.
+        line["finish_reasons"] = [one.output.finish_reason or "abort" for one in completions]
     return line
 
 
