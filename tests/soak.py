@@ -53,6 +53,7 @@ def soak(folder: Path, requests: int) -> Report:
     report = Report()
     llm = LLM(folder, threads=1, max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=1 << 20)
     with running(llm, Limits(max_body_bytes=65536, max_queue=64)) as server:
+        server.service.log = lambda line: None  # whose lines would be kept
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(server, done, report))
         watcher.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -165,6 +166,7 @@ def serve(
     )
     name = served_model_name or _name(model)
     sys.setswitchinterval(SWITCH_SECONDS)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that go away are in the log already
     ended_by = run(
         Service(llm, name, limits, keys, log_json),
         host,
