@@ -12,7 +12,7 @@ import httpx
 
 from pyllm import LLM
 from pyllm.server.limits import Limits
-from pyllm.server.run import Server
+from pyllm.server.run import Server, listen
 from pyllm.server.service import Service
 
 JSON = {"Content-Type": "application/json"}
@@ -22,13 +22,11 @@ class Running:
     """A server that runs in a thread; `log` has the lines of its access log."""
 
     def __init__(self, llm: LLM, limits: Limits, keys: tuple[str, ...]) -> None:
-        import socket
-
         self.llm = llm
         self.log: list[dict[str, Any]] = []
         self.service = Service(llm, "tiny", limits, keys, self.log.append)
         self.server = Server(self.service)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listen("127.0.0.1", 0)
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -45,7 +46,7 @@ class Report:
     health_failures: int = 0
     tasks: int = 0
     slope_kib: float = 0.0
-    memory: list[tuple[int, int]] = field(default_factory=list)  # requests sent, KiB
+    memory: list[tuple[int, int]] = field(default_factory=list)  # (requests sent, KiB resident)
 
 
 def soak(folder: Path, requests: int) -> Report:
@@ -130,6 +131,7 @@ def _watch(server: Running, done: threading.Event, report: Report) -> None:
 
 def _resident_kib() -> int:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely holds back is no growth
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 

@@ -304,7 +304,7 @@ def test_a_soak_leaves_nothing_behind(tiny_folder: Path) -> None:
     report = soak(tiny_folder, int(os.environ.get("PYLLM_SOAK", "100")))
     assert report.answered == report.sent and report.health_failures == 0 and report.tasks <= 2
     if report.sent >= 1000:
-        assert report.slope_kib < 2  # for each request, over the second half
+        assert report.slope_kib < 0.5  # for each request, over the second half: noise
 
 
 def serve_process(folder: Path, *options: str) -> tuple[subprocess.Popen[str], int]:

@@ -13,6 +13,8 @@ import uvicorn
 from pyllm.server.app import make_app
 from pyllm.server.service import Service
 
+BACKLOG = 2048  # connections that wait to be accepted
+
 
 class Server(uvicorn.Server):
     """SIGTERM or SIGINT: take nothing new, let what runs finish within the drain's seconds, leave. A second one: now.
@@ -52,10 +54,24 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self.service.engine.drain, seconds)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `OSError` where it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers at once only through sockets whose protocol is named: others wait 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen at {host}, port {port}: {error.strerror}") from error
+    return listener
+
+
 def serve(service: Service, host: str, port: int, ready: Callable[[str, int], None]) -> int:
     """Serve until a signal, which is returned; `ready` gets the address. Raises `OSError` where it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=2048) as listener:
+    with listen(host, port) as listener:
         ready(*listener.getsockname()[:2])
         server = Server(service)
         server.run(sockets=[listener])
