@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import tiny_model
 from serving import JSON, Running, running, slowed, until
 
 from pyllm import LLM
+from pyllm.cli import main
 from pyllm.server.app import ROUTES
 from pyllm.server.limits import Limits
 
@@ -351,6 +353,35 @@ def test_an_address_in_use_and_a_wide_one_are_told(tiny_folder: Path) -> None:
     process, _ = serve_process_with_warning(tiny_folder)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve"])
+    assert ended.value.code == 1
+    expected = "pyllm: error: pyllm serve needs the package prometheus-client: pip install 'pyllm[serve]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_every_limit_is_a_flag(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("pyllm.server.run.serve", lambda service, *_: made.append(service) or signal.SIGTERM)
+    flags = {
+        "max_body_bytes": 1, "max_prompt_tokens": 2, "max_output_tokens": 3, "max_n": 4, "max_stop_strings": 5,
+        "max_stop_chars": 6, "max_logprobs": 7, "max_queue": 8, "max_requests": 9, "max_seconds": 10.5,
+        "body_seconds": 11.5, "drain_seconds": 12.5,
+    }  # fmt: skip
+    options = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setenv("PYLLM_API_KEY", "secret")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "-m", str(tiny_folder), "--max-num-seqs", "3", *options])
+    assert ended.value.code == 0
+    [service] = made
+    values = {("max_output_tokens" if name == "max_tokens" else name): v for name, v in asdict(service.limits).items()}
+    assert values == flags and service.keys == [b"secret"] and service.model == "model"
+    assert service.engine.capacity == 3 + 8
 
 
 def serve_process_with_warning(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:

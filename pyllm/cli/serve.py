@@ -61,8 +61,8 @@ def serve(
     max_prompt_tokens: Annotated[
         int | None, _limit("--max-prompt-tokens", min=1, help="Of one prompt; default: the context (400).")
     ] = None,
-    max_tokens: Annotated[
-        int | None, _limit("--max-tokens", min=1, help="Of one completion; default: the context (400).")
+    max_output_tokens: Annotated[
+        int | None, _limit("--max-output-tokens", min=1, help="Of one completion; default: the context (400).")
     ] = None,
     max_n: Annotated[
         int | None, _limit("--max-n", min=1, max=16, help="Completions a prompt; default 16 (400).")
@@ -128,7 +128,7 @@ def serve(
             {
                 "max_body_bytes": max_body_bytes,
                 "max_prompt_tokens": max_prompt_tokens,
-                "max_tokens": max_tokens,
+                "max_tokens": max_output_tokens,
                 "max_n": max_n,
                 "max_stop_strings": max_stop_strings,
                 "max_stop_chars": max_stop_chars,
