@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import Running, running
+from serving import Running, running, slowed
 
 from pyllm import LLM, SamplingParams
 
@@ -276,6 +276,6 @@ def test_requests_run_together(server: Running, llm: LLM) -> None:
         barrier.wait()
         server.post("/v1/completions", prompt=f"Number {index}", max_tokens=60, ignore_eos=True)
 
-    with ThreadPoolExecutor(8) as crowd:
+    with slowed(llm, 0.005), ThreadPoolExecutor(8) as crowd:
         list(crowd.map(ask, range(8)))
     assert llm.stats.decode_steps - before < 8 * 60 // 2
