@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from pyllm.engine.outputs import StreamOutput
 from pyllm.server import replies
-from pyllm.server.completions import finish_accepting
 from pyllm.server.connection import (
     PING,
     PING_SECONDS,
@@ -48,7 +47,7 @@ async def chat(request: Request) -> Response:
     head = replies.Head.chat(service.model, bool(body.stream))
     top = body.top_logprobs or 0
     if body.stream:
-        await finish_accepting(request, generation)
+        await generation.accepted()
         events = _Events(generation, head, form, top, body.include_usage)
         return EventStream(generation, ended_well(events.all()), service.limits.max_seconds)
     [output] = await finish(request, generation, generation.results())

@@ -45,20 +45,11 @@ async def completions(request: Request) -> Response:
     decode = service.llm.decode
     echoed = [decode(p.ids) if p.text is None else p.text for p in prompts] if body.echo else None
     if body.stream:
-        await finish_accepting(request, generation)
+        await generation.accepted()
         events = _events(service, generation, head, echoed, body.include_usage)
         return EventStream(generation, ended_well(events), service.limits.max_seconds)
     outputs = await finish(request, generation, generation.results())
     return reply(replies.completion_reply(head, outputs, echoed, service.token_text))
-
-
-async def finish_accepting(request: Request, generation: Generation) -> None:
-    """Until the engine took the generation in; what it refuses is an answer of its own rather than an event."""
-    try:
-        await generation.accepted()
-    except BaseException:
-        generation.close()
-        raise
 
 
 async def _events(

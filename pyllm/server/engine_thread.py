@@ -14,15 +14,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,16 @@ class Generation:
         return len(self.prompts) * self.params.n
 
     async def accepted(self) -> None:
-        """Until the engine took it in; raises `ApiError` where it cannot be run."""
-        while not self.taken:
-            await self._wait()
+        """Until the engine took it in; raises `ApiError` where it cannot be run.
+
+        So what is refused is an answer of its own, rather than an event of a stream that has begun.
+        """
+        try:
+            while not self.taken:
+                await self._wait()
+        except BaseException:
+            self.close()
+            raise
         if self.error is not None:
             raise self.error
 
@@ -181,33 +185,6 @@ class EngineThread:
         self.open += count
         self.command(lambda: self._begin(generation))
         return generation
-
-    async def call(self, job: Callable[[], T]) -> T:
-        """The result of `job`, which uses the model: it runs between two steps."""
-        assert self._loop is not None
-        loop, future = self._loop, self._loop.create_future()
-
-        def settle(value: T | None, error: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
-
-        def run() -> None:
-            if future.cancelled():
-                return
-            try:
-                value = job()
-            except Exception as error:
-                loop.call_soon_threadsafe(settle, None, error)
-            else:
-                loop.call_soon_threadsafe(settle, value, None)
-
-        self.command(run)
-        result: T = await future
-        return result
 
     def command(self, command: Callable[[], None]) -> None:
         """Let the thread do something before its next step."""
