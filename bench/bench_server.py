@@ -32,7 +32,7 @@ from pyllm.server.run import Server, listen
 from pyllm.server.service import Service
 
 SEQUENCES = 16
-TOKENS = sized(200, 8)
+TOKENS = sized(200, 100)
 REQUESTS = sized(300, 5)
 
 

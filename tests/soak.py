@@ -49,8 +49,11 @@ class Report:
     memory: list[tuple[int, int]] = field(default_factory=list)  # (requests sent, KiB resident)
 
 
-def soak(folder: Path, requests: int) -> Report:
-    """Send so many, 16 at a time; the server must be idle and its blocks free afterwards."""
+def soak(folder: Path, requests: int, warm_up: int = 0) -> Report:
+    """Send so many, 16 at a time; the server must be idle and its blocks free afterwards.
+
+    `warm_up` are sent before memory is looked at: caches, threads and the allocator take what they need.
+    """
     report = Report()
     llm = LLM(folder, threads=1, max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=1 << 20)
     with running(llm, Limits(max_body_bytes=65536, max_queue=64)) as server:
@@ -69,7 +72,8 @@ def soak(folder: Path, requests: int) -> Report:
                     report.memory.append((report.sent, _resident_kib()))
 
         with ThreadPoolExecutor(16) as crowd:
-            list(crowd.map(one, range(requests)))
+            list(crowd.map(lambda index: _request(server, random.Random(index)), range(warm_up)))
+            list(crowd.map(one, range(warm_up, warm_up + requests)))
         done.set()
         watcher.join()
         server.assert_idle()
