@@ -326,13 +326,11 @@ def serve_process(folder: Path, *options: str) -> tuple[subprocess.Popen[str], i
 
 def test_sigterm_lets_requests_finish_or_ends_them_cleanly(tmp_path: Path) -> None:
     folder = tiny_model.make(tmp_path / "model", max_position_embeddings=20000)
-    process, port = serve_process(folder, "--drain-seconds", "1", "--kv-cache-bytes", "99999999")
-    bodies = [{"prompt": "once", "max_tokens": n, "ignore_eos": True, "stream": True} for n in (40, 40, 19000)]
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    with ThreadPoolExecutor(3) as crowd:
-        answers = [crowd.submit(httpx.post, url, json=body, timeout=30) for body in bodies]
-        metrics = f"http://127.0.0.1:{port}/metrics"
-        until(lambda: 'pyllm:num_requests_running{model_name="model"} 1' in httpx.get(metrics).text)
+    process, port = serve_process(folder, "--drain-seconds", "1.5", "--kv-cache-bytes", "99999999")
+    bodies = [{"prompt": "once", "max_tokens": n, "ignore_eos": True, "stream": True} for n in (1000, 1000, 19000)]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client, ThreadPoolExecutor(3) as crowd:
+        answers = [crowd.submit(client.post, "/v1/completions", json=body) for body in bodies]
+        until(lambda: 'pyllm:num_requests_running{model_name="model"} 3' in client.get("/metrics").text)
         process.send_signal(signal.SIGTERM)
         texts = [answer.result().text for answer in answers]
     assert all(text.endswith("data: [DONE]\n\n") for text in texts)
