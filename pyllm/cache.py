@@ -162,5 +162,5 @@ class BlockPool:
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Content hash of a full block: of its tokens and of everything before them (`parent`, empty for the first)."""
+    """Content hash of a full block: of its tokens and all before them (`parent`; for the first a salt, or nothing)."""
     return hashlib.blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()

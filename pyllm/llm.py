@@ -7,7 +7,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import get_ident
@@ -334,6 +334,11 @@ class LLM:
         return self._need_tokenizer().decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     # Figures
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """Held while the engine is in use; who steps `engine` without the methods here holds it too."""
+        return self._lock
 
     @property
     def stats(self) -> Stats:

@@ -126,6 +126,11 @@ class Tokenizer:
         """Whether the folder came with a chat template."""
         return self._settings.chat_template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The folder's own, None where it has none."""
+        return self._settings.chat_template
+
     def apply_chat_template(
         self,
         messages: Sequence[dict[str, Any]],

@@ -27,7 +27,8 @@ PYTHON_LAYERS: list[set[str]] = [
     {"llm", "convert"},
     {"train"},
     {"compare"},
-    {"server", "cli", "__main__"},
+    {"server"},
+    {"cli", "__main__"},
 ]
 
 # Third-party packages that only these modules may import; numpy, ml_dtypes and the standard library are free to all.
@@ -43,6 +44,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "pydantic": {"server"},
+    "prometheus_client": {"server"},
     "torch": {"compare"},
     "transformers": {"compare"},
     "llama_cpp": {"compare"},

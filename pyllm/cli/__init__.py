@@ -51,7 +51,21 @@ def build_app() -> typer.Typer:
     """The command line with all its subcommands."""
     import typer
 
-    from pyllm.cli import bench, chat, convert, evaluate, generate, info, options, plan, plot, score, tokenize, train
+    from pyllm.cli import (
+        bench,
+        chat,
+        convert,
+        evaluate,
+        generate,
+        info,
+        options,
+        plan,
+        plot,
+        score,
+        serve,
+        tokenize,
+        train,
+    )
 
     app = typer.Typer(
         name="pyllm",
@@ -61,7 +75,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options.main_options)
-    for module in (generate, chat, score, evaluate, train, tokenize, plot, convert, info, plan, bench):
+    for module in (generate, chat, score, evaluate, train, tokenize, plot, convert, info, plan, bench, serve):
         module.register(app)
     return app
 

@@ -64,6 +64,12 @@ def show_warnings_plainly() -> None:
             stream.reconfigure(errors="replace")
 
 
+def log_json(line: Any) -> None:
+    """A JSON object on stderr, on one line, unless --quiet."""
+    if not _quiet:
+        _to_stderr(json.dumps(line, ensure_ascii=False))
+
+
 @contextmanager
 def progress_bar(what: str, show: bool = True) -> Iterator[Callable[[float], None] | None]:
     """A bar on stderr while this lasts: gives a function that takes the share done; None where that is no terminal."""

@@ -135,7 +135,7 @@ class _Copy:
 
     def __init__(self, target: Sequence, share_prefix: bool) -> None:
         prompt = target.tokens[: target.prompt_length]
-        self.sequence = Sequence(prompt, target.limit - target.prompt_length, share_prefix)
+        self.sequence = Sequence(prompt, target.limit - target.prompt_length, share_prefix, target.salt)
         self.sequence.tokens = target.tokens.copy()
         self.known = len(target.tokens)  # of these; what stands behind them is drafts
 

@@ -29,7 +29,8 @@ from pyllm.tokenizer import Tokenizer
 class Stats:
     """Counters since the engine began: seconds of steps that held prompt tokens, and of pure decode steps.
 
-    `generated_tokens` counts all, `decode_tokens` those of pure decode steps. With speculative decoding
+    `generated_tokens` counts all, `decode_tokens` those of pure decode steps. `queried_tokens` were looked for in the
+    prefix cache, `cached_tokens` of them found. With speculative decoding
     `drafted_tokens` were guessed and checked, `accepted_tokens` of them then chosen.
     """
 
@@ -39,6 +40,7 @@ class Stats:
     generation_seconds: float = 0.0
     decode_steps: int = 0
     decode_tokens: int = 0
+    queried_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
     drafted_tokens: int = 0
@@ -83,8 +85,13 @@ class Engine:
         self._aborted: list[Request] = []  # during the step, to be ended after it
         self._names = itertools.count()
 
-    def add(self, prompt: str | None, prompt_ids: Seq[int], params: SamplingParams, seed: int) -> Request:
-        """Queue a request; raises `RequestError` for a prompt that cannot be run."""
+    def add(
+        self, prompt: str | None, prompt_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b""
+    ) -> Request:
+        """Queue a request; raises `RequestError` for a prompt that cannot be run.
+
+        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only.
+        """
         self.check_prompt(prompt_ids)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
@@ -96,7 +103,7 @@ class Engine:
         ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
             share = params.prompt_logprobs is None and self.scheduler.share_prefixes
-            sequence = Sequence(prompt_ids, limit, share)
+            sequence = Sequence(prompt_ids, limit, share, salt)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
@@ -169,7 +176,9 @@ class Engine:
         self.scheduler.settle(plan)
         for work in plan:
             if not work.last and work.start + work.count == work.sequence.limit:
-                self._finish(self._running[work.sequence], "length")  # nothing to generate: only the prompt was wanted
+                completion = self._running[work.sequence]  # nothing to generate: only the prompt was wanted
+                self._finish(completion, "length")
+                completion.deliver([])
         self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
 
     def _step_on(self, plan: list[Work], began: float) -> None:
@@ -418,12 +427,11 @@ class Engine:
     def _count(self, plan: list[Work], generated: int, seconds: float) -> None:
         stats = self.stats
         stats.preemptions = self.scheduler.preemptions
+        stats.queried_tokens, stats.cached_tokens = self.scheduler.prefix_queries, self.scheduler.prefix_hits
         prompt_tokens = 0
         for work in plan:
             if work.start < work.sequence.prompt_length:
                 prompt_tokens += min(work.start + work.count, work.sequence.prompt_length) - work.start
-                if 0 < work.start == work.sequence.cached:
-                    stats.cached_tokens += work.start
         stats.prompt_tokens += prompt_tokens
         if prompt_tokens:
             stats.prompt_seconds += seconds

@@ -44,6 +44,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self.prefix_queries = self.prefix_hits = 0  # tokens looked for in the prefix cache, and found
         self._plan: list[Work] = []
         self._repeats = 0  # further steps for which the plan stays as it is, one token on
 
@@ -123,6 +124,8 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
             seats -= sequence.seats
+            self.prefix_queries += len(sequence.tokens) if sequence.share_prefix else 0
+            self.prefix_hits += sequence.computed
             plan.append(self._work(sequence, count))
             budget -= count
         assert plan or not (self.running or self.waiting), "the cache must hold at least one sequence of full length"

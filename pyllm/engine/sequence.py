@@ -14,13 +14,14 @@ from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
 class Sequence:
     """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`."""
 
-    def __init__(self, prompt: Seq[int], max_tokens: int, share_prefix: bool) -> None:
+    def __init__(self, prompt: Seq[int], max_tokens: int, share_prefix: bool, salt: bytes = b"") -> None:
         self.tokens = list(prompt)
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
-        self.share_prefix = share_prefix  # may start from blocks that others computed
+        self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed
+        self.salt = salt  # 0 or 16 bytes
         self.computed = 0
-        self.cached = 0  # of these, taken from the prefix cache
+        self.cached = 0  # of the prompt, taken from the prefix cache when it first got blocks
         self.blocks: list[int] = []
         self.table: I32 = np.zeros(blocks_for(self.limit), np.int32)  # blocks again, as the kernels read them
         self.residence = 0  # counts how often the sequence was given blocks anew
@@ -47,7 +48,9 @@ class Sequence:
             self._hash_until(full)
             self._append(pool.find(self._hashes[:full]))
         self._published = len(self.blocks)
-        self.computed = self.cached = len(self.blocks) * BLOCK_TOKENS
+        self.computed = len(self.blocks) * BLOCK_TOKENS
+        if self.generated == 0:
+            self.cached = self.computed
         self.residence += 1
 
     def reserve(self, pool: BlockPool, tokens: int) -> bool:
@@ -118,5 +121,5 @@ class Sequence:
     def _hash_until(self, full: int) -> None:
         while len(self._hashes) < full:
             start = len(self._hashes) * BLOCK_TOKENS
-            parent = self._hashes[-1] if self._hashes else b""
+            parent = self._hashes[-1] if self._hashes else self.salt
             self._hashes.append(chain_hash(parent, self.tokens[start : start + BLOCK_TOKENS]))

@@ -1,0 +1,317 @@
+"""The step loop in a thread of its own, and its face towards an event loop.
+
+The thread owns the engine: it takes commands between steps (new requests, cancellations), computes a step, and hands
+what came of it to the event loop with one call, however many requests there are. The event loop never waits for a step,
+and a step never waits for the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from pyllm.engine.outputs import RequestOutput, StreamOutput
+from pyllm.engine.request import Request
+from pyllm.llm import LLM
+from pyllm.sampling import SamplingParams
+from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to be continued; `text` is what they were made of, where anyone wants to see it again."""
+
+    ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass
+class Times:
+    """Of one prompt, in seconds of the monotonic clock: arrival, first token, end."""
+
+    arrival: float
+    first: float | None = None
+    end: float | None = None
+
+
+class Generation:
+    """Prompts with the same parameters on their way through the engine. Used from the event loop only.
+
+    Read it with `pieces` (where `streamed`) or with `results`, and always `close` it: that ends what still runs.
+    """
+
+    def __init__(
+        self,
+        thread: EngineThread,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        streamed: bool,
+        salt: bytes,
+        deadline: float,
+    ) -> None:
+        self.prompts, self.params, self.streamed = prompts, params, streamed
+        self.salt, self.deadline = salt, deadline
+        self.requests: list[Request] = []  # the engine's, once it took them in
+        self.times = [Times(time.monotonic()) for _ in prompts]
+        self.error: ApiError | None = None
+        self.taken = self.ended = False
+        self._thread = thread
+        self._pieces: deque[tuple[int, StreamOutput]] = deque()
+        self._news = asyncio.Event()
+
+    @property
+    def completions(self) -> int:
+        """How many it is made of."""
+        return len(self.prompts) * self.params.n
+
+    async def accepted(self) -> None:
+        """Until the engine took it in; raises `ApiError` where it cannot be run.
+
+        So what is refused is an answer of its own, rather than an event of a stream that has begun.
+        """
+        try:
+            while not self.taken:
+                await self._wait()
+        except BaseException:
+            self.close()
+            raise
+        if self.error is not None:
+            raise self.error
+
+    async def pieces(self, patience: float) -> AsyncIterator[tuple[int, StreamOutput] | None]:
+        """(prompt, piece) as they come; None after each `patience` seconds without one. Raises `ApiError`."""
+        while True:
+            while self._pieces:
+                yield self._pieces.popleft()
+            if self.ended:
+                break
+            try:
+                await asyncio.wait_for(self._wait(), patience)
+            except asyncio.TimeoutError:
+                yield None
+        if self.error is not None:
+            raise self.error
+
+    async def results(self) -> list[RequestOutput]:
+        """All of it, one entry for each prompt. Raises `ApiError`."""
+        while not self.ended:
+            await self._wait()
+        if self.error is not None:
+            raise self.error
+        return [request.result() for request in self.requests]
+
+    def close(self) -> None:
+        """Nobody reads it any more: before the next step it is gone, and its blocks are free."""
+        if not self.ended:
+            self._thread.command(lambda: self._thread.cancel(self))
+
+    def deliver(self, pieces: Sequence[tuple[int, StreamOutput]], ended: bool) -> None:
+        """What a step gave it."""
+        self._pieces.extend(pieces)
+        self.taken = True
+        self.ended = self.ended or ended
+        self._news.set()
+
+    async def _wait(self) -> None:
+        await self._news.wait()
+        self._news.clear()
+
+
+class EngineThread:
+    """Runs the engine of `llm`, which must not be used from elsewhere meanwhile but for what needs no step.
+
+    At most `max_waiting` completions wait beside those that run. `on_end` is called in the event loop for every
+    generation that ended. When a step fails, what was running ends with an error, and the loop goes on.
+    """
+
+    def __init__(self, llm: LLM, max_waiting: int, on_end: Callable[[Generation], None] | None = None) -> None:
+        self.llm = llm
+        self.capacity = llm.engine.scheduler.max_sequences + max_waiting
+        self.open = 0  # completions admitted and not ended; the event loop's
+        self.steps = 0
+        self._on_end = on_end
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._live: set[Generation] = set()  # the thread's
+        self._news: list[tuple[Generation, list[tuple[int, StreamOutput]], bool]] = []
+        self._draining = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="pyllm-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin; called from the event loop that will be told."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End what runs, and the thread."""
+        self._stopping = True
+        self._wake.set()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not (self._draining or self._stopping)
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        streamed: bool,
+        seconds: float,
+        salt: bytes = b"",
+    ) -> Generation:
+        """Queue prompts, which end after so many `seconds` at the latest. Raises `ApiError` 429 where too many wait."""
+        generation = Generation(
+            self, prompts, params, streamed=streamed, salt=salt, deadline=time.monotonic() + seconds
+        )
+        count = generation.completions
+        if not self.ready:
+            raise _stopped()
+        if count > self.capacity:
+            raise ApiError(400, f"{count} completions are more than this server takes ({self.capacity}): ask for fewer")
+        if self.open + count > self.capacity:
+            raise ApiError(
+                429, "too many requests are waiting: try again later", code="queue_full", retry_after=RETRY_SECONDS
+            )
+        self.open += count
+        self.command(lambda: self._begin(generation))
+        return generation
+
+    def command(self, command: Callable[[], None]) -> None:
+        """Let the thread do something before its next step."""
+        self._commands.append(command)
+        self._wake.set()
+
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; whatever still runs after so many seconds ends then."""
+        self._draining = True
+        deadline = time.monotonic() + seconds
+
+        def shorten() -> None:
+            for generation in self._live:
+                generation.deadline = min(generation.deadline, deadline)
+
+        self.command(shorten)
+
+    # In the thread
+
+    def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
+        """End a generation, and say why."""
+        if generation not in self._live:
+            return
+        generation.error = error
+        with self.llm.lock:
+            for request in generation.requests:
+                self.llm.engine.abort(request)
+        self._end(generation)
+
+    def _run(self) -> None:
+        engine = self.llm.engine
+        while not self._stopping:
+            self._wake.clear()
+            while self._commands:
+                self._commands.popleft()()
+            if engine.idle:
+                self._tell()
+                self._wake.wait()
+                continue
+            try:
+                with self.llm.lock:
+                    engine.step()
+                self.steps += 1
+            except Exception as error:
+                for generation in list(self._live):
+                    self.cancel(generation, api_error(error))
+            self._collect()
+            self._tell()
+        for generation in list(self._live):
+            self.cancel(generation, _stopped())
+        while self._commands:  # requests that came too late are told so
+            self._commands.popleft()()
+        self._tell()
+
+    def _begin(self, generation: Generation) -> None:
+        self._live.add(generation)
+        if self._stopping:
+            self.cancel(generation, _stopped())
+            return
+        llm, params = self.llm, generation.params
+        seed = params.seed if params.seed is not None else llm.seed
+        requests: list[Request] = []
+        try:
+            with llm.lock:
+                for prompt in generation.prompts:
+                    each = secrets.randbits(63) if seed is None else seed
+                    requests.append(llm.engine.add(prompt.text, prompt.ids, params, each, generation.salt))
+                    requests[-1].streamed = generation.streamed
+        except Exception as error:
+            generation.requests = requests
+            self.cancel(generation, api_error(error))
+            return
+        generation.requests = requests
+        self._news.append((generation, [], False))
+
+    def _collect(self) -> None:
+        """What the last step gave, for everyone; generations whose time is up end."""
+        now = time.monotonic()
+        for generation in list(self._live):
+            pieces: list[tuple[int, StreamOutput]] = []
+            running = False
+            for index, request in enumerate(generation.requests):
+                times = generation.times[index]
+                if times.first is None and request.completions[0].output.token_ids:
+                    times.first = now
+                if request.running:
+                    running = True
+                elif times.end is None:
+                    times.end = now
+                while request.pieces:
+                    pieces.append((index, request.pieces.popleft()))
+            if not running:
+                failed = next((r.error for r in generation.requests if r.error is not None), None)
+                generation.error = None if failed is None else api_error(failed)
+                self._end(generation, pieces)
+                continue
+            if pieces:
+                self._news.append((generation, pieces, False))
+            if now > generation.deadline:
+                self.cancel(generation, _stopped() if self._draining else _late())
+
+    def _end(self, generation: Generation, pieces: Sequence[tuple[int, StreamOutput]] = ()) -> None:
+        self._live.remove(generation)
+        self._news.append((generation, list(pieces), True))
+
+    def _tell(self) -> None:
+        if self._news:
+            assert self._loop is not None
+            news, self._news = self._news, []
+            self._loop.call_soon_threadsafe(self._deliver, news)
+
+    # In the event loop again
+
+    def _deliver(self, news: Sequence[tuple[Generation, list[tuple[int, StreamOutput]], bool]]) -> None:
+        for generation, pieces, ended in news:
+            if ended:
+                self.open -= generation.completions
+                if self._on_end is not None:
+                    self._on_end(generation)
+            generation.deliver(pieces, ended)
+
+
+def _late() -> ApiError:
+    return ApiError(
+        503, "the request took longer than this server allows", code="deadline_exceeded", retry_after=RETRY_SECONDS
+    )
+
+
+def _stopped() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=RETRY_SECONDS)

@@ -1,0 +1,308 @@
+"""Request bodies: what clients may send, checked, and the prompts and `SamplingParams` that it means. No HTTP here."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from pyllm.sampling import SamplingParams
+from pyllm.server.errors import ApiError, refused
+from pyllm.server.limits import Limits
+
+COMPLETION_TOKENS = 16  # of /v1/completions where the request says nothing, as in OpenAI's interface
+MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids; tokens of a list are limited by the body alone
+
+# Taken and without effect: they concern OpenAI's own bookkeeping, not the text.
+_Ignored = Any
+_Words = list[Annotated[str, StringConstraints(min_length=1, max_length=256)]]
+
+
+class Body(BaseModel):
+    """A request body: unknown fields are refused, and so are values of another type than the documented one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Request = TypeVar("Request", bound=Body)
+
+
+class StreamOptions(Body):
+    """`include_usage`: one more event, before the last, that counts tokens."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationBody(Body):
+    """What completions and chat completions have in common: OpenAI's fields, then those that vLLM added.
+
+    None is the same as leaving a field out. `cache_salt` keeps the cached beginnings of prompts apart from those of
+    requests with another salt, as different API keys do anyhow.
+    """
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LISTED)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_LISTED)] | None = None
+    bad_words: Annotated[_Words, Field(max_length=MAX_LISTED)] | None = None
+    allowed_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+    user: _Ignored = None
+    metadata: _Ignored = None
+    store: _Ignored = None
+    service_tier: _Ignored = None
+    safety_identifier: _Ignored = None
+    prompt_cache_key: _Ignored = None
+    prompt_cache_retention: _Ignored = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a count of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _params(self, limits: Limits, max_tokens: int | None, **more: Any) -> SamplingParams:
+        """Raises `ApiError` 400 for values out of their range or beyond the limits."""
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options", "expected only with stream = true")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        _at_most("n", self.n, limits.max_n)
+        _at_most("stop", len(stops), limits.max_stop_strings, " strings")
+        _at_most("stop", max(map(len, stops), default=0), limits.max_stop_chars, " characters each")
+        _at_most("max_tokens", max_tokens, limits.max_tokens)
+        values = {name: getattr(self, name) for name in _SAMPLING}
+        values = {name: value for name, value in values.items() if value is not None}
+        if "seed" in values:
+            values["seed"] %= 1 << 64  # OpenAI's seeds are signed
+        if max_tokens is None:
+            max_tokens = limits.max_tokens
+        try:
+            return SamplingParams(max_tokens=max_tokens, stop=stops, **values, **more)
+        except (ValueError, TypeError) as error:
+            param, colon, _ = str(error).partition(":")
+            raise ApiError(400, str(error), param=param if colon else None) from error
+
+
+_SAMPLING = (
+    "n", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "min_p",
+    "repetition_penalty", "min_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "ignore_eos",
+    "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
+
+
+class CompletionBody(GenerationBody):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One text or list of token ids for each prompt."""
+        return _texts_or_ids(self.prompt)
+
+    def sampling_params(self, limits: Limits) -> SamplingParams:
+        """Raises `ApiError` 400 for what cannot be done."""
+        if self.suffix is not None:
+            raise refused("suffix", "text cannot be inserted before a suffix: leave it out")
+        if self.best_of not in (None, self.n or 1):
+            raise refused("best_of", f"expected {self.n or 1} (= n) or none: choosing among more is not supported")
+        _at_most("logprobs", self.logprobs, limits.max_logprobs)
+        max_tokens = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.max_tokens is None and limits.max_tokens is not None:
+            max_tokens = min(max_tokens, limits.max_tokens)
+        if max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "expected at least 1 without echo, got 0")
+        scored = self.logprobs if self.echo else None
+        return self._params(limits, max_tokens, logprobs=self.logprobs, prompt_logprobs=scored)
+
+
+class FunctionCall(Body):
+    """A tool's name and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call that an earlier answer made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TextPart(Body):
+    """A piece of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message of a conversation; `developer` is another name of `system`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    def for_template(self, index: int) -> dict[str, Any]:
+        """As chat templates expect it: text as one string, arguments of calls as values."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        if content is None and self.role != "assistant":
+            raise refused(f"messages[{index}].content", f"expected a text in a message of role {self.role}")
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content or ""}
+        message |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": _with_values(call.function, index)}
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class Function(Body):
+    """A tool that may be called; `parameters` is a JSON schema."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool; only functions exist."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatBody(GenerationBody):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates expect them."""
+        return [message.for_template(index) for index, message in enumerate(self.messages)]
+
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as chat templates expect them, None where none may be called."""
+        if self.tool_choice not in (None, "auto", "none"):
+            raise refused("tool_choice", "expected 'auto' or 'none': calls cannot be forced")
+        if self.tool_choice == "none" or not self.tools:
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def sampling_params(self, limits: Limits) -> SamplingParams:
+        """Raises `ApiError` 400 for what cannot be done."""
+        if self.response_format not in (None, {"type": "text"}):
+            raise refused("response_format", 'expected {"type": "text"} or none')
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "expected only with logprobs = true")
+        _at_most("top_logprobs", self.top_logprobs, limits.max_logprobs)
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise refused("max_tokens", "the same as max_completion_tokens, which is given too: give one of them alone")
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise refused("max_tokens", f"expected at least 1, got {max_tokens}")
+        return self._params(limits, max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+class TokenizeBody(Body):
+    """Body of ``POST /tokenize``: a text, or a conversation that the chat template makes one of."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(Body):
+    """Body of ``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
+    """The request in a body; raises `ApiError` 400 that names the first field at fault."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(kind, error) from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply") from error
+
+
+def _explained(kind: type[Body], error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # Without what pydantic adds for the alternatives of a type.
+    place = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    message = first["msg"]
+    if first["type"] == "extra_forbidden":
+        known = list(kind.model_fields) if len(place) == 1 else []
+        near = difflib.get_close_matches(str(place[-1]) if place else "", known, 1)
+        message = "this field is not supported" + (f"; did you mean {near[0]}?" if near else ": leave it out")
+    return ApiError(400, f"{param[:200]}: {message}" if param else message, param=param[:200] or None)
+
+
+def _at_most(field: str, value: int | None, limit: int | None, of: str = "") -> None:
+    if value is not None and limit is not None and value > limit:
+        raise refused(field, f"expected at most {limit}{of} (a limit of this server), got {value}")
+
+
+def _with_values(function: FunctionCall, index: int) -> Mapping[str, Any]:
+    try:
+        arguments = json.loads(function.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise refused(f"messages[{index}].tool_calls", "expected arguments that are JSON") from error
+    return {"name": function.name, "arguments": arguments}
+
+
+def _texts_or_ids(given: str | Sequence[Any]) -> list[str | list[int]]:
+    """One text or list of token ids for each prompt in `given`."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise refused("prompt", "expected a text, token ids, or a list of them, got an empty list")
+    listed: list[Any] = list(given)
+    return [listed] if isinstance(listed[0], int) else listed

@@ -1,0 +1,78 @@
+"""Runs the application under uvicorn until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from pyllm.server.app import make_app
+from pyllm.server.service import Service
+
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+class Server(uvicorn.Server):
+    """SIGTERM or SIGINT: take nothing new, let what runs finish within the drain's seconds, leave. A second one: now.
+
+    `stopped_by` is the first signal, None before it.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.stopped_by: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(service.limits.drain_seconds) + 10,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        again, self.stopped_by = self.should_exit, self.stopped_by or sig
+        self.should_exit = True
+        if self._loop is not None:
+            seconds = 0 if again else self.service.limits.drain_seconds
+            self._loop.call_soon_threadsafe(self.service.engine.drain, seconds)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `OSError` where it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers at once only through sockets whose protocol is named: others wait 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen at {host}, port {port}: {error.strerror}") from error
+    return listener
+
+
+def serve(service: Service, host: str, port: int, ready: Callable[[str, int], None]) -> int:
+    """Serve until a signal, which is returned; `ready` gets the address. Raises `OSError` where it is taken."""
+    with listen(host, port) as listener:
+        ready(*listener.getsockname()[:2])
+        server = Server(service)
+        server.run(sockets=[listener])
+    return server.stopped_by or signal.SIGTERM

@@ -1,0 +1,72 @@
+"""Routes that generate nothing: tokens of texts and texts of tokens, models, state and version."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pyllm import __version__
+from pyllm.server.connection import read, reply, service_of
+from pyllm.server.errors import ApiError, refused
+from pyllm.server.protocol import DetokenizeBody, TokenizeBody
+from pyllm.server.service import Service
+
+
+async def tokenize(request: Request) -> Response:
+    """``POST /tokenize``: {"count", "max_model_len", "tokens"} of a text or a conversation."""
+    service = service_of(request)
+    body = await read(request, TokenizeBody)
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise refused("prompt", "expected either prompt or messages")
+    if body.messages is not None:
+        messages = [message.for_template(index) for index, message in enumerate(body.messages)]
+        tokens = (await service.chat_prompt(messages)).ids
+    else:
+        tokens = await service.encode(body.prompt or "", body.add_special_tokens)
+    return reply({"count": len(tokens), "max_model_len": service.llm.max_model_len, "tokens": list(tokens)})
+
+
+async def detokenize(request: Request) -> Response:
+    """``POST /detokenize``: {"prompt"}, the text of token ids, special ones included."""
+    service = service_of(request)
+    body = await read(request, DetokenizeBody)
+    service.check_model(body.model)
+    vocabulary = service.llm.spec.vocab_size
+    for index, token in enumerate(body.tokens):
+        if not 0 <= token < vocabulary:
+            raise refused(f"tokens[{index}]", f"expected an id in [0, {vocabulary}), got {token}")
+    return reply({"prompt": service.llm.decode(body.tokens, skip_special_tokens=False)})
+
+
+async def models(request: Request) -> Response:
+    """``GET /v1/models``."""
+    return reply({"object": "list", "data": [_model(service_of(request))]})
+
+
+async def model(request: Request) -> Response:
+    """``GET /v1/models/{model}``."""
+    service = service_of(request)
+    service.check_model(request.path_params["model"])
+    return reply(_model(service))
+
+
+async def health(request: Request) -> Response:
+    """``GET /health``: 200 while requests are taken."""
+    if not service_of(request).engine.ready:
+        raise ApiError(503, "the server takes no requests: it is shutting down", code="shutting_down", retry_after=1)
+    return reply({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    """``GET /metrics``, for Prometheus."""
+    return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def version(request: Request) -> Response:
+    """``GET /version``."""
+    return reply({"version": __version__})
+
+
+def _model(service: Service) -> dict[str, object]:
+    return {"id": service.model, "object": "model", "created": service.created, "owned_by": "pyllm"}

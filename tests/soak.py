@@ -1,0 +1,150 @@
+"""Many requests of every kind, good and bad, at a server: each gets an answer, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import os
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from serving import JSON, Running, running
+
+from pyllm import LLM
+from pyllm.server.limits import Limits
+
+# Requests that are wrong, and the status that says so.
+BAD: list[tuple[bytes, int]] = [
+    (b"{", 400),
+    (b'{"prompt": "\xff"}', 400),
+    (b'{"prompt": "x", "n": 99999}', 400),
+    (b'{"prompt": "x", "max_tokens": 1e99}', 400),
+    (b'{"prompt": ""}', 400),
+    (b'{"prompt": [99999999]}', 400),
+    (b'{"prompt": "x", "stop": ["' + b"y" * 300 + b'"]}', 400),
+    (b'{"prompt": "' + b"x" * 70000 + b'"}', 413),
+    (b'{"prompt": "' + b"word " * 200 + b'"}', 400),
+    (b'{"prompt": "x", "model": "../../etc/passwd"}', 404),
+]
+
+
+@dataclass
+class Report:
+    """`slope_kib`: growth of resident memory a request, over the second half; `tasks` of the event loop at the end."""
+
+    sent: int = 0
+    answered: int = 0
+    health_failures: int = 0
+    tasks: int = 0
+    slope_kib: float = 0.0
+    memory: list[tuple[int, int]] = field(default_factory=list)  # (requests sent, KiB resident)
+
+
+def soak(folder: Path, requests: int, warm_up: int = 0) -> Report:
+    """Send so many, 16 at a time; the server must be idle and its blocks free afterwards.
+
+    `warm_up` are sent before memory is looked at: caches, threads and the allocator take what they need.
+    """
+    report = Report()
+    llm = LLM(folder, threads=1, max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=1 << 20)
+    with running(llm, Limits(max_body_bytes=65536, max_queue=64)) as server:
+        server.service.log = lambda line: None  # whose lines would be kept
+        done = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(server, done, report))
+        watcher.start()
+        lock = threading.Lock()
+
+        def one(index: int) -> None:
+            answered = _request(server, random.Random(index))
+            with lock:
+                report.sent += 1
+                report.answered += answered
+                if report.sent % max(1, requests // 20) == 0:
+                    report.memory.append((report.sent, _resident_kib()))
+
+        with ThreadPoolExecutor(16) as crowd:
+            list(crowd.map(lambda index: _request(server, random.Random(index)), range(warm_up)))
+            list(crowd.map(one, range(warm_up, warm_up + requests)))
+        done.set()
+        watcher.join()
+        server.assert_idle()
+        time.sleep(0.1)
+        loop = server.server._loop
+        assert loop is not None
+        report.tasks = len(asyncio.all_tasks(loop))
+    report.slope_kib = _slope(report.memory[len(report.memory) // 2 :])
+    return report
+
+
+def _request(server: Running, rng: random.Random) -> bool:
+    """One request of a random kind; whether it got what it should."""
+    kind = rng.randrange(6)
+    body: dict[str, Any] = {"prompt": "word " * rng.randint(1, 30), "max_tokens": rng.randint(1, 40), "seed": 1}
+    if kind == 0:
+        raw, status = rng.choice(BAD)
+        return server.client.post("/v1/completions", content=raw, headers=JSON).status_code == status
+    if kind == 1:
+        return _leave(server, body, rng.random() * 0.05)
+    if kind == 2:
+        return _read_slowly(server, {**body, "stream": True})
+    if kind == 3:
+        with server.client.stream("POST", "/v1/completions", json={**body, "stream": True, "n": 2}) as response:
+            return response.status_code == 429 or [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+    return server.client.post("/v1/completions", json={**body, "logprobs": 1}).status_code in (200, 429)
+
+
+def _send(server: Running, body: dict[str, Any]) -> socket.socket:
+    raw = json.dumps(body).encode()
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    client.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    )
+    client.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw))
+    return client
+
+
+def _leave(server: Running, body: dict[str, Any], seconds: float) -> bool:
+    with _send(server, {**body, "max_tokens": 100, "ignore_eos": True, "stream": seconds > 0.02}):
+        time.sleep(seconds)
+    return True
+
+
+def _read_slowly(server: Running, body: dict[str, Any]) -> bool:
+    with _send(server, body) as client:
+        received = b""
+        while piece := client.recv(2000):
+            received += piece
+            time.sleep(0.002)
+    return b"[DONE]" in received or received.startswith(b"HTTP/1.1 429")
+
+
+def _watch(server: Running, done: threading.Event, report: Report) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        while not done.wait(0.05):
+            report.health_failures += client.get("/health").status_code != 200
+
+
+def _resident_kib() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely holds back is no growth
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def _slope(points: list[tuple[int, int]]) -> float:
+    """Of the line of least squares."""
+    if len(points) < 2:
+        return 0.0
+    x = [p[0] for p in points]
+    y = [p[1] for p in points]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in points) / sum((a - mean_x) ** 2 for a in x)

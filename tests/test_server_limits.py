@@ -1,0 +1,396 @@
+"""What the server refuses, and with which status; keys; clients that leave; the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny_model
+from serving import JSON, Running, running, slowed, until
+
+from pyllm import LLM
+from pyllm.cli import main
+from pyllm.server.app import ROUTES
+from pyllm.server.limits import Limits
+
+LIMITS = Limits(
+    max_body_bytes=4096,
+    max_prompt_tokens=40,
+    max_tokens=64,
+    max_n=4,
+    max_stop_strings=2,
+    max_stop_chars=5,
+    max_logprobs=3,
+    max_queue=4,
+    max_requests=12,
+    max_seconds=20,
+    body_seconds=0.3,
+)
+HELLO = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_chat_folder: Path) -> LLM:
+    return LLM(tiny_chat_folder, threads=2, max_num_seqs=2)
+
+
+@pytest.fixture(scope="module")
+def shared(llm: LLM) -> Iterator[Running]:
+    with running(llm, LIMITS) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Running) -> Iterator[Running]:
+    yield shared
+    shared.assert_idle()
+    assert shared.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x " * 60}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [1 << 40]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({}, "prompt"),
+        ({"max_tokens": 65}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1 << 70}, "max_tokens"),
+        ({"n": 5}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 2, "temperature": 0}, "n"),
+        ({"stop": ["a", "b", "c"]}, "stop"),
+        ({"stop": "abcdef"}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"logprobs": 4}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": 1.5}, "seed"),
+        ({"suffix": "end"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"logit_bias": {"x": 1}}, "logit_bias key"),
+        ({"logit_bias": {"99999999": 1}}, None),
+        ({"prompt_logprob": 1}, "prompt_logprob"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"model": "/etc/passwd"}, "model"),
+    ],
+)
+def test_what_a_completion_may_not_ask(server: Running, body: dict[str, Any], param: str | None) -> None:
+    body = body if body.keys() & {"prompt"} or not body else {"prompt": "once", **body}
+    for stream in (False, True):
+        status = 404 if param == "model" else 400
+        assert server.refusal("/v1/completions", status, **body, stream=stream)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x " * 60}]}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"functions": []}, "functions"),
+        ({"chat_template": "{{ ''.__class__ }}"}, "chat_template"),
+    ],
+)
+def test_what_a_chat_may_not_ask(server: Running, body: dict[str, Any], param: str) -> None:
+    assert server.refusal("/v1/chat/completions", 400, **{"messages": HELLO, **body})["param"] == param
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"nonsense", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 4000, b'{"n": NaN}']
+)
+def test_bodies_that_are_no_json(server: Running, raw: bytes) -> None:
+    response = server.client.post("/v1/completions", content=raw, headers=JSON)
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_routes_methods_and_media(server: Running) -> None:
+    assert server.client.get("/nothing").status_code == 404
+    wrong = server.client.get("/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and "error" in wrong.json()
+    for media in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = server.client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": media})
+        assert answer.status_code == 415
+    assert server.client.options("/v1/completions", headers={"Origin": "http://evil"}).status_code == 405
+    assert not any("access-control" in name for name in server.client.get("/version").headers)
+
+
+def test_bodies_too_large_and_too_slow(server: Running) -> None:
+    assert server.refusal("/v1/completions", 413, prompt="x" * 5000)["code"] is None
+    pieces = (b"x" * 1000 for _ in range(10))  # of no length told beforehand
+    assert server.client.post("/v1/completions", content=pieces, headers=JSON).status_code == 413
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        slow.sendall(b"Content-Length: 20\r\n\r\n{")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_full_queue_says_when_to_come_back(server: Running, llm: LLM) -> None:
+    body = {"prompt": "once", "max_tokens": 64, "ignore_eos": True}
+    with slowed(llm, 0.01), ThreadPoolExecutor(6) as crowd:
+        running_now = [crowd.submit(server.post, "/v1/completions", **body) for _ in range(6)]
+        until(lambda: server.service.engine.open == 6)
+        response = server.client.post("/v1/completions", json=body)
+        assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        for one in running_now:
+            one.result()
+    assert "more than this server" in server.refusal("/v1/completions", 400, prompt=["a"] * 7)["message"]
+
+
+def test_too_many_requests_at_a_time(llm: LLM) -> None:
+    with running(llm, Limits(max_requests=1)) as server, slowed(llm, 0.02), ThreadPoolExecutor(1) as other:
+        first = other.submit(server.post, "/v1/completions", prompt="once", max_tokens=30, ignore_eos=True)
+        until(lambda: server.service.engine.open == 1)
+        response = server.client.get("/v1/models")
+        assert response.status_code == 429 and response.headers["retry-after"]
+        assert server.client.get("/health").status_code == 200
+        first.result()
+
+
+def test_requests_end_when_their_time_is_up(llm: LLM) -> None:
+    body = {"prompt": "once", "max_tokens": 100, "ignore_eos": True}
+    with running(llm, Limits(max_seconds=0.15)) as server, slowed(llm, 0.02):
+        response = server.client.post("/v1/completions", json=body)
+        assert response.status_code == 503 and response.json()["error"]["code"] == "deadline_exceeded"
+        assert response.headers["retry-after"]
+        assert server.refusal("/v1/completions", 400, **body, stream_options={})["param"] == "stream_options"
+        text = server.client.post("/v1/completions", json={**body, "stream": True}).text
+        *_, error, done = [line for line in text.splitlines() if line]
+        assert json.loads(error[6:])["error"]["code"] == "deadline_exceeded" and done == "data: [DONE]"
+
+
+def test_every_route_needs_the_key_but_health(llm: LLM) -> None:
+    with running(llm, keys=("right", "other")) as server, httpx.Client(base_url=server.url) as client:
+        paths = {(method, route.path) for route in ROUTES for method in route.methods}
+        paths |= {("GET", "/nothing"), ("GET", "/health/"), ("GET", "//health"), ("GET", "/healthz")}
+        for method, path in sorted(paths):
+            for headers in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": "Basic right"},
+                {"X-Api-Key": "right"},
+            ):
+                answer = client.request(method, path, headers=headers)
+                assert answer.status_code == (200 if path == "/health" else 401), (method, path)
+                if answer.status_code == 401:
+                    assert answer.headers["www-authenticate"] == "Bearer" and answer.headers["x-request-id"]
+        assert client.get("/version", headers={"Authorization": "Bearer other"}).status_code == 200
+
+
+def test_clients_with_different_keys_share_no_cache(llm: LLM) -> None:
+    body = {"prompt": "the same long prompt for everyone, " * 5, "max_tokens": 1}
+    with running(llm, keys=("one", "two")) as server:
+        cached = [
+            httpx.post(
+                server.url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}
+            ).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            for key in ("one", "two", "one", "two")
+        ]  # fmt: skip
+    assert cached[:2] == [0, 0] and cached[2] == cached[3] > 0
+
+
+def test_the_routes_are_these() -> None:
+    assert sorted((route.path, *sorted(route.methods or ())) for route in ROUTES) == [
+        ("/detokenize", "POST"),
+        ("/health", "GET", "HEAD"),
+        ("/metrics", "GET", "HEAD"),
+        ("/tokenize", "POST"),
+        ("/v1/chat/completions", "POST"),
+        ("/v1/completions", "POST"),
+        ("/v1/models", "GET", "HEAD"),
+        ("/v1/models/{model:path}", "GET", "HEAD"),
+        ("/version", "GET", "HEAD"),
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("generated", [0, 3])
+def test_a_client_that_leaves_frees_its_blocks_within_a_step(tiny_folder: Path, stream: bool, generated: int) -> None:
+    """`generated` 0: it leaves in the middle of its prompt, which takes 40 steps."""
+    llm = LLM(tiny_folder, threads=2, max_num_seqs=2, max_num_batched_tokens=2 if generated == 0 else 512)
+    body = {"prompt": "word " * 40, "max_tokens": 60, "ignore_eos": True, "stream": stream}
+    raw = json.dumps(body).encode()
+    with running(llm) as server, slowed(llm, 0.02):
+        engine = server.service.engine
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            client.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw))
+            until(lambda: engine.steps >= 2 and llm.stats.generated_tokens >= generated)
+            assert llm.engine.scheduler.pool.free < llm.engine.scheduler.pool.size
+        steps = engine.steps
+        until(lambda: llm.engine.idle)
+        # One step may be under way when the connection closes, another before the event loop hears of it.
+        assert engine.steps <= steps + 2
+        assert llm.engine.scheduler.pool.free == llm.engine.scheduler.pool.size
+        until(lambda: bool(server.log) and server.log[-1]["status"] in (499, 200))
+        assert server.log[-1]["finish_reasons"] == ["abort"]
+
+
+def test_a_failing_step_ends_its_requests_and_nothing_else(server: Running, llm: LLM) -> None:
+    step = llm.engine.step
+
+    def broken() -> None:
+        llm.engine.step = step  # type: ignore[method-assign]
+        llm.engine._reset()
+        raise OSError("secret path /root")
+
+    llm.engine.step = broken  # type: ignore[method-assign]
+    response = server.client.post("/v1/completions", json={"prompt": "once"})
+    assert response.status_code == 500 and "secret" not in response.text
+    assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
+
+
+def test_a_broken_model_is_an_error_of_the_server(tmp_path: Path) -> None:
+    folder = tiny_model.make(tmp_path / "bad", poison="model.norm.weight")
+    with running(LLM(folder, threads=1)) as server:
+        assert server.client.post("/v1/completions", json={"prompt": "once"}).status_code == 500
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ lipsum.__globals__['os'].popen('id').read() }}",
+        "{% set x = namespace(__class__=1) %}",
+        "{{ '%s' | format(self._TemplateReference__context) }}",
+        "{{ ''|attr('format')('{0.__class__}') }}{{ '{0.__class__}'.format(1) }}",
+        "{{ range(100000000) | list }}",
+        "{{ 'x' * 999999999 }}",
+        "{{ 9 ** 9 ** 9 }}",
+    ],
+)  # fmt: skip
+def test_templates_do_not_escape_their_sandbox(server: Running, llm: LLM, template: str) -> None:
+    llm.chat_template = template
+    try:
+        assert server.refusal("/v1/chat/completions", 400, messages=HELLO)
+    finally:
+        llm.chat_template = None
+
+
+def test_a_soak_leaves_nothing_behind(tiny_folder: Path) -> None:
+    """PYLLM_SOAK=1000 for a long one."""
+    from soak import soak
+
+    requests = int(os.environ.get("PYLLM_SOAK", "100"))
+    report = soak(tiny_folder, requests, warm_up=2000 if requests >= 1000 else 0)
+    assert report.answered == report.sent and report.health_failures == 0 and report.tasks <= 2
+    if report.sent >= 1000:
+        assert report.slope_kib < 0.5, report.memory  # for each request, over the second half: noise
+
+
+def serve_process(folder: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
+    """`pyllm serve` as a process of its own, and its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyllm", "serve", "-m", str(folder), "--port", "0", "--threads", "1", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("serving"):
+            return process, int(line.rsplit(":", 1)[1])
+    raise AssertionError(f"it ended with {process.wait()}")
+
+
+def test_sigterm_lets_requests_finish_or_ends_them_cleanly(tmp_path: Path) -> None:
+    folder = tiny_model.make(tmp_path / "model", max_position_embeddings=20000)
+    process, port = serve_process(folder, "--drain-seconds", "1.5", "--kv-cache-bytes", "99999999")
+    bodies = [{"prompt": "once", "max_tokens": n, "ignore_eos": True, "stream": True} for n in (1000, 1000, 19000)]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client, ThreadPoolExecutor(3) as crowd:
+        answers = [crowd.submit(client.post, "/v1/completions", json=body) for body in bodies]
+        until(lambda: 'pyllm:num_requests_running{model_name="model"} 3' in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        texts = [answer.result().text for answer in answers]
+    assert all(text.endswith("data: [DONE]\n\n") for text in texts)
+    assert all('"finish_reason":"length"' in text for text in texts[:2])
+    assert '"code":"shutting_down"' in texts[2]
+    assert process.wait(10) == 0
+    assert process.stderr is not None
+    lines = [json.loads(line) for line in process.stderr if line.startswith("{")]
+    assert {line["event"] for line in lines} == {"request"}
+
+
+def test_an_address_in_use_and_a_wide_one_are_told(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "pyllm", "serve", "-m", str(tiny_folder)]
+        ended = subprocess.run(
+            [*command, "--port", str(taken.getsockname()[1])], capture_output=True, text=True, timeout=60
+        )
+    assert ended.returncode == 1 and "in use" in ended.stderr.lower() and "Traceback" not in ended.stderr
+    process, _ = serve_process_with_warning(tiny_folder)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve"])
+    assert ended.value.code == 1
+    expected = "pyllm: error: pyllm serve needs the package prometheus-client: pip install 'pyllm[serve]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_every_limit_is_a_flag(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("pyllm.server.run.serve", lambda service, *_: made.append(service) or signal.SIGTERM)
+    flags = {
+        "max_body_bytes": 1, "max_prompt_tokens": 2, "max_output_tokens": 3, "max_n": 4, "max_stop_strings": 5,
+        "max_stop_chars": 6, "max_logprobs": 7, "max_queue": 8, "max_requests": 9, "max_seconds": 10.5,
+        "body_seconds": 11.5, "drain_seconds": 12.5,
+    }  # fmt: skip
+    options = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setenv("PYLLM_API_KEY", "secret")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "-m", str(tiny_folder), "--max-num-seqs", "3", *options])
+    assert ended.value.code == 0
+    [service] = made
+    values = {("max_output_tokens" if name == "max_tokens" else name): v for name, v in asdict(service.limits).items()}
+    assert values == flags and service.keys == [b"secret"] and service.model == "model"
+    assert service.engine.capacity == 3 + 8
+
+
+def serve_process_with_warning(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:
+    command = [sys.executable, "-m", "pyllm", "serve", "-m", str(folder), "--host", "0.0.0.0", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("serving"):
+            break
+    assert any("no --api-key" in line for line in lines)
+    return process, lines
