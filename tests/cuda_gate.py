@@ -34,12 +34,14 @@ class Rule:
     hopper: tuple[str, ...] = ("ACQBULK", "PREEXIT")  # griddepcontrol.wait and .launch_dependents
 
 
-# Two blocks of the decode kernels, of two launches that overlap, share a multiprocessor and its 64 Ki registers; 112 leave room
-# for blocks of up to 288 threads.
+# Two blocks of the decode matmul, of two launches that overlap, share a multiprocessor and its 64 Ki registers; 112
+# leave room for blocks of up to 288 threads. A block of decode attention has 128 threads, so any number fits beside.
 RULES = (
     Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
+    Rule("split_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("prompt_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
 )
 
 

@@ -39,10 +39,35 @@ class SkinnyPlan(ctypes.Structure):
     ]
 
 
+class CacheView(ctypes.Structure):
+    """CacheView of core/types.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("blocks", "kv_heads", "head_size")),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class AttentionArgs(ctypes.Structure):
+    """AttentionArgs of cuda/attention.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "q")),
+        ("cache", CacheView),
+        *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "table_width", "q_stride", "out_stride", "window")),
+        ("most_queries", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("split_blocks", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("partial", "tickets")),
+    ]
+
+
 def build(folder: Path) -> ctypes.CDLL:
     """Compile every kernel file of csrc/cuda and the emulator into a library under `folder`."""
     compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-w", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*matmul.cu")), HOST / "emulator.cc", HOST / "library.cc"]
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
     jobs = [
         subprocess.Popen([*compiler, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
         for source in sources
@@ -56,6 +81,7 @@ def build(folder: Path) -> ctypes.CDLL:
     kernels.host_skinny_matmul.argtypes = [arguments, number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
+    kernels.host_prompt_attention.argtypes = kernels.host_split_attention.argtypes = [ctypes.POINTER(AttentionArgs)]
     return kernels
 
 

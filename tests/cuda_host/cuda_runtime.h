@@ -66,6 +66,12 @@ inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() {
   emulator::warp_together(nullptr, [](void* const*) {});
 }
+inline void __threadfence() {}
+inline uint32_t atomicAdd(uint32_t* p, uint32_t by) {
+  const uint32_t before = *p;
+  *p += by;
+  return before;
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   struct {
