@@ -40,6 +40,7 @@ RULES = (
     Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
+    Rule("plain_attention_kernel", 128, ("FFMA",)),
     Rule("split_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("prompt_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
 )

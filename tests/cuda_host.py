@@ -81,7 +81,8 @@ def build(folder: Path) -> ctypes.CDLL:
     kernels.host_skinny_matmul.argtypes = [arguments, number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
-    kernels.host_prompt_attention.argtypes = kernels.host_split_attention.argtypes = [ctypes.POINTER(AttentionArgs)]
+    for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
+        attention.argtypes = [ctypes.POINTER(AttentionArgs)]
     return kernels
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_host import AttentionArgs, CacheView, aligned, as_aligned, build
+from cuda_host import DTYPES, AttentionArgs, CacheView, aligned, as_aligned, build
 
 bfloat16 = ml_dtypes.bfloat16
 PAGE = 64
@@ -34,18 +34,18 @@ class Case:
     tables: np.ndarray
 
 
-def case(queries, lengths, heads, kv_heads, head_size, seed=0):
+def case(queries, lengths, heads, kv_heads, head_size, dtype=bfloat16, seed=0):
     rng = np.random.default_rng(seed)
     padded = -(-head_size // 16) * 16
     pages = [-(-length // PAGE) for length in lengths]
     width = max(pages) + 1
     tables = np.full((len(lengths), width), 2**30, np.int32)  # entries past the end must not be followed
     order = iter(rng.permutation(sum(pages)))
-    cache = aligned((max(1, sum(pages)), kv_heads, 2, PAGE, padded), bfloat16)
+    cache = aligned((max(1, sum(pages)), kv_heads, 2, PAGE, padded), np.dtype(dtype))
     cache[...] = np.nan
     keys, values = [], []
     for b, length in enumerate(lengths):
-        kv = rng.standard_normal((2, length, kv_heads, head_size)).astype(bfloat16)
+        kv = rng.standard_normal((2, length, kv_heads, head_size)).astype(dtype)
         keys.append(kv[0].astype("f8"))
         values.append(kv[1].astype("f8"))
         for page in range(pages[b]):
@@ -53,7 +53,7 @@ def case(queries, lengths, heads, kv_heads, head_size, seed=0):
             part = kv[:, page * PAGE : (page + 1) * PAGE]
             cache[block, :, :, : part.shape[1], :head_size] = part.transpose(2, 0, 1, 3)
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
-    q = as_aligned((2 * rng.standard_normal((starts[-1], heads, head_size))).astype(bfloat16))
+    q = as_aligned((2 * rng.standard_normal((starts[-1], heads, head_size))).astype(dtype))
     return Case(q, keys, values, cache, starts, np.array(lengths, np.int32), tables)
 
 
@@ -61,15 +61,15 @@ def call(run, c, *, window=0, split_blocks=2):
     rows, heads, head_size = c.q.shape
     sequences, width = c.tables.shape
     kv_heads = c.cache.shape[1]
-    out = aligned((rows + 1, heads, head_size), bfloat16)
+    out = aligned((rows + 1, heads, head_size), c.q.dtype)
     out[...] = np.nan
     splits = -(-width // split_blocks)
     partial = np.full((sequences, kv_heads, splits, 16, head_size + 2), np.nan, np.float32)
     tickets = np.zeros((sequences, kv_heads), np.uint32)
     args = AttentionArgs(
         out=out.ctypes.data, q=c.q.ctypes.data, starts=c.starts.ctypes.data, lengths=c.lengths.ctypes.data,
-        cache=CacheView(c.cache.ctypes.data, len(c.cache), kv_heads, head_size, 2), tables=c.tables.ctypes.data,
-        sequences=sequences, heads=heads, table_width=width, q_stride=heads * head_size,
+        cache=CacheView(c.cache.ctypes.data, len(c.cache), kv_heads, head_size, DTYPES[c.q.dtype]),
+        tables=c.tables.ctypes.data, sequences=sequences, heads=heads, table_width=width, q_stride=heads * head_size,
         out_stride=heads * head_size, window=window, most_queries=int(np.diff(c.starts).max(initial=0)),
         scale=head_size**-0.5, split_blocks=split_blocks, partial=partial.ctypes.data, tickets=tickets.ctypes.data,
     )  # fmt: skip
@@ -94,10 +94,10 @@ def formula(c, *, window=0):
     return out
 
 
-def close(got, expected):
+def close(got, expected, bound=4e-3):  # weights and results are rounded to bf16, 2^-9 each
     assert np.isfinite(got).all()
     error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
-    assert error <= 4e-3, error  # weights and results are rounded to bf16, 2^-9 each
+    assert error <= bound, error
 
 
 @pytest.mark.parametrize("window", [0, 1, 70])
@@ -134,6 +134,13 @@ def test_split_matches_formula(kernels, queries, lengths, heads, kv_heads, head_
         close(got, formula(c, window=window))
 
 
+@pytest.mark.parametrize("window", [0, 1, 70])
+def test_plain_matches_formula(kernels, window):
+    for heads, kv_heads, head_size in ((3, 1, 8), (4, 2, 80), (2, 2, 250)):
+        c = case([1, 0, 3], [70, 4, 3], heads, kv_heads, head_size, dtype=np.float32)
+        close(call(kernels.host_plain_attention, c, window=window), formula(c, window=window), 1e-6)
+
+
 def test_a_sequence_is_the_same_bits_in_any_batch(kernels):
     c = case([1, 1, 1], [70, 300, 150], 4, 2, 64)
     whole = call(kernels.host_split_attention, c)
@@ -155,4 +162,5 @@ def test_what_a_kernel_cannot_take_is_an_error(kernels):
     for run in (kernels.host_prompt_attention, kernels.host_split_attention):
         assert refused(run, head_size=100) and refused(run, head_size=264) and refused(run, dtype=0)
         assert refused(run, heads=5) and not refused(run, queries=0)
+    assert refused(kernels.host_plain_attention, dtype=2) and refused(kernels.host_plain_attention, heads=5, dtype=0)
     assert refused(kernels.host_split_attention, queries=9) and refused(kernels.host_split_attention, split_blocks=0)

@@ -10,6 +10,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
 #include "cuda/matmul.h"
+#include "cuda/warp.cuh"
 
 namespace pyllm::cuda {
 namespace {
@@ -28,11 +29,6 @@ struct Skinny {
   MatmulArgs a;
   SkinnyPlan plan;
 };
-
-__device__ __forceinline__ float warp_sum(float v) {
-  for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
-}
 
 // Copies this warp's slice of work item i (its tile and chunk) into the ring, zeros where W ends; one group of copies, also past the
 // last item.
