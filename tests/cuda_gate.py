@@ -112,10 +112,10 @@ def tool(name: str) -> str:
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict[str, Kernel], list[str]]:
     """Kernels of one file, and the warnings of its compilation."""
-    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    compiled = folder / f"{source.stem}.{architecture}.o"
     compiler = os.environ.get("CUDACXX") or tool("nvcc")
     options = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-gencode={ARCHITECTURES[architecture]}", "-Xptxas", "-v"]
-    command = [compiler, *options, "-cubin", "-o", str(cubin), str(source)]
+    command = [compiler, *options, "-Xcompiler", "-Wall,-Wextra", "-c", "-o", str(compiled), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     report = done.stdout + done.stderr
     if done.returncode:
@@ -124,7 +124,7 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
     disassembler = tool("nvdisasm")
     environment = {**os.environ, "PATH": f"{Path(disassembler).parent}:{os.environ['PATH']}"}
     sass = subprocess.run(
-        [tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True, env=environment
+        [tool("cuobjdump"), "-sass", str(compiled)], capture_output=True, text=True, check=True, env=environment
     )
     for name, words in read_sass(sass.stdout).items():
         if name in kernels:
