@@ -1,0 +1,47 @@
+// Matrix products on an NVIDIA GPU. Shapes: T rows of x, N outputs, K inner dimension. Strides are in elements between rows.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "core/types.h"
+
+namespace pyllm::cuda {
+
+// y = act(norm(x) W^T + bias) + residual;  gated: rows 2j and 2j + 1 of W are gate and up of output j, and so are the biases':
+// y = act(gate) * up + residual, of N / 2 columns.
+//
+// Every output is summed over k in an order that depends on K alone within each of the three kernels, so a row's result does
+// not depend on the other rows as long as the kernel stays the same.
+struct MatmulArgs {
+  void* y;                   // [T, N], gated [T, N / 2], of y_dtype
+  const void* x;             // [T, K] of x_dtype
+  const void* w;             // [N, K] of w_dtype, rows adjacent
+  const float* bias;         // [N] or null
+  const float* residual;     // like y, float32, or null; may be y itself
+  const float* norm_weight;  // [K] or null: no norm; skinny_matmul alone has norms
+  const float* norm_bias;    // [K] or null
+  int64_t rows, n, k, x_stride, y_stride, residual_stride;
+  float eps;
+  NormKind norm;
+  Activation activation;
+  bool gated;  // N is even
+  DType x_dtype, w_dtype, y_dtype;
+};
+
+// Decoding: at most 16 rows, w bf16, x float32 (rounded to bf16 after the norm) or bf16; K a multiple of 8, pointers 16-byte aligned.
+// An overlapped launch has its first weights under way before the kernel that makes x has ended.
+struct SkinnyPlan {
+  int64_t tiles, blocks, chunks;  // of 8 outputs; thread blocks; pieces of K
+  int64_t x_pitch;                // elements between rows of x in shared memory
+  int64_t shared_bytes;
+  bool fits;  // into a block's shared memory
+};
+SkinnyPlan skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors);
+cudaError_t skinny_matmul(const MatmulArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
+
+// Prompts and training: x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned.
+cudaError_t mma_matmul(const MatmulArgs& args, cudaStream_t stream);
+
+// Tests, and sizes that the others refuse: any size and alignment, x and w both float32 or both bf16; multiply-adds in float32.
+cudaError_t plain_matmul(const MatmulArgs& args, cudaStream_t stream);
+
+}  // namespace pyllm::cuda

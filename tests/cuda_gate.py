@@ -1,0 +1,162 @@
+"""What the CUDA compiler made of each kernel: registers, spills, and instructions that must or must not be there.
+
+``python tests/cuda_gate.py`` compiles every ``csrc/cuda/*.cu`` for sm_80 and sm_90a, prints a table and ends with 1 if
+a rule below is broken. It needs nvcc, and cuobjdump with nvdisasm (CUDA's own, or the wheels nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm); no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
+# The compiler serialised wgmma, or ignored setmaxnreg: correct and slow.
+SLOW_WARNINGS = re.compile(r"C7508|C751[0-5]")
+FORBIDDEN = ("LDL", "STL")  # local memory: an array that is indexed at run time, or a spill
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for the kernels whose name contains `name`; `hopper` instructions on sm_90a only."""
+
+    name: str
+    registers: int
+    required: tuple[str, ...] = ()
+    hopper: tuple[str, ...] = ("ACQBULK", "PREEXIT")  # griddepcontrol.wait and .launch_dependents
+
+
+# Two blocks of the decode matmul, of two launches that overlap, share a multiprocessor and its 64 Ki registers; 112
+# leave room for blocks of up to 288 threads. A block of decode attention has 128 threads, so any number fits beside.
+RULES = (
+    Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("plain_matmul_kernel", 128, ("FFMA",)),
+    Rule("plain_attention_kernel", 128, ("FFMA",)),
+    Rule("split_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("prompt_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
+)
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel."""
+
+    name: str
+    registers: int = 0
+    spilled: int = 0  # bytes stored and loaded
+    stack: int = 0  # bytes
+    instructions: set[str] = field(default_factory=set)
+
+
+def read_report(text: str) -> dict[str, Kernel]:
+    """Kernels of ptxas -v, by mangled name."""
+    kernels: dict[str, Kernel] = {}
+    kernel = None
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel = kernels[match[1]] = Kernel(match[1])
+        elif kernel and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line)):
+            kernel.stack, kernel.spilled = int(match[1]), int(match[2]) + int(match[3])
+        elif kernel and (match := re.search(r"Used (\d+) registers", line)):
+            kernel.registers = int(match[1])
+    return kernels
+
+
+def read_sass(text: str) -> dict[str, set[str]]:
+    """First words of the instructions of each function of a disassembly, without modifiers."""
+    functions: dict[str, set[str]] = {}
+    words: set[str] = set()
+    for line in text.splitlines():
+        if match := re.search(r"Function : (\w+)", line):
+            words = functions.setdefault(match[1], set())
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", line):
+            words.add(match[1])
+    return functions
+
+
+def violations(kernel: Kernel, architecture: str) -> list[str]:
+    """What is wrong with a kernel."""
+    rule = next((r for r in RULES if r.name in kernel.name), None)
+    if rule is None:
+        return ["has no rule in RULES (tests/cuda_gate.py): give it one"]
+    found = []
+    if kernel.spilled or kernel.stack:
+        found.append(f"spills {kernel.spilled} bytes, stack of {kernel.stack}: neither may be")
+    if kernel.registers > rule.registers:
+        found.append(f"{kernel.registers} registers, at most {rule.registers} may be")
+    required = rule.required + (rule.hopper if architecture.startswith("sm_90") else ())
+    found += [f"no {word}" for word in required if word not in kernel.instructions]
+    found += [f"has {word}" for word in FORBIDDEN if word in kernel.instructions]
+    return found
+
+
+def tool(name: str) -> str:
+    """Path of a CUDA tool: on PATH, in /usr/local/cuda, or from its wheel."""
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
+    for folder in (*os.environ["PATH"].split(":"), "/usr/local/cuda/bin", *map(str, sorted(wheels.glob("*/bin")))):
+        if path := shutil.which(name, path=folder):
+            return path
+    raise SystemExit(
+        f"{name} is not installed; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or CUDA's toolkit"
+    )
+
+
+def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict[str, Kernel], list[str]]:
+    """Kernels of one file, and the warnings of its compilation."""
+    compiled = folder / f"{source.stem}.{architecture}.o"
+    compiler = os.environ.get("CUDACXX") or tool("nvcc")
+    options = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-gencode={ARCHITECTURES[architecture]}", "-Xptxas", "-v"]
+    command = [compiler, *options, "-Xcompiler", "-Wall,-Wextra", "-c", "-o", str(compiled), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    if done.returncode:
+        raise SystemExit(f"{source.name} does not compile for {architecture}:\n{report}")
+    kernels = read_report(report)
+    disassembler = tool("nvdisasm")
+    environment = {**os.environ, "PATH": f"{Path(disassembler).parent}:{os.environ['PATH']}"}
+    sass = subprocess.run(
+        [tool("cuobjdump"), "-sass", str(compiled)], capture_output=True, text=True, check=True, env=environment
+    )
+    for name, words in read_sass(sass.stdout).items():
+        if name in kernels:
+            kernels[name].instructions = words
+    return kernels, [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+
+
+def short(kernel: Kernel) -> str:
+    """The rule's name and the template arguments, as mangled."""
+    rule = next((r.name for r in RULES if r.name in kernel.name), kernel.name)
+    match = re.search(rf"{rule}(I\w+?E)v", kernel.name)
+    return rule + (f"<{match[1][1:-1]}>" if match else "")
+
+
+def main() -> int:
+    """Compile, print the table, and say what is wrong."""
+    problems, count = [], 0
+    print(f"{'kernel':40} {'for':8} {'registers':>9} {'spilled':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            for architecture in ARCHITECTURES:
+                kernels, warnings = compile_kernels(source, architecture, Path(folder))
+                problems += [f"{source.name} for {architecture}: {warning}" for warning in warnings]
+                for kernel in kernels.values():
+                    count += 1
+                    print(f"{short(kernel):40} {architecture:8} {kernel.registers:9} {kernel.spilled:8}")
+                    problems += [
+                        f"{short(kernel)} for {architecture}: {what}" for what in violations(kernel, architecture)
+                    ]
+    print(*problems, f"{count} kernels, {len(problems)} problems", sep="\n")
+    return int(bool(problems) or not count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

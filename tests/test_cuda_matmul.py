@@ -1,0 +1,156 @@
+"""The CUDA matrix products on the host emulator, against float64."""
+
+from __future__ import annotations
+
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_host import ACTIVATIONS, DTYPES, MatmulArgs, SkinnyPlan, aligned, as_aligned, build
+from oracle.activation import activation as activation_formula
+
+bfloat16 = ml_dtypes.bfloat16
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("cuda_host"))
+
+
+def case(rows, n, k, *, x_dtype=bfloat16, w_dtype=bfloat16, gated=False, bias=True, residual=True, norm=None, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = n // 2 if gated else n
+    arrays = {
+        "x": as_aligned(rng.standard_normal((rows, k)).astype(x_dtype)),
+        "w": as_aligned((rng.standard_normal((n, k)) / np.sqrt(k)).astype(w_dtype)),
+        "bias": rng.standard_normal(n).astype("f4") if bias else None,
+        "residual": rng.standard_normal((rows, columns)).astype("f4") if residual else None,
+        "norm_weight": rng.standard_normal(k).astype("f4") if norm else None,
+        "norm_bias": rng.standard_normal(k).astype("f4") if norm == "layer" else None,
+    }
+    return arrays, columns
+
+
+def call(run, arrays, columns, *, activation="none", gated=False, norm=None, y_dtype=np.float32, guard=3):
+    """y[rows, columns] of a launcher; what lies between and behind its rows must stay as it was."""
+    rows, k = arrays["x"].shape
+    y = aligned((rows + 1, columns + guard), np.dtype(y_dtype))
+    y[...] = np.nan
+    pointers = {name: a.ctypes.data for name, a in arrays.items() if a is not None}
+    args = MatmulArgs(
+        y=y.ctypes.data, **pointers, rows=rows, n=len(arrays["w"]), k=k, x_stride=k, y_stride=columns + guard,
+        residual_stride=columns, eps=1e-5, norm=int(norm == "rms"), activation=ACTIVATIONS[activation], gated=gated,
+        x_dtype=DTYPES[arrays["x"].dtype], w_dtype=DTYPES[arrays["w"].dtype], y_dtype=DTYPES[np.dtype(y_dtype)],
+    )  # fmt: skip
+    assert run(args) == 0
+    assert np.isnan(y[rows:].astype("f4")).all() and np.isnan(y[:, columns:].astype("f4")).all()
+    return y[:rows, :columns].astype("f8")
+
+
+def formula(arrays, *, activation="none", gated=False, norm=None):
+    x, w = arrays["x"].astype("f8"), arrays["w"].astype("f8")
+    if norm:
+        x = x - x.mean(1, keepdims=True) * (norm == "layer")
+        x = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) * arrays["norm_weight"]
+        x = x + (0 if arrays["norm_bias"] is None else arrays["norm_bias"])
+    y = x @ w.T + (0 if arrays["bias"] is None else arrays["bias"])
+    act = y[:, 0::2] if gated else y
+    act = act if activation == "none" else activation_formula(act, activation)
+    y = act * y[:, 1::2] if gated else act
+    return y + (0 if arrays["residual"] is None else arrays["residual"])
+
+
+def close(got, expected, bound):
+    assert np.isfinite(got).all()
+    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
+    assert error <= bound, error
+
+
+def skinny(kernels, multiprocessors=3):
+    return lambda args: kernels.host_skinny_matmul(args, multiprocessors)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k"),
+    [(1, 1, 8), (1, 40, 1024), (3, 17, 1032), (8, 24, 2056), (9, 7, 264), (16, 33, 128), (1, 8, 6152)],
+)
+def test_skinny_matches_formula(kernels, rows, n, k):
+    arrays, columns = case(rows, n, k, seed=rows)
+    close(call(skinny(kernels), arrays, columns), formula(arrays), 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_skinny_normalises_its_input(kernels, norm):
+    arrays, columns = case(5, 18, 1160, x_dtype=np.float32, norm=norm, residual=False)
+    got = call(skinny(kernels), arrays, columns, norm=norm)
+    close(got, formula(arrays, norm=norm), 4e-3)  # the normalised row is rounded to bf16: 2^-9 each
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain"])
+@pytest.mark.parametrize("activation", ["gelu_erf", "gelu_tanh", "silu", "relu"])
+def test_activations_and_gates(kernels, kernel, activation):
+    run = skinny(kernels) if kernel == "skinny" else getattr(kernels, f"host_{kernel}_matmul")
+    for gated in (False, True):
+        arrays, columns = case(4, 22, 72, gated=gated)
+        got = call(run, arrays, columns, activation=activation, gated=gated)
+        close(got, formula(arrays, activation=activation, gated=gated), 1e-6)
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 8), (17, 130, 64), (63, 5, 200), (65, 129, 72), (130, 31, 328)])
+def test_mma_matches_formula(kernels, rows, n, k):
+    arrays, columns = case(rows, n, k, seed=n)
+    close(call(kernels.host_mma_matmul, arrays, columns), formula(arrays), 1e-6)
+
+
+def test_mma_takes_every_tile_once(kernels):
+    arrays, columns = case(
+        9 * 128 + 1, 130, 8, bias=False, residual=False
+    )  # more row tiles than a group, two column tiles
+    close(call(kernels.host_mma_matmul, arrays, columns), formula(arrays), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 1), (17, 33, 31), (5, 64, 97)])
+def test_plain_matches_formula(kernels, rows, n, k, dtype):
+    arrays, columns = case(rows, n, k, x_dtype=dtype, w_dtype=dtype)
+    close(call(kernels.host_plain_matmul, arrays, columns), formula(arrays), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain"])
+def test_bfloat16_output(kernels, kernel):
+    run = skinny(kernels) if kernel == "skinny" else getattr(kernels, f"host_{kernel}_matmul")
+    arrays, columns = case(3, 20, 40)
+    exact = call(run, arrays, columns)
+    assert (call(run, arrays, columns, y_dtype=bfloat16) == exact.astype("f4").astype(bfloat16).astype("f8")).all()
+
+
+def test_skinny_row_is_the_same_bits_in_any_batch_and_on_any_chip(kernels):
+    arrays, columns = case(11, 19, 1304, x_dtype=np.float32, norm="rms")
+    whole = call(skinny(kernels, 3), arrays, columns, norm="rms")
+    for row in (0, 7, 10):
+        alone = {
+            **arrays,
+            "x": as_aligned(arrays["x"][row : row + 1]),
+            "residual": arrays["residual"][row : row + 1].copy(),
+        }
+        assert (call(skinny(kernels, 132), alone, columns, norm="rms")[0] == whole[row]).all()
+
+
+def test_what_a_kernel_cannot_take_is_an_error(kernels):
+    args = MatmulArgs(rows=17, n=8, k=16, x_stride=16)
+    assert kernels.host_skinny_matmul(args, 132) != 0  # 17 rows
+    assert kernels.host_mma_matmul(MatmulArgs(rows=4, n=8, k=15, x_stride=16)) != 0
+    assert kernels.host_plain_matmul(MatmulArgs(rows=4, n=8, k=15, w_dtype=2)) != 0
+    assert kernels.host_mma_matmul(MatmulArgs(rows=0, n=8, k=16, x_stride=16)) == 0  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(2304, 768), (3072, 2048), (2048, 8192), (6144, 4096), (4096, 14336), (128256, 2048)]
+)
+def test_two_decode_kernels_share_a_multiprocessor(kernels, n, k):
+    plan = SkinnyPlan()
+    kernels.host_skinny_plan(1, n, k, 132, plan)
+    assert plan.fits and plan.blocks <= 132 and plan.tiles * 8 >= n > (plan.tiles - 1) * 8 and plan.chunks * 1024 >= k
+    assert 2 * (plan.shared_bytes + 1024) <= 228 * 1024
