@@ -164,10 +164,13 @@ class Context:
         tables: _I32,
         head_size: int,
         scale: float,
-        window: int,
+        window: int | None = None,
         lse: _F32 | None = None,
         dropout: _Dropout | None = None,
         bf16_dots: bool | None = None,
+        causal: bool = True,
+        prefix: _I32 | None = None,
+        sinks: int = 0,
     ) -> None: ...
     def attention_backward(
         self,
@@ -184,9 +187,12 @@ class Context:
         tables: _I32,
         head_size: int,
         scale: float,
-        window: int,
+        window: int | None = None,
         dropout: _Dropout | None = None,
         bf16_dots: bool | None = None,
+        causal: bool = True,
+        prefix: _I32 | None = None,
+        sinks: int = 0,
     ) -> None: ...
     def dropout(self, y: _F32, x: _F32, residual: _F32 | None, dropout: _Dropout | None) -> None: ...
     def cross_entropy(

@@ -18,7 +18,7 @@ what came.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from pyllm.isa import default_threads
 from pyllm.sampling import SampleInputs
 from pyllm.spec import Activation, NormKind
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Array: TypeAlias = NDArray[Any]
 F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
@@ -36,6 +39,20 @@ Dropout: TypeAlias = tuple[float, NDArray[np.uint64], int]  # rate, seed [1], re
 ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
+
+
+class AttentionRule(TypedDict, total=False):
+    """Which keys a query sees. A query stands at position p, its sequence's rows being the last of its keys.
+
+    It sees key j of its sequence where both hold: ``j <= p``, or ``j < prefix``, or attention is not causal; and ``p -
+    j < window``, without causal ``|p - j| < window``, or ``j < sinks``, or there is no window. Where neither causal nor
+    a window is wanted, queries and keys need not be those of one sequence: that is cross-attention.
+    """
+
+    causal: bool  # default True
+    prefix: NDArray[np.int32] | None  # [B], read when the kernel runs; at most lengths; causal only
+    window: int | None
+    sinks: int  # first keys that every later query sees, besides its window
 
 
 class Ops:
@@ -282,23 +299,26 @@ class Ops:
         *,
         head_size: int,
         scale: float,
-        window: int | None = None,
         lse: F32 | None = None,
         dropout: Dropout | None = None,
         out: F32 | None = None,
+        **rule: Unpack[AttentionRule],
     ) -> F32:
-        """Causal attention of a ragged batch over the paged cache, which already holds this step's keys and values.
+        """Attention of a ragged batch over the paged cache, which already holds this step's keys and values.
 
         q [T, H * E], already rotated; cache as in :meth:`kv_write`; starts int32 [B + 1], first row of each sequence;
-        lengths int32 [B], keys in the cache, this step's included; tables int32 [B, width], block numbers. A query sees
-        keys up to its own position, and only the last `window` of them where given -> [T, H * E].
+        lengths int32 [B], keys in the cache, this step's included; tables int32 [B, width], block numbers -> [T, H *
+        E]. A query sees keys up to its own position, or what `rule` says, see :class:`AttentionRule`; one that sees no
+        key gives 0.
 
         For a backward pass `lse` [T, H] receives the log of the sum of exponentials of the scaled scores. `dropout`
         (rate, seed, site), the site being the layer, sets weights to 0 and divides the others by 1 - rate; which is a
         function of seed, site, head, row of q and position of the key.
         """
         out = self.empty(*q.shape) if out is None else out
-        self.context.attention(out, q, cache, starts, lengths, tables, head_size, scale, window or 0, lse, dropout)
+        self.context.attention(
+            out, q, cache, starts, lengths, tables, head_size, scale, lse=lse, dropout=dropout, **rule
+        )
         return out
 
     def sample(self, logits: F32, inputs: SampleInputs) -> NDArray[np.int32]:

@@ -5,12 +5,17 @@ Conventions as in :mod:`pyllm.ops`. Gradients of parameters accumulate (``+=``),
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import ACTIVATIONS, F32, F64, NORMS, Array, Dropout, Ops
+from pyllm.ops import ACTIVATIONS, F32, F64, NORMS, Array, AttentionRule, Dropout, Ops
 from pyllm.spec import Activation, NormKind
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IGNORED_LABEL: int = _cpu.IGNORED_LABEL
 
@@ -138,22 +143,22 @@ class TrainingOps(Ops):
         *,
         head_size: int,
         scale: float,
-        window: int | None = None,
         dropout: Dropout | None = None,
         gradients: tuple[F32, F32, F32] | None = None,
+        **rule: Unpack[AttentionRule],
     ) -> tuple[F32, F32, F32]:
         """Gradients of :meth:`attention` with respect to q, keys and values: dout [T, H * E] -> dq, dk, dv.
 
-        `out`, `lse` and the other arguments are those of the forward pass, of whole sequences: lengths are the rows.
-        The cache is float32 or bfloat16. dk and dv [T, G * E] belong to keys as they stand in the cache, rotated.
-        `gradients` (dq, dk, dv) may be slices of one array; they are overwritten. A sequence's gradients depend on
-        nothing in other sequences; with dropout, on its place among the rows.
+        `out`, `lse` and the other arguments are those of the forward pass. The cache is float32 or bfloat16. dk and dv
+        [S, G * E], of the S keys of all sequences in turn, belong to keys as they stand in the cache, rotated.
+        `gradients` (dq, dk, dv) may be slices of one array; they are overwritten; where None, S are the present
+        lengths. A sequence's gradients depend on nothing in other sequences; with dropout, on its place among the rows.
         """
         if gradients is None:
-            width = cache.shape[1] * head_size
-            gradients = self.empty(*q.shape), self.empty(q.shape[0], width), self.empty(q.shape[0], width)
+            shape = int(lengths.sum()), cache.shape[1] * head_size
+            gradients = self.empty(*q.shape), self.empty(*shape), self.empty(*shape)
         self.context.attention_backward(
-            *gradients, dout, out, q, cache, lse, starts, lengths, tables, head_size, scale, window or 0, dropout
+            *gradients, dout, out, q, cache, lse, starts, lengths, tables, head_size, scale, dropout=dropout, **rule
         )
         return gradients
 

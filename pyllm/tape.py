@@ -14,15 +14,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import F32, Arena, Array
+from pyllm.ops import F32, Arena, Array, AttentionRule
 from pyllm.ops_training import TrainingOps
 from pyllm.spec import Activation, NormKind
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 I32 = NDArray[np.int32]
 
@@ -232,9 +235,9 @@ class Tape:
         *,
         head_size: int,
         scale: float,
-        window: int | None = None,
+        **rule: Unpack[AttentionRule],
     ) -> F32:
-        """See :meth:`pyllm.ops.Ops.attention`; all keys and values are those of this batch."""
+        """See :meth:`pyllm.ops.Ops.attention`; keys and values are what :meth:`kv_write` wrote last, in order."""
         out = self._new(q.shape)
         heads = q.shape[1] // head_size
         lse = self._new((q.shape[0], heads))
@@ -244,8 +247,8 @@ class Tape:
 
         def forward() -> None:
             ops.attention(
-                q, cache, starts, lengths, tables, head_size=head_size, scale=scale, window=window, lse=lse,
-                dropout=dropped, out=out,
+                q, cache, starts, lengths, tables, head_size=head_size, scale=scale, lse=lse, dropout=dropped, out=out,
+                **rule,
             )  # fmt: skip
 
         def backward() -> None:
@@ -254,7 +257,7 @@ class Tape:
             dq, dk, dv = (target for target, _ in targets)
             ops.attention_backward(
                 self._incoming(y), out, q, cache, lse, starts, lengths, tables, head_size=head_size, scale=scale,
-                window=window, dropout=dropped, gradients=(dq, dk, dv),
+                dropout=dropped, gradients=(dq, dk, dv), **rule,
             )  # fmt: skip
             if cos is not None and sin is not None:
                 ops.rope(dk, cos, sin, head_size, inverse=True)

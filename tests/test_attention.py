@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from oracle.attention import BF16, DTYPES, PAGE, attention, empty, put, rounded_queries, stored, weight_error
+from oracle.attention import BF16, DTYPES, PAGE, Rule, attention, empty, put, rounded_queries, stored, weight_error
 from oracle.harness import ISAS, Framed, at_isa
 
 from pyllm import _cpu
@@ -56,7 +56,7 @@ class Case:
         q = rounded_queries(q, self.head_size**-0.5, self.cache.dtype, dots).astype(dtype)
         starts = np.cumsum([0] + [j - i for _, i, j in ranges])
         keys, values = ([part[b][:j] for b, _, j in ranges] for part in (self.keys, self.values))
-        return attention(q, keys, values, starts, self.head_size**-0.5, window).reshape(len(q), -1)
+        return attention(q, keys, values, starts, self.head_size**-0.5, Rule(window=window)).reshape(len(q), -1)
 
 
 def multiplies_bf16(isa: str) -> bool:

@@ -131,25 +131,30 @@ void kv_write(Context& context, const py::object& cache, const py::object& k, co
   context.submit(&cpu::KernelTable::kv_write, args, {cache, k, v, slots, cos, sin}, &check_values);
 }
 
-// What changes from step to step: row ranges, lengths and the blocks they reach.
+// What changes from step to step: row ranges, lengths, prefixes and the blocks they reach.
 template <class Args>
 void check_sequences(const Args& a) {
   if (a.starts[0] != 0) throw py::value_error("starts[0]: expected 0, got " + std::to_string(a.starts[0]));
+  const bool places = a.rule.causal || a.rule.window > 0;  // whether it matters where a query stands
   for (int64_t b = 0; b < a.sequences; ++b) {
-    const int64_t rows = int64_t(a.starts[b + 1]) - a.starts[b];
+    const int64_t rows = int64_t(a.starts[b + 1]) - a.starts[b], length = a.lengths[b];
     if (rows < 0)
       throw py::value_error(at("starts", b + 1) + ": expected at least " + std::to_string(a.starts[b]) +
                             ", the one before, got " + std::to_string(a.starts[b + 1]));
-    const int64_t most = a.table_width * kBlockTokens;
-    if (a.lengths[b] < rows || a.lengths[b] > most)
-      throw py::value_error(at("lengths", b) + ": expected from " + std::to_string(rows) +
-                            ", the rows of the sequence, to " + std::to_string(most) +
-                            ", the tokens of its block table, got " + std::to_string(a.lengths[b]));
+    const int64_t least = places ? rows : 0, most = a.table_width * kBlockTokens;
+    if (length < least || length > most)
+      throw py::value_error(at("lengths", b) + ": expected from " + std::to_string(least) +
+                            (places ? ", the rows of the sequence" : "") + ", to " + std::to_string(most) +
+                            ", the tokens of its block table, got " + std::to_string(length));
+    if (a.rule.prefix && (a.rule.prefix[b] < 0 || a.rule.prefix[b] > length))
+      throw py::value_error(at("prefix", b) + ": expected from 0 to " + std::to_string(length) +
+                            ", the keys in the cache, got " + std::to_string(a.rule.prefix[b]));
     if (rows == 0) continue;
-    const int64_t first_position = a.lengths[b] - rows;
-    const int64_t first_key = a.window > 0 && first_position >= a.window ? first_position - a.window + 1 : 0;
-    const int64_t first = first_key / kBlockTokens, count = (a.lengths[b] + kBlockTokens - 1) / kBlockTokens;
-    for (int64_t i = first; i < count; ++i) {
+    const int64_t before = length - rows - a.rule.window + 1;  // keys that no row sees, but for sinks
+    const int64_t first = a.rule.window > 0 && before > 0 ? before / kBlockTokens : 0;
+    const int64_t sinks = (std::min(a.rule.sinks, length) + kBlockTokens - 1) / kBlockTokens;
+    const int64_t count = (length + kBlockTokens - 1) / kBlockTokens;
+    for (int64_t i = sinks > 0 ? 0 : first; i < count; i = i + 1 == sinks ? std::max(sinks, first) : i + 1) {
       const int32_t block = a.tables[b * a.table_width + i];
       if (block < 0 || block >= a.cache.blocks)
         throw py::value_error(at("tables", b) + "[" + std::to_string(i) + "]: expected a block in [0, " +
@@ -163,20 +168,35 @@ void check_sequences(const Args& a) {
 
 void check_values(const AttentionArgs& a) { check_sequences(a); }
 
-// Gradients go to the keys of this batch only.
 void check_values(const AttentionBackwardArgs& a) {
   check_sequences(a);
-  for (int64_t b = 0; b < a.sequences; ++b)
-    if (a.lengths[b] != a.starts[b + 1] - a.starts[b])
-      throw py::value_error(at("lengths", b) + ": expected " + std::to_string(a.starts[b + 1] - a.starts[b]) +
-                            ", the rows of the sequence, as keys of earlier steps get no gradient, got " +
-                            std::to_string(a.lengths[b]));
+  int64_t keys = 0;
+  for (int64_t b = 0; b < a.sequences; ++b) keys += a.lengths[b];
+  if (keys != a.keys)
+    throw py::value_error("lengths: expected a sum of " + std::to_string(a.keys) +
+                          ", the rows of dk and dv, as every key has a gradient, got " + std::to_string(keys));
+}
+
+AttentionRule rule_of(int64_t sequences, std::optional<int64_t> window, bool causal, const py::object& prefix,
+                      int64_t sinks) {
+  AttentionRule rule{};
+  rule.causal = causal;
+  rule.prefix = vector_of<const int32_t>(prefix, "prefix", sequences, true);
+  if (rule.prefix && !causal)
+    throw py::value_error("prefix: expected None where attention is not causal, as every query sees every key");
+  if (window.value_or(0) < 0) throw py::value_error("window: expected >= 0, got " + std::to_string(*window));
+  rule.window = std::min(window.value_or(0), int64_t(INT32_MAX));  // as lengths are int32
+  if (sinks < 0) throw py::value_error("sinks: expected >= 0, got " + std::to_string(sinks));
+  if (sinks > 0 && rule.window == 0)
+    throw py::value_error("sinks: expected 0 without a window, as no key is hidden, got " + std::to_string(sinks));
+  rule.sinks = std::min(sinks, int64_t(INT32_MAX));
+  return rule;
 }
 
 // The arguments that forward and backward have in common.
 template <class Args>
 void set_sequences(Args& args, const py::object& q, const py::object& cache, const py::object& starts,
-                   const py::object& lengths, const py::object& tables, int64_t head_size, float scale, int64_t window,
+                   const py::object& lengths, const py::object& tables, int64_t head_size, float scale,
                    const py::object& dropout, std::optional<bool> bf16_dots) {
   args.cache = cache_of(cache, head_size, false);
   const auto queries = rows_of<const float>(q, "q", -1, -1);
@@ -189,39 +209,41 @@ void set_sequences(Args& args, const py::object& q, const py::object& cache, con
   args.starts = vector_of<const int32_t>(starts, "starts", args.sequences + 1);
   const auto blocks = dense_rows_of<const int32_t>(tables, "tables", args.sequences, -1);
   args.tables = blocks.data, args.table_width = blocks.cols;
-  if (window < 0) throw py::value_error("window: expected >= 0, got " + std::to_string(window));
   if (!std::isfinite(scale)) throw py::value_error("scale: expected a finite number, got " + std::to_string(scale));
-  args.window = std::min(window, int64_t(INT32_MAX)), args.scale = scale;  // as lengths are int32
+  args.scale = scale;
   args.dropout = dropout_of(dropout);
   args.bf16_dots = bf16_dots.value_or(cpu::fast_bf16_dots());
 }
 
 void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
                const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
-               float scale, int64_t window, const py::object& lse, const py::object& dropout,
-               std::optional<bool> bf16_dots) {
+               float scale, std::optional<int64_t> window, const py::object& lse, const py::object& dropout,
+               std::optional<bool> bf16_dots, bool causal, const py::object& prefix, int64_t sinks) {
   AttentionArgs args{};
-  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout, bf16_dots);
+  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, dropout, bf16_dots);
+  args.rule = rule_of(args.sequences, window, causal, prefix, sinks);
   const auto result = rows_of<float>(out, "out", args.rows, args.heads * head_size);
   args.out = result.data, args.out_stride = result.stride;
   if (!lse.is_none()) args.lse = dense_rows_of<float>(lse, "lse", args.rows, args.heads).data;
-  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables, lse, dropout},
+  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables, lse, dropout, prefix},
                  &check_values);
 }
 
 void attention_backward(Context& context, const py::object& dq, const py::object& dk, const py::object& dv,
                         const py::object& dout, const py::object& out, const py::object& q, const py::object& cache,
                         const py::object& lse, const py::object& starts, const py::object& lengths,
-                        const py::object& tables, int64_t head_size, float scale, int64_t window,
-                        const py::object& dropout, std::optional<bool> bf16_dots) {
+                        const py::object& tables, int64_t head_size, float scale, std::optional<int64_t> window,
+                        const py::object& dropout, std::optional<bool> bf16_dots, bool causal, const py::object& prefix,
+                        int64_t sinks) {
   AttentionBackwardArgs args{};
-  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, window, dropout, bf16_dots);
+  set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, dropout, bf16_dots);
+  args.rule = rule_of(args.sequences, window, causal, prefix, sinks);
   if (args.cache.dtype == DType::i8)
     throw py::type_error("cache: expected float32 or bfloat16, as int8 has no gradient, got int8");
   const int64_t columns = args.heads * head_size, key_columns = args.cache.kv_heads * head_size;
   const auto queries = rows_of<float>(dq, "dq", args.rows, columns);
-  const auto keys = rows_of<float>(dk, "dk", args.rows, key_columns);
-  const auto values = rows_of<float>(dv, "dv", args.rows, key_columns);
+  const auto keys = rows_of<float>(dk, "dk", -1, key_columns);
+  const auto values = rows_of<float>(dv, "dv", keys.rows, key_columns);
   const auto gradient = rows_of<const float>(dout, "dout", args.rows, columns);
   const auto result = rows_of<const float>(out, "out", args.rows, columns);
   const auto alone = [&](const auto& to, const char* name, const auto&... from) {
@@ -233,13 +255,13 @@ void attention_backward(Context& context, const py::object& dq, const py::object
   alone(keys, "dk", values, gradient, result, given);
   alone(values, "dv", gradient, result, given);
   args.dq = queries.data, args.dq_stride = queries.stride;
-  args.dk = keys.data, args.dk_stride = keys.stride;
+  args.dk = keys.data, args.dk_stride = keys.stride, args.keys = keys.rows;
   args.dv = values.data, args.dv_stride = values.stride;
   args.dout = gradient.data, args.dout_stride = gradient.stride;
   args.out = result.data, args.out_stride = result.stride;
   args.lse = dense_rows_of<const float>(lse, "lse", args.rows, args.heads).data;
   context.submit(&cpu::KernelTable::attention_backward, args,
-                 {dq, dk, dv, dout, out, q, cache, lse, starts, lengths, tables, dropout}, &check_values);
+                 {dq, dk, dv, dout, out, q, cache, lse, starts, lengths, tables, dropout, prefix}, &check_values);
 }
 
 }  // namespace
@@ -253,12 +275,15 @@ void bind_attention(py::module_&, ContextClass& context) {
       .def("kv_write", &kv_write, py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("head_size"),
            py::arg("cos"), py::arg("sin"))
       .def("attention", &attention, py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("starts"),
-           py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
-           py::arg("lse") = py::none(), py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none())
+           py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"),
+           py::arg("window") = py::none(), py::arg("lse") = py::none(), py::arg("dropout") = py::none(),
+           py::arg("bf16_dots") = py::none(), py::arg("causal") = true, py::arg("prefix") = py::none(),
+           py::arg("sinks") = 0)
       .def("attention_backward", &attention_backward, py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dout"),
            py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("lse"), py::arg("starts"), py::arg("lengths"),
-           py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window"),
-           py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none());
+           py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window") = py::none(),
+           py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none(), py::arg("causal") = true,
+           py::arg("prefix") = py::none(), py::arg("sinks") = 0);
 }
 
 }  // namespace pyllm::bindings

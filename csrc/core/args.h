@@ -195,9 +195,19 @@ struct KvWriteArgs {
   int64_t rows, half, k_stride, v_stride;
 };
 
-// Causal attention of a ragged batch over the paged cache, which already holds this step's keys and values.
-// Query row i (0-based) of sequence b stands at position lengths[b] - (starts[b + 1] - starts[b]) + i and sees the keys
-// j <= position, and position - j < window where window > 0.
+// Which keys a query sees. Query row i (0-based) of sequence b stands at position p = lengths[b] - (starts[b + 1] -
+// starts[b]) + i, and sees key j < lengths[b] where both hold:
+//   j <= p, or j < prefix[b], or not causal
+//   window == 0, or p - j < window and (causal or j - p < window), or j < sinks
+// Without causal, window and what depends on p, queries and keys need not be those of one sequence (cross-attention).
+struct AttentionRule {
+  const int32_t* prefix;  // [B], at most lengths[b], or null: 0; causal only
+  int64_t window, sinks;
+  bool causal;
+};
+
+// Attention of a ragged batch over the paged cache, which already holds this step's keys and values.
+// A query that sees no key gives 0, and an lse of -infinity.
 // Keys are taken in fixed blocks of kKeyBlock; each gives (max, sum, weighted values), merged in rising order, so a row's
 // result depends neither on the other rows nor on how work is split.
 // Dropout acts on the softmax's weights; the place of a weight is its head, its query's row in q and its key's position.
@@ -210,35 +220,35 @@ struct AttentionArgs {
   const int32_t* starts;   // [B + 1] first row of each sequence
   const int32_t* lengths;  // [B] keys in the cache, this step's included
   const int32_t* tables;   // [B, table_width] block numbers
+  AttentionRule rule;
   int64_t sequences, rows, heads, table_width;
   int64_t q_stride, out_stride;
-  int64_t window;
   float scale;
   bool bf16_dots;  // multiply a bf16 cache by bf16 where the level can, rounding queries and weights; or else widen it
   Dropout dropout;
   void* workspace;
 };
 
-// Gradients of attention of whole sequences: each row's keys are those of its sequence's rows before it and its own. With
-// P = exp(scale q k - lse), D = sum over channels of dout * out and m the dropout's factors:
+// Gradients of attention. dk and dv have a row for each of the S keys: those of sequence 0, then those of sequence 1, and
+// so on. With P = exp(scale q k - lse), D = sum over channels of dout * out and m the dropout's factors:
 //   dv += (m P)^T dout    dS = P (m (dout v^T) - D)    dq += scale dS k    dk += scale dS^T q
 // Keys are taken in fixed pages, queries in fixed blocks, both of their sequence, in rising order; heads of a group are
 // added in rising order. So a sequence's gradients depend neither on the others nor on how work is split.
 struct AttentionBackwardArgs {
   float* dq;          // [T, H, E]
-  float* dk;          // [T, G, E]
-  float* dv;          // [T, G, E]
+  float* dk;          // [S, G, E]
+  float* dv;          // [S, G, E]
   const float* dout;  // [T, H, E]
   const float* out;   // [T, H, E]
   const float* q;     // [T, H, E]
   CacheView cache;    // f32 or bf16
   const float* lse;   // [T, H]
   const int32_t* starts;
-  const int32_t* lengths;  // [B], each the rows of its sequence
+  const int32_t* lengths;  // [B], S in all
   const int32_t* tables;
-  int64_t sequences, rows, heads, table_width;
+  AttentionRule rule;
+  int64_t sequences, rows, keys, heads, table_width;  // keys: S
   int64_t dq_stride, dk_stride, dv_stride, dout_stride, out_stride, q_stride;
-  int64_t window;
   float scale;
   bool bf16_dots;  // of the forward pass
   Dropout dropout;

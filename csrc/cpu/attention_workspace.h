@@ -17,7 +17,8 @@ struct SequencePlan {
   int64_t first_item;           // the sequence's items are [first_item, next plan's first_item)
   int64_t first_slot;           // of its partial results
   int64_t first_row;            // its place among the rows that are merged from partial results
-  int64_t first_block, blocks;  // key blocks that its rows see
+  int64_t sink_blocks;          // key blocks before first_block whose sinks its rows see
+  int64_t first_block, blocks;  // key blocks from first_block on that its rows see, and those in all
   int64_t tiles, pieces;        // of query rows; of key/value heads
   bool split;                   // an item takes one key block; else it walks them all
 };
@@ -33,7 +34,7 @@ struct AttentionWorkspace {
 // A partial result of one head is [max, sum, 14 unused, values[Ep]].
 constexpr int64_t kPartialHeader = 16;
 // Rows of per-thread scratch with one float per query row: see Scratch in kernels/attention.cc.
-constexpr int64_t kRowVectors = 11, kSumLanes = 16;
+constexpr int64_t kRowVectors = 13, kSumLanes = 16;
 
 static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int64_t threads) {
   const int64_t Ep = a.cache.padded_head();
@@ -53,7 +54,7 @@ static inline AttentionWorkspace attention_workspace(const AttentionArgs& a, int
 }
 
 // The backward pass takes keys in spans of kSpanPages pages, and queries in blocks of kQueryBlock. Its workspace is
-// [partials][threads]: where heads share keys, each head's dk and then dv [T, H, E]; and each thread's scratch.
+// [partials][threads]: where heads share keys, each head's dk and then dv [S, H, E]; and each thread's scratch.
 constexpr int64_t kSpanPages = 4, kQueryBlock = 64;
 
 struct AttentionBackwardWorkspace {
@@ -65,7 +66,7 @@ struct AttentionBackwardWorkspace {
 static inline AttentionBackwardWorkspace attention_backward_workspace(const AttentionBackwardArgs& a, int64_t threads) {
   const int64_t Ep = a.cache.padded_head();
   AttentionBackwardWorkspace w;
-  w.partial_floats = a.heads > a.cache.kv_heads ? round_up(a.rows * a.heads * a.cache.head_size, 16) : 0;
+  w.partial_floats = a.heads > a.cache.kv_heads ? round_up(a.keys * a.heads * a.cache.head_size, 16) : 0;
   w.thread_floats = (5 * kSpanPages * kBlockTokens + 3 * kQueryBlock) * Ep + kQueryBlock * (2 * kBlockTokens + 4);
   w.bytes = (2 * w.partial_floats + threads * w.thread_floats) * 4;
   return w;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -16,25 +17,49 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), BF16, np.dtype(np.int8)]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Which keys a query sees; prefix has a number for each sequence."""
+
+    causal: bool = True
+    prefix: tuple[int, ...] | None = None
+    window: int = 0
+    sinks: int = 0
+
+    def seen(self, b: int, rows: int, length: int) -> Array:
+        """bool [rows, length], the rows being the last positions of sequence b."""
+        i = np.arange(length - rows, length)[:, None]
+        j = np.arange(length)[None, :]
+        near = i - j if self.causal else np.abs(i - j)
+        before = (j <= i) | (j < (self.prefix[b] if self.prefix else 0)) | (not self.causal)
+        return before & ((near < self.window) | (j < self.sinks) | (self.window == 0))
+
+
+def softmax(score: Array, seen: Array) -> tuple[Array, Array]:
+    """Weights and lse [..., 1] of scores [..., keys]; 0 and -inf in rows that see nothing."""
+    score = np.where(seen, score, -np.inf)
+    top = score.max(axis=-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0)
+    total = np.exp(score - top).sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = top + np.log(total)
+    return np.exp(score - np.where(np.isfinite(lse), lse, 0)), lse
+
+
 def attention(
-    q: Array, keys: Sequence[Array], values: Sequence[Array], starts: Array, scale: float, window: int
+    q: Array, keys: Sequence[Array], values: Sequence[Array], starts: Array, scale: float, rule: Rule
 ) -> Array:
     """Softmax attention in the dtype of q [T, H, E]; keys[b] and values[b] are [length, G, E] of sequence b.
 
-    Rows [starts[b], starts[b + 1]) stand at the last positions of sequence b; row i sees keys j <= i, i - j < window.
+    Rows [starts[b], starts[b + 1]) stand at the last positions of sequence b.
     """
     out = np.empty_like(q)
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):
         rows = q[starts[b] : starts[b + 1]]
         group = q.shape[1] // k.shape[1]
         k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
-        i = np.arange(len(k) - len(rows), len(k))[:, None]
-        j = np.arange(len(k))[None, :]
-        seen = (j <= i) & ((i - j < window) if window else True)
         score = np.einsum("the,she->hts", rows, k) * q.dtype.type(scale)
-        score = np.where(seen, score, -np.inf)
-        weight = np.exp(score - score.max(axis=-1, keepdims=True))
-        weight /= weight.sum(axis=-1, keepdims=True)
+        weight, _ = softmax(score, rule.seen(b, len(rows), len(k)))
         out[starts[b] : starts[b + 1]] = np.einsum("hts,she->the", weight, v)
     return out
 
@@ -67,38 +92,35 @@ def attention_backward(
     values: Sequence[Array],
     starts: Array,
     scale: float,
-    window: int,
+    rule: Rule,
     factors: Callable[[int, int, int], Array] | None = None,
     given: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Gradients dq [T, H, E], dk and dv [T, G, E] of whole sequences, in the dtype of q; then out and lse [T, H].
+    """Gradients dq [T, H, E], dk and dv [S, G, E] of the keys in turn, in the dtype of q; then out and lse [T, H].
 
     factors(row, head, length) are what dropout multiplies a row's weights with; out and lse may be `given`.
     """
     dq, out = np.empty_like(q), np.empty_like(q)
     groups = keys[0].shape[1]
-    dk, dv = (np.empty((len(q), groups, q.shape[2]), q.dtype) for _ in range(2))
+    ends = np.cumsum([0] + [len(k) for k in keys])
+    dk, dv = (np.empty((ends[-1], groups, q.shape[2]), q.dtype) for _ in range(2))
     log_sums = np.empty(q.shape[:2], q.dtype)
     group = q.shape[1] // groups
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):
         rows = slice(starts[b], starts[b + 1])
-        n = starts[b + 1] - starts[b]
-        assert n == len(k)
-        if not n:
-            continue
+        n = len(k)
         k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
-        i, j = np.arange(n)[:, None], np.arange(n)[None, :]
-        seen = (j <= i) & ((i - j < window) if window else True)
-        score = np.where(seen, scores(q[rows], k) * q.dtype.type(scale), -np.inf)
-        top = score.max(axis=-1, keepdims=True)
-        lse = top + np.log(np.exp(score - top).sum(axis=-1, keepdims=True))
+        count = starts[b + 1] - starts[b]
+        seen = rule.seen(b, count, n)
+        score = scores(q[rows], k) * q.dtype.type(scale)
+        p, lse = softmax(score, seen)
         if given is not None:
             lse = given[1][rows].T[..., None]
-        p = np.exp(score - lse)
+            p = np.where(seen, np.exp(score - lse), 0)
         m = np.ones_like(p)
         if factors is not None:
             for h in range(q.shape[1]):
-                for t in range(n):
+                for t in range(count):
                     m[h, t] = factors(starts[b] + t, h, n)
         out[rows] = mix(p * m, v) if given is None else given[0][rows]
         log_sums[rows] = lse[..., 0].T
@@ -109,7 +131,7 @@ def attention_backward(
             (dk, mix(ds.transpose(0, 2, 1), q[rows])),
             (dv, mix((p * m).transpose(0, 2, 1), dout[rows])),
         ):
-            to[rows] = grown.reshape(n, groups, group, q.shape[2]).sum(axis=2)
+            to[ends[b] : ends[b + 1]] = grown.reshape(n, groups, group, q.shape[2]).sum(axis=2)
     return dq, dk, dv, out, log_sums
 
 

@@ -1,4 +1,4 @@
-// Causal attention over the paged cache.
+// Attention over the paged cache.
 //
 // A query row is one head of one token. For each key block of kKeyBlock keys, the row's (max, sum, weighted values)
 // start from nothing and take in the block's pages of kBlockTokens keys one after the other, by an online softmax; key
@@ -51,10 +51,9 @@ struct Scratch {
   float* max;    // [rows] of the current key block
   float* total_max;
   float* total_sum;
-  float* query_unit;   // [rows] of words, see RowState
-  float* weight_unit;  // of the current page
-  int64_t* first;      // [rows] visible keys
-  int64_t* last;
+  float* query_unit;    // [rows] of words, see RowState
+  float* weight_unit;   // of the current page
+  Seen* seen;           // [rows]
   DropoutRow* dropout;  // [rows]
   float* keys;          // a page of one head widened to float32
   float* values;
@@ -72,9 +71,8 @@ Scratch scratch_of(float* memory, int64_t Ep) {
   s.total_sum = s.total_max + kQueryRows;
   s.query_unit = s.total_sum + kQueryRows;
   s.weight_unit = s.query_unit + kQueryRows;
-  s.first = reinterpret_cast<int64_t*>(s.weight_unit + kQueryRows);
-  s.last = s.first + kQueryRows;
-  s.dropout = reinterpret_cast<DropoutRow*>(s.last + kQueryRows);
+  s.seen = reinterpret_cast<Seen*>(s.weight_unit + kQueryRows);
+  s.dropout = reinterpret_cast<DropoutRow*>(s.seen + kQueryRows);
   s.keys = memory + kQueryRows * (3 * Ep + cpu::kSumLanes + cpu::kRowVectors);
   s.values = s.keys + kBlockTokens * Ep;
   s.seen_values = s.values + kBlockTokens * Ep;
@@ -112,31 +110,36 @@ class Attention {
  private:
   void attend(const Item& t, float* memory) const {
     const Scratch s = scratch_of(memory, Ep);
+    const SequenceRule rule(a, t.sequence);
     const int64_t rows = t.rows * t.heads;
     for (int64_t i = 0; i < rows; ++i) {
       take_query(s, i, query(t, i));
-      const int64_t p = plan.position(t.sequence, (t.row + i % t.rows) / group);
-      s.first[i] = plan.first_key(p);
-      s.last[i] = p + 1;
+      s.seen[i] = rule.seen((t.row + i % t.rows) / group);
       if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, row_of(t, i), head_of(t, i) + 1);
       s.total_max[i] = -kInfinity;
       s.total_sum[i] = 0;
     }
     std::memset(s.total, 0, size_t(rows * Ep) * sizeof(float));
-    const int64_t begin = max_of(t.first_key, s.first[0]), end = min_of(t.last_key, s.last[rows - 1]);
+    // Pages are those of the last row's sinks, and then from the first row's first key on.
+    const int64_t end = min_of(t.last_key, s.seen[rows - 1].last);
+    const auto page_from = [&](int64_t key) {
+      return key < s.seen[rows - 1].sinks ? key : max_of(key, s.seen[0].first / kBlockTokens * kBlockTokens);
+    };
     StripTiles tiles;
-    for (int64_t key = begin / kKeyBlock * kKeyBlock; key < end; key += kKeyBlock) {
+    for (int64_t page = page_from(t.first_key); page < end;) {
+      const int64_t key = page / kKeyBlock * kKeyBlock, block_end = min_of(end, key + kKeyBlock);
       for (int64_t i = 0; i < rows; ++i) s.max[i] = -kInfinity;
       std::memset(s.lanes, 0, size_t(rows) * cpu::kSumLanes * sizeof(float));
       std::memset(s.o, 0, size_t(rows * Ep) * sizeof(float));
-      const int64_t last_page = min_of(end, key + kKeyBlock);
-      for (int64_t page = max_of(key, begin) / kBlockTokens * kBlockTokens; page < last_page; page += kBlockTokens) {
+      while (page < block_end) {
+        const int64_t next = page_from(page + kBlockTokens), ahead = next < end ? next : page;
         if (a.cache.dtype == DType::f32)
-          attend_page<float>(t, s, page, end, tiles);
+          attend_page<float>(t, s, page, ahead, tiles);
         else if (a.cache.dtype == DType::bf16)
-          attend_page<uint16_t>(t, s, page, end, tiles);
+          attend_page<uint16_t>(t, s, page, ahead, tiles);
         else
-          attend_page<int8_t>(t, s, page, end, tiles);
+          attend_page<int8_t>(t, s, page, ahead, tiles);
+        page = next;
       }
       for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
     }
@@ -145,9 +148,10 @@ class Attention {
       end_row(row_of(t, i), head_of(t, i), s.total + i * Ep, s.total_max[i], s.total_sum[i]);
   }
 
-  // What is kept by dropout is divided by its probability here, with the sum.
+  // What is kept by dropout is divided by its probability here, with the sum, which is 0 where no key is seen only.
   void end_row(int64_t row, int64_t head, const float* total, float max, float sum) const {
-    finish(a.out + row * a.out_stride + head * E, total, sum * (1.0f - a.dropout.rate), E);
+    const float divisor = sum == 0.0f ? 1.0f : sum * (1.0f - a.dropout.rate);
+    finish(a.out + row * a.out_stride + head * E, total, divisor, E);
     if (a.lse) a.lse[row * a.heads + head] = max / kLog2e + logf(sum);
   }
 
@@ -183,9 +187,10 @@ class Attention {
     return block * a.cache.block_elements() + (t.head + head) * a.cache.head_elements();
   }
 
-  // Takes in the keys [key, key + kBlockTokens) for all heads and rows of an item; `end` is where its keys end.
+  // Takes in the keys [key, key + kBlockTokens) for all heads and rows of an item; the page after it begins at
+  // `next_key`, which is `key` where there is none.
   template <class T>
-  void attend_page(const Item& t, const Scratch& s, int64_t key, int64_t end, StripTiles& tiles) const {
+  void attend_page(const Item& t, const Scratch& s, int64_t key, int64_t next_key, StripTiles& tiles) const {
     const T* data = static_cast<const T*>(a.cache.data);
     const int64_t half = a.cache.half_elements();
     const auto page = [&](int64_t k, int64_t h) {
@@ -194,7 +199,7 @@ class Attention {
     };
     for (int64_t h = 0; h < t.heads; ++h) {
       Page<T> next = page(key, min_of(h + 1, t.heads - 1));  // in the item's order
-      if (h + 1 == t.heads && key + kBlockTokens < end) next = page(key + kBlockTokens, 0);
+      if (h + 1 == t.heads && next_key != key) next = page(next_key, 0);
       attend_head(s, Rows{h * t.rows, (h + 1) * t.rows, key}, page(key, h), next, tiles);
     }
   }
@@ -354,26 +359,34 @@ class Attention {
     bool ragged;        // some row does not see all of these
   };
   static Strip strip_of(const Scratch& s, int64_t begin, int64_t n, int64_t key, int vectors, int64_t tokens) {
-    // Both ends of what is visible rise from row to row.
-    const int64_t low = max_of(0, s.first[begin] - key), high = min_of(kBlockTokens, s.last[begin + n - 1] - key);
+    // All ends of what is visible rise from row to row.
+    const Seen &top = s.seen[begin], &bottom = s.seen[begin + n - 1];
+    const int64_t low = key < bottom.sinks ? 0 : max_of(0, top.first - key);
+    const int64_t high = min_of(kBlockTokens, bottom.last - key);
     if (low >= high) return {0, 0, 0, 0, false};
     Strip strip;
     strip.first = int(low / (vectors * F::N)) * vectors;
     strip.last = int(divide_up(high, vectors * F::N)) * vectors;
     strip.low = low / tokens * tokens;
     strip.high = round_up(high, tokens);
-    strip.ragged = s.first[begin + n - 1] - key > strip.low || s.last[begin] - key < strip.high;
+    strip.ragged = bottom.first - key > strip.low || top.last - key < strip.high;
     return strip;
+  }
+
+  // What a row sees of the page at `key`, as places of it.
+  static Seen seen_of(const Scratch& s, int64_t row, int64_t key) {
+    const Seen& seen = s.seen[row];
+    return {max_of(0, seen.first - key), min_of(kBlockTokens, seen.last - key), min_of(kBlockTokens, seen.sinks - key)};
   }
 
   template <Weights kWeights>
   void weigh_row(const Scratch& s, int64_t row, int64_t key, float* p, uint16_t* narrow, Strip strip,
                  PageScales scales) const {
-    const int64_t begin = max_of(0, s.first[row] - key), end = min_of(kBlockTokens, s.last[row] - key);
-    if (begin < end) {
+    const Seen seen = seen_of(s, row, key);
+    if (seen.any(0, kBlockTokens)) {
       const RowState state{s.max + row,        s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep, s.query_unit[row],
                            s.weight_unit + row};
-      const Places places{begin, end, strip.first, strip.last};
+      const Places places{seen, strip.first, strip.last};
       if (a.dropout.seed) {
         const DropoutRule rule(a.dropout, 1.0f);
         weigh_scores<kWeights>(state, p, narrow, places, scales,
@@ -410,16 +423,16 @@ class Attention {
                   const Add& add) const {
     auto* seen = reinterpret_cast<W*>(s.seen_values);
     for (int64_t r = 0; r < n; ++r) {
-      const int64_t low = max_of(0, s.first[begin + r] - key), high = min_of(kBlockTokens, s.last[begin + r] - key);
-      if (low >= high) continue;
-      copy_tokens(seen, values.data, Ep, column, low, high);
+      const Seen of_row = seen_of(s, begin + r, key);
+      if (!of_row.any(0, kBlockTokens)) continue;
+      copy_tokens(seen, values.data, Ep, column, of_row);
       add(r, 1, PageOperand<W>{seen, values.group, values.step});
     }
   }
 
   // Row i of an item has taken in the pages of the key block that starts at `key`.
   void end_block(const Item& t, const Scratch& s, int64_t i, int64_t key) const {
-    if (s.first[i] >= key + kKeyBlock || s.last[i] <= key) return;
+    if (!s.seen[i].any(key, key + kKeyBlock)) return;
     const float sum = simd::sum(load(s.lanes + i * cpu::kSumLanes));
     float* o = s.o + i * Ep;
     if (weights ==
@@ -442,12 +455,14 @@ class Attention {
     const int64_t g = i % a.cache.kv_heads;
     int64_t b, token;
     plan.merged_row(i / a.cache.kv_heads, b, token);
-    const int64_t p = plan.position(b, token);
+    const Seen seen = SequenceRule(a, b).seen(token);
     alignas(64) float total[kMaxHead];
     for (int64_t head = g * group; head < (g + 1) * group; ++head) {
       float max = -kInfinity, sum = 0;
       std::memset(total, 0, size_t(Ep) * sizeof(float));
-      for (int64_t block = plan.first_key(p) / kKeyBlock; block <= p / kKeyBlock; ++block) {
+      for (int64_t k = 0; k < plan.blocks(b); ++k) {
+        const int64_t block = plan.block_at(b, k);
+        if (!seen.any(block * kKeyBlock, (block + 1) * kKeyBlock)) continue;
         const float* slot = partial(b, token, block, head);
         merge(max, sum, total, slot[0], slot[1], slot + cpu::kPartialHeader, Ep);
       }

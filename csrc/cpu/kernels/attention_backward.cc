@@ -1,4 +1,4 @@
-// Gradients of causal attention over the paged cache, with the softmax's weights made anew from the log-sum-exp.
+// Gradients of attention over the paged cache, with the softmax's weights made anew from the log-sum-exp.
 //
 // An item is one head of one sequence. It takes keys in spans of kSpanPages pages, whose gradients stay in scratch, and to
 // each span the blocks of kQueryBlock queries that see it. Five products for a page and a block: scores = Q K^T, dP = dout
@@ -141,7 +141,7 @@ class AttentionBackward {
     parallel_for(pool, a.sequences * a.heads, [&](int64_t i, int worker) {
       differentiate(i / a.heads, i % a.heads, scratch_of(threads + worker * w.thread_floats, Ep));
     });
-    if (group > 1) parallel_for(pool, a.rows, [&](int64_t t, int) { add_heads(t); });
+    if (group > 1) parallel_for(pool, a.keys, [&](int64_t t, int) { add_heads(t); });
   }
 
  private:
@@ -151,28 +151,40 @@ class AttentionBackward {
   };
 
   void differentiate(int64_t sequence, int64_t head, Scratch s) const {
-    const int64_t start = a.starts[sequence], n = a.starts[sequence + 1] - start;
-    for (int64_t key = 0; key < n; key += kSpan) {
-      const int64_t keys = min_of(kSpan, n - key);
+    const SequenceRule rule(a, sequence);
+    int64_t first_key = 0;  // the sequence's first row of dk and dv
+    for (int64_t b = 0; b < sequence; ++b) first_key += a.lengths[b];
+    for (int64_t key = 0; key < rule.length; key += kSpan) {
+      const int64_t keys = min_of(kSpan, rule.length - key);
       for (int64_t page = 0; page * kBlockTokens < keys; ++page)
         take_page(s, page, a.tables[sequence * a.table_width + key / kBlockTokens + page], head / group);
       std::memset(s.dk, 0, size_t(keys * Ep) * sizeof(float));
       std::memset(s.dv, 0, size_t(keys * Ep) * sizeof(float));
-      for (int64_t row = key; row < n && first_key(row) < key + keys; row += kQueryBlock) {
-        const Block block{row, min_of(kQueryBlock, n - row), head};
-        take_queries(s, start + row, block);
+      for (int64_t row = max_of(0, rule.first_row(key)) / kQueryBlock * kQueryBlock; row < rule.rows;
+           row += kQueryBlock) {
+        const Block block{row, min_of(kQueryBlock, rule.rows - row), head};
+        if (!sees(rule, block, key, key + keys)) continue;
+        take_queries(s, rule.start + row, block);
         for (int64_t page = 0; page * kBlockTokens < keys; ++page)
-          take_products(s, block, page, key + page * kBlockTokens, min_of(kBlockTokens, keys - page * kBlockTokens));
-        give_dq(s, start + row, block, first_key(row) / kSpan == key / kSpan);
+          take_products(s, rule, block, page, key + page * kBlockTokens,
+                        min_of(kBlockTokens, keys - page * kBlockTokens));
+        const Seen seen = rule.seen(row);
+        give_dq(s, rule.start + row, block, (seen.sinks > 0 ? 0 : seen.first) / kSpan == key / kSpan);
       }
       for (int64_t j = 0; j < keys; ++j) {
-        write_row(dk_of(start + key + j, head), s.dk + j * Ep, kLn2);  // of queries in units of ln 2
-        write_row(dv_of(start + key + j, head), s.dv + j * Ep, 1.0f);
+        write_row(dk_of(first_key + key + j, head), s.dk + j * Ep, kLn2);  // of queries in units of ln 2
+        write_row(dv_of(first_key + key + j, head), s.dv + j * Ep, 1.0f);
       }
     }
+    for (int64_t row = 0; rule.length == 0 && row < rule.rows; ++row)
+      std::memset(a.dq + (rule.start + row) * a.dq_stride + head * E, 0, size_t(E) * sizeof(float));
   }
 
-  int64_t first_key(int64_t row) const { return a.window > 0 ? max_of(0, row - a.window + 1) : 0; }
+  // Whether some row of a block sees one of the keys [begin, end).
+  static bool sees(const SequenceRule& rule, Block block, int64_t begin, int64_t end) {
+    const Seen top = rule.seen(block.row), bottom = rule.seen(block.row + block.rows - 1);
+    return (top.first < end && bottom.last > begin) || bottom.sinks > begin;
+  }
 
   float* dk_of(int64_t t, int64_t head) const {
     return group > 1 ? partials + (t * a.heads + head) * E : a.dk + t * a.dk_stride + head * E;
@@ -234,33 +246,38 @@ class AttentionBackward {
   }
 
   // What a block's queries and `count` keys of a page, which starts at `key`, add to the gradients.
-  void take_products(const Scratch& s, Block block, int64_t page, int64_t key, int64_t count) const {
-    const int64_t last = block.row + block.rows - 1;
-    if (last < key || first_key(block.row) >= key + kBlockTokens) return;
+  void take_products(const Scratch& s, const SequenceRule& rule, Block block, int64_t page, int64_t key,
+                     int64_t count) const {
+    if (!sees(rule, block, key, key + kBlockTokens)) return;
     const int64_t at = page * kBlockTokens * Ep;
     const PageOperand<float> key_columns{s.page_keys[page], key_group, kKeyGroup};
     const PageOperand<float> value_columns{s.value_columns + at, kKeyGroup * E, kKeyGroup};
-    const auto low_of = [&](int64_t r) { return min_of(kBlockTokens, max_of(0, first_key(block.row + r) - key)); };
-    const auto high_of = [&](int64_t r) { return max_of(0, min_of(kBlockTokens, block.row + r + 1 - key)); };
+    // What row r of the block sees, as places of the page.
+    const auto seen_of = [&](int64_t r) {
+      const Seen seen = rule.seen(block.row + r);
+      return Seen{min_of(kBlockTokens, max_of(0, seen.first - key)), max_of(0, min_of(kBlockTokens, seen.last - key)),
+                  min_of(kBlockTokens, seen.sinks - key)};
+    };
     for_strips(block.rows, [&](int64_t r, int64_t n) {
-      const int64_t low = low_of(r), high = max_of(low, high_of(r + n - 1));
+      const Seen top = seen_of(r), bottom = seen_of(r + n - 1);
+      const int64_t low = bottom.sinks > 0 ? 0 : top.first, high = max_of(low, bottom.last);
       const int first = int(low / F::N), end = int(divide_up(high, F::N));
       float *p = s.p + r * kBlockTokens, *ds = s.ds + r * kBlockTokens;
       product(n, p, kBlockTokens, {s.q + r * Ep, Ep, 1}, key_columns, first, end, E, true);
       product(n, ds, kBlockTokens, {s.dout + r * Ep, Ep, 1}, value_columns, first, end, E, true);
       for (int64_t i = 0; i < n; ++i) {
         if (a.dropout.seed)
-          weigh<true>(s, r + i, key, low_of(r + i), high_of(r + i), first, end);
+          weigh<true>(s, r + i, key, seen_of(r + i), first, end);
         else
-          weigh<false>(s, r + i, key, low_of(r + i), high_of(r + i), first, end);
+          weigh<false>(s, r + i, key, seen_of(r + i), first, end);
       }
       if (low < high)
         product(n, s.dq + r * Ep, Ep, {ds + low, kBlockTokens, 1}, {s.keys + at + low * Ep, kKeyGroup, Ep}, 0,
                 int(Ep / F::N), high - low, false);
     });
     for_strips(count, [&](int64_t j, int64_t n) {
-      const int64_t begin = max_of(0, key + j - block.row);
-      const int64_t end = a.window > 0 ? min_of(block.rows, key + j + n - 1 + a.window - block.row) : block.rows;
+      const int64_t begin = max_of(0, rule.first_row(key + j) - block.row);
+      const int64_t end = min_of(block.rows, max_of(rule.end_row(key + j), rule.end_row(key + j + n - 1)) - block.row);
       if (begin >= end) return;
       const int64_t from = begin * kBlockTokens + j;
       product(n, s.dv + at + j * Ep, Ep, {s.p + from, 1, kBlockTokens}, {s.dout + begin * Ep, kKeyGroup, Ep}, 0,
@@ -270,10 +287,10 @@ class AttentionBackward {
     });
   }
 
-  // Scores into weights, and their gradients dP into dS; 0 for keys outside [low, high), of which vectors [first, end)
-  // have been computed.
+  // Scores into weights, and their gradients dP into dS; 0 for keys that are not `seen`. Vectors [first, end) have been
+  // computed.
   template <bool kDropout>
-  void weigh(const Scratch& s, int64_t r, int64_t key, int64_t low, int64_t high, int first, int end) const {
+  void weigh(const Scratch& s, int64_t r, int64_t key, Seen seen, int first, int end) const {
     float *p = s.p + r * kBlockTokens, *ds = s.ds + r * kBlockTokens;
     const F lse = set(s.lse[r]), delta = set(s.delta[r]);
     const DropoutRule rule(a.dropout, 1.0f / (1.0f - a.dropout.rate));
@@ -288,11 +305,12 @@ class AttentionBackward {
       store(p + j, kept);
       store(ds + j, where_seen(weight * (dp - delta)));
     };
-    if (low == 0 && high == kBlockTokens) {
+    if (seen.first == 0 && seen.last == kBlockTokens) {
       for (int v = 0; v < int(kBlockTokens / F::N); ++v) differentiate(v, [](F x) { return x; });
       return;
     }
-    const F before = set(float(low) - 0.5f), after = set(float(high) - 0.5f), place = to_float(places());
+    const F before = set(float(seen.first) - 0.5f), after = set(float(seen.last) - 0.5f), place = to_float(places());
+    const F sinks = set(float(seen.sinks) - 0.5f);
     for (int v = 0; v < int(kBlockTokens / F::N); ++v) {
       const int64_t j = v * F::N;
       if (v < first || v >= end) {
@@ -301,7 +319,9 @@ class AttentionBackward {
         continue;
       }
       const F at = place + set(float(j));
-      differentiate(v, [&](F x) { return select_gt(at, before, select_gt(after, at, x, zero()), zero()); });
+      differentiate(v, [&](F x) {
+        return select_gt(sinks, at, x, select_gt(at, before, select_gt(after, at, x, zero()), zero()));
+      });
     }
   }
 
@@ -321,7 +341,7 @@ class AttentionBackward {
     for (int64_t e = 0; e < E; e += F::N) store_n(to + e, load(from + e) * set(factor), int(min_of(F::N, E - e)));
   }
 
-  // dk and dv of a token: the sums over the heads of each group.
+  // dk and dv of a key: the sums over the heads of each group.
   void add_heads(int64_t t) const {
     for (int64_t g = 0; g < a.cache.kv_heads; ++g) {
       for (int64_t e = 0; e < E; e += F::N) {

@@ -1,5 +1,6 @@
 // Pages as the products want them: widened once for many rows, and with values that hidden tokens cannot spoil.
 #pragma once
+#include "cpu/kernels/attention_rule.h"
 #include "cpu/kernels/attention_tile.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -43,11 +44,12 @@ inline bool all_finite(const uint16_t* values, int64_t count) {
 }
 inline bool all_finite(const int8_t*, int64_t) { return true; }
 
-// Values of tokens [begin, end), and 0 for the page's other tokens. kColumn tokens stand together.
+// Values of the tokens that a row sees of a page, and 0 for the others. kColumn tokens stand together.
 template <class W>
-void copy_tokens(W* to, const W* values, int64_t Ep, int64_t column, int64_t begin, int64_t end) {
+void copy_tokens(W* to, const W* values, int64_t Ep, int64_t column, Seen seen) {
   std::memset(to, 0, size_t(kBlockTokens * Ep) * sizeof(W));
-  for (int64_t t = begin; t < end; ++t) {
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    if (!seen.any(t, t + 1)) continue;
     const int64_t at = t / column * column * Ep + t % column;
     for (int64_t e = 0; e < Ep; ++e) to[at + e * column] = values[at + e * column];
   }

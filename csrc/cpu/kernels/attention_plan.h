@@ -5,16 +5,12 @@
 // results, then over heads.
 #pragma once
 #include "cpu/attention_workspace.h"
-#include "cpu/kernels/kernel.h"
+#include "cpu/kernels/attention_rule.h"
 
 namespace pyllm::PYLLM_ISA {
 
 using cpu::kQueryRows;
 using cpu::SequencePlan;
-
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Item {
   int64_t sequence;
@@ -35,8 +31,9 @@ class AttentionPlan {
     for (int64_t b = 0; b < a.sequences; ++b) {
       SequencePlan& p = plans_[b];
       const int64_t n = rows_of(b);
-      p.first_block = n > 0 ? first_key(position(b, 0)) / kKeyBlock : 0;
-      p.blocks = n > 0 ? (a.lengths[b] - 1) / kKeyBlock + 1 - p.first_block : 0;
+      p.first_block = n > 0 ? SequenceRule(a, b).seen(0).first / kKeyBlock : 0;
+      p.sink_blocks = min_of(p.first_block, divide_up(a.rule.sinks, kKeyBlock));
+      p.blocks = n > 0 ? divide_up(a.lengths[b], kKeyBlock) - p.first_block + p.sink_blocks : 0;
       work += p.blocks * n * a.heads;
     }
     const int64_t share = max_of(1, work / (4 * threads));
@@ -80,7 +77,7 @@ class AttentionPlan {
     t.head = piece * a.cache.kv_heads / p.pieces;
     t.heads = (piece + 1) * a.cache.kv_heads / p.pieces - t.head;
     t.split = p.split;
-    t.first_key = (p.first_block + block) * kKeyBlock;
+    t.first_key = block_at(t.sequence, block) * kKeyBlock;
     t.last_key = p.split ? t.first_key + kKeyBlock : a.lengths[t.sequence];
     return t;
   }
@@ -91,14 +88,19 @@ class AttentionPlan {
     token = i - plans_[sequence].first_row;
   }
 
+  // Key blocks that the rows of a sequence see, and the i-th of them.
+  int64_t blocks(int64_t sequence) const { return plans_[sequence].blocks; }
+  int64_t block_at(int64_t sequence, int64_t i) const {
+    const SequencePlan& p = plans_[sequence];
+    return i < p.sink_blocks ? i : p.first_block + i - p.sink_blocks;
+  }
+
   // The partial result of a token and key block.
   int64_t slot(int64_t sequence, int64_t token, int64_t block) const {
     const SequencePlan& p = plans_[sequence];
-    return p.first_slot + token * p.blocks + block - p.first_block;
+    const int64_t i = block < p.first_block ? block : block - p.first_block + p.sink_blocks;
+    return p.first_slot + token * p.blocks + i;
   }
-
-  int64_t position(int64_t b, int64_t token) const { return a.lengths[b] - rows_of(b) + token; }
-  int64_t first_key(int64_t position) const { return a.window > 0 ? max_of(0, position - a.window + 1) : 0; }
 
  private:
   int64_t rows_of(int64_t b) const { return int64_t(a.starts[b + 1]) - a.starts[b]; }

@@ -3,7 +3,7 @@
 // Scores are in units of ln 2 (queries are scaled by log2 e), so that a weight is 2^(score - max).
 #pragma once
 #include "cpu/attention_workspace.h"
-#include "cpu/kernels/kernel.h"
+#include "cpu/kernels/attention_rule.h"
 
 namespace pyllm::PYLLM_ISA {
 
@@ -73,9 +73,9 @@ struct PageScales {
   const uint16_t* values;
 };
 
-// Places of a page: `begin` to `end` are what a row sees; vectors `first` to `last` are what has been computed.
+// Places of a page: `seen` of them are what a row sees; vectors `first` to `last` are what has been computed.
 struct Places {
-  int64_t begin, end;
+  Seen seen;
   int first, last;
 };
 
@@ -90,11 +90,12 @@ inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, Pa
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
       44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-  const F begin = set(float(at.begin) - 0.5f), end = set(float(at.end) - 0.5f);
-  const bool partial = at.begin > at.first * F::N || at.end < at.last * F::N;
+  const F begin = set(float(at.seen.first) - 0.5f), end = set(float(at.seen.last) - 0.5f);
+  const F sinks = set(float(at.seen.sinks) - 0.5f);
+  const bool partial = at.seen.first > at.first * F::N || at.seen.last < at.last * F::N;
   const auto where_seen = [&](int v, F x, F otherwise) {
-    const F place = load(kPlaces + v * F::N);
-    return select_gt(place, begin, select_gt(end, place, x, otherwise), otherwise);
+    const F place = load(kPlaces + v * F::N), inside = select_gt(end, place, x, otherwise);
+    return select_gt(sinks, place, x, select_gt(place, begin, inside, otherwise));
   };
   F largest = set(-kInfinity);
   if (partial || kWords) {
