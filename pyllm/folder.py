@@ -48,6 +48,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path, max_bytes: int, error_type: type[PyllmError]) -> dict[str, Any]:
     """The JSON object in a file of at most `max_bytes`; everything that can be wrong with it raises `error_type`."""
+    content = _read_content(path, max_bytes, error_type)
+    if not isinstance(content, dict):
+        raise error_type(f"{path}: expected a JSON object, found {shown(content)}")
+    return content
+
+
+def read_json_list(path: Path, max_bytes: int, error_type: type[PyllmError]) -> list[Any]:
+    """The same of a JSON list."""
+    content = _read_content(path, max_bytes, error_type)
+    if not isinstance(content, list):
+        raise error_type(f"{path}: expected a JSON list, found {shown(content)}")
+    return content
+
+
+def _read_content(path: Path, max_bytes: int, error_type: type[PyllmError]) -> Any:
     try:
         if not path.exists():
             raise error_type(f"{path}: no such file")
@@ -60,16 +75,13 @@ def read_json(path: Path, max_bytes: int, error_type: type[PyllmError]) -> dict[
     if len(data) > max_bytes:
         raise error_type(f"{path}: expected at most {max_bytes} bytes, found more")
     try:
-        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_names, parse_constant=_no_constant)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_names, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise error_type(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     except RecursionError:
         raise error_type(f"{path}: not valid JSON: nested too deeply") from None
     except ValueError as error:
         raise error_type(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise error_type(f"{path}: expected a JSON object, found {shown(content)}")
-    return content
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
 from pyllm.planning import CATCH_UP, Plan, plan_memory
+from pyllm.pooling import Pooling, embedding_rule
 from pyllm.sampling import SamplingParams
 from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
@@ -309,6 +310,41 @@ class LLM:
                 break
         return PerplexityResult(float(np.exp(nll / scored)), nll, scored, size)
 
+    def embed(
+        self,
+        texts: Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> F32:
+        """Embeddings float32 [N, D] of N texts: their hidden states after the final norm, made one vector each.
+
+        `pooling` is "last", "cls" (the first token), "mean" or "max"; `normalize` gives vectors of length 1. Where they
+        are None the model's folder says what they are (modules.json, as sentence-transformers writes it).
+
+        Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
+        `NonFiniteError` when hidden states are no numbers.
+        """
+        if isinstance(texts, (str, Mapping)):
+            raise TypeError("embed: expected a list of texts, got one by itself")
+        rule = embedding_rule(self.folder, pooling, normalize)
+        params = SamplingParams(max_tokens=0, detokenize=False)
+        encoded = [self._encode_prompt(text) for text in texts]
+        for _, ids in encoded:
+            rule.check(len(ids))
+        requests: list[Request] = []
+        with self._ended(requests) as interrupts:
+            for prompt in encoded:
+                self._add(requests, prompt, params, interrupts, rule.pooling)
+            self._run(requests, progress, interrupts)
+        vectors = np.empty((len(requests), self.spec.hidden), np.float32)
+        for vector, request in zip(vectors, requests, strict=True):
+            self._result(request)
+            assert request.pool is not None
+            vector[:] = rule.vector(request.pool)
+        return vectors
+
     def forward(self, token_ids: Sequence[int], *, output_hidden_states: bool = False) -> ForwardOutput:
         """Logits of every token, and what transformers calls hidden states; memory grows with T x V."""
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
@@ -374,13 +410,15 @@ class LLM:
         prompt: tuple[str | None, list[int]],
         params: SamplingParams,
         interrupts: _Interrupts,
+        pooling: Pooling | None = None,
     ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded with skip_tokenizer_init")
         seed = params.seed if params.seed is not None else self.seed
         with self._lock, interrupts:
-            requests.append(self.engine.add(*prompt, params, secrets.randbits(63) if seed is None else seed))
+            seed = secrets.randbits(63) if seed is None else seed
+            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling))
 
     @contextmanager
     def _ended(self, requests: list[Request]) -> Iterator[_Interrupts]:

@@ -227,6 +227,7 @@ def test_the_routes_are_these() -> None:
         ("/tokenize", "POST"),
         ("/v1/chat/completions", "POST"),
         ("/v1/completions", "POST"),
+        ("/v1/embeddings", "POST"),
         ("/v1/models", "GET", "HEAD"),
         ("/v1/models/{model:path}", "GET", "HEAD"),
         ("/version", "GET", "HEAD"),

@@ -55,6 +55,7 @@ def build_app() -> typer.Typer:
         bench,
         chat,
         convert,
+        embed,
         evaluate,
         generate,
         info,
@@ -75,7 +76,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options.main_options)
-    for module in (generate, chat, score, evaluate, train, tokenize, plot, convert, info, plan, bench, serve):
+    for module in (generate, chat, score, embed, evaluate, train, tokenize, plot, convert, info, plan, bench, serve):
         module.register(app)
     return app
 

@@ -18,6 +18,7 @@ from pyllm.cli.inputs import load, present
 from pyllm.cli.output import be_quiet, complain, log_json, note
 
 if TYPE_CHECKING:
+    from pyllm.pooling import EmbeddingRule
     from pyllm.server.limits import Limits
 
 _NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -90,6 +91,14 @@ def serve(
     ] = None,
     drain_seconds: Annotated[
         float | None, _limit("--drain-seconds", min=0, help="For running requests after SIGTERM; default 30.")
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        _limit("--pooling", help="Of /v1/embeddings: last, cls, mean or max; default what the model's folder says."),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Embeddings of length 1; default as there."),
     ] = None,
     chat_template: o.ChatTemplate = None,
     device: o.Device = None,
@@ -168,7 +177,7 @@ def serve(
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that go away are in the log already
     ended_by = run(
-        Service(llm, name, limits, keys, log_json),
+        Service(llm, name, limits, keys, log_json, _embedding(llm.folder, pooling, normalize)),
         host,
         port,
         lambda at, number: note(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{number}"),
@@ -179,6 +188,13 @@ def serve(
 # How long the event loop may keep the interpreter from a step that wants to go on; Python's own 5 ms are as much as a
 # whole step of a small model.
 SWITCH_SECONDS = 0.0005
+
+
+def _embedding(folder: Path, pooling: str | None, normalize: bool | None) -> EmbeddingRule | None:
+    """How texts are embedded; None where neither the options nor the folder say."""
+    from pyllm.pooling import embedding_rule, says_how
+
+    return embedding_rule(folder, pooling, normalize) if pooling is not None or says_how(folder) else None
 
 
 def _missing() -> str | None:

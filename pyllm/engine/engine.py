@@ -21,6 +21,7 @@ from pyllm.engine.speculative import Speculation
 from pyllm.engine.text import CompletionText
 from pyllm.errors import NonFiniteError, RequestError
 from pyllm.ops import F32
+from pyllm.pooling import Pool, Pooling
 from pyllm.sampling import SamplingParams
 from pyllm.tokenizer import Tokenizer
 
@@ -86,23 +87,31 @@ class Engine:
         self._names = itertools.count()
 
     def add(
-        self, prompt: str | None, prompt_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b""
+        self,
+        prompt: str | None,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        seed: int,
+        salt: bytes = b"",
+        pooling: Pooling | None = None,
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run.
 
-        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only.
+        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
+        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`.
         """
         self.check_prompt(prompt_ids)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
         request.drafts = DraftCounts() if self.speculation is not None else None
+        request.pool = None if pooling is None else Pool(pooling)
         vocabulary = self.runner.model.spec.vocab_size
         room = self.max_length - len(prompt_ids)
         limit = min(room, params.max_tokens if params.max_tokens is not None else room)
         ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
-            share = params.prompt_logprobs is None and self.scheduler.share_prefixes
+            share = params.prompt_logprobs is None and pooling is None and self.scheduler.share_prefixes
             sequence = Sequence(prompt_ids, limit, share, salt)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
@@ -176,10 +185,19 @@ class Engine:
         self.scheduler.settle(plan)
         for work in plan:
             if not work.last and work.start + work.count == work.sequence.limit:
-                completion = self._running[work.sequence]  # nothing to generate: only the prompt was wanted
-                self._finish(completion, "length")
-                completion.deliver([])
+                self._end_prompt(self._running[work.sequence])
         self._count(plan, self.stats.generated_tokens - generated, time.perf_counter() - began)
+
+    def _end_prompt(self, completion: Completion) -> None:
+        """Nothing is to be generated: only the prompt was wanted."""
+        pool = completion.request.pool
+        if pool is not None and not np.isfinite(pool.vector()).all():
+            completion.request.error = NonFiniteError(
+                "the model gives hidden states that are not finite for this text. Check the checkpoint, or load it "
+                "with dtype float32 if it overflows in a smaller one."
+            )
+        self._finish(completion, "length" if completion.request.error is None else "error")
+        completion.deliver([])
 
     def _step_on(self, plan: list[Work], began: float) -> None:
         """What `_step` does, for the sequences of the last step, whose tokens are again given and chosen at once."""
@@ -205,6 +223,9 @@ class Engine:
         for work in plan:
             if self._scores_prompt(work):
                 self._score_prompt(work, x, row)
+            pool = self._running[work.sequence].request.pool
+            if pool is not None:
+                pool.add(self.runner.final_states(x[row : row + work.rows]), work.start)
             row += work.rows
         return self.runner.last_logits(plan, x), None
 

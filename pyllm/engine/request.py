@@ -11,6 +11,7 @@ from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.text import CompletionText
 from pyllm.errors import PyllmError
+from pyllm.pooling import Pool
 from pyllm.sampling import SamplingParams
 
 
@@ -82,6 +83,7 @@ class Request:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
+        self.pool: Pool | None = None  # of hidden states, where an embedding of the prompt is wanted
         self.search: BeamSearch | None = None  # whose hypotheses the completions will be
         self.drafts: DraftCounts | None = None  # of all completions, with speculative decoding
         self.streamed = False  # whether anyone reads the pieces

@@ -140,6 +140,10 @@ class Runner:
             count = min(HEAD_ROWS, len(rows) - first)
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
 
+    def final_states(self, x: F32) -> F32:
+        """Rows [R, D] of the residual stream after the final norm, in memory of their own."""
+        return self.model.final_norm(self.ops, x)
+
     def last_logits(self, plan: Seq[Work], x: F32) -> F32:
         """Logits [n, V] of the works that reach their sequence's end, in order: at its last token and its drafts."""
         ends = np.cumsum([work.rows for work in plan])

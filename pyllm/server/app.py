@@ -15,6 +15,7 @@ from starlette.routing import Route
 from pyllm.server.chat import chat
 from pyllm.server.completions import completions
 from pyllm.server.connection import error_reply
+from pyllm.server.embeddings import embeddings
 from pyllm.server.errors import ApiError
 from pyllm.server.middleware import Crowd, Front, Keys
 from pyllm.server.service import Service
@@ -23,6 +24,7 @@ from pyllm.server.texts import detokenize, health, metrics, model, models, token
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat, methods=["POST"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/v1/models", models, methods=["GET"]),
     Route("/v1/models/{model:path}", model, methods=["GET"]),
     Route("/tokenize", tokenize, methods=["POST"]),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
+from pyllm.pooling import Pooling
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error
 
@@ -54,8 +55,9 @@ class Generation:
         streamed: bool,
         salt: bytes,
         deadline: float,
+        pooling: Pooling | None = None,
     ) -> None:
-        self.prompts, self.params, self.streamed = prompts, params, streamed
+        self.prompts, self.params, self.streamed, self.pooling = prompts, params, streamed, pooling
         self.salt, self.deadline = salt, deadline
         self.requests: list[Request] = []  # the engine's, once it took them in
         self.times = [Times(time.monotonic()) for _ in prompts]
@@ -168,10 +170,17 @@ class EngineThread:
         streamed: bool,
         seconds: float,
         salt: bytes = b"",
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Queue prompts, which end after so many `seconds` at the latest. Raises `ApiError` 429 where too many wait."""
         generation = Generation(
-            self, prompts, params, streamed=streamed, salt=salt, deadline=time.monotonic() + seconds
+            self,
+            prompts,
+            params,
+            streamed=streamed,
+            salt=salt,
+            deadline=time.monotonic() + seconds,
+            pooling=pooling,
         )
         count = generation.completions
         if not self.ready:
@@ -251,7 +260,9 @@ class EngineThread:
             with llm.lock:
                 for prompt in generation.prompts:
                     each = secrets.randbits(63) if seed is None else seed
-                    requests.append(llm.engine.add(prompt.text, prompt.ids, params, each, generation.salt))
+                    requests.append(
+                        llm.engine.add(prompt.text, prompt.ids, params, each, generation.salt, generation.pooling)
+                    )
                     requests[-1].streamed = generation.streamed
         except Exception as error:
             generation.requests = requests

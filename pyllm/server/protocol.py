@@ -122,7 +122,7 @@ class CompletionBody(GenerationBody):
 
     def prompts(self) -> list[str | list[int]]:
         """One text or list of token ids for each prompt."""
-        return _texts_or_ids(self.prompt)
+        return _texts_or_ids("prompt", self.prompt)
 
     def sampling_params(self, limits: Limits) -> SamplingParams:
         """Raises `ApiError` 400 for what cannot be done."""
@@ -246,6 +246,20 @@ class ChatBody(GenerationBody):
         return self._params(limits, max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
+class EmbeddingBody(Body):
+    """Body of ``POST /v1/embeddings``."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: _Ignored = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One text or list of token ids for each embedding."""
+        return _texts_or_ids("input", self.input)
+
+
 class TokenizeBody(Body):
     """Body of ``POST /tokenize``: a text, or a conversation that the chat template makes one of."""
 
@@ -298,11 +312,11 @@ def _with_values(function: FunctionCall, index: int) -> Mapping[str, Any]:
     return {"name": function.name, "arguments": arguments}
 
 
-def _texts_or_ids(given: str | Sequence[Any]) -> list[str | list[int]]:
+def _texts_or_ids(field: str, given: str | Sequence[Any]) -> list[str | list[int]]:
     """One text or list of token ids for each prompt in `given`."""
     if isinstance(given, str):
         return [given]
     if not given:
-        raise refused("prompt", "expected a text, token ids, or a list of them, got an empty list")
+        raise refused(field, "expected a text, token ids, or a list of them, got an empty list")
     listed: list[Any] = list(given)
     return [listed] if isinstance(listed[0], int) else listed

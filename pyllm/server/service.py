@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pyllm.errors import PyllmError
 from pyllm.llm import LLM
+from pyllm.pooling import EmbeddingRule, Pooling
 from pyllm.sampling import SamplingParams
 from pyllm.server.engine_thread import EngineThread, Generation, Prompt
 from pyllm.server.errors import ApiError, api_error, refused
@@ -26,9 +27,18 @@ _AT_ONCE = 4096  # characters that are tokenized or rendered in the event loop i
 class Service:
     """A model being served under the name `model` to whoever has one of `keys` (to everyone where there are none)."""
 
-    def __init__(self, llm: LLM, model: str, limits: Limits, keys: Sequence[str], log: Log) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        model: str,
+        limits: Limits,
+        keys: Sequence[str],
+        log: Log,
+        embedding: EmbeddingRule | None = None,
+    ) -> None:
         self.llm, self.model, self.limits, self.log = llm, model, limits, log
         self.keys = [key.encode() for key in keys]
+        self.embedding = embedding  # None: the model is not for embeddings
         self.created = int(time.time())
         self.metrics = Metrics(llm.engine, model)
         self.engine = EngineThread(llm, limits.max_queue, self.metrics.ended)
@@ -58,11 +68,11 @@ class Service:
         """Of one token, special or not."""
         return self.llm.decode([token], skip_special_tokens=False)
 
-    async def prompt(self, given: str | list[int]) -> Prompt:
-        """A text or token ids, checked. Raises `ApiError` 400."""
+    async def prompt(self, given: str | list[int], field: str = "prompt") -> Prompt:
+        """A text or token ids of the request's `field`, checked. Raises `ApiError` 400."""
         if isinstance(given, str):
-            return self._checked("prompt", Prompt(await self.encode(given), given))
-        return self._checked("prompt", Prompt(given))
+            return self._checked(field, Prompt(await self.encode(given), given))
+        return self._checked(field, Prompt(given))
 
     async def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Prompt:
         """What the chat template makes of a conversation. Raises `ApiError` 400."""
@@ -87,6 +97,7 @@ class Service:
         streamed: bool,
         key: bytes,
         salt: str | None,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Queue prompts of the client with this API key. Raises `ApiError` 429 or 503."""
         return self.engine.submit(
@@ -95,6 +106,7 @@ class Service:
             streamed=streamed,
             seconds=self.limits.max_seconds,
             salt=self._salt(key, salt or ""),
+            pooling=pooling,
         )
 
     def _salt(self, key: bytes, salt: str) -> bytes:

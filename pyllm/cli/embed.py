@@ -1,0 +1,86 @@
+"""`pyllm embed`: vectors of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from pyllm.cli import options as o
+from pyllm.cli.inputs import checked, given_text, load
+from pyllm.cli.output import be_quiet, progress_bar, write_json
+
+TOGETHER = 64  # texts that run at a time
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("embed")(embed)
+
+
+def embed(
+    model: o.Model,
+    text: Annotated[list[str] | None, typer.Argument(help="Texts; - reads stdin.", show_default=False)] = None,
+    file: Annotated[Path | None, o.option("--file", "-f", help="Read texts from this file, one a line.")] = None,
+    out: Annotated[Path | None, o.option("--out", "-o", help="Write a .npy file, float32 [texts, width].")] = None,
+    pooling: Annotated[
+        str | None, o.option("--pooling", help="last, cls, mean or max; default what the model's folder says.")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize/--no-normalize", help="Vectors of length 1; default as the folder says.")
+    ] = None,
+    device: o.Device = None,
+    threads: o.Threads = None,
+    dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
+    quantization_skip: o.QuantizationSkip = None,
+    kv_cache_dtype: o.CacheDtype = None,
+    ctx_size: o.ContextSize = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> int:
+    """Embeddings of texts: a JSON line for each, or a .npy file of all."""
+    be_quiet(quiet)
+    texts = _texts(text, file)
+    if out is not None and out.suffix != ".npy":
+        raise typer.BadParameter(f"--out: expected a name that ends in .npy, got {out}.")
+    llm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        quantization_skip=quantization_skip,
+        threads=threads,
+        ctx_size=ctx_size,
+        kv_cache_dtype=kv_cache_dtype,
+        revision=revision,
+        offline=offline,
+        verbose=verbose,
+        sequences=min(len(texts), TOGETHER),
+    )
+    with progress_bar("embedding") as bar:
+        show = (lambda done, of: bar(done / of)) if bar else None
+        vectors = llm.embed(texts, pooling=pooling, normalize=normalize, progress=show)
+    if out is not None:
+        np.save(out, vectors, allow_pickle=False)
+        return 0
+    for one, vector in zip(texts, vectors, strict=True):
+        write_json({"text": one, "embedding": vector.tolist()})
+    return 0
+
+
+def _texts(arguments: list[str] | None, file: Path | None) -> list[str]:
+    """The texts of the arguments, or the lines of a file or of stdin that are not empty."""
+    if arguments and arguments != ["-"]:
+        if file is not None:
+            raise typer.BadParameter("give texts either as arguments (- for stdin) or with --file.")
+        return [checked(text, "the command line") for text in arguments]
+    lines = given_text("-" if arguments else None, file, "texts").splitlines()
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise typer.BadParameter("there is no text: every line is empty.")
+    return texts
