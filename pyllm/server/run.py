@@ -19,11 +19,11 @@ BACKLOG = 2048  # connections that wait to be accepted
 class Server(uvicorn.Server):
     """SIGTERM or SIGINT: take nothing new, let what runs finish within the drain's seconds, leave. A second one: now.
 
-    `stopped_by` is the first signal, None before it.
+    `stopped_by` is the first signal, None before it. `ready` is called once requests and signals are taken.
     """
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, ready: Callable[[], None] = lambda: None) -> None:
+        self.service, self._ready = service, ready
         self.stopped_by: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(
@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
         """Begin to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
@@ -72,7 +73,6 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(service: Service, host: str, port: int, ready: Callable[[str, int], None]) -> int:
     """Serve until a signal, which is returned; `ready` gets the address. Raises `OSError` where it is taken."""
     with listen(host, port) as listener:
-        ready(*listener.getsockname()[:2])
-        server = Server(service)
+        server = Server(service, lambda: ready(*listener.getsockname()[:2]))
         server.run(sockets=[listener])
     return server.stopped_by or signal.SIGTERM
