@@ -382,17 +382,23 @@ class Attention {
   template <Weights kWeights>
   void weigh_row(const Scratch& s, int64_t row, int64_t key, float* p, uint16_t* narrow, Strip strip,
                  PageScales scales) const {
-    const Seen seen = seen_of(s, row, key);
-    if (seen.any(0, kBlockTokens)) {
+    const bool whole = s.seen[row].first <= key && s.seen[row].last >= key + kBlockTokens;
+    const Seen seen = whole ? Seen{0, kBlockTokens, 0} : seen_of(s, row, key);
+    if (whole || seen.any(0, kBlockTokens)) {
       const RowState state{s.max + row,        s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep, s.query_unit[row],
                            s.weight_unit + row};
       const Places places{seen, strip.first, strip.last};
       if (a.dropout.seed) {
         const DropoutRule rule(a.dropout, 1.0f);
-        weigh_scores<kWeights>(state, p, narrow, places, scales,
-                               [&](int v, F weight) { return rule.keep(s.dropout[row], key + v * F::N, weight); });
+        weigh_scores<kWeights, false>(state, p, narrow, places, scales, [&](int v, F weight) {
+          return rule.keep(s.dropout[row], key + v * F::N, weight);
+        });
       } else {
-        weigh_scores<kWeights>(state, p, narrow, places, scales, [](int, F weight) { return weight; });
+        const auto all = [](int, F weight) { return weight; };
+        if (whole)
+          weigh_scores<kWeights, true>(state, p, narrow, places, scales, all);
+        else
+          weigh_scores<kWeights, false>(state, p, narrow, places, scales, all);
       }
       return;
     }

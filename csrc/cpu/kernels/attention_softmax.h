@@ -80,9 +80,9 @@ struct Places {
 };
 
 // Turns a row's scores of one page into weights, 0 where it does not see: into p, or as pairs or words into `narrow`.
-// `scales`, words only: what the page's keys and values are to be multiplied with. keep(v, weights) gives what is left of
+// kWhole: it sees the whole page. `scales`, words only: what the page's keys and values are to be multiplied with. keep(v, weights) gives what is left of
 // the weights of a vector, after they have been added to the sum.
-template <Weights kWeights, class Keep>
+template <Weights kWeights, bool kWhole, class Keep>
 inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, PageScales scales, const Keep& keep) {
   using namespace simd;
   constexpr bool kWords = kWeights == Weights::words;
@@ -92,7 +92,7 @@ inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, Pa
       44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
   const F begin = set(float(at.seen.first) - 0.5f), end = set(float(at.seen.last) - 0.5f);
   const F sinks = set(float(at.seen.sinks) - 0.5f);
-  const bool partial = at.seen.first > at.first * F::N || at.seen.last < at.last * F::N;
+  const bool partial = !kWhole && (at.seen.first > at.first * F::N || at.seen.last < at.last * F::N);
   const auto where_seen = [&](int v, F x, F otherwise) {
     const F place = load(kPlaces + v * F::N), inside = select_gt(end, place, x, otherwise);
     return select_gt(sinks, place, x, select_gt(place, begin, inside, otherwise));
