@@ -52,6 +52,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from pyllm.cli import (
+        batch,
         bench,
         chat,
         convert,
@@ -76,7 +77,22 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options.main_options)
-    for module in (generate, chat, score, embed, evaluate, train, tokenize, plot, convert, info, plan, bench, serve):
+    for module in (
+        generate,
+        chat,
+        score,
+        embed,
+        evaluate,
+        train,
+        tokenize,
+        plot,
+        convert,
+        info,
+        plan,
+        bench,
+        serve,
+        batch,
+    ):
         module.register(app)
     return app
 

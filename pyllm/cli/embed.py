@@ -25,12 +25,8 @@ def embed(
     text: Annotated[list[str] | None, typer.Argument(help="Texts; - reads stdin.", show_default=False)] = None,
     file: Annotated[Path | None, o.option("--file", "-f", help="Read texts from this file, one a line.")] = None,
     out: Annotated[Path | None, o.option("--out", "-o", help="Write a .npy file, float32 [texts, width].")] = None,
-    pooling: Annotated[
-        str | None, o.option("--pooling", help="last, cls, mean or max; default what the model's folder says.")
-    ] = None,
-    normalize: Annotated[
-        bool | None, typer.Option("--normalize/--no-normalize", help="Vectors of length 1; default as the folder says.")
-    ] = None,
+    pooling: o.Pooling = None,
+    normalize: o.Normalize = None,
     device: o.Device = None,
     threads: o.Threads = None,
     dtype: o.Dtype = None,

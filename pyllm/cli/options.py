@@ -152,6 +152,13 @@ SystemPrompt = Annotated[
 ChatTemplate = Annotated[
     Path | None, option("--chat-template", help="File with a jinja template that replaces the model's own.")
 ]
+Pooling = Annotated[
+    str | None,
+    option("--pooling", env="POOLING", help="Of embeddings: last, cls, mean or max; default what the folder says."),
+]
+Normalize = Annotated[
+    bool | None, option("--normalize/--no-normalize", help="Embeddings of length 1; default as the folder says.")
+]
 IgnoreTemplate = Annotated[
     bool, option("--ignore-chat-template", help="Give the prompt to the model as it is, template or not.")
 ]

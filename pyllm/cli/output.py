@@ -71,18 +71,25 @@ def log_json(line: Any) -> None:
 
 
 @contextmanager
-def progress_bar(what: str, show: bool = True) -> Iterator[Callable[[float], None] | None]:
-    """A bar on stderr while this lasts: gives a function that takes the share done; None where that is no terminal."""
+def progress_bar(what: str, show: bool = True) -> Iterator[Callable[..., None] | None]:
+    """A bar on stderr while this lasts: gives a function that takes the share done, and a text to stand behind the
+    bar; None where stderr is no terminal."""
     if _quiet or not show or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[more]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=1.0)
-        yield lambda share: progress.update(task, completed=share)
+        task = progress.add_task(what, total=1.0, more="")
+        yield lambda share, more="": progress.update(task, completed=share, more=more)
 
 
 def report(llm: LLM, seed: int, *, interrupted: bool = False) -> None:

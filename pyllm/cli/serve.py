@@ -92,14 +92,8 @@ def serve(
     drain_seconds: Annotated[
         float | None, _limit("--drain-seconds", min=0, help="For running requests after SIGTERM; default 30.")
     ] = None,
-    pooling: Annotated[
-        str | None,
-        _limit("--pooling", help="Of /v1/embeddings: last, cls, mean or max; default what the model's folder says."),
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option("--normalize/--no-normalize", help="Embeddings of length 1; default as there."),
-    ] = None,
+    pooling: o.Pooling = None,
+    normalize: o.Normalize = None,
     chat_template: o.ChatTemplate = None,
     device: o.Device = None,
     threads: o.Threads = None,
@@ -122,7 +116,7 @@ def serve(
     Ends on SIGTERM or Ctrl-C, after the requests in progress. One JSON line a request goes to stderr.
     """
     be_quiet(quiet)
-    if (missing := _missing()) is not None:
+    if (missing := missing_extra()) is not None:
         complain(f"pyllm serve needs the package {missing}: pip install 'pyllm[serve]'")
         return FAILED
     from pyllm.server.limits import Limits
@@ -173,11 +167,11 @@ def serve(
         enable_prefix_caching=not no_prefix_caching,
         **present({"kv_cache_bytes": kv_cache_bytes, "seed": seed}),
     )
-    name = served_model_name or _name(model)
+    name = served_model_name or served_name(model)
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that go away are in the log already
     ended_by = run(
-        Service(llm, name, limits, keys, log_json, _embedding(llm.folder, pooling, normalize)),
+        Service(llm, name, limits, keys, log_json, embedding_of(llm.folder, pooling, normalize)),
         host,
         port,
         lambda at, number: note(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{number}"),
@@ -190,14 +184,14 @@ def serve(
 SWITCH_SECONDS = 0.0005
 
 
-def _embedding(folder: Path, pooling: str | None, normalize: bool | None) -> EmbeddingRule | None:
+def embedding_of(folder: Path, pooling: str | None, normalize: bool | None) -> EmbeddingRule | None:
     """How texts are embedded; None where neither the options nor the folder say."""
     from pyllm.pooling import embedding_rule, says_how
 
     return embedding_rule(folder, pooling, normalize) if pooling is not None or says_how(folder) else None
 
 
-def _missing() -> str | None:
+def missing_extra() -> str | None:
     """The first package of the extra that is not installed."""
     for name in _NEEDED:
         try:
@@ -207,7 +201,7 @@ def _missing() -> str | None:
     return None
 
 
-def _name(model: str | None) -> str:
+def served_name(model: str | None) -> str:
     """How clients call the model: a hub name as it is, the last part of a folder's path."""
     if model is None:
         return "pyllm-stories"
