@@ -1,7 +1,8 @@
 """Text to ids and back, for every tokenizer layout of a Hugging Face folder.
 
 `Tokenizer.load` takes, in this order, `tokenizer.json`, `tokenizer.model` or `spiece.model` (SentencePiece, BPE or
-Unigram), or `vocab.json` + `merges.txt` (byte-level BPE; also under the names `encoder.json` + `vocab.bpe`).
+Unigram), `vocab.json` + `merges.txt` (byte-level BPE; also under the names `encoder.json` + `vocab.bpe`), or
+`vocab.txt` (WordPiece).
 
 Special tokens in plain text: a string such as `<|endoftext|>` or `</s>` inside a text becomes that token's id, as
 transformers does and as chat templates need it. Text of strangers that must not hold them is the caller's to clean.
@@ -32,6 +33,14 @@ _PROMPT_TAIL = 64  # ids of a prompt that can still matter to the text after it:
 _Built = TypeVar("_Built")
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class PairEncoding:
+    """Two texts as one input: `ids`, and `type_ids` with 0 or 1 for each as the model tells the texts apart."""
+
+    ids: list[int]
+    type_ids: list[int]
 
 
 class Tokenizer:
@@ -69,9 +78,12 @@ class Tokenizer:
         for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if (folder / vocab).is_file() and (folder / merges).is_file():
                 return cls(_from_vocab_and_merges(folder / vocab, folder / merges, settings), settings)
+        if (folder / "vocab.txt").is_file():
+            return cls(_from_vocab_txt(folder / "vocab.txt", settings), settings)
         raise TokenizerError(
             f"{folder}: no tokenizer found; expected tokenizer.json, tokenizer.model, spiece.model, vocab.json with "
-            "merges.txt, or encoder.json with vocab.bpe. Copy the tokenizer's files into the folder, or pass token ids."
+            "merges.txt, encoder.json with vocab.bpe, or vocab.txt. Copy the tokenizer's files into the folder, or "
+            "pass token ids."
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -84,6 +96,17 @@ class Tokenizer:
         for text in texts:
             _check_text(text)
         return self._backend.encode_batch(texts, add_special_tokens)
+
+    def encode_pair(self, first: str, second: str, max_tokens: int | None = None) -> PairEncoding:
+        """Two texts as one input, with the special tokens that the model expects around and between them.
+
+        With `max_tokens` the longer text is cut at its end until both fit, special tokens included; once they are
+        equally long, both. Raises `TokenizerError` where not even the special tokens fit, and for a SentencePiece
+        `tokenizer.model`, which does not say how pairs are put together.
+        """
+        _check_text(first)
+        _check_text(second)
+        return self._backend.encode_pair(first, second, max_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids beyond the vocabulary (padding rows of an embedding) have no text."""
@@ -169,6 +192,7 @@ class _Backend(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]: ...
+    def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding: ...
     def token_of(self, token_id: int) -> str | None: ...
     def id_of(self, token: str) -> int | None: ...
     def stages(self) -> list[Stage]: ...
@@ -382,6 +406,20 @@ class _LibraryBackend:
         found = self._library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
+    def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
+        one, two = (self._library.encode(text, add_special_tokens=False) for text in (first, second))
+        if max_tokens is not None:
+            room = max_tokens - self._library.num_special_tokens_to_add(is_pair=True)
+            if room < 0:
+                raise TokenizerError(
+                    f"max_tokens: expected at least the {max_tokens - room} special tokens of a pair, got {max_tokens}"
+                )
+            shorter, longer = sorted((one, two), key=len)
+            shorter.truncate(min(len(shorter), room // 2))
+            longer.truncate(min(len(longer), room - len(shorter)))
+        encoding = self._library.post_process(one, two)
+        return PairEncoding(encoding.ids, encoding.type_ids)
+
 
 def _decoder_of(library: tokenizers.Tokenizer) -> dict[str, Any] | None:
     if library.decoder is None:
@@ -443,13 +481,12 @@ def _apply_bos_eos_flags(library: tokenizers.Tokenizer, settings: _Settings) -> 
         text = settings.special_tokens.get(name)
         if flag and text is not None and (token_id := library.token_to_id(text)) is not None:
             wanted[name] = text, token_id
-    template = ["$A"]
-    if "bos_token" in wanted:
-        template.insert(0, wanted["bos_token"][0])
-    if "eos_token" in wanted:
-        template.append(wanted["eos_token"][0])
+    before, after = (f"{wanted[name][0]}:{{0}} " if name in wanted else "" for name in ("bos_token", "eos_token"))
+    template = f"{before}${{1}}:{{0}} {after}"
     library.post_processor = processors.TemplateProcessing(
-        single=template, pair=[*template, "$B"], special_tokens=list(wanted.values())
+        single=template.format(0, "A").split(),
+        pair=(template.format(0, "A") + template.format(1, "B")).split(),
+        special_tokens=list(wanted.values()),
     )
 
 
@@ -510,18 +547,57 @@ def _from_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: _Setti
 
 def _byte_level_kind(settings: _Settings) -> str:
     """Which words a byte-level BPE of vocab.json + merges.txt splits text into."""
+    return _declared_kind(settings, _BYTE_LEVEL_CLASSES, _BYTE_LEVEL_MODEL_TYPES, "gpt2", "vocab.json + merges.txt")
+
+
+def _declared_kind(
+    settings: _Settings, classes: dict[str, str], model_types: dict[str, str], default: str, files: str
+) -> str:
+    """What the tokenizer's class stands for, or else the model's type, which defaults to `default`."""
     name = settings.tokenizer.get("tokenizer_class")
     if isinstance(name, str):
-        kind = _BYTE_LEVEL_CLASSES.get(name.removesuffix("Fast"))
+        kind = classes.get(name.removesuffix("Fast"))
     else:
-        name = settings.config.get("model_type", "gpt2")
-        kind = _BYTE_LEVEL_MODEL_TYPES.get(name) if isinstance(name, str) else None
+        name = settings.config.get("model_type", default)
+        kind = model_types.get(name) if isinstance(name, str) else None
     if kind is None:
         raise TokenizerError(
-            f"{settings.folder}: vocab.json + merges.txt of a {name!r} tokenizer are not supported, only those of "
-            f"{', '.join(_BYTE_LEVEL_CLASSES)}. Put the model's tokenizer.json beside them."
+            f"{settings.folder}: {files} of a {name!r} tokenizer are not supported, only those of "
+            f"{', '.join(classes)}. Put the model's tokenizer.json beside them."
         )
     return kind
+
+
+_WORDPIECE_CLASSES = dict.fromkeys(("BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer"), "wordpiece")
+_WORDPIECE_MODEL_TYPES = dict.fromkeys(("bert", "electra", "distilbert"), "wordpiece")
+
+
+def _from_vocab_txt(path: Path, settings: _Settings) -> _LibraryBackend:
+    from pyllm import wordpiece
+
+    _declared_kind(settings, _WORDPIECE_CLASSES, _WORDPIECE_MODEL_TYPES, "bert", "vocab.txt")
+    if settings.flag("do_basic_tokenize") is False:
+        raise TokenizerError(
+            f"{settings.folder / 'tokenizer_config.json'}: do_basic_tokenize: expected true, found false, which is not "
+            "supported. Put the model's tokenizer.json into the folder."
+        )
+    vocab = wordpiece.parse_vocab(_read_text(path), str(path))
+    for name, text in wordpiece.SPECIAL_TOKENS.items():
+        settings.special_tokens.setdefault(name, text)
+    lower, split_chinese = settings.flag("do_lower_case"), settings.flag("tokenize_chinese_chars")
+
+    def build() -> _LibraryBackend:
+        library = wordpiece.build(
+            vocab,
+            settings.special_tokens,
+            str(path),
+            lower=lower is not False,
+            strip_accents=settings.flag("strip_accents"),
+            split_chinese=split_chinese is not False,
+        )
+        return _LibraryBackend(library, settings)
+
+    return _guarded(path, build)
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
@@ -639,6 +715,12 @@ class _SentencePieceBackend:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return [self.encode(text, add_special_tokens) for text in texts]
+
+    def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
+        raise TokenizerError(
+            "pairs of texts: a SentencePiece model does not say how they are put together. Put the model's "
+            "tokenizer.json into the folder, which does."
+        )
 
     def token_of(self, token_id: int) -> str | None:
         return self._tokens[token_id] if token_id < len(self._tokens) else None

@@ -17,7 +17,7 @@ Sources = Mapping[str, str]
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa", "system"},
-    {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
+    {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "wordpiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "ops_training", "tape", "limits", "batch"},
     {
@@ -47,7 +47,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "rich": {"cli"},
     "huggingface_hub": {"folder"},
     "jinja2": {"chat_template"},
-    "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "train", "compare"},
+    "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "wordpiece", "train", "compare"},
     "safetensors": {"safetensors_file", "weights", "compare"},
     "cuda": {"device"},
     "starlette": {"server"},
