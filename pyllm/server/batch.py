@@ -49,9 +49,7 @@ async def run(service: Service, source: Path, target: Path, told: Callable[[Prog
     with _answers(target) as out, source.open("rb") as file:
         done = _done(out, target)
         limit = service.limits.max_body_bytes
-        waiting = sum(
-            1 for _ in _requests(file, limit, done, target)
-        )  # all, before any runs
+        waiting = sum(1 for _ in _requests(file, limit, done, target))  # all, before any runs
         progress = Progress(lines=waiting + len(done), answered=len(done))
         file.seek(0)
         requests = _requests(file, limit, done, target)
