@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -198,12 +199,16 @@ def test_every_route_needs_the_key_but_health(llm: LLM) -> None:
                 {},
                 {"Authorization": "Bearer wrong"},
                 {"Authorization": "Basic right"},
+                {"Authorization": "Basic " + base64.b64encode(b"right:wrong").decode()},
                 {"X-Api-Key": "right"},
             ):
                 answer = client.request(method, path, headers=headers)
                 assert answer.status_code == (200 if path == "/health" else 401), (method, path)
                 if answer.status_code == 401:
-                    assert answer.headers["www-authenticate"] == "Bearer" and answer.headers["x-request-id"]
+                    assert answer.headers["www-authenticate"].startswith(
+                        "Basic" if answer.url.path == "/" else "Bearer"
+                    )
+                    assert answer.headers["x-request-id"]
         assert client.get("/version", headers={"Authorization": "Bearer other"}).status_code == 200
 
 
@@ -221,6 +226,7 @@ def test_clients_with_different_keys_share_no_cache(llm: LLM) -> None:
 
 def test_the_routes_are_these() -> None:
     assert sorted((route.path, *sorted(route.methods or ())) for route in ROUTES) == [
+        ("/", "GET", "HEAD"),
         ("/detokenize", "POST"),
         ("/health", "GET", "HEAD"),
         ("/metrics", "GET", "HEAD"),
