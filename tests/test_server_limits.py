@@ -410,3 +410,11 @@ def test_huge_numbers_never_are_a_failure_of_the_server(server: Running, field: 
     body = {"prompt": "hello", "max_tokens": 2, field: given}
     response = server.client.post("/v1/completions", json=body)
     assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', '{"a": NaN}', '{"a": ' + "[" * 900 + "]" * 900 + "}"])
+def test_odd_arguments_of_earlier_calls_are_never_a_failure_of_the_server(server: Running, arguments: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, *HELLO]
+    response = server.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+    assert response.status_code in (200, 400), response.text
