@@ -401,3 +401,27 @@ def serve_process_with_warning(folder: Path) -> tuple[subprocess.Popen[str], lis
             break
     assert any("no --api-key" in line for line in lines)
     return process, lines
+
+
+def test_no_answer_repeats_the_host_header(server: Running) -> None:
+    response = server.client.get("/version/", headers={"Host": "elsewhere.example"})
+    assert response.status_code == 404 and "elsewhere" not in str(response.headers)
+
+
+@pytest.mark.parametrize("value", [1 << 31, 1 << 63, 1 << 70, 10**400])
+@pytest.mark.parametrize(
+    "field", ["top_k", "min_tokens", "seed", "stop_token_ids", "allowed_token_ids", "logit_bias", "temperature"]
+)
+def test_huge_numbers_never_are_a_failure_of_the_server(server: Running, field: str, value: int) -> None:
+    given = {"stop_token_ids": [value], "allowed_token_ids": [value], "logit_bias": {str(value): 1.0}}.get(field, value)
+    body = {"prompt": "hello", "max_tokens": 2, field: given}
+    response = server.client.post("/v1/completions", json=body)
+    assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', '{"a": NaN}', '{"a": ' + "[" * 900 + "]" * 900 + "}"])
+def test_odd_arguments_of_earlier_calls_are_never_a_failure_of_the_server(server: Running, arguments: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, *HELLO]
+    response = server.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+    assert response.status_code in (200, 400), response.text

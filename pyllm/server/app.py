@@ -52,6 +52,7 @@ def make_app(service: Service) -> Starlette:
         exception_handlers={HTTPException: _no_route, ApiError: _error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a redirect would repeat the client's Host header
     app.state.service = service
     return app
 
