@@ -263,17 +263,33 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(tiny_folder: Path, 
         assert server.log[-1]["finish_reasons"] == ["abort"]
 
 
-def test_a_failing_step_ends_its_requests_and_nothing_else(server: Running, llm: LLM) -> None:
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_failing_step_ends_its_requests_and_nothing_else(server: Running, llm: LLM, error: type[Exception]) -> None:
     step = llm.engine.step
 
     def broken() -> None:
         llm.engine.step = step  # type: ignore[method-assign]
         llm.engine._reset()
-        raise OSError("secret path /root")
+        raise error("secret path /root")
 
     llm.engine.step = broken  # type: ignore[method-assign]
     response = server.client.post("/v1/completions", json={"prompt": "once"})
     assert response.status_code == 500 and "secret" not in response.text
+    assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
+    [line] = [line for line in server.log if "secret path" in line.get("error", "")]
+    server.log.remove(line)
+    assert line["event"] == "error" and "Traceback" in line["error"]
+
+
+def test_an_error_between_steps_ends_what_runs_but_not_the_thread(server: Running, llm: LLM) -> None:
+    def broken() -> None:
+        raise RuntimeError("between steps")
+
+    with slowed(llm, 0.05), ThreadPoolExecutor(1) as other:
+        running = other.submit(server.client.post, "/v1/completions", json={"prompt": "once", "max_tokens": 50})
+        until(lambda: not llm.engine.idle)
+        server.service.engine.command(broken)
+        assert running.result(10).status_code == 500
     assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
 
 

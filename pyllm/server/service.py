@@ -41,7 +41,7 @@ class Service:
         self.embedding = embedding  # None: the model is not for embeddings
         self.created = int(time.time())
         self.metrics = Metrics(llm.engine, model)
-        self.engine = EngineThread(llm, limits.max_queue, self.metrics.ended)
+        self.engine = EngineThread(llm, limits.max_queue, self.metrics.ended, log)
         own = llm.tokenizer.chat_template if llm.tokenizer is not None else None
         self.template = llm.chat_template if llm.chat_template is not None else own
         self.tool_format = format_of(self.template)
