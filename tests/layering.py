@@ -17,7 +17,7 @@ Sources = Mapping[str, str]
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa", "system"},
-    {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
+    {"spec", "sampling", "structured", "chat_template", "detokenizer", "sentencepiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "ops_training", "tape", "limits", "batch"},
     {"default_model", "folder", "safetensors_file", "safetensors_writer", "quantization", "weights", "cache"},
@@ -40,6 +40,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "jinja2": {"chat_template"},
     "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "train", "compare"},
     "safetensors": {"safetensors_file", "weights", "compare"},
+    "llguidance": {"structured"},
     "cuda": {"device"},
     "starlette": {"server"},
     "uvicorn": {"server"},
