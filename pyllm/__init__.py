@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyllm.ops import Ops
     from pyllm.planning import Plan, plan
     from pyllm.sampling import SamplingParams
+    from pyllm.structured import StructuredOutputs
     from pyllm.tokenizer import Tokenizer
 
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "pyllm.ops": ("Ops",),
     "pyllm.planning": ("Plan", "plan"),
     "pyllm.sampling": ("SamplingParams",),
+    "pyllm.structured": ("StructuredOutputs",),
     "pyllm.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -65,6 +67,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "StreamOutput",
+    "StructuredOutputs",
     "Tokenizer",
     "active_isa",
     "available_isas",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
+from pyllm.structured import StructuredOutputs
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -49,7 +50,6 @@ _ABSENT: dict[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "guidance_scale": 1.0,
-    "structured_outputs": None,
 }
 
 
@@ -101,6 +101,7 @@ class SamplingParams:
                                             likely to become better; "never": when none can
     ``forced_bos_token_id``       None      first token of the output; None: what the model says, if anything
     ``forced_eos_token_id``       None      last token of an output of ``max_tokens``; None: likewise
+    ``structured_outputs``        None      a `StructuredOutputs`: the schema, expression, choices or grammar to match
     ============================  ========  ==================================================================
 
     Hugging Face spellings (``max_new_tokens``, ``do_sample``, ``stop_strings``) are accepted with a ``UserWarning``
@@ -135,6 +136,7 @@ class SamplingParams:
     early_stopping: bool | str = False
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
@@ -178,6 +180,7 @@ class SamplingParams:
                 "stop: expected no stop strings where detokenize is False: use stop_token_ids, or let it be True"
             )
         self._check_beams()
+        self._check_structured()
         if self.greedy and self.n > self.num_beams:
             expected = "1 where temperature is 0, for all completions would be equal"
             expected = expected if self.num_beams == 1 else f"at most num_beams = {self.num_beams}"
@@ -212,6 +215,25 @@ class SamplingParams:
             )
         if self.max_tokens == 0:
             raise ValueError(f"max_tokens: expected at least 1 where num_beams is {self.num_beams}, got 0")
+
+    def _check_structured(self) -> None:
+        """Check that nothing else decides which tokens may come, where a grammar does."""
+        if self.structured_outputs is None:
+            return
+        if not isinstance(self.structured_outputs, StructuredOutputs):
+            raise TypeError(
+                f"structured_outputs: expected a StructuredOutputs or None, got {self.structured_outputs!r}"
+            )
+        alone: list[tuple[str, Any]] = [
+            ("num_beams", 1), ("min_tokens", 0), ("ignore_eos", False), ("no_repeat_ngram_size", 0), ("bad_words", ()),
+            ("allowed_token_ids", None), ("forced_bos_token_id", None), ("forced_eos_token_id", None),
+        ]  # fmt: skip
+        for name, nothing in alone:
+            if getattr(self, name) != nothing:
+                raise ValueError(
+                    f"{name}: expected {nothing!r} with structured_outputs, got {getattr(self, name)!r}: the grammar "
+                    "says which tokens may come and where the output may end"
+                )
 
     @property
     def greedy(self) -> bool:

@@ -131,6 +131,10 @@ class Tokenizer:
         stream.push(prompt_ids[-_PROMPT_TAIL:])
         return stream
 
+    def to_json(self) -> str:
+        """The tokenizer as text of a tokenizer.json; `TokenizerError` for a SentencePiece model, which has none."""
+        return self._backend.to_json()
+
     def token_of(self, token_id: int) -> str | None:
         """The vocabulary entry of an id, as the tokenizer's file spells it; None beyond the vocabulary."""
         return None if token_id < 0 else self._backend.token_of(token_id)
@@ -195,6 +199,7 @@ class _Backend(Protocol):
     def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding: ...
     def token_of(self, token_id: int) -> str | None: ...
     def id_of(self, token: str) -> int | None: ...
+    def to_json(self) -> str: ...
     def stages(self) -> list[Stage]: ...
 
 
@@ -419,6 +424,10 @@ class _LibraryBackend:
             longer.truncate(min(len(longer), room - len(shorter)))
         encoding = self._library.post_process(one, two)
         return PairEncoding(encoding.ids, encoding.type_ids)
+
+    def to_json(self) -> str:
+        text: str = self._library.to_str()
+        return text
 
 
 def _decoder_of(library: tokenizers.Tokenizer) -> dict[str, Any] | None:
@@ -694,6 +703,9 @@ class _SentencePieceBackend:
         flag = settings.flag(f"add_{name}")
         index = self._ids.get(settings.special_tokens.get(name, ""))
         return [index] if index is not None and (default if flag is None else flag) else []
+
+    def to_json(self) -> str:
+        raise TokenizerError("it is a SentencePiece model without a tokenizer.json: put that of the model beside it")
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = list(self._prefix) if add_special_tokens else []

@@ -18,7 +18,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa", "system"},
     {"rope"},
-    {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "wordpiece", "tokenizer"},
+    {"spec", "sampling", "structured", "chat_template", "detokenizer", "sentencepiece", "wordpiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "ops_training", "tape", "limits", "batch"},
     {
@@ -51,6 +51,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
     "jinja2": {"chat_template"},
     "tokenizers": {"tokenizer", "detokenizer", "sentencepiece", "wordpiece", "train", "compare"},
     "safetensors": {"safetensors_file", "weights", "compare"},
+    "llguidance": {"structured"},
     "cuda": {"device"},
     "starlette": {"server"},
     "uvicorn": {"server"},

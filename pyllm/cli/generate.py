@@ -9,7 +9,7 @@ import typer
 
 from pyllm.cli import INTERRUPTED, OK
 from pyllm.cli import options as o
-from pyllm.cli.inputs import given_text, load, sampling
+from pyllm.cli.inputs import given_text, load, sampling, structured
 from pyllm.cli.output import be_quiet, peak_memory, report, write, write_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def generate(
     seed: o.Seed = None,
     stop: o.Stop = None,
     ignore_eos: o.IgnoreEos = False,
+    json_schema: o.JsonSchema = None,
+    regex: o.Regex = None,
+    choice: o.Choice = None,
+    grammar: o.Grammar = None,
     num_beams: o.NumBeams = None,
     length_penalty: o.LengthPenalty = None,
     no_repeat_ngram_size: o.NoRepeatNgramSize = None,
@@ -86,6 +90,7 @@ def generate(
         num_beams=num_beams,
         length_penalty=length_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
+        structured_outputs=structured(json_schema, regex, choice, grammar),
     )
     text = given_text(prompt if prompt_option is None else prompt_option, file)
     llm = load(

@@ -15,6 +15,7 @@ from pyllm.errors import RequestError
 if TYPE_CHECKING:
     from pyllm.llm import LLM
     from pyllm.sampling import SamplingParams
+    from pyllm.structured import StructuredOutputs
 
 MAX_TEXT_BYTES = 1 << 30
 
@@ -128,6 +129,25 @@ def sampling(seed: int | None, *, model: str | None, verbose: bool, **values: An
         shown = ", ".join(f"{f.name}={getattr(params, f.name)!r}" for f in fields(params))
         note(f"sampling: {shown}")
     return params, chosen
+
+
+def structured(
+    schema: Path | None, regex: str | None, choice: list[str] | None, grammar: Path | None
+) -> StructuredOutputs | None:
+    """What the output must match, from the options of which at most one is given."""
+    from pyllm.structured import StructuredOutputs
+
+    given: dict[str, Any] = present(
+        {
+            "json": None if schema is None else given_text(None, schema, "schema"),
+            "regex": regex,
+            "choice": choice or None,
+            "grammar": None if grammar is None else given_text(None, grammar, "grammar"),
+        }
+    )
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --json-schema, --regex, --choice and --grammar alone.")
+    return StructuredOutputs(**given) if given else None
 
 
 def present(options: dict[str, Any]) -> dict[str, Any]:

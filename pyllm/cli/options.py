@@ -126,6 +126,10 @@ Seed = Annotated[
 ]
 Stop = Annotated[list[str] | None, option("--stop", help="End before this text; may be given several times.")]
 IgnoreEos = Annotated[bool, option("--ignore-eos", help="Go on after the model's end token.")]
+JsonSchema = Annotated[Path | None, option("--json-schema", help="The output matches the JSON schema in this file.")]
+Regex = Annotated[str | None, option("--regex", help="The whole output matches this regular expression.")]
+Choice = Annotated[list[str] | None, option("--choice", help="A possible output; give all of them, one each.")]
+Grammar = Annotated[Path | None, option("--grammar", help="The output matches the Lark grammar in this file.")]
 
 # Choosing
 NumBeams = Annotated[

@@ -23,6 +23,7 @@ from pyllm.errors import NonFiniteError, RequestError
 from pyllm.ops import F32
 from pyllm.pooling import Pool, Pooling
 from pyllm.sampling import SamplingParams
+from pyllm.structured import GrammarCompiler, Matcher
 from pyllm.tokenizer import Tokenizer
 
 
@@ -85,6 +86,7 @@ class Engine:
         self._stepping = False
         self._aborted: list[Request] = []  # during the step, to be ended after it
         self._names = itertools.count()
+        self._grammars: GrammarCompiler | None = None  # made for the first request that has one
 
     def add(
         self,
@@ -95,7 +97,8 @@ class Engine:
         salt: bytes = b"",
         pooling: Pooling | None = None,
     ) -> Request:
-        """Queue a request; raises `RequestError` for a prompt that cannot be run.
+        """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
+        grammar that cannot.
 
         Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
         hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`.
@@ -103,6 +106,7 @@ class Engine:
         self.check_prompt(prompt_ids)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
+        matcher = self._matcher(params)
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
         request.drafts = DraftCounts() if self.speculation is not None else None
         request.pool = None if pooling is None else Pool(pooling)
@@ -118,7 +122,9 @@ class Engine:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
             text = CompletionText(detokenizer, params.stop, params.include_stop_str_in_output)
             forced = params.forced_bos_token_id, None if params.ignore_eos else params.forced_eos_token_id
-            row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends, limit, forced)
+            sequence.draftable = matcher is None
+            own = None if matcher is None else matcher.fork()
+            row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends, limit, forced, own)
             request.completions.append(Completion(request, index, sequence, text, row, ends))
         request.running = len(request.completions)
         started = request.completions
@@ -130,6 +136,13 @@ class Engine:
             self._running[completion.sequence] = completion
             self.scheduler.add(completion.sequence)
         return request
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.runner.model.spec.vocab_size, self.end_ids)
+        return self._grammars.compile(params.structured_outputs)
 
     def abort(self, request: Request) -> None:
         """End a request; what it held is free before this returns, or after the step that is being computed."""
@@ -368,8 +381,14 @@ class Engine:
 
     def _fail(self, completion: Completion, sequence: Sequence | None = None) -> None:
         """No token can be chosen: end the completion, and say why; of a search all, `sequence` being the beam."""
+        matcher = completion.sampling.matcher
         layer = self._first_bad_layer(sequence or completion.sequence)
-        if layer is None:
+        if layer is None and matcher is not None:
+            completion.request.error = RequestError(
+                f"structured_outputs: the grammar cannot go on after {completion.sequence.generated} tokens: "
+                f"{matcher.error or 'no token of the model fits'}. Use a simpler one"
+            )
+        elif layer is None:
             completion.request.error = RequestError(
                 "no token is left to choose from: expected allowed_token_ids, bad_words, logit_bias, stop_token_ids "
                 "and min_tokens that together allow at least one; relax one of them"

@@ -13,6 +13,7 @@ from pyllm.engine.outputs import Logprob
 from pyllm.errors import RequestError
 from pyllm.ops import F32, Ops
 from pyllm.sampling import SamplingParams, SamplingState, sample_inputs
+from pyllm.structured import Matcher
 from pyllm.tokenizer import Tokenizer
 
 
@@ -30,10 +31,11 @@ class RowState(SamplingState):
         end_ids: Sequence[int],
         most: int,
         forced: tuple[int | None, int | None] = (None, None),
+        matcher: Matcher | None = None,
     ) -> None:
         """State before the first of `most` output tokens; the first and the last of these may be `forced`.
 
-        `prompt` is what penalties and n-grams count besides the output.
+        `prompt` is what penalties and n-grams count besides the output; `matcher` says which tokens may come.
         """
         for where, ids in (
             ("logit_bias", params.logit_bias),
@@ -52,7 +54,8 @@ class RowState(SamplingState):
         self._bad_words = _bad_words(params, tokenizer)
         self._ngrams = NgramBans(params.no_repeat_ngram_size, prompt) if params.no_repeat_ngram_size else None
         self._most, self._forced = most, forced
-        bans = self._bad_words or params.min_tokens or self._ngrams
+        self.matcher = matcher
+        bans = self._bad_words or params.min_tokens or self._ngrams or matcher
         self.unchanged = self.plain and not bans and forced == (None, None)  # the logits decide as they are
         self.plain = self.unchanged and params.logprobs is None and params.num_beams == 1
 
@@ -61,6 +64,7 @@ class RowState(SamplingState):
         twin = super().fork()
         twin._output = self._output.copy()
         twin._ngrams = copy.deepcopy(self._ngrams)
+        twin.matcher = None if self.matcher is None else self.matcher.fork()
         return twin
 
     def append(self, token: int) -> None:
@@ -69,6 +73,8 @@ class RowState(SamplingState):
         self._output.append(token)
         if self._ngrams is not None:
             self._ngrams.append(token)
+        if self.matcher is not None:
+            self.matcher.append(token)
 
     def forced(self) -> int | None:
         """The next token where there is no choice: the first or the last of the output may be given."""
@@ -132,8 +138,11 @@ class Sampler:
         inputs = sample_inputs(states, forbidden if any(forbidden) else None)
         wanted = [s.params.logprobs for s in states]
         asked = max((n for n in wanted if n is not None), default=None)
-        changed = inputs.history or inputs.bias or inputs.allowed
+        matched = [(row, s.matcher) for row, s in enumerate(states) if s.matcher is not None]
+        changed = inputs.history or inputs.bias or inputs.allowed or matched
         raw = logits.copy() if asked is not None and changed else logits
+        for row, matcher in matched:
+            np.minimum(logits[row], matcher.ceiling(), out=logits[row])
         tokens = self.ops.sample(logits, inputs)
         for row, state in enumerate(states):
             forced = state.forced()

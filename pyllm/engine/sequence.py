@@ -20,6 +20,7 @@ class Sequence:
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed
         self.salt = salt  # 0 or 16 bytes
+        self.draftable = True  # False with a grammar: what it forbids would be drafted in vain
         self.computed = 0
         self.cached = 0  # of the prompt, taken from the prefix cache when it first got blocks
         self.blocks: list[int] = []

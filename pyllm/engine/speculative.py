@@ -114,6 +114,8 @@ class Speculation:
         """The plan with drafts behind the works of sequences that decode, as many as the step and memory hold."""
         turns = []
         for sequence in (work.sequence for work in plan if work.last and work.count == 1):
+            if not sequence.draftable:
+                continue
             pace = self._paces.setdefault(sequence, _Pace())
             if pace.ready(len(sequence.tokens)):
                 turns.append((sequence, pace))

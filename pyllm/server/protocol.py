@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import ApiError, refused
 from pyllm.server.limits import Limits
+from pyllm.structured import StructuredOutputs
 
 COMPLETION_TOKENS = 16  # of /v1/completions where the request says nothing, as in OpenAI's interface
 MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids; tokens of a list are limited by the body alone
@@ -35,6 +36,16 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class Structure(Body):
+    """What the output must match, as vLLM has it; exactly one is given."""
+
+    json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class GenerationBody(Body):
@@ -66,7 +77,10 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: Structure | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+    response_format: dict[str, Any] | None = None
 
     user: _Ignored = None
     metadata: _Ignored = None
@@ -97,10 +111,27 @@ class GenerationBody(Body):
         if max_tokens is None:
             max_tokens = limits.max_tokens
         try:
+            values |= {"structured_outputs": wanted} if (wanted := self._structured()) else {}
             return SamplingParams(max_tokens=max_tokens, stop=stops, **values, **more)
         except (ValueError, TypeError) as error:
             param, colon, _ = str(error).partition(":")
             raise ApiError(400, str(error), param=param if colon else None) from error
+
+    def _structured(self) -> StructuredOutputs | None:
+        """What the output must match, given in OpenAI's way or in vLLM's."""
+        form = self.response_format or {"type": "text"}
+        kind = form.get("type")
+        schema = form.get("json_schema")
+        if kind == "text" and self.structured_outputs is not None:
+            return StructuredOutputs(**self.structured_outputs.model_dump(by_alias=True))
+        if self.structured_outputs is not None:
+            raise refused("response_format", "the output has structured_outputs already: give one of them alone")
+        if kind == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+            return StructuredOutputs(json=schema["schema"])
+        if kind not in ("text", "json_object"):
+            expected = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema"}}'
+            raise refused("response_format", f"expected {expected}")
+        return StructuredOutputs(json_object=True) if kind == "json_object" else None
 
 
 _SAMPLING = (
@@ -217,7 +248,6 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates expect them."""
@@ -233,8 +263,6 @@ class ChatBody(GenerationBody):
 
     def sampling_params(self, limits: Limits) -> SamplingParams:
         """Raises `ApiError` 400 for what cannot be done."""
-        if self.response_format not in (None, {"type": "text"}):
-            raise refused("response_format", 'expected {"type": "text"} or none')
         if self.top_logprobs is not None and not self.logprobs:
             raise refused("top_logprobs", "expected only with logprobs = true")
         _at_most("top_logprobs", self.top_logprobs, limits.max_logprobs)
