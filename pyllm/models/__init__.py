@@ -12,6 +12,7 @@ from pyllm.models.family import Family
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.llama import LLAMA
 from pyllm.models.mistral import MISTRAL
+from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
@@ -20,7 +21,7 @@ from pyllm.weights import Checkpoint, load, read_config
 
 __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -22,6 +22,37 @@ from pyllm.models.shared import (
 from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weight_names import NameTable, Row, linear
 
+_LINEARS = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+_NORMS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn.q_norm",
+    "self_attn.k_norm": "attn.k_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
+NAMES = NameTable(
+    prefix="model.",
+    rows=(
+        Row("model.embed_tokens.weight", ("embed.weight",)),
+        *(Row(f"model.layers.{{i}}.{name}.weight", (f"blocks.{{i}}.{slot}.weight",)) for name, slot in _NORMS.items()),
+        *(
+            row
+            for name, slot in _LINEARS.items()
+            for row in linear(f"model.layers.{{i}}.{name}", f"blocks.{{i}}.{slot}")
+        ),
+        Row("model.norm.weight", ("final_norm.weight",)),
+        Row("lm_head.weight", ("head.weight",)),
+    ),
+    ignored=("*rotary_emb.inv_freq",),
+)
+
 
 @dataclass(frozen=True)
 class Biases:
@@ -46,8 +77,10 @@ class Variant:
     kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden / heads
     qk_norm: bool = False
+    norm_eps: float = 1e-6
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    names: NameTable = NAMES
 
 
 def llama_like(variant: Variant) -> Family:
@@ -56,7 +89,7 @@ def llama_like(variant: Variant) -> Family:
     def read(config: Mapping[str, Any]) -> ModelSpec:
         return _read(config, variant)
 
-    return Family(variant.model_type, read, NAMES)
+    return Family(variant.model_type, read, variant.names)
 
 
 def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
@@ -69,7 +102,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
     kv_heads = reader.integer("num_key_value_heads", default=kv_default)
     head_dim = reader.integer("head_dim", default=variant.head_dim or max(hidden // heads, 1))
     max_positions = reader.integer(*POSITIONS, default=variant.max_positions)
-    norm = NormSpec(NormKind.RMS, reader.number(*NORM_EPS, default=1e-6, maximum=0.1), bias=False)
+    norm = NormSpec(NormKind.RMS, reader.number(*NORM_EPS, default=variant.norm_eps, maximum=0.1), bias=False)
     biases = variant.biases(reader)
     mlp = MlpSpec(
         hidden=reader.integer(*MLP_HIDDEN, default=variant.intermediate_size),
@@ -133,37 +166,6 @@ def _no_windows(reader: ConfigReader, layers: int) -> list[int | None]:
     reader.only("sliding_window", None)
     return read_layer_windows(reader, layers, None)
 
-
-_LINEARS = {
-    "self_attn.q_proj": "attn.q",
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.o_proj": "attn.o",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
-_NORMS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_norm": "attn.q_norm",
-    "self_attn.k_norm": "attn.k_norm",
-    "post_attention_layernorm": "mlp_norm",
-}
-NAMES = NameTable(
-    prefix="model.",
-    rows=(
-        Row("model.embed_tokens.weight", ("embed.weight",)),
-        *(Row(f"model.layers.{{i}}.{name}.weight", (f"blocks.{{i}}.{slot}.weight",)) for name, slot in _NORMS.items()),
-        *(
-            row
-            for name, slot in _LINEARS.items()
-            for row in linear(f"model.layers.{{i}}.{name}", f"blocks.{{i}}.{slot}")
-        ),
-        Row("model.norm.weight", ("final_norm.weight",)),
-        Row("lm_head.weight", ("head.weight",)),
-    ),
-    ignored=("*rotary_emb.inv_freq",),
-)
 
 LLAMA = llama_like(
     Variant(

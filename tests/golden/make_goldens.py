@@ -111,6 +111,19 @@ def variants() -> dict[str, Variant]:
             prompt=24,
         ),
         "mistral": Variant({**base, "model_type": "mistral", "sliding_window": 9}),
+        "phi3": Variant(
+            {
+                **base,
+                "model_type": "phi3",
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "sliding_window": 20,
+                "pad_token_id": 0,
+                **rope("longrope", short_factor=short, long_factor=long, partial_rotary_factor=0.5),
+                "original_max_position_embeddings": 20,
+            }
+        ),
         "qwen2": Variant({**base, "model_type": "qwen2"}),
         "qwen2-window": Variant(
             {
