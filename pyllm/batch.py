@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.ops import F32
-from pyllm.spec import RopeSpec
+from pyllm.rope import RopeSpec
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]

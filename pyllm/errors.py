@@ -59,6 +59,12 @@ def listed(heading: str, problems: Sequence[str], limit: int = 40) -> str:
     return "\n".join([f"{heading}, {len(problems)} problems:", *shown])
 
 
+def require(holds: bool, what: str, expected: str, found: object) -> None:
+    """Raise `ConfigError` unless what a model is described by holds."""
+    if not holds:
+        raise ConfigError(f"{what}: expected {expected}, found {found}")
+
+
 def shown(value: object, limit: int = 80) -> str:
     """A value from outside, safe to print: escaped and cut to `limit` characters."""
     text = repr(value)

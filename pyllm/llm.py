@@ -480,7 +480,7 @@ class LLM:
             for first, piece in self._runner.logits(x, np.arange(work.count, dtype=np.int32)):
                 logits[start + first : start + first + len(piece)] = piece
             if trace is not None:
-                hidden.append([*trace, self.model.final_norm(self.ops, x)])
+                hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
         return ForwardOutput(logits, states)

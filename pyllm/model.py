@@ -1,18 +1,31 @@
 """The transformer: embeddings, blocks, head. The only model code there is; families are data in a `ModelSpec`.
 
-Shapes: T tokens, D hidden, H query heads, G key/value heads, E head size, F feed-forward, V vocabulary, R rows.
+Shapes: T tokens, D hidden, H query heads, G key/value heads, E head size, F feed-forward, V vocabulary, R rows, W width
+of the embedding table.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from pyllm.batch import I32, Batch
 from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
-from pyllm.packed import BlockWeights, ModelWeights, NormWeights
-from pyllm.spec import AttentionSpec, BlockSpec, ModelSpec, NormSpec
+from pyllm.packed import ModelWeights, NormWeights
+from pyllm.spec import ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2]."""
+
+    ops: Ops | Tape
+    batch: Batch
+    cache: KVCache
+    angles: tuple[F32, F32] | tuple[None, None]
 
 
 class Model:
@@ -31,77 +44,92 @@ class Model:
 
         `trace` collects a copy of the residual stream before the first block and after each one.
         """
-        spec, weights = self.spec, self.weights
-        positions = batch.positions if weights.positions is not None else None
-        x = ops.embedding(batch.tokens, weights.embed, positions, weights.positions)
-        angles = None
-        if spec.rope is not None and batch.inv_freq is not None:
-            scaling = spec.rope.attention_scaling
-            angles = ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, scaling)
-        for i, (block, block_weights) in enumerate(zip(spec.blocks, weights.blocks, strict=True)):
+        x = self._embed(ops, batch)
+        this = _Pass(ops, batch, cache, self._angles(ops, batch))
+        for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
-            mark = ops.mark()
-            x = self._attention(ops, block, block_weights, x, angles, batch, cache, i)
-            ops.release(mark)
-            mark = ops.mark()
-            x = self._mlp(ops, block, block_weights, x)
-            ops.release(mark)
+            x = self._block(this, layer, x)
         return x
 
     def final_norm(self, ops: Ops | Tape, x: F32) -> F32:
-        """Norm before the head: x [R, D] -> [R, D]."""
+        """Norm before the head: x [R, D] -> [R, D]; x itself where the model has none."""
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
+
+    def head_input(self, ops: Ops | Tape, x: F32) -> F32:
+        """What the head's matrix is multiplied with: the residual stream x [R, D], normed and projected -> [R, W]."""
+        x, project = self.final_norm(ops, x), self.weights.head_project
+        return x if project is None else ops.matmul(x, project)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """Logits [R, V] of these rows of the residual stream x [T, D]."""
-        return ops.matmul(self.final_norm(ops, ops.gather(x, rows)), self.weights.head, out=out)
+        x = self.head_input(ops, ops.gather(x, rows))
+        return ops.matmul(x, self.weights.head, self.weights.head_bias, out=out)
 
-    def _attention(
-        self,
-        ops: Ops | Tape,
-        spec: BlockSpec,
-        weights: BlockWeights,
-        x: F32,
-        angles: tuple[F32, F32] | None,
-        batch: Batch,
-        cache: KVCache,
-        layer: int,
-    ) -> F32:
-        """x + out(attention(norm(x)))."""
-        a: AttentionSpec = spec.attention
-        size = a.head_dim
-        qkv = ops.matmul(_norm(ops, x, spec.norm, weights.attn_norm), weights.qkv, weights.qkv_bias)
+    def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
+        """The residual stream before the first block."""
+        embed, project, table = self.weights.embed, self.weights.embed_project, self.weights.positions
+        if project is None:
+            return ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
+        places = None if table is None else ops.embedding(batch.positions, table)
+        return ops.matmul(ops.embedding(batch.tokens, embed), project, residual=places, out=places)
+
+    def _angles(self, ops: Ops | Tape, batch: Batch) -> tuple[F32, F32] | tuple[None, None]:
+        rope = self.spec.rope
+        if rope is None or batch.inv_freq is None:
+            return None, None
+        return ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+
+    def _block(self, this: _Pass, layer: int, x: F32) -> F32:
+        """The residual stream after a block, from that before it."""
+        ops, spec, weights = this.ops, self.spec.blocks[layer], self.weights.blocks[layer]
+        if spec.placement.is_parallel:
+            mark = ops.mark()
+            first = _norm(ops, x, spec.norm, weights.attn_norm)
+            second = first if weights.mlp_norm is None else _norm(ops, x, spec.norm, weights.mlp_norm)
+            x = self._attention(this, layer, first, x)
+            x = self._mlp(this, layer, second, x)
+            ops.release(mark)
+            return x
+        for part, norm in ((self._attention, weights.attn_norm), (self._mlp, weights.mlp_norm)):
+            mark = ops.mark()
+            x = part(this, layer, x if spec.placement is Placement.POST else _norm(ops, x, spec.norm, norm), x)
+            ops.release(mark)
+            if spec.placement is Placement.POST:
+                x = _norm(ops, x, spec.norm, norm, out=x)
+        return x
+
+    def _attention(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:
+        """residual + out(attention(x)), in place of the residual where it may be."""
+        a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
+        ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
+        qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
         q, k, v = np.split(qkv, [a.heads * size, (a.heads + a.kv_heads) * size], axis=1)
         if a.qk_norm is not None:
             q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
             k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
-        cos, sin = angles if angles is not None else (None, None)
+        cos, sin = this.angles
         if cos is not None and sin is not None:
             ops.rope(q, cos, sin, size)
-        ops.kv_write(cache.layers[layer], k, v, batch.slots, size, cos, sin)
+        ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
-            q,
-            cache.layers[layer],
-            batch.starts,
-            batch.lengths,
-            batch.tables,
-            head_size=size,
-            scale=a.scale,
-            window=a.window,
+            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window
         )
-        return ops.matmul(mixed, weights.out, weights.out_bias, residual=x, out=x)
+        return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
-    def _mlp(self, ops: Ops | Tape, spec: BlockSpec, weights: BlockWeights, x: F32) -> F32:
-        """x + down(act(gate(norm(x))) * up(norm(x))), or without the gate act(up(norm(x)))."""
-        normed = _norm(ops, x, spec.norm, weights.mlp_norm)
-        bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.mlp.gated else (weights.up_bias, None)
-        inner = ops.matmul(normed, weights.up, bias, bias_up, spec.mlp.activation)
-        return ops.matmul(inner, weights.down, weights.down_bias, residual=x, out=x)
+    def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:
+        """residual + down(act(gate(x)) * up(x)), without a gate down(act(up(x))), in place where it may be."""
+        spec, weights = self.spec.blocks[layer].mlp, self.weights.blocks[layer]
+        bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.gated else (weights.up_bias, None)
+        inner = this.ops.matmul(x, weights.up, bias, bias_up, spec.activation)
+        return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
 
 
-def _norm(ops: Ops | Tape, x: F32, spec: NormSpec, weights: NormWeights) -> F32:
-    return ops.norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps)
+def _norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights | None, out: F32 | None = None) -> F32:
+    """x normalised; x itself where there is no norm."""
+    if spec is None or weights is None:
+        return x
+    return ops.norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps, out=out)
 
 
 def _head_norm(ops: Ops | Tape, x: F32, heads: int, spec: NormSpec, weight: F32 | None) -> F32:

@@ -5,7 +5,7 @@ What is multiplied together is packed together (q, k and v; gate and up), so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.ops import F32, GROUP_SIZES, Ops
 from pyllm.quantization import in_one_form
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec
+from pyllm.spec import ModelSpec
 from pyllm.weights import Checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -28,8 +28,8 @@ class Precision:
     """What the matrices of a model are packed as.
 
     `dtype` is float32, float16 or bfloat16. With `quantization` "int8" or "int4" matrices are rounded to integers,
-    but for those of slots that match one of the shell patterns `skip`. The embedding and the head take int8 at most:
-    they cost little there, and int4 would hurt them most.
+    but for those of slots that match one of the shell patterns `skip`. The embedding and the head, with what projects
+    from and to them, take int8 at most: they cost little there, and int4 would hurt them most.
 
     `stored` is what the checkpoint's matrices are quantized to already; those stay what they are. Where it is "int4",
     an embedding and a head that were left out become int8.
@@ -49,7 +49,7 @@ class Precision:
         """The dtype of the matrix that these slots, plain in the checkpoint, are packed into together."""
         if any(fnmatchcase(slot, pattern) for slot in slots for pattern in self.skip):
             return self.dtype
-        if slots[0] in ("embed.weight", "head.weight"):
+        if not slots[0].startswith("blocks."):
             return "int8" if self.quantization is not None or self.stored == "int4" else self.dtype
         return self.quantization or self.dtype
 
@@ -82,7 +82,7 @@ class BlockWeights:
     k_norm: F32 | None
     out: _cpu.PackedMatrix
     out_bias: F32 | None
-    mlp_norm: NormWeights
+    mlp_norm: NormWeights | None
     up: _cpu.PackedMatrix
     gate_bias: F32 | None
     up_bias: F32 | None
@@ -92,28 +92,120 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as."""
+    """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as.
+
+    `positions` [P, D] begins at the row of position 0. `matrices` are all of them, by the names of :func:`matrices_of`.
+    """
 
     dtype: str
+    matrices: Mapping[str, _cpu.PackedMatrix]
     embed: _cpu.PackedMatrix
+    embed_project: _cpu.PackedMatrix | None
     positions: F32 | None
     blocks: tuple[BlockWeights, ...]
-    final_norm: NormWeights
+    final_norm: NormWeights | None
+    head_project: _cpu.PackedMatrix | None
     head: _cpu.PackedMatrix
+    head_bias: F32 | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all matrices."""
-        return sum(matrix.nbytes for matrix in self._matrices())
+        return sum(matrix.nbytes for matrix in self.matrices.values())
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: every matrix but a separate embedding table."""
         return self.nbytes - (0 if self.head is self.embed else self.embed.nbytes)
 
-    def _matrices(self) -> list[_cpu.PackedMatrix]:
-        matrices = [self.embed] + ([] if self.head is self.embed else [self.head])
-        return matrices + [m for b in self.blocks for m in (b.qkv, b.out, b.up, b.down)]
+
+@dataclass(frozen=True)
+class MatrixParts:
+    """A packed matrix: the slots that are stacked in it, and that of its gate, if it has one."""
+
+    name: str
+    slots: tuple[str, ...]
+    gate: str | None = None
+
+    @property
+    def all_slots(self) -> tuple[str, ...]:
+        """Those and the gate."""
+        return self.slots if self.gate is None else (self.gate, *self.slots)
+
+    def shape(self, spec: ModelSpec) -> tuple[int, int]:
+        """[out, in], of one of the two parts where it is gated."""
+        shapes = [spec.slots()[slot] for slot in self.slots]
+        return sum(shape[0] for shape in shapes), shapes[0][1]
+
+
+def matrices_of(spec: ModelSpec) -> list[MatrixParts]:
+    """Every packed matrix of a model, the embedding first and the head last."""
+
+    def plain(name: str, *slots: str) -> MatrixParts:
+        return MatrixParts(name, tuple(f"{slot}.weight" for slot in slots))
+
+    found = [plain("embed", "embed")]
+    if spec.embedding.width is not None:
+        found.append(plain("embed.project", "embed.project"))
+    for i, block in enumerate(spec.blocks):
+        at = f"blocks.{i}"
+        up = plain(f"{at}.up", f"{at}.mlp.up")
+        found += [
+            plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv")),
+            plain(f"{at}.out", f"{at}.attn.o"),
+            replace(up, gate=f"{at}.mlp.gate.weight") if block.mlp.gated else up,
+            plain(f"{at}.down", f"{at}.mlp.down"),
+        ]
+    if spec.embedding.width is not None:
+        found.append(plain("head.project", "head.project"))
+    return found if spec.head.tied else [*found, plain("head", "head")]
+
+
+def assemble(
+    spec: ModelSpec,
+    dtype: str,
+    matrix: Callable[[MatrixParts], _cpu.PackedMatrix],
+    vector: Callable[..., F32 | None],
+) -> ModelWeights:
+    """The weights of a model from where they stand: `vector` gives slots joined, None for those that it has not."""
+    found = {parts.name: matrix(parts) for parts in matrices_of(spec)}
+
+    def norm(name: str) -> NormWeights | None:
+        weight = vector(f"{name}.weight")
+        return None if weight is None else NormWeights(weight, vector(f"{name}.bias"))
+
+    def block(at: str) -> BlockWeights:
+        first = norm(f"{at}.attn_norm")
+        assert first is not None
+        return BlockWeights(
+            attn_norm=first,
+            qkv=found[f"{at}.qkv"],
+            qkv_bias=vector(*(f"{at}.attn.{name}.bias" for name in "qkv")),
+            q_norm=vector(f"{at}.attn.q_norm.weight"),
+            k_norm=vector(f"{at}.attn.k_norm.weight"),
+            out=found[f"{at}.out"],
+            out_bias=vector(f"{at}.attn.o.bias"),
+            mlp_norm=norm(f"{at}.mlp_norm"),
+            up=found[f"{at}.up"],
+            gate_bias=vector(f"{at}.mlp.gate.bias"),
+            up_bias=vector(f"{at}.mlp.up.bias"),
+            down=found[f"{at}.down"],
+            down_bias=vector(f"{at}.mlp.down.bias"),
+        )
+
+    positions = vector("positions.weight")
+    return ModelWeights(
+        dtype=dtype,
+        matrices=found,
+        embed=found["embed"],
+        embed_project=found.get("embed.project"),
+        positions=None if positions is None else positions[spec.embedding.position_offset :],
+        blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),
+        final_norm=norm("final_norm"),
+        head_project=found.get("head.project"),
+        head=found["embed" if spec.head.tied else "head"],
+        head_bias=vector("head.bias"),
+    )
 
 
 def weight_dtype(checkpoint: Checkpoint, dtype: str) -> str:
@@ -152,31 +244,19 @@ def packed_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
     """Bytes that the packed matrices of a model take, without loading it."""
     spec = checkpoint.spec
 
-    def matrix(n: int, k: int, *names: str, gated: bool = False) -> int:
-        slots = [f"{name}.weight" for name in names]
-        forms = [checkpoint.kernel_form(slot) for slot in slots]
+    def size(parts: MatrixParts) -> int:
+        n, k = parts.shape(spec)
+        gated = parts.gate is not None
+        forms = [checkpoint.kernel_form(slot) for slot in parts.all_slots]
         kinds = {replace(form, zeros=False) for form in forms if form is not None}
         if None in forms or len(kinds) > 1:
-            dtype = precision.of(*slots)
+            dtype = precision.of(*parts.all_slots)
             return _cpu.packed_bytes(n, k, dtype, gated, GROUP_SIZES.get(dtype, 0))
         form = kinds.pop()
         zeros = any(form is not None and form.zeros for form in forms)
         return _cpu.packed_bytes(n, k, form.dtype, gated, form.group_size, form.scale_dtype, zeros)
 
-    total = matrix(spec.vocab_size, spec.hidden, "embed")
-    if not spec.tied:
-        total += matrix(spec.vocab_size, spec.hidden, "head")
-    for i, block in enumerate(spec.blocks):
-        at, a, m = f"blocks.{i}", block.attention, block.mlp
-        total += matrix((a.heads + 2 * a.kv_heads) * a.head_dim, spec.hidden, *(f"{at}.attn.{name}" for name in "qkv"))
-        total += matrix(spec.hidden, a.heads * a.head_dim, f"{at}.attn.o")
-        total += matrix(m.hidden, spec.hidden, f"{at}.mlp.up", *_gate(at, m), gated=m.gated)
-        total += matrix(spec.hidden, m.hidden, f"{at}.mlp.down")
-    return total
-
-
-def _gate(at: str, mlp: MlpSpec) -> list[str]:
-    return [f"{at}.mlp.gate"] if mlp.gated else []
+    return sum(size(parts) for parts in matrices_of(spec))
 
 
 def pack_weights(
@@ -184,16 +264,7 @@ def pack_weights(
 ) -> ModelWeights:
     """Pack every weight of `checkpoint`, giving back its file pages on the way; `progress` gets the share done."""
     packer = _Packer(checkpoint, ops, precision, progress)
-    spec = checkpoint.spec
-    embed = packer.matrix("embed")
-    return ModelWeights(
-        dtype=str(precision),
-        embed=embed,
-        positions=packer.vector("positions.weight"),
-        blocks=tuple(packer.block(f"blocks.{i}", block) for i, block in enumerate(spec.blocks)),
-        final_norm=packer.norm("final_norm"),
-        head=embed if spec.tied else packer.matrix("head"),
-    )
+    return assemble(checkpoint.spec, str(precision), packer.matrix, packer.vector)
 
 
 class _Packer:
@@ -204,58 +275,33 @@ class _Packer:
         self.slots = checkpoint.spec.slots()
         self.done, self.total = 0, checkpoint.spec.num_parameters()
 
-    def block(self, at: str, spec: BlockSpec) -> BlockWeights:
-        attention: AttentionSpec = spec.attention
-        mlp: MlpSpec = spec.mlp
-        return BlockWeights(
-            attn_norm=self.norm(f"{at}.attn_norm"),
-            qkv=self.matrix(f"{at}.attn.q", f"{at}.attn.k", f"{at}.attn.v"),
-            qkv_bias=self.vector(*(f"{at}.attn.{name}.bias" for name in "qkv")),
-            q_norm=self.vector(f"{at}.attn.q_norm.weight") if attention.qk_norm else None,
-            k_norm=self.vector(f"{at}.attn.k_norm.weight") if attention.qk_norm else None,
-            out=self.matrix(f"{at}.attn.o"),
-            out_bias=self.vector(f"{at}.attn.o.bias"),
-            mlp_norm=self.norm(f"{at}.mlp_norm"),
-            up=self.matrix(f"{at}.mlp.up", gate=f"{at}.mlp.gate" if mlp.gated else None),
-            gate_bias=self.vector(f"{at}.mlp.gate.bias"),
-            up_bias=self.vector(f"{at}.mlp.up.bias"),
-            down=self.matrix(f"{at}.mlp.down"),
-            down_bias=self.vector(f"{at}.mlp.down.bias"),
+    def matrix(self, parts: MatrixParts) -> _cpu.PackedMatrix:
+        packed = self._integers(parts) or self.ops.pack(
+            *(self._plain(slot) for slot in parts.slots),
+            dtype=self.precision.of(*parts.all_slots),
+            gate=self._plain(parts.gate) if parts.gate is not None else None,
         )
-
-    def norm(self, name: str) -> NormWeights:
-        weight = self.vector(f"{name}.weight")
-        assert weight is not None
-        return NormWeights(weight, self.vector(f"{name}.bias"))
-
-    def matrix(self, *names: str, gate: str | None = None) -> _cpu.PackedMatrix:
-        slots, gates = [f"{name}.weight" for name in names], [f"{gate}.weight"] if gate else []
-        packed = self._integers(gates, slots) or self.ops.pack(
-            *(self._plain(slot) for slot in slots),
-            dtype=self.precision.of(*slots, *gates),
-            gate=self._plain(gates[0]) if gates else None,
-        )
-        self._release(*slots, *gates)
+        self._release(*parts.all_slots)
         return packed
 
-    def _integers(self, gates: list[str], slots: list[str]) -> _cpu.PackedMatrix | None:
+    def _integers(self, parts: MatrixParts) -> _cpu.PackedMatrix | None:
         """The matrix of weights that are integers in the checkpoint; None if no one matrix can hold them."""
-        quantized = self.checkpoint.quantized
-        if not all(slot in quantized for slot in (*gates, *slots)):
+        quantized, gated = self.checkpoint.quantized, parts.gate is not None
+        if not all(slot in quantized for slot in parts.all_slots):
             return None
-        joined = in_one_form([quantized[slot] for slot in (*gates, *slots)])
+        joined = in_one_form([quantized[slot] for slot in parts.all_slots])
         if joined is None:
             return None
         form, tensors = joined
-        rows = sum(tensor.shape[0] for tensor in tensors[len(gates) :])
-        packed = _cpu.PackedMatrix(
-            rows, tensors[0].inputs, form.dtype, bool(gates), form.group_size, form.scale_dtype, form.zeros
-        )
+        rows, inputs = parts.shape(self.checkpoint.spec)
+        packed = _cpu.PackedMatrix(rows, inputs, form.dtype, gated, form.group_size, form.scale_dtype, form.zeros)
         row = 0
         for i, tensor in enumerate(tensors):
-            part = int(bool(gates) and i > 0)
-            self.ops.context.pack_quantized(packed, tensor.values, tensor.scales, tensor.zeros, row, part)
-            row += tensor.shape[0] if i >= len(gates) else 0
+            is_gate = gated and i == 0
+            self.ops.context.pack_quantized(
+                packed, tensor.values, tensor.scales, tensor.zeros, row, int(gated and not is_gate)
+            )
+            row += 0 if is_gate else tensor.shape[0]
         return packed
 
     def _plain(self, slot: str) -> NDArray[Any]:

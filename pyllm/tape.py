@@ -93,7 +93,7 @@ class Tape:
     def embedding(
         self,
         tokens: I32,
-        table: _cpu.PackedMatrix,
+        table: _cpu.PackedMatrix | F32,
         positions: I32 | None = None,
         position_table: F32 | None = None,
     ) -> F32:
@@ -140,7 +140,11 @@ class Tape:
 
         def backward() -> None:
             dy = self._incoming(y)
-            dx, add = self._target(source)
+            if source.is_whole and source.value.gradient is None:  # in place: nothing else needs dy
+                self._hand_on(y, source)
+                dx, add = dy, False
+            else:
+                dx, add = self._target(source)
             ops.norm_backward(
                 dy, x, weight, kind=kind, eps=eps, dweight=dweight, dbias=dbias, residual=dx if add else None, out=dx
             )
@@ -276,10 +280,11 @@ class Tape:
         losses: F32,
         *,
         rows: int,
+        bias: F32 | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        """Cross entropy of the head's logits ``x w^T``, `rows` rows at a time, with its gradients.
+        """Cross entropy of the head's logits ``x w^T + bias``, `rows` rows at a time, with its gradients.
 
         x [T, D]; labels int32 [T], -100 where a row does not count; losses float32 [T] is written; scale float32 [1]
         multiplies the gradient, not the losses. Logits never stand in memory beyond `rows` rows.
@@ -287,16 +292,18 @@ class Tape:
         ops, total = self.ops, x.shape[0]
         dx, add = self._target(self._view(x))
         assert not add, "the head is the last to use its input"
-        dw = self._gradient(w)
+        dw, db = self._gradient(w), self._gradient(bias)
         mark = self._memory.gradients.used
         memory = self._memory.gradients.take((min(rows, total), w.shape[0]))
         for first in range(0, total, rows):
             span = slice(first, min(first + rows, total))
             logits = memory[: span.stop - first]
-            ops.matmul(x[span], w, out=logits)
+            ops.matmul(x[span], w, bias, out=logits)
             ops.cross_entropy(
                 logits, labels[span], scale, z_loss=z_loss, label_smoothing=label_smoothing, loss=losses[span]
             )
+            if db is not None:
+                ops.column_sum(db, logits)
             if dw is not None:
                 ops.matmul_dw(dw, logits, x[span])
             ops.matmul_dx(logits, w, out=dx[span])
@@ -364,7 +371,7 @@ class Tape:
         return view.of(value.gradient), add
 
     def _hand_on(self, y: _View, x: _View) -> None:
-        """y is x and something: what arrives at y arrives at x, in the same memory."""
+        """y was made of x: what arrives at y becomes what arrives at x, in the same memory."""
         assert x.value.gradient is None, "the residual is used by what follows it first"
         x.value.gradient, x.value.written = y.value.gradient, list(y.value.written)
 
@@ -403,6 +410,10 @@ class _View:
     @property
     def count(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.value.array.shape
 
     def of(self, array: F32) -> F32:
         """The same view of an array that is laid out alike."""

@@ -2,7 +2,8 @@
 
 Loading is strict both ways: every weight that the model's spec needs must be there with its shape and a known dtype,
 every tensor in the files must be known, and everything wrong is reported at once. Weights are views of memory-mapped
-files: nothing is copied or converted here. Quantized weights stand beside them, to be read one at a time.
+files: nothing is converted here, and nothing copied but rows that stand in another order. Quantized weights stand
+beside them, to be read one at a time.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -24,67 +23,14 @@ from pyllm.folder import read_config, read_json, resolve
 from pyllm.quantization import MARKS, KernelForm, Quantization, QuantizedTensor, Scheme, StoredWeight, collect
 from pyllm.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
 from pyllm.spec import ModelSpec
+from pyllm.weight_names import NameTable, Place, Row
 
-__all__ = ["Checkpoint", "NameTable", "Row", "Transform", "load", "read_config", "resolve"]
+__all__ = ["Checkpoint", "load", "read_config", "resolve"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 EMBED, HEAD = "embed.weight", "head.weight"
-
-
-class Transform(Enum):
-    """How a stored matrix becomes [out, in]."""
-
-    AS_STORED = "as stored"
-    TRANSPOSED = "transposed"  # stored [in, out], as GPT-2's Conv1D does
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a family's name table; `{i}` in the names stands for the layer.
-
-    Several slots mean that the checkpoint holds them in one tensor, one after the other along the out dimension.
-    """
-
-    name: str
-    slots: tuple[str, ...]
-    transform: Transform = Transform.AS_STORED
-
-
-@dataclass(frozen=True)
-class NameTable:
-    """How a family names its weights.
-
-    `prefix` is that of the base model; files may hold it or not, and the rows are written without it. `ignored` are
-    shell-style patterns, also without prefix, of tensors that carry no weights, such as saved causal masks.
-    """
-
-    prefix: str
-    rows: tuple[Row, ...]
-    ignored: tuple[str, ...] = ()
-
-    def base_name(self, name: str) -> str:
-        """The name as the rows have it: no base prefix, no legacy endings."""
-        name = name.removeprefix(self.prefix)
-        for legacy, current in ((".gamma", ".weight"), (".beta", ".bias")):
-            if name.endswith(legacy):
-                return name.removesuffix(legacy) + current
-        return name
-
-    def is_ignored(self, base_name: str) -> bool:
-        """Whether the tensor carries no weights."""
-        return any(fnmatchcase(base_name, pattern) for pattern in self.ignored)
-
-    def expand(self, spec: ModelSpec) -> Iterator[Row]:
-        """The rows of this model: one per layer where `{i}` stands, and only those whose slots the spec has."""
-        slots = spec.slots()
-        for row in self.rows:
-            layers = range(len(spec.blocks)) if "{i}" in row.name else range(1)
-            for layer in layers:
-                named = tuple(slot.format(i=layer) for slot in row.slots)
-                if all(slot in slots for slot in named):
-                    yield replace(row, name=row.name.format(i=layer), slots=named)
 
 
 class Checkpoint:
@@ -161,17 +107,14 @@ def load(folder: Path, spec: ModelSpec, names: NameTable, quantization: Quantiza
 
 @dataclass(frozen=True)
 class _Source:
-    """A slot's place: rows `start` to `stop` of a stored tensor, seen as [out, in]."""
+    """A slot's place: these rows of a stored tensor, seen as [out, in]."""
 
     tensor: StoredTensor
-    transform: Transform
-    start: int
-    stop: int
+    row: Row
+    place: Place
 
     def read(self) -> Array:
-        stored = self.tensor.view()
-        matrix = stored.T if self.transform is Transform.TRANSPOSED else stored
-        return matrix[self.start : self.stop]
+        return self.row.oriented(self.tensor.view())[self.place]
 
     def release(self) -> None:
         self.tensor.file.release(self.tensor.name)
@@ -179,16 +122,15 @@ class _Source:
 
 @dataclass(frozen=True)
 class _QuantizedSource:
-    """A slot's place: rows `start` to `stop` of a quantized weight [out, in] of this shape."""
+    """A slot's place: these rows of a quantized weight [out, in] of this shape."""
 
     weight: StoredWeight
     scheme: Scheme
     shape: tuple[int, int]
-    start: int
-    stop: int
+    place: Place
 
     def read(self) -> QuantizedTensor:
-        return self.weight.read(self.scheme, *self.shape).rows(self.start, self.stop)
+        return self.weight.read(self.scheme, *self.shape).rows(self.place)
 
     def release(self) -> None:
         self.weight.release()
@@ -321,41 +263,32 @@ def _match(
     plain: dict[str, _Source] = {}
     quantized: dict[str, _QuantizedSource] = {}
     for row in names.expand(spec):
-        spans = _spans(row, shapes)
-        if row.name in weights and quantization is not None:
-            weight, shape = weights.pop(row.name), (spans[row.slots[-1]][1], *shapes[row.slots[0]][1:])
+        name, places = names.base_name(row.name), row.places(spec)
+        if name in weights and quantization is not None:
+            weight, shape = weights.pop(name), row.shape(spec)
             if len(shape) != 2:
                 problems.append(f"{weight.place}: expected an unquantized tensor of shape {list(shape)}")
                 continue
             scheme, wrong = weight.match(quantization, *shape)
             problems += wrong
             if scheme is not None:
-                _drop_zero_bias(row.name, found, shapes, row.slots)
-                quantized |= {slot: _QuantizedSource(weight, scheme, shape, *span) for slot, span in spans.items()}
-        elif row.name not in found:
-            problems.append(f"missing {row.name}, expected shape {list(_stored_shape(row, shapes))}")
+                _drop_zero_bias(name, found, shapes, row.slots)
+                quantized |= {slot: _QuantizedSource(weight, scheme, shape, place) for slot, place in places.items()}
+        elif name not in found:
+            problems.append(f"missing {row.name}, expected shape {list(row.stored_shape(spec))}")
         else:
-            tensor = found.pop(row.name)
-            problem = _misfit(tensor, _stored_shape(row, shapes))
+            tensor = found.pop(name)
+            problem = _misfit(tensor, row.stored_shape(spec))
             if problem is not None:
                 problems.append(f"{tensor.place}: {problem}")
                 continue
-            plain |= {slot: _Source(tensor, row.transform, *span) for slot, span in spans.items()}
+            plain |= {slot: _Source(tensor, row, place) for slot, place in places.items()}
     for place in [tensor.place for tensor in found.values()] + [weight.place for weight in weights.values()]:
         problems.append(f"{place} is not a weight of a {spec.family} model with this config"
                         + _quantized_hint(place, quantization))  # fmt: skip
     if problems:
         raise CheckpointError(listed(f"{folder}: the weights do not fit the config", problems))
     return Checkpoint(spec, plain, quantized, files)
-
-
-def _spans(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """The first and the last row, plus one, that each slot has of the row's tensor."""
-    spans, start = {}, 0
-    for slot in row.slots:
-        spans[slot] = (start, start + shapes[slot][0])
-        start += shapes[slot][0]
-    return spans
 
 
 def _drop_zero_bias(
@@ -383,14 +316,15 @@ def _resolve_tie(
     problems: list[str],
 ) -> ModelSpec:
     """Settle where a tied pair lies: under either name; under both it is one weight only if the values agree."""
-    if not spec.tied:
+    if not spec.head.tied:
         return spec
-    embed, head = (next(row.name for row in names.rows if row.slots == (slot,)) for slot in (EMBED, HEAD))
+    rows = {row.slots: names.base_name(row.name) for row in names.rows}
+    embed, head = rows[EMBED,], rows[HEAD,]
     if head in weights and embed not in found and embed not in weights:
         weights[embed] = weights.pop(head)
         return spec
     if head in weights or (head in found and embed in weights):
-        return replace(spec, tied=False)
+        return spec.untied()
     if head not in found:
         return spec
     if embed not in found:
@@ -406,7 +340,7 @@ def _resolve_tie(
     if _same_values(found[embed].view(), found[head].view()):
         del found[head]
         return spec
-    return replace(spec, tied=False)
+    return spec.untied()
 
 
 def _same_values(left: Array, right: Array, rows: int = 1024) -> bool:
@@ -415,12 +349,6 @@ def _same_values(left: Array, right: Array, rows: int = 1024) -> bool:
         np.array_equal(left[at : at + rows].astype(np.float32), right[at : at + rows].astype(np.float32), True)
         for at in range(0, len(left), rows)
     )
-
-
-def _stored_shape(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    first = shapes[row.slots[0]]
-    shape = (sum(shapes[slot][0] for slot in row.slots), *first[1:])
-    return shape[::-1] if row.transform is Transform.TRANSPOSED else shape
 
 
 def _misfit(tensor: StoredTensor, shape: tuple[int, ...]) -> str | None:

@@ -17,6 +17,7 @@ Sources = Mapping[str, str]
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa", "system"},
+    {"rope"},
     {"spec", "sampling", "chat_template", "detokenizer", "sentencepiece", "wordpiece", "tokenizer"},
     {"tensor", "device"},
     {"ops", "ops_training", "tape", "limits", "batch"},
@@ -26,6 +27,7 @@ PYTHON_LAYERS: list[set[str]] = [
         "safetensors_file",
         "safetensors_writer",
         "quantization",
+        "weight_names",
         "weights",
         "cache",
         "pooling",
@@ -69,7 +71,7 @@ PYTHON_OWNERS: dict[str, set[str]] = {
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile"}
 PRINTERS = {"cli", "__main__"}  # the only place that prints or ends the process
-MODELS_MAY_IMPORT = {"errors", "spec", "quantization", "weights", "folder", "models"}
+MODELS_MAY_IMPORT = {"errors", "rope", "spec", "quantization", "weight_names", "weights", "folder", "models"}
 
 CPU_HEADERS = ("cpu/cores.h", "cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
 CPU_SIZES = (

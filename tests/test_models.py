@@ -15,7 +15,8 @@ from oracle.transformer import forward
 
 from pyllm.errors import ConfigError
 from pyllm.models import FAMILIES, family_of, open_checkpoint, read_spec
-from pyllm.spec import Activation, ModelSpec, NormKind, RopeKind
+from pyllm.rope import RopeKind
+from pyllm.spec import Activation, ModelSpec, NormKind
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 GOLDEN_NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -62,8 +63,8 @@ def test_all_goldens_are_there() -> None:
 def test_gpt_nano_sort(shared_data: Path) -> None:
     folder = shared_data / "gpt-nano-sort"
     with open_checkpoint(folder) as model:
-        assert model.spec.learned_positions == model.spec.max_positions == 11
-        assert not model.spec.tied
+        assert model.spec.embedding.positions == model.spec.max_positions == 11
+        assert not model.spec.head.tied
         assert model.spec.eos_token_ids == ()
         assert set(model.tensors) == set(model.spec.slots())
 
@@ -72,7 +73,7 @@ def test_stories260k(shared_data: Path) -> None:
     with open_checkpoint(shared_data / "stories260K") as model:
         attention = model.spec.blocks[0].attention
         assert (attention.heads, attention.kv_heads, attention.head_dim) == (8, 4, 8)
-        assert model.spec.tied
+        assert model.spec.head.tied
         assert (model.spec.bos_token_id, model.spec.eos_token_ids) == (1, (2,))
         ids = [1]
         for _ in range(12):
@@ -89,7 +90,7 @@ def test_gpt2_config() -> None:
     assert (block.norm.kind, block.norm.eps, block.norm.bias) == (NormKind.LAYER, 1e-4, True)
     assert (block.mlp.hidden, block.mlp.activation, block.mlp.gated) == (128, Activation.GELU_TANH, False)
     assert block.attention.scale == 8**-0.5
-    assert (spec.tied, spec.learned_positions, spec.bos_token_id) == (True, 50, 3)
+    assert (spec.head.tied, spec.embedding.positions, spec.bos_token_id) == (True, 50, 3)
     assert spec.eos_token_ids == (), "the class default 50256 lies outside of this vocabulary"
 
 
@@ -118,9 +119,9 @@ def test_activations(word: str, activation: Activation) -> None:
 def test_class_defaults_for_missing_keys() -> None:
     gpt2 = read({"model_type": "gpt2"})
     assert (gpt2.vocab_size, gpt2.hidden, len(gpt2.blocks), gpt2.max_positions) == (50257, 768, 12, 1024)
-    assert (gpt2.tied, gpt2.bos_token_id, gpt2.eos_token_ids) == (True, 50256, (50256,))
+    assert (gpt2.head.tied, gpt2.bos_token_id, gpt2.eos_token_ids) == (True, 50256, (50256,))
     llama = read({"model_type": "llama"})
-    assert (llama.vocab_size, llama.hidden, llama.max_positions, llama.tied) == (32000, 4096, 2048, False)
+    assert (llama.vocab_size, llama.hidden, llama.max_positions, llama.head.tied) == (32000, 4096, 2048, False)
     assert llama.blocks[0].attention.kv_heads == 32
     assert (llama.bos_token_id, llama.eos_token_ids, llama.pad_token_id) == (1, (2,), None)
     mistral = read({"model_type": "mistral"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -198,12 +199,16 @@ def test_every_route_needs_the_key_but_health(llm: LLM) -> None:
                 {},
                 {"Authorization": "Bearer wrong"},
                 {"Authorization": "Basic right"},
+                {"Authorization": "Basic " + base64.b64encode(b"right:wrong").decode()},
                 {"X-Api-Key": "right"},
             ):
                 answer = client.request(method, path, headers=headers)
                 assert answer.status_code == (200 if path == "/health" else 401), (method, path)
                 if answer.status_code == 401:
-                    assert answer.headers["www-authenticate"] == "Bearer" and answer.headers["x-request-id"]
+                    assert answer.headers["www-authenticate"].startswith(
+                        "Basic" if answer.url.path == "/" else "Bearer"
+                    )
+                    assert answer.headers["x-request-id"]
         assert client.get("/version", headers={"Authorization": "Bearer other"}).status_code == 200
 
 
@@ -221,6 +226,7 @@ def test_clients_with_different_keys_share_no_cache(llm: LLM) -> None:
 
 def test_the_routes_are_these() -> None:
     assert sorted((route.path, *sorted(route.methods or ())) for route in ROUTES) == [
+        ("/", "GET", "HEAD"),
         ("/detokenize", "POST"),
         ("/health", "GET", "HEAD"),
         ("/metrics", "GET", "HEAD"),
@@ -257,17 +263,33 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(tiny_folder: Path, 
         assert server.log[-1]["finish_reasons"] == ["abort"]
 
 
-def test_a_failing_step_ends_its_requests_and_nothing_else(server: Running, llm: LLM) -> None:
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_failing_step_ends_its_requests_and_nothing_else(server: Running, llm: LLM, error: type[Exception]) -> None:
     step = llm.engine.step
 
     def broken() -> None:
         llm.engine.step = step  # type: ignore[method-assign]
         llm.engine._reset()
-        raise OSError("secret path /root")
+        raise error("secret path /root")
 
     llm.engine.step = broken  # type: ignore[method-assign]
     response = server.client.post("/v1/completions", json={"prompt": "once"})
     assert response.status_code == 500 and "secret" not in response.text
+    assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
+    [line] = [line for line in server.log if "secret path" in line.get("error", "")]
+    server.log.remove(line)
+    assert line["event"] == "error" and "Traceback" in line["error"]
+
+
+def test_an_error_between_steps_ends_what_runs_but_not_the_thread(server: Running, llm: LLM) -> None:
+    def broken() -> None:
+        raise RuntimeError("between steps")
+
+    with slowed(llm, 0.05), ThreadPoolExecutor(1) as other:
+        running = other.submit(server.client.post, "/v1/completions", json={"prompt": "once", "max_tokens": 50})
+        until(lambda: not llm.engine.idle)
+        server.service.engine.command(broken)
+        assert running.result(10).status_code == 500
     assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
 
 
@@ -395,3 +417,27 @@ def serve_process_with_warning(folder: Path) -> tuple[subprocess.Popen[str], lis
             break
     assert any("no --api-key" in line for line in lines)
     return process, lines
+
+
+def test_no_answer_repeats_the_host_header(server: Running) -> None:
+    response = server.client.get("/version/", headers={"Host": "elsewhere.example"})
+    assert response.status_code == 404 and "elsewhere" not in str(response.headers)
+
+
+@pytest.mark.parametrize("value", [1 << 31, 1 << 63, 1 << 70, 10**400])
+@pytest.mark.parametrize(
+    "field", ["top_k", "min_tokens", "seed", "stop_token_ids", "allowed_token_ids", "logit_bias", "temperature"]
+)
+def test_huge_numbers_never_are_a_failure_of_the_server(server: Running, field: str, value: int) -> None:
+    given = {"stop_token_ids": [value], "allowed_token_ids": [value], "logit_bias": {str(value): 1.0}}.get(field, value)
+    body = {"prompt": "hello", "max_tokens": 2, field: given}
+    response = server.client.post("/v1/completions", json=body)
+    assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', '{"a": NaN}', '{"a": ' + "[" * 900 + "]" * 900 + "}"])
+def test_odd_arguments_of_earlier_calls_are_never_a_failure_of_the_server(server: Running, arguments: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, *HELLO]
+    response = server.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
+    assert response.status_code in (200, 400), response.text

@@ -11,16 +11,17 @@ import pytest
 
 from pyllm.errors import ConfigError
 from pyllm.models.shared import NEEDED, OF_KIND
+from pyllm.rope import RopeKind, RopeSpec
 from pyllm.spec import (
     Activation,
     AttentionSpec,
     BlockSpec,
+    EmbeddingSpec,
+    HeadSpec,
     MlpSpec,
     ModelSpec,
     NormKind,
     NormSpec,
-    RopeKind,
-    RopeSpec,
 )
 
 RMS = NormSpec(NormKind.RMS, 1e-6, bias=False)
@@ -49,7 +50,9 @@ def test_slots_of_a_plain_model_with_biases_and_positions() -> None:
     norm = NormSpec(NormKind.LAYER, 1e-5, bias=True)
     attention = AttentionSpec(heads=2, kv_heads=2, head_dim=8, scale=1.0, qkv_bias=True, out_bias=True)
     block = BlockSpec(norm, attention, MlpSpec(20, Activation.RELU, gated=False, bias=True))
-    slots = ModelSpec("gpt2", 11, 16, (block,), norm, max_positions=9, learned_positions=9, tied=True).slots()
+    slots = ModelSpec(
+        "gpt2", 11, 16, (block,), norm, max_positions=9, embedding=EmbeddingSpec(positions=9), head=HeadSpec(tied=True)
+    ).slots()
     assert slots["positions.weight"] == (9, 16)
     assert slots["blocks.0.attn.q.bias"] == (16,)
     assert slots["blocks.0.mlp.up.bias"] == (20,)
@@ -65,7 +68,7 @@ def test_slots_of_a_plain_model_with_biases_and_positions() -> None:
         (MODEL, {"hidden": -1}),
         (MODEL, {"blocks": ()}),
         (MODEL, {"max_positions": 0}),
-        (MODEL, {"learned_positions": 31}),
+        (MODEL, {"embedding": EmbeddingSpec(positions=31)}),
         (MODEL, {"rope": RopeSpec(dim=8)}),
         (ATTENTION, {"heads": 0}),
         (ATTENTION, {"kv_heads": 3}),

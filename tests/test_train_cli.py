@@ -112,7 +112,7 @@ def test_a_new_model_learns_and_is_an_ordinary_folder(home: Path) -> None:
     assert len(rows) == 1 + 30 + 3
     llm = LLM(home / "learn" / "last")
     assert llm.generate(["Once upon a"], max_tokens=4)[0].outputs[0].text
-    assert llm.spec.tied
+    assert llm.spec.head.tied
     kept = json.loads((home / "learn" / "run.json").read_text())
     assert kept["learning_rate"] == 0.01 and kept["data"] == ["a.jsonl"]
 

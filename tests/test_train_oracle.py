@@ -18,7 +18,6 @@ from pyllm.ops_training import TrainingOps
 from pyllm.train import TrainConfig, Trainer, learning_rate
 from pyllm.train.parameters import Parameters, load_values
 from pyllm.train.step import IGNORED
-from pyllm.weights import HEAD, Transform
 
 MODELS = ["gpt2", "llama", "llama-tied-biased", "qwen3"]
 VOCAB = 67
@@ -64,13 +63,8 @@ def by_slot(folder: Path, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
     """Arrays under the checkpoint's names as slots, [out, in]."""
     spec, names, found = read_spec(folder), family_of(read_config(folder)).names, {}
     for row in names.expand(spec):
-        values = tensors[row.name if row.slots == (HEAD,) else names.prefix + row.name]
-        values = values.T if row.transform is Transform.TRANSPOSED else values
-        start = 0
-        for slot in row.slots:
-            rows = spec.slots()[slot][0]
-            found[slot] = values[start : start + rows]
-            start += rows
+        values = row.oriented(tensors[row.name])
+        found |= {slot: values[place] for slot, place in row.places(spec).items()}
     return found
 
 

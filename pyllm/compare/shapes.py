@@ -132,10 +132,4 @@ def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Pat
 
 def stored_shapes(family: Family, spec: ModelSpec) -> dict[str, list[int]]:
     """Tensor names and shapes as a checkpoint of this family stores them."""
-    slots = spec.slots()
-    shapes = {}
-    for row in family.names.expand(spec):
-        first = slots[row.slots[0]]
-        shape = [sum(slots[slot][0] for slot in row.slots), *first[1:]]
-        shapes[family.names.prefix + row.name] = shape[::-1] if row.transform.name == "TRANSPOSED" else shape
-    return shapes
+    return {row.name: list(row.stored_shape(spec)) for row in family.names.expand(spec)}

@@ -16,7 +16,7 @@ from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.errors import NonFiniteError
 from pyllm.model import Model
 from pyllm.ops import F32, Ops
-from pyllm.packed import ModelWeights, pack_weights
+from pyllm.packed import matrices_of, pack_weights
 from pyllm.planning import plan_memory
 from pyllm.weights import Checkpoint
 
@@ -65,18 +65,12 @@ def mean_squares(
         sequence.leave(pool)
         if progress:
             progress(min(at + window, len(tokens)) / len(tokens))
-    means = {slot: (ops.squares[id(w)] / ops.rows[id(w)]).astype(np.float32) for slot, w in _matrices(weights).items()}
+    means: dict[str, F32] = {}
+    for parts in matrices_of(checkpoint.spec):
+        if parts.name.startswith("blocks."):
+            key = id(weights.matrices[parts.name])
+            means |= dict.fromkeys(parts.all_slots, (ops.squares[key] / ops.rows[key]).astype(np.float32))
     for slot, mean in means.items():
         if not np.all(np.isfinite(mean)):
             raise NonFiniteError(f"the inputs of {slot} are no longer numbers on the calibration text")
     return means
-
-
-def _matrices(weights: ModelWeights) -> dict[str, _cpu.PackedMatrix]:
-    """The matrix that each slot of a block is part of."""
-    found: dict[str, _cpu.PackedMatrix] = {}
-    for i, block in enumerate(weights.blocks):
-        parts = {"attn.q": block.qkv, "attn.k": block.qkv, "attn.v": block.qkv, "attn.o": block.out}
-        parts |= {"mlp.gate": block.up, "mlp.up": block.up, "mlp.down": block.down}
-        found |= {f"blocks.{i}.{name}.weight": matrix for name, matrix in parts.items()}
-    return found

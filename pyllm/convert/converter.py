@@ -25,7 +25,8 @@ from pyllm.quantization import Layout, Scheme
 from pyllm.quantization.rounding import RoundingError, quantize
 from pyllm.safetensors_writer import SafetensorsWriter, Shape
 from pyllm.tokenizer import Tokenizer
-from pyllm.weights import HEAD, INDEX_FILE, SINGLE_FILE, Checkpoint, Row, resolve
+from pyllm.weight_names import Row
+from pyllm.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, resolve
 
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = {"int8": (0, 32, 64, 128), "int4": (64, 32, 128)}  # the default first; 0: one scale for each output
@@ -94,10 +95,9 @@ def convert(
         raise ConfigError(f"{folder} is quantized already: convert the model that it was made of")
     threads = threads if threads is not None else default_threads()
     with open_checkpoint(folder) as checkpoint:
-        names = family_of(config).names
-        rows = names.expand(checkpoint.spec)
+        rows = family_of(config).names.expand(checkpoint.spec)
         scheme = Scheme(Layout.PACK_QUANTIZED, BITS[quantization], size)
-        plan = _with_schemes([_planned(row, names.prefix, checkpoint) for row in rows], scheme, skip)
+        plan = _with_schemes([_planned(row, checkpoint) for row in rows], scheme, skip)
         importance: dict[str, F32] = {}
         if calibration is not None:
             importance = _importance(folder, checkpoint, calibration, threads, _part(progress, 0, 0.5))
@@ -118,14 +118,13 @@ class _Item:
     """One weight of the new folder. With a scheme it becomes integers, else it stays as it is `stored`."""
 
     row: Row
-    name: str
     stored: Shape
     shape: tuple[int, ...]  # [out, in] of a matrix
     scheme: Scheme | None = None
 
     @property
     def module(self) -> str:
-        return self.name.rpartition(".")[0]
+        return self.row.name.rpartition(".")[0]
 
     @property
     def is_matrix(self) -> bool:
@@ -135,7 +134,7 @@ class _Item:
     @property
     def tensors(self) -> dict[str, Shape]:
         if self.scheme is None:
-            return {self.name: self.stored}
+            return {self.row.name: self.stored}
         parts = layout.part_shapes(self.scheme, self.shape[0], self.shape[1], self.stored.dtype)
         return {f"{self.module}.{part}": shape for part, shape in parts.items()}
 
@@ -144,12 +143,9 @@ class _Item:
         return sum(shape.nbytes for shape in self.tensors.values())
 
 
-def _planned(row: Row, prefix: str, checkpoint: Checkpoint) -> _Item:
-    slots = checkpoint.spec.slots()
+def _planned(row: Row, checkpoint: Checkpoint) -> _Item:
     array = checkpoint.stored(row.slots[0])
-    shape = (sum(slots[slot][0] for slot in row.slots), *slots[row.slots[0]][1:])
-    name = row.name if row.slots == (HEAD,) else prefix + row.name
-    return _Item(row, name, Shape(array.dtype, array.shape), shape)
+    return _Item(row, Shape(array.dtype, array.shape), row.shape(checkpoint.spec))
 
 
 def _with_schemes(plan: list[_Item], scheme: Scheme, skip: Sequence[str]) -> list[_Item]:
@@ -208,7 +204,7 @@ def _write_weights(
         with SafetensorsWriter(folder / name, shapes) as writer:
             for item in items:
                 if item.scheme is None:
-                    writer.write(item.name, checkpoint.stored(item.row.slots[0]))
+                    writer.write(item.row.name, checkpoint.stored(item.row.slots[0]))
                 else:
                     errors[item.module] = _write_quantized(writer, item, item.scheme, checkpoint, importance, threads)
                 for slot in item.row.slots:
@@ -233,10 +229,9 @@ def _write_quantized(
     threads: int,
 ) -> RoundingError:
     slots = item.row.slots
-    parts = [checkpoint.tensors[slot] for slot in slots]
-    weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    weight = item.row.join([checkpoint.tensors[slot] for slot in slots], checkpoint.spec)
     if not np.all(np.isfinite(weight)):
-        raise CheckpointError(f"{item.name}: expected finite numbers, found NaN or infinity")
+        raise CheckpointError(f"{item.row.name}: expected finite numbers, found NaN or infinity")
     tensor, error = quantize(
         weight, scheme.bits, scheme.group_size, item.stored.dtype, importance.get(slots[0]), threads
     )

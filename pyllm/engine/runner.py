@@ -142,7 +142,8 @@ class Runner:
 
     def final_states(self, x: F32) -> F32:
         """Rows [R, D] of the residual stream after the final norm, in memory of their own."""
-        return self.model.final_norm(self.ops, x)
+        states = self.model.final_norm(self.ops, x)
+        return states.copy() if states is x else states
 
     def last_logits(self, plan: Seq[Work], x: F32) -> F32:
         """Logits [n, V] of the works that reach their sequence's end, in order: at its last token and its drafts."""
@@ -240,7 +241,9 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
     angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
-    return padded(spec.hidden) + angles + max(block(b) for b in spec.blocks) + 2 * padded(spec.hidden, rows)
+    projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
+    head = 2 * padded(spec.hidden, rows)
+    return padded(spec.hidden) + projected + angles + max(block(b) for b in spec.blocks) + head
 
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllm.spec import ModelSpec
-from pyllm.weights import NameTable
+from pyllm.weight_names import NameTable
 
 
 @dataclass(frozen=True)

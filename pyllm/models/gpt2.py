@@ -8,8 +8,8 @@ from typing import Any
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
 from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
-from pyllm.weights import NameTable, Row, Transform
+from pyllm.spec import AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
+from pyllm.weight_names import NameTable, Row, Transform, linear
 
 
 def read(config: Mapping[str, Any]) -> ModelSpec:
@@ -53,33 +53,26 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         blocks=tuple(block(layer) for layer in range(layers)),
         final_norm=norm,
         max_positions=positions,
-        learned_positions=positions,
-        tied=tied,
+        embedding=EmbeddingSpec(positions=positions),
+        head=HeadSpec(tied=tied),
         dtype=dtype,
         **tokens,  # type: ignore[arg-type]
     )
 
 
-def _pair(name: str, *slots: str, transform: Transform = Transform.AS_STORED) -> tuple[Row, Row]:
-    return (
-        Row(f"{name}.weight", tuple(f"{slot}.weight" for slot in slots), transform),
-        Row(f"{name}.bias", tuple(f"{slot}.bias" for slot in slots)),
-    )
-
-
-_ATTENTION, _MLP = "blocks.{i}.attn", "blocks.{i}.mlp"
+_AT, _BLOCK = "transformer.h.{i}", "blocks.{i}"
 NAMES = NameTable(
     prefix="transformer.",
     rows=(
-        Row("wte.weight", ("embed.weight",)),
-        Row("wpe.weight", ("positions.weight",)),
-        *_pair("h.{i}.ln_1", "blocks.{i}.attn_norm"),
-        *_pair("h.{i}.attn.c_attn", *(f"{_ATTENTION}.{part}" for part in "qkv"), transform=Transform.TRANSPOSED),
-        *_pair("h.{i}.attn.c_proj", f"{_ATTENTION}.o", transform=Transform.TRANSPOSED),
-        *_pair("h.{i}.ln_2", "blocks.{i}.mlp_norm"),
-        *_pair("h.{i}.mlp.c_fc", f"{_MLP}.up", transform=Transform.TRANSPOSED),
-        *_pair("h.{i}.mlp.c_proj", f"{_MLP}.down", transform=Transform.TRANSPOSED),
-        *_pair("ln_f", "final_norm"),
+        Row("transformer.wte.weight", ("embed.weight",)),
+        Row("transformer.wpe.weight", ("positions.weight",)),
+        *linear(f"{_AT}.ln_1", f"{_BLOCK}.attn_norm"),
+        *linear(f"{_AT}.attn.c_attn", *(f"{_BLOCK}.attn.{part}" for part in "qkv"), transform=Transform.TRANSPOSED),
+        *linear(f"{_AT}.attn.c_proj", f"{_BLOCK}.attn.o", transform=Transform.TRANSPOSED),
+        *linear(f"{_AT}.ln_2", f"{_BLOCK}.mlp_norm"),
+        *linear(f"{_AT}.mlp.c_fc", f"{_BLOCK}.mlp.up", transform=Transform.TRANSPOSED),
+        *linear(f"{_AT}.mlp.c_proj", f"{_BLOCK}.mlp.down", transform=Transform.TRANSPOSED),
+        *linear("transformer.ln_f", "final_norm"),
         Row("lm_head.weight", ("head.weight",)),
     ),
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias", "multiple_choice_head.*"),

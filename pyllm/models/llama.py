@@ -19,8 +19,8 @@ from pyllm.models.shared import (
     read_layer_windows,
     read_rope,
 )
-from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec
-from pyllm.weights import NameTable, Row
+from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
+from pyllm.weight_names import NameTable, Row, linear
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         final_norm=norm,
         max_positions=rope.stretched_positions,
         rope=rope,
-        tied=tied,
+        head=HeadSpec(tied=tied),
         dtype=dtype,
         **tokens,  # type: ignore[arg-type]
     )
@@ -152,14 +152,14 @@ _NORMS = {
 NAMES = NameTable(
     prefix="model.",
     rows=(
-        Row("embed_tokens.weight", ("embed.weight",)),
-        *(Row(f"layers.{{i}}.{name}.weight", (f"blocks.{{i}}.{slot}.weight",)) for name, slot in _NORMS.items()),
+        Row("model.embed_tokens.weight", ("embed.weight",)),
+        *(Row(f"model.layers.{{i}}.{name}.weight", (f"blocks.{{i}}.{slot}.weight",)) for name, slot in _NORMS.items()),
         *(
-            Row(f"layers.{{i}}.{name}.{kind}", (f"blocks.{{i}}.{slot}.{kind}",))
+            row
             for name, slot in _LINEARS.items()
-            for kind in ("weight", "bias")
+            for row in linear(f"model.layers.{{i}}.{name}", f"blocks.{{i}}.{slot}")
         ),
-        Row("norm.weight", ("final_norm.weight",)),
+        Row("model.norm.weight", ("final_norm.weight",)),
         Row("lm_head.weight", ("head.weight",)),
     ),
     ignored=("*rotary_emb.inv_freq",),

@@ -6,7 +6,8 @@ from typing import Any
 
 from pyllm.errors import ConfigError
 from pyllm.models.config_reader import MAX_SIZE, ConfigReader
-from pyllm.spec import Activation, RopeKind, RopeSpec
+from pyllm.rope import RopeKind, RopeSpec
+from pyllm.spec import Activation
 
 # Spellings of one size, of which a config uses any.
 HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")

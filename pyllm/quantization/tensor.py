@@ -65,10 +65,10 @@ class QuantizedTensor:
         """(N, K)."""
         return self.values.shape[0], self.inputs
 
-    def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Outputs `start` to `stop`, as views."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        return replace(self, values=self.values[start:stop], scales=self.scales[start:stop], zeros=zeros)
+    def rows(self, place: slice | NDArray[np.intp]) -> QuantizedTensor:
+        """These outputs: views where they are a slice."""
+        zeros = None if self.zeros is None else self.zeros[place]
+        return replace(self, values=self.values[place], scales=self.scales[place], zeros=zeros)
 
     def dequantize(self) -> F32:
         """The weight, float32 [N, K]: exact for scales of 16 bits, else rounded once."""

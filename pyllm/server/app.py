@@ -18,10 +18,12 @@ from pyllm.server.connection import error_reply
 from pyllm.server.embeddings import embeddings
 from pyllm.server.errors import ApiError
 from pyllm.server.middleware import Crowd, Front, Keys
+from pyllm.server.page import page
 from pyllm.server.service import Service
 from pyllm.server.texts import detokenize, health, metrics, model, models, tokenize, version
 
 ROUTES = [
+    Route("/", page, methods=["GET"]),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat, methods=["POST"]),
     Route("/v1/embeddings", embeddings, methods=["POST"]),
@@ -50,6 +52,7 @@ def make_app(service: Service) -> Starlette:
         exception_handlers={HTTPException: _no_route, ApiError: _error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a redirect would repeat the client's Host header
     app.state.service = service
     return app
 

@@ -13,14 +13,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from traceback import format_exception
+from typing import Any
 
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
 from pyllm.pooling import Pooling
 from pyllm.sampling import SamplingParams
-from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error
+from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error, internal_error
 
 
 @dataclass(frozen=True)
@@ -129,15 +132,22 @@ class EngineThread:
     """Runs the engine of `llm`, which must not be used from elsewhere meanwhile but for what needs no step.
 
     At most `max_waiting` completions wait beside those that run. `on_end` is called in the event loop for every
-    generation that ended. When a step fails, what was running ends with an error, and the loop goes on.
+    generation that ended. When a step fails, what was running ends with an error, `log` gets a line with the
+    traceback, and the loop goes on.
     """
 
-    def __init__(self, llm: LLM, max_waiting: int, on_end: Callable[[Generation], None] | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        max_waiting: int,
+        on_end: Callable[[Generation], None] | None = None,
+        log: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.llm = llm
         self.capacity = llm.engine.scheduler.max_sequences + max_waiting
         self.open = 0  # completions admitted and not ended; the event loop's
         self.steps = 0
-        self._on_end = on_end
+        self._on_end, self._log = on_end, log
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -224,28 +234,43 @@ class EngineThread:
         self._end(generation)
 
     def _run(self) -> None:
-        engine = self.llm.engine
         while not self._stopping:
-            self._wake.clear()
-            while self._commands:
-                self._commands.popleft()()
-            if engine.idle:
-                self._tell()
-                self._wake.wait()
-                continue
             try:
-                with self.llm.lock:
-                    engine.step()
-                self.steps += 1
+                self._turn()
             except Exception as error:
-                for generation in list(self._live):
-                    self.cancel(generation, api_error(error))
-            self._collect()
-            self._tell()
+                self._fail(error)
         for generation in list(self._live):
             self.cancel(generation, _stopped())
         while self._commands:  # requests that came too late are told so
             self._commands.popleft()()
+        self._tell()
+
+    def _turn(self) -> None:
+        self._wake.clear()
+        while self._commands:
+            self._commands.popleft()()
+        if self.llm.engine.idle:
+            self._tell()
+            self._wake.wait()
+            return
+        with self.llm.lock:
+            self.llm.engine.step()
+        self.steps += 1
+        self._collect()
+        self._tell()
+
+    def _fail(self, error: Exception) -> None:
+        """Something that is no request's fault went wrong: everything that runs ends, and the log says why."""
+        if self._log is not None and self._loop is not None:
+            line = {"time": round(time.time(), 3), "event": "error", "error": "".join(format_exception(error))}
+            self._loop.call_soon_threadsafe(self._log, line)
+        answer = internal_error(error)
+        for generation in list(self._live):
+            generation.error = answer
+            with suppress(Exception), self.llm.lock:
+                for request in generation.requests:
+                    self.llm.engine.abort(request)
+            self._end(generation)
         self._tell()
 
     def _begin(self, generation: Generation) -> None:

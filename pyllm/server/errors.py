@@ -46,7 +46,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (MemoryError, InsufficientMemoryError)):
-        return ApiError(503, "the server is out of memory: try again later", retry_after=RETRY_SECONDS)
+        return internal_error(error)
     if isinstance(error, (ValueError, TypeError)):
         param, colon, _ = str(error).partition(":")
         return ApiError(400, str(error), param=param if colon and param.isidentifier() else None)
@@ -54,4 +54,11 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(500, str(error), code="non_finite")
     if isinstance(error, PyllmError):
         return ApiError(400, str(error))
+    return internal_error(error)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """The answer to requests that ended with an error which is not theirs."""
+    if isinstance(error, (MemoryError, InsufficientMemoryError)):
+        return ApiError(503, "the server is out of memory: try again later", retry_after=RETRY_SECONDS)
     return ApiError(500, "internal error: the server's log says more", code="internal_error")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 import re
 import secrets
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,7 +87,11 @@ def _line(scope: Scope, name: bytes, status: int, seconds: float) -> dict[str, A
 
 
 class Keys:
-    """Answers 401 to whoever has no key, before anything else is looked at; `/health` is for everyone."""
+    """Answers 401 to whoever has no key, before anything else is looked at; `/health` is for everyone.
+
+    Programs send it as ``Bearer KEY``. A browser that opens the page asks its user for a name, which is anything, and a
+    password, which is the key (RFC 7617), and sends both with all that the page asks for.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.keys = app, service.keys
@@ -93,17 +100,29 @@ class Keys:
         """One request."""
         if scope["type"] == "http" and self.keys and scope["path"] != OPEN_PATH:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, key = given.partition(b" ")
-            key = key.strip() if scheme.lower() == b"bearer" else b""
+            key = _key_in(given)
             known = False
             for own in self.keys:  # all of them, so that time tells nothing
                 known |= hmac.compare_digest(own, key)
             if not known:
                 message = "expected a valid API key: Authorization: Bearer KEY"
-                await error_reply(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+                answer = error_reply(ApiError(401, message, code="invalid_api_key"))
+                if scope["path"] == "/":
+                    answer.headers["WWW-Authenticate"] = 'Basic realm="pyllm", charset="UTF-8"'
+                await answer(scope, receive, send)
                 return
             scope["pyllm.key"] = key
         await self.app(scope, receive, send)
+
+
+def _key_in(authorization: bytes) -> bytes:
+    scheme, _, value = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() == b"basic":
+        with suppress(binascii.Error):
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    return b""
 
 
 class Crowd:

@@ -21,7 +21,7 @@ from pyllm.server.tools import format_of
 
 T = TypeVar("T")
 Log = Callable[[dict[str, Any]], None]
-_AT_ONCE = 4096  # characters that are tokenized or rendered in the event loop itself; longer ones in a thread
+_AT_ONCE = 4096  # characters or tokens that are worked on in the event loop itself; more of them in a thread
 
 
 class Service:
@@ -41,7 +41,7 @@ class Service:
         self.embedding = embedding  # None: the model is not for embeddings
         self.created = int(time.time())
         self.metrics = Metrics(llm.engine, model)
-        self.engine = EngineThread(llm, limits.max_queue, self.metrics.ended)
+        self.engine = EngineThread(llm, limits.max_queue, self.metrics.ended, log)
         own = llm.tokenizer.chat_template if llm.tokenizer is not None else None
         self.template = llm.chat_template if llm.chat_template is not None else own
         self.tool_format = format_of(self.template)
@@ -74,6 +74,10 @@ class Service:
             return self._checked(field, Prompt(await self.encode(given), given))
         return self._checked(field, Prompt(given))
 
+    async def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        return await _aside(len(ids), lambda: self.llm.decode(ids, skip_special_tokens=False))
+
     async def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Prompt:
         """What the chat template makes of a conversation. Raises `ApiError` 400."""
         if self.template is None:
@@ -82,7 +86,9 @@ class Service:
             raise refused(
                 "tools", "the chat template of this model asks for tool calls in no known format, so none can be read"
             )
-        size = sum(len(message["content"]) + 1 for message in messages) + (_AT_ONCE if tools else 0)
+        values = [value for message in messages for value in message.values()]
+        size = sum(len(value) if isinstance(value, str) else _AT_ONCE for value in values)  # calls are of any size
+        size += _AT_ONCE if tools else 0
         try:
             made = await _aside(size, lambda: self.llm.chat_prompt(messages, tools=tools))
         except PyllmError as error:

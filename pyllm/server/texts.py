@@ -36,7 +36,7 @@ async def detokenize(request: Request) -> Response:
     for index, token in enumerate(body.tokens):
         if not 0 <= token < vocabulary:
             raise refused(f"tokens[{index}]", f"expected an id in [0, {vocabulary}), got {token}")
-    return reply({"prompt": service.llm.decode(body.tokens, skip_special_tokens=False)})
+    return reply({"prompt": await service.decode(body.tokens)})
 
 
 async def models(request: Request) -> Response:

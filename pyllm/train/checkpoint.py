@@ -27,7 +27,7 @@ from pyllm.models import family_of, open_checkpoint
 from pyllm.safetensors_file import SafetensorsFile
 from pyllm.safetensors_writer import SafetensorsWriter, Shape
 from pyllm.train.parameters import Parameters, load_values
-from pyllm.weights import HEAD, SINGLE_FILE, Row, Transform
+from pyllm.weights import SINGLE_FILE
 
 LAST, BEST = "last", "best"
 STATE_FILE, MOMENTS_FILE = "training_state.json", "training_state.safetensors"
@@ -59,13 +59,12 @@ def save_model(
     kept = {name: value for name, value in config.items() if name not in ("torch_dtype", "quantization_config")}
     _write_json(folder / "config.json", {**kept, "dtype": str(np.dtype(dtype))})
     names, spec = family_of(config).names, parameters.spec
-    rows = {row.name if row.slots == (HEAD,) else names.prefix + row.name: row for row in names.expand(spec)}
-    slots = spec.slots()
-    shapes = {name: Shape(np.dtype(dtype), _stored_shape(row, slots)) for name, row in rows.items()}
+    rows = list(names.expand(spec))
+    shapes = {row.name: Shape(np.dtype(dtype), row.stored_shape(spec)) for row in rows}
     with SafetensorsWriter(folder / SINGLE_FILE, shapes) as writer:
-        for name, row in rows.items():
-            values = np.concatenate([parameters.get(slot) for slot in row.slots])
-            writer.write(name, (values.T if row.transform is Transform.TRANSPOSED else values).astype(dtype))
+        for row in rows:
+            values = row.join([parameters.get(slot) for slot in row.slots], spec)
+            writer.write(row.name, row.oriented(values).astype(dtype))
     for path in sorted(tokenizer.iterdir()) if tokenizer is not None else []:
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FROM_TOKENIZER):
             shutil.copyfile(path, folder / path.name)
@@ -169,11 +168,6 @@ def _remove(folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     folder.rename(partial)
     shutil.rmtree(partial)
-
-
-def _stored_shape(row: Row, slots: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    shape = (sum(slots[slot][0] for slot in row.slots), *slots[row.slots[0]][1:])
-    return shape[::-1] if row.transform is Transform.TRANSPOSED else shape
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

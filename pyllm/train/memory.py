@@ -9,7 +9,7 @@ from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.runner import arena_floats
 from pyllm.errors import InsufficientMemoryError
 from pyllm.planning import GB, SPARE
-from pyllm.spec import BlockSpec, ModelSpec
+from pyllm.spec import BlockSpec, ModelSpec, Placement
 from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 
@@ -87,7 +87,7 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
     layout = layout_of(spec)
     weights = 4 * layout.size
     if shape.dtype != "float32":
-        weights += sum(_cpu.packed_bytes(m.n, m.k, shape.dtype, m.gate is not None) for m in layout.matrices)
+        weights += sum(_cpu.packed_bytes(m.n, m.k, shape.dtype, m.gated) for m in layout.matrices)
     return TrainPlan(
         spec=spec,
         shape=shape,
@@ -103,7 +103,7 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
 
 def _scratch(spec: ModelSpec, shape: StepShape) -> int:
     """Bytes of the kernels' scratch memory, nearly: that of the widest matrix, and a quarter more."""
-    widest = max(m.n * (2 if m.gate is not None else 1) for m in layout_of(spec).matrices)
+    widest = max(m.n * (2 if m.gated else 1) for m in layout_of(spec).matrices)
     return 5 * min(shape.tokens, SCRATCH_ROWS) * min(widest, SCRATCH_COLUMNS)
 
 
@@ -147,30 +147,60 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     width = floats(spec.hidden)
     branch = width if shape.dropout else 0
 
-    def attention(b: BlockSpec) -> tuple[int, int]:
-        """Values and gradients."""
+    def attention(b: BlockSpec) -> _Part:
         a = b.attention
         queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
         normed = floats(queries) + floats(keys) if a.qk_norm is not None else 0
         qkv = floats(queries + 2 * keys)
-        return (
-            width + qkv + normed + floats(queries) + floats(a.heads) + branch,
-            branch + floats(queries) + qkv + normed + width,
+        return _Part(
+            qkv + normed + floats(queries) + floats(a.heads) + branch,
+            branch + floats(queries) + qkv + normed,
         )
 
-    def mlp(b: BlockSpec) -> tuple[int, int]:
+    def mlp(b: BlockSpec) -> _Part:
         inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
-        return width + inner + pre + branch, branch + inner + width
+        return _Part(inner + pre + branch, branch + inner)
 
-    parts = [part(b) for b in spec.blocks for part in (attention, mlp)]
+    def parts(b: BlockSpec) -> list[_Part]:
+        """With the norms before them."""
+        norm, first, second = _Part(width, width), attention(b), mlp(b)
+        if b.placement is Placement.POST:
+            return [first, second]
+        if b.placement is Placement.SHARED:
+            return [norm + first + second]
+        if b.placement is Placement.PARALLEL:
+            return [norm + norm + first + second]
+        return [norm + first, norm + second]
+
+    def streams(b: BlockSpec) -> int:
+        """States of the residual stream that it makes, norms behind its parts included."""
+        return 4 if b.placement is Placement.POST else 2
+
+    each = [part for b in spec.blocks for part in parts(b)]
+    table = floats(spec.table_width)
+    projected = spec.embedding.width is not None
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
-    kept = width + angles + width * len(parts) + width
-    values = [value for value, _ in parts]
+    embedded = width + (table + branch + (width if spec.embedding.positions else 0) if projected else 0)
+    head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
+    kept = embedded + angles + width * sum(streams(b) for b in spec.blocks) + head
     rows = head_rows(spec, tokens)
     logits = floats(spec.vocab_size, rows)
+    stream = table + (width if projected else 0)  # the gradient of the stream, and of what the head is given
+    inside = max(max(part.gradients for part in each), table + branch if projected else 0)
     return StepFloats(
-        kept=kept + (0 if shape.checkpoint_activations else sum(values)),
-        part=max(values) if shape.checkpoint_activations else 0,
-        gradients=width + max(logits, width + max(gradient for _, gradient in parts)),
+        kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
+        part=max(part.values for part in each) if shape.checkpoint_activations else 0,
+        gradients=max(table + logits, stream + inside),
         evaluation=arena_floats(spec, tokens, tokens) + logits,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Floats of what is computed together: values and gradients."""
+
+    values: int
+    gradients: int
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.values + other.values, self.gradients + other.gradients)

@@ -18,23 +18,31 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.ops import F32, F64
 from pyllm.ops_training import TrainingOps
-from pyllm.packed import BlockWeights, ModelWeights, NormWeights
-from pyllm.spec import BlockSpec, ModelSpec
+from pyllm.packed import MatrixParts, assemble, matrices_of
+from pyllm.spec import ModelSpec
 
 ALIGN = 16  # floats between the beginnings of vectors: 64 bytes
 
 
 @dataclass(frozen=True)
 class MatrixPlace:
-    """A matrix of the model [n, k], where it stands in the buffers, and the slots that are stacked in it."""
+    """A matrix of the model, [n, k] in each part, and where it stands in the buffers."""
 
-    name: str
+    parts: MatrixParts
     n: int
     k: int
-    gate: str | None  # slot of the gate, which makes it a matrix of two parts
-    slots: tuple[str, ...]
     start: int
     stop: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether it is a matrix of two parts, the gate and the rest."""
+        return self.parts.gate is not None
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """All slots in it, that of the gate first."""
+        return self.parts.all_slots
 
 
 @dataclass(frozen=True)
@@ -68,26 +76,14 @@ def layout_of(spec: ModelSpec) -> Layout:
     matrices: list[MatrixPlace] = []
     at = 0
 
-    def matrix(name: str, *parts: str, gate: str | None = None) -> None:
-        nonlocal at
-        names = tuple(f"{part}.weight" for part in parts)
-        n, k = sum(slots[slot][0] for slot in names), slots[names[0]][1]
-        size = _cpu.packed_bytes(n, k, "float32", gate is not None) // 4
-        matrices.append(MatrixPlace(name, n, k, f"{gate}.weight" if gate else None, names, at, at + size))
+    for parts in matrices_of(spec):
+        n, k = parts.shape(spec)
+        size = _cpu.packed_bytes(n, k, "float32", parts.gate is not None) // 4
+        matrices.append(MatrixPlace(parts, n, k, at, at + size))
         at += size
-
-    matrix("embed", "embed")
-    for i, block in enumerate(spec.blocks):
-        here = f"blocks.{i}"
-        matrix(f"{here}.qkv", *(f"{here}.attn.{part}" for part in "qkv"))
-        matrix(f"{here}.out", f"{here}.attn.o")
-        matrix(f"{here}.up", f"{here}.mlp.up", gate=f"{here}.mlp.gate" if block.mlp.gated else None)
-        matrix(f"{here}.down", f"{here}.mlp.down")
-    if not spec.tied:
-        matrix("head", "head")
     end = at
     vectors: list[VectorPlace] = []
-    placed = {slot for m in matrices for slot in (*m.slots, m.gate)}
+    placed = {slot for m in matrices for slot in m.slots}
     for slot in slots:
         if slot in placed:
             continue
@@ -115,12 +111,17 @@ class Parameters:
         self.weights, self.gradients, self.first_moment, self.second_moment = (
             _cpu.allocate(4 * size).view(np.float32) for _ in range(4)
         )
-        self._packed: dict[str, _Matrix] = {m.name: self._matrix(m) for m in self.layout.matrices}
+        self._packed: dict[str, _Matrix] = {m.parts.name: self._matrix(m) for m in self.layout.matrices}
         self._vectors = {v.slots[0]: self._vector(v) for v in self.layout.vectors}
-        self.model_weights = self._model_weights()
+        self.model_weights = assemble(
+            spec, compute, lambda parts: self._packed[parts.name].weight, lambda *slots: self._vector_of(slots[0])
+        )
         # By identity, as the tape meets them in the model; their gradients.
         self.gradient_of: dict[int, Any] = {id(m.weight): m.gradient for m in self._packed.values()}
         self.gradient_of |= {id(weight): gradient for weight, gradient in self._vectors.values()}
+        if self.model_weights.positions is not None:
+            gradient = self._vectors["positions.weight"][1]
+            self.gradient_of[id(self.model_weights.positions)] = gradient[spec.embedding.position_offset :]
 
     @property
     def nbytes(self) -> int:
@@ -136,8 +137,8 @@ class Parameters:
             flat = self._vectors[place.slots[0]][0]
             flat[start : start + len(values)] = values
             return
-        matrix = self._packed[place.name]
-        part = int(place.gate is not None and slot != place.gate)
+        matrix = self._packed[place.parts.name]
+        part = int(place.gated and slot != place.parts.gate)
         for packed in (matrix.master, matrix.weight):
             self.ops.context.pack(packed, values, self._first_row(place, slot), part)
             if self.compute == "float32":
@@ -174,7 +175,7 @@ class Parameters:
             step(slice(0, end), weight_decay)
         else:
             for place in self.layout.matrices:
-                step(slice(place.start, place.stop), weight_decay, self._packed[place.name].weight)
+                step(slice(place.start, place.stop), weight_decay, self._packed[place.parts.name].weight)
         if end < self.layout.size:
             step(slice(end, self.layout.size), 0.0)
 
@@ -187,57 +188,24 @@ class Parameters:
 
     def _matrix(self, place: MatrixPlace) -> _Matrix:
         def over(flat: F32) -> _cpu.PackedMatrix:
-            return _cpu.PackedMatrix(
-                place.n, place.k, "float32", place.gate is not None, memory=flat[place.start : place.stop]
-            )
+            return _cpu.PackedMatrix(place.n, place.k, "float32", place.gated, memory=flat[place.start : place.stop])
 
         master = over(self.weights)
         weight = master
         if self.compute != "float32":
-            weight = _cpu.PackedMatrix(place.n, place.k, self.compute, place.gate is not None)
+            weight = _cpu.PackedMatrix(place.n, place.k, self.compute, place.gated)
         return _Matrix(master, weight, over(self.gradients))
 
     def _vector(self, place: VectorPlace) -> tuple[F32, F32]:
         weight, gradient = (flat[place.start : place.stop] for flat in (self.weights, self.gradients))
         return weight.reshape(place.shape), gradient.reshape(place.shape)
 
-    def _model_weights(self) -> ModelWeights:
-        def vector(slot: str) -> F32 | None:
-            return self._vectors[slot][0] if slot in self._vectors else None
-
-        def norm(at: str) -> NormWeights:
-            return NormWeights(self._vectors[f"{at}.weight"][0], vector(f"{at}.bias"))
-
-        def block(at: str, spec: BlockSpec) -> BlockWeights:
-            return BlockWeights(
-                attn_norm=norm(f"{at}.attn_norm"),
-                qkv=self._packed[f"{at}.qkv"].weight,
-                qkv_bias=vector(f"{at}.attn.q.bias"),
-                q_norm=vector(f"{at}.attn.q_norm.weight"),
-                k_norm=vector(f"{at}.attn.k_norm.weight"),
-                out=self._packed[f"{at}.out"].weight,
-                out_bias=vector(f"{at}.attn.o.bias"),
-                mlp_norm=norm(f"{at}.mlp_norm"),
-                up=self._packed[f"{at}.up"].weight,
-                gate_bias=vector(f"{at}.mlp.gate.bias"),
-                up_bias=vector(f"{at}.mlp.up.bias"),
-                down=self._packed[f"{at}.down"].weight,
-                down_bias=vector(f"{at}.mlp.down.bias"),
-            )
-
-        embed = self._packed["embed"].weight
-        return ModelWeights(
-            dtype=self.compute,
-            embed=embed,
-            positions=vector("positions.weight"),
-            blocks=tuple(block(f"blocks.{i}", spec) for i, spec in enumerate(self.spec.blocks)),
-            final_norm=norm("final_norm"),
-            head=embed if self.spec.tied else self._packed["head"].weight,
-        )
+    def _vector_of(self, slot: str) -> F32 | None:
+        return self._vectors[slot][0] if slot in self._vectors else None
 
     def _place(self, slot: str) -> MatrixPlace | VectorPlace:
         for place in self.layout.places:
-            if slot in place.slots or (isinstance(place, MatrixPlace) and slot == place.gate):
+            if slot in place.slots:
                 return place
         raise KeyError(slot)
 
@@ -245,7 +213,8 @@ class Parameters:
         return self.spec.slots()[slot][0]
 
     def _first_row(self, place: MatrixPlace, slot: str) -> int:
-        return 0 if slot == place.gate else sum(self._rows(s) for s in place.slots[: place.slots.index(slot)])
+        stacked = place.parts.slots
+        return 0 if slot == place.parts.gate else sum(self._rows(s) for s in stacked[: stacked.index(slot)])
 
     def _packed_weight(self, name: str) -> _cpu.PackedMatrix:
         return self._packed[name].master
@@ -260,8 +229,8 @@ class Parameters:
             start = sum(self._rows(name) for name in place.slots[: place.slots.index(slot)])
             vector: F32 = self._vectors[place.slots[0]][which][start : start + rows].copy()
             return vector
-        start = self._first_row(place, slot) + (place.n if place.gate is not None and slot != place.gate else 0)
-        unpacked: F32 = self.ops.unpack(packed(place.name))
+        start = self._first_row(place, slot) + (place.n if place.gated and slot != place.parts.gate else 0)
+        unpacked: F32 = self.ops.unpack(packed(place.parts.name))
         return unpacked[start : start + rows]
 
 

@@ -153,7 +153,7 @@ class Step:
             gradients=Arena(floats.gradients, memory[gradients_at:]),
         )
         tape = Tape(self.ops, arenas, self.parameters.gradient_of, self._dropout)
-        x = self.model.final_norm(tape, self.model.forward(tape, self.batch, self._cache))
+        x = self.model.head_input(tape, self.model.forward(tape, self.batch, self._cache))
         tape.token_losses(
             x,
             weights.head,
@@ -161,6 +161,7 @@ class Step:
             self._scale,
             self.losses,
             rows=head_rows(self.parameters.spec, self.shape.tokens),
+            bias=weights.head_bias,
             z_loss=self.loss.z_loss,
             label_smoothing=self.loss.label_smoothing,
         )
@@ -168,12 +169,12 @@ class Step:
 
     def _evaluate(self) -> None:
         self.ops.use_arena(Arena(self._floats.total, self._memory))
-        x = self.model.final_norm(self.ops, self.model.forward(self.ops, self.batch, self._cache))
-        rows = head_rows(self.parameters.spec, self.shape.tokens)
+        x = self.model.head_input(self.ops, self.model.forward(self.ops, self.batch, self._cache))
+        weights, rows = self.parameters.model_weights, head_rows(self.parameters.spec, self.shape.tokens)
         logits = self.ops.empty(rows, self.parameters.spec.vocab_size)
         for first in range(0, self.shape.tokens, rows):
             span = slice(first, min(first + rows, self.shape.tokens))
-            piece = self.ops.matmul(x[span], self.parameters.model_weights.head, out=logits[: span.stop - first])
+            piece = self.ops.matmul(x[span], weights.head, weights.head_bias, out=logits[: span.stop - first])
             self.ops.cross_entropy(piece, self.labels[span], None, loss=self.losses[span])
 
     def _record(self, calls: Any) -> _cpu.Graph:

@@ -252,7 +252,7 @@ class Trainer:
         with open_checkpoint(folder) as checkpoint:
             if checkpoint.quantized:
                 raise CheckpointError(f"{folder}: the weights are quantized: train the model that they were made of")
-            if checkpoint.spec.tied != self.spec.tied:
+            if checkpoint.spec.head.tied != self.spec.head.tied:
                 raise CheckpointError(
                     f"{folder}: config.json ties embedding and head, but the weights hold two of them"
                 )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllm.spec import Activation, AttentionSpec, MlpSpec, ModelSpec, NormKind, NormSpec, RopeSpec
+from pyllm.rope import RopeSpec
+from pyllm.spec import Activation, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
@@ -18,17 +19,44 @@ def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) 
     """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
     last one after the final norm."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
-    x = weights["embed.weight"][ids]
-    if spec.learned_positions:
-        x = x + weights["positions.weight"][: len(ids)]
+    x = (
+        linear(weights["embed.weight"][ids], weights, "embed.project")
+        if spec.embedding.width
+        else weights["embed.weight"][ids]
+    )
+    if spec.embedding.positions:
+        x = x + weights["positions.weight"][spec.embedding.position_offset :][: len(ids)]
     hidden = [x]
     for index, block in enumerate(spec.blocks):
-        at = f"blocks.{index}"
-        x = x + attend(normalise(x, block.norm, weights, f"{at}.attn_norm"), block.attention, spec.rope, weights, at)
-        x = x + feed_forward(normalise(x, block.norm, weights, f"{at}.mlp_norm"), block.mlp, weights, at)
+        x = run_block(x, block, spec.rope, weights, f"blocks.{index}")
         hidden.append(x)
-    hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
-    return hidden[-1] @ weights["embed.weight" if spec.tied else "head.weight"].T, hidden
+    if spec.final_norm is not None:
+        hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
+    x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
+    return x @ weights["embed.weight" if spec.head.tied else "head.weight"].T + weights.get("head.bias", 0.0), hidden
+
+
+def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
+    def norm(x: Array, name: str) -> Array:
+        return normalise(x, block.norm, weights, f"{at}.{name}")
+
+    def attention(x: Array) -> Array:
+        return attend(x, block.attention, rope, weights, at)
+
+    def mlp(x: Array) -> Array:
+        return feed_forward(x, block.mlp, weights, at)
+
+    match block.placement:
+        case Placement.PRE:
+            x = x + attention(norm(x, "attn_norm"))
+            return x + mlp(norm(x, "mlp_norm"))
+        case Placement.POST:
+            x = norm(x + attention(x), "attn_norm")
+            return norm(x + mlp(x), "mlp_norm")
+        case Placement.PARALLEL:
+            return x + attention(norm(x, "attn_norm")) + mlp(norm(x, "mlp_norm"))
+        case Placement.SHARED:
+            return x + attention(norm(x, "attn_norm")) + mlp(norm(x, "attn_norm"))
 
 
 def normalise(x: Array, norm: NormSpec, weights: Mapping[str, Array], name: str) -> Array:

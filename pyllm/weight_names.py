@@ -1,0 +1,152 @@
+"""How families name and lay out their weights: tables from tensor names to canonical slots.
+
+A slot's name is what the model calls a weight ("blocks.3.attn.q.weight"), its shape that of `ModelSpec.slots`, with
+matrices as [out, in]. A stored tensor holds one slot or several, in an order of rows that a `Row` describes both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Flag, auto
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.spec import ModelSpec
+
+Place = slice | NDArray[np.intp]  # rows of a stored tensor
+
+
+class Transform(Flag):
+    """How a stored tensor differs from its slots one above the other; several may hold at once."""
+
+    AS_STORED = 0
+    TRANSPOSED = auto()  # stored [in, out], as GPT-2's Conv1D does
+    PER_HEAD = auto()  # q, k and v of the first head, then those of the second: [heads, 3, head size, in]
+    INTERLEAVED = auto()  # in q and k, channels (2k, 2k + 1) of a head are rotated together; ours are (k, k + R/2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's name table; `{i}` in the names stands for the layer.
+
+    `name` is as `save_pretrained` writes it. Several slots mean that the checkpoint holds them in one tensor, one after
+    the other along the out dimension.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    transform: Transform = Transform.AS_STORED
+
+    def stored_shape(self, spec: ModelSpec) -> tuple[int, ...]:
+        """The shape of the stored tensor."""
+        shape = self.shape(spec)
+        return shape[::-1] if Transform.TRANSPOSED in self.transform else shape
+
+    def oriented(self, tensor: NDArray[Any]) -> NDArray[Any]:
+        """A view of the stored tensor as [out, in], or the other way around."""
+        return tensor.T if Transform.TRANSPOSED in self.transform else tensor
+
+    def shape(self, spec: ModelSpec) -> tuple[int, ...]:
+        """The shape of all slots together, as [out, in]."""
+        shapes = [spec.slots()[slot] for slot in self.slots]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def places(self, spec: ModelSpec) -> dict[str, Place]:
+        """Which rows of the stored tensor, as [out, in], each slot has, in the slot's order."""
+        shapes = spec.slots()
+        places: dict[str, Place] = {}
+        start = 0
+        for at, slot in enumerate(self.slots):
+            rows = shapes[slot][0]
+            if Transform.PER_HEAD in self.transform:
+                size = rows // _attention_heads(spec, slot)
+                blocks = np.arange(rows // size) * len(self.slots) + at
+                places[slot] = (blocks[:, None] * size + np.arange(size)).reshape(-1)
+            else:
+                places[slot] = slice(start, start + rows)
+            if Transform.INTERLEAVED in self.transform and _is_rotated(slot):
+                places[slot] = _indices(places[slot])[_halves_first(spec, slot, rows)]
+            start += rows
+        return places
+
+    def join(self, parts: Sequence[NDArray[Any]], spec: ModelSpec) -> NDArray[Any]:
+        """The stored tensor, as [out, in], that holds these values of the slots."""
+        places = self.places(spec).values()
+        if len(parts) == 1 and all(isinstance(place, slice) for place in places):
+            return parts[0]
+        joined = np.empty(self.shape(spec), parts[0].dtype)
+        for place, part in zip(places, parts, strict=True):
+            joined[place] = part
+        return joined
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """How a family names its weights.
+
+    `prefix` is that of the base model, which files may hold or not. `ignored` are shell-style patterns, without the
+    prefix, of tensors that carry no weights, such as saved causal masks; `renamed` are older names of tensors.
+    """
+
+    prefix: str
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def base_name(self, name: str) -> str:
+        """The name without base prefix and legacy endings: by it, names of one weight are found equal."""
+        name = self.renamed.get(name, name).removeprefix(self.prefix)
+        for legacy, current in ((".gamma", ".weight"), (".beta", ".bias")):
+            if name.endswith(legacy):
+                return name.removesuffix(legacy) + current
+        return name
+
+    def is_ignored(self, base_name: str) -> bool:
+        """Whether the tensor carries no weights."""
+        return any(fnmatchcase(base_name, pattern) for pattern in self.ignored)
+
+    def expand(self, spec: ModelSpec) -> Iterator[Row]:
+        """The rows of this model: one per layer where `{i}` stands, and only those whose slots the spec has."""
+        slots = spec.slots()
+        for row in self.rows:
+            layers = range(len(spec.blocks)) if "{i}" in row.name else range(1)
+            for layer in layers:
+                named = tuple(slot.format(i=layer) for slot in row.slots)
+                if all(slot in slots for slot in named):
+                    yield replace(row, name=row.name.format(i=layer), slots=named)
+
+
+def linear(name: str, *slots: str, transform: Transform = Transform.AS_STORED) -> tuple[Row, Row]:
+    """The rows of a layer's weight and bias."""
+    return (
+        Row(f"{name}.weight", tuple(f"{slot}.weight" for slot in slots), transform),
+        Row(f"{name}.bias", tuple(f"{slot}.bias" for slot in slots), transform & ~Transform.TRANSPOSED),
+    )
+
+
+def _attention_heads(spec: ModelSpec, slot: str) -> int:
+    """Heads of the q, k or v projection that a slot belongs to."""
+    attention = spec.blocks[int(slot.split(".")[1])].attention
+    return attention.heads if ".q." in slot else attention.kv_heads
+
+
+def _is_rotated(slot: str) -> bool:
+    return ".attn.q." in slot or ".attn.k." in slot
+
+
+def _halves_first(spec: ModelSpec, slot: str, rows: int) -> NDArray[np.intp]:
+    """Rows in which rotated pairs are neighbours, in the order that has the first of all pairs before the second."""
+    heads = _attention_heads(spec, slot)
+    order = np.arange(rows // heads)
+    if spec.rope is not None:
+        rotated = spec.rope.dim
+        order[:rotated] = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2)])
+    return (np.arange(heads)[:, None] * len(order) + order).reshape(-1)
+
+
+def _indices(place: Place) -> NDArray[np.intp]:
+    return np.arange(place.start, place.stop) if isinstance(place, slice) else place
