@@ -37,6 +37,10 @@ class RequestError(PyllmError):
     """A prompt cannot be run as it is."""
 
 
+class CudaUnavailable(PyllmError):  # noqa: N818 a state of the machine, not a mistake
+    """No GPU can be used here; the message says what is missing."""
+
+
 class DataError(PyllmError):
     """Training data is missing, malformed, too short, or not what a run began with."""
 

@@ -56,7 +56,6 @@ def build_info() -> dict[str, object]:
         "isa": active_isa(),
         "cores": system.available_cores(),
         "threads": default_threads(),
-        "cuda": False,
     }
 
 

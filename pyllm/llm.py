@@ -18,6 +18,7 @@ import numpy as np
 
 from pyllm import isa
 from pyllm.cache import BlockPool, KVCache
+from pyllm.device import unavailable
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
@@ -26,7 +27,7 @@ from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
-from pyllm.errors import ConfigError, RequestError, TokenizerError, shown
+from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
@@ -63,7 +64,7 @@ class LLM:
             meet them. None: keep them in `dtype`. What a checkpoint holds as integers already stays as it is.
         quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
             "*.mlp.down.weight".
-        device: "auto" or "cpu".
+        device: "cpu", or "auto", which is the CPU too so far; "cuda" is an error.
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
@@ -116,8 +117,7 @@ class LLM:
         **unknown: object,
     ) -> None:
         _refuse_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or {})
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"device: expected auto or cpu, got {device!r}; this build has no other backend")
+        _check_device(device)
         self.seed = _checked_seed(seed)
         self.folder = resolve(str(model), revision=revision, offline=offline)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.load(self.folder)
@@ -579,6 +579,18 @@ def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[Sam
             f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
         )
     return each
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        missing = unavailable()
+        raise CudaUnavailable(
+            "device='cuda': models run on the CPU only so far, pyllm has single CUDA kernels (docs/gpu.md)"
+            + (f"; besides, {missing}" if missing else "")
+            + ". Use device='cpu'."
+        )
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
 
 
 def _checked_seed(seed: int | None) -> int | None:

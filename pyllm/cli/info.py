@@ -17,9 +17,12 @@ def info(json: o.Json = False) -> int:
     """Version, compiler, instruction sets and the one in use, threads, CUDA."""
     import platform
 
+    from pyllm.device import open_device, unavailable
     from pyllm.isa import build_info
 
-    facts = {**build_info(), "python": platform.python_version(), "platform": platform.platform()}
+    missing = unavailable()
+    facts: dict[str, object] = {**build_info(), "cuda": missing is None, "cuda_missing": missing}
+    facts |= {"python": platform.python_version(), "platform": platform.platform()}
     if json:
         write_json(facts)
         return 0
@@ -29,5 +32,5 @@ def info(json: o.Json = False) -> int:
     write(f"Python {facts['python']} on {facts['platform']}", end="\n")
     write(f"instruction set: {facts['isa']} (this machine runs {', '.join(available)})", end="\n")
     write(f"threads: {facts['threads']} ({facts['cores']} physical cores available)", end="\n")
-    write(f"CUDA: {'yes' if facts['cuda'] else 'not in this build'}", end="\n")
+    write(f"CUDA: {'yes, ' + open_device().name if missing is None else 'no: ' + missing}", end="\n")
     return 0

@@ -1,0 +1,23 @@
+// pyllm._cuda: the CUDA kernels for Python. It imports on a machine without a GPU or a driver; then every launch is an error.
+#include <cuda_runtime.h>
+
+#include "bindings/cuda_arrays.h"
+
+namespace pyllm::bindings {
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "Compiled CUDA kernels of pyllm; pyllm.device is the way to the memory that they work on.";
+  module.attr("RUNTIME_VERSION") = CUDART_VERSION;
+  module.attr("ARCHITECTURES") = PYLLM_CUDA_ARCHITECTURES;
+  module.def(
+      "driver_version",
+      [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+      },
+      "The CUDA version that the driver supports, 1000 * major + 10 * minor; 0 where there is no driver.");
+  bind_cuda_arrays(module);
+  bind_cuda_kernels(module);
+}
+
+}  // namespace pyllm::bindings

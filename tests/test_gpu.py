@@ -1,0 +1,154 @@
+"""The CUDA kernels on a GPU through their bindings, against float64; skipped where there is none.
+
+Outputs are NaN before each run, sizes odd, and three runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from oracle.activation import activation as activation_formula
+
+from pyllm import device
+from pyllm.ops import ACTIVATIONS
+from pyllm.spec import Activation
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+float32 = np.dtype(np.float32)
+MISSING = device.unavailable()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"no GPU to run on: {MISSING}")]
+PAGE = 64
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return device.open_device()
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from pyllm import _cuda
+
+    return _cuda
+
+
+def thrice(gpu, launch, shape, dtype):
+    """What `launch(output)` writes, three times the same bits over NaN."""
+    results = []
+    for _ in range(3):
+        out = gpu.upload(np.full(shape, np.nan, dtype))
+        launch(out)
+        results.append(gpu.download(out))
+    assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+    return results[0].astype("f8")
+
+
+def close(got, expected, bound):
+    assert np.isfinite(got).all()
+    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
+    assert error <= bound, error
+
+
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+def test_memory_goes_there_and_back(gpu, dtype):
+    for shape in ((), (0, 3), (1,), (3, 1001)):
+        host = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+        assert np.array_equal(gpu.download(gpu.upload(host)), host)
+
+
+SIZES = [(1, 40, 1024), (3, 18, 1032), (16, 34, 128), (130, 32, 328), (257, 1000, 72)]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain", "plain float32"])
+def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
+    rows, n, k = size
+    if kernel == "skinny" and rows > 16:
+        pytest.skip("more rows than it takes")
+    dtype = float32 if kernel == "plain float32" else bfloat16
+    rng = np.random.default_rng(rows)
+    x, w = rng.standard_normal((rows, k)).astype(dtype), (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)
+    columns = n // 2 if gated else n
+    bias, residual = rng.standard_normal(n).astype("f4"), rng.standard_normal((rows, columns)).astype("f4")
+    arrays = [gpu.upload(a) for a in (x, w, bias, residual)]
+    tail = (ACTIVATIONS[Activation.SILU], gated)
+
+    def launch(y):
+        if kernel == "skinny":
+            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, True, gpu.stream)
+        elif kernel == "mma":
+            kernels.mma_matmul(y, *arrays, *tail, gpu.stream)
+        else:
+            kernels.plain_matmul(y, *arrays, *tail, gpu.stream)
+
+    y = x.astype("f8") @ w.astype("f8").T + bias
+    y = activation_formula(y[:, 0::2], "silu") * y[:, 1::2] if gated else activation_formula(y, "silu")
+    close(thrice(gpu, launch, (rows, columns), float32), y + residual, 1e-3 if dtype == float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_skinny_matmul_normalises_its_input(gpu, kernels, kind):
+    rng = np.random.default_rng(1)
+    x, weight, bias = (rng.standard_normal(shape).astype("f4") for shape in ((5, 1160), 1160, 1160))
+    w = (rng.standard_normal((18, 1160)) / 34).astype(bfloat16)
+    arrays = [gpu.upload(a) for a in (x, w, weight, bias)]
+
+    def launch(y):
+        kernels.skinny_matmul(
+            y, arrays[0], arrays[1], None, None, 0, False, arrays[2], arrays[3], int(kind == "rms"), 1e-5,
+            gpu.multiprocessors, True, gpu.stream,
+        )  # fmt: skip
+
+    normed = x.astype("f8") - (x.astype("f8").mean(1, keepdims=True) if kind == "layer" else 0)
+    normed = normed / np.sqrt((normed**2).mean(1, keepdims=True) + 1e-5) * weight + bias
+    close(thrice(gpu, launch, (5, 18), float32), normed @ w.astype("f8").T, 1e-2)
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("kernel", ["prompt", "split", "plain"])
+def test_attention_matches_formula(gpu, kernels, kernel, head_size, window):
+    rng = np.random.default_rng(head_size)
+    queries, lengths, heads, kv_heads = ([1, 2, 0], [193, 300, 9], 8, 2) if kernel == "split" else (
+        [5, 70, 0], [97, 70, 9], 4, 2)  # fmt: skip
+    dtype = float32 if kernel == "plain" else bfloat16
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    pages = [-(-length // PAGE) for length in lengths]
+    tables = np.zeros((len(lengths), max(pages)), np.int32)
+    order = iter(rng.permutation(sum(pages)))
+    cache = np.full((sum(pages), kv_heads, 2, PAGE, -(-head_size // 16) * 16), np.nan, dtype)
+    contents = []
+    for b, length in enumerate(lengths):
+        kv = rng.standard_normal((2, length, kv_heads, head_size)).astype(dtype)
+        contents.append(kv.astype("f8"))
+        for page in range(pages[b]):
+            tables[b, page] = block = next(order)
+            part = kv[:, page * PAGE : (page + 1) * PAGE]
+            cache[block, :, :, : part.shape[1], :head_size] = part.transpose(2, 0, 1, 3)
+    q = (2 * rng.standard_normal((starts[-1], heads, head_size))).astype(dtype)
+    arrays = [gpu.upload(a) for a in (q, cache, starts, np.array(lengths, np.int32), tables)]
+    tail = (head_size, head_size**-0.5, window, max(queries))
+    splits = -(-tables.shape[1] // 2)
+    partial = gpu.upload(np.full((len(lengths), kv_heads, splits, 16, head_size + 2), np.nan, "f4"))
+    tickets = gpu.upload(np.zeros((len(lengths), kv_heads), np.uint32))
+
+    def launch(out):
+        if kernel == "split":
+            kernels.split_attention(out, *arrays, *tail, 2, partial, tickets, gpu.stream)
+        else:
+            getattr(kernels, f"{kernel}_attention")(out, *arrays, *tail, gpu.stream)
+
+    expected = np.zeros(q.shape)
+    for b, (keys, values) in enumerate(contents):
+        for row in range(starts[b], starts[b + 1]):
+            position = lengths[b] - starts[b + 1] + row
+            first = max(0, position - window + 1) if window else 0
+            for h in range(heads):
+                k, v = (a[first : position + 1, h // (heads // kv_heads)] for a in (keys, values))
+                scores = k @ q[row, h].astype("f8") * head_size**-0.5
+                weights = np.exp(scores - scores.max())
+                expected[row, h] = weights @ v / weights.sum()
+    close(thrice(gpu, launch, q.shape, dtype), expected, 1e-3 if dtype == float32 else 1e-2)
+    assert not gpu.download(tickets).any()
