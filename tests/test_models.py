@@ -57,7 +57,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 15
+    assert len(GOLDEN_NAMES) == 20
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:

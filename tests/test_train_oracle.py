@@ -86,7 +86,7 @@ def parameters_of(folder: Path, dtype: str = "float32") -> Parameters:
     return parameters
 
 
-@pytest.mark.parametrize("name", [*MODELS, "phi3"])
+@pytest.mark.parametrize("name", [*MODELS, "gpt_neox", "gptj", "opt", "opt-post", "phi3"])
 def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     random_model(name, tmp_path)
     batch = make_batch(VOCAB, 90, 4, 0)
@@ -95,8 +95,7 @@ def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     assert abs(loss - expected_loss) <= 1e-6 * expected_loss
     assert set(found) == set(expected)
     pad = read_spec(tmp_path).pad_token_id
-    if pad is not None:  # torch leaves this row of the embedding as it is
-        assert not expected["embed.weight"][pad].any()
+    if pad is not None:  # torch leaves out what comes to this row through the embedding
         expected["embed.weight"][pad] = found["embed.weight"][pad]
     # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
     rounding = 1e-7 * max(float(np.abs(gradient).max()) for gradient in expected.values())

@@ -10,8 +10,11 @@ from typing import Any
 from pyllm.errors import ConfigError, shown
 from pyllm.models.family import Family
 from pyllm.models.gpt2 import GPT2
+from pyllm.models.gpt_neox import GPT_NEOX
+from pyllm.models.gptj import GPTJ
 from pyllm.models.llama import LLAMA
 from pyllm.models.mistral import MISTRAL
+from pyllm.models.opt import OPT
 from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
@@ -21,7 +24,9 @@ from pyllm.weights import Checkpoint, load, read_config
 
 __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (GPT2, GPT_NEOX, GPTJ, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -19,6 +19,7 @@ NORM_EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_e
 
 ACTIVATIONS = {
     "gelu": Activation.GELU_ERF,
+    "gelu_fast": Activation.GELU_TANH,
     "gelu_new": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
@@ -39,13 +40,16 @@ OF_KIND = {  # parameters that mean something to a scaling kind, besides the nee
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
-def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_theta: float = 10000.0) -> RopeSpec:
-    """Rotary parameters, spelled as `rope_theta` + `rope_scaling` (older files) or all in `rope_parameters`."""
+def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_part: float = 1.0) -> RopeSpec:
+    """Rotary parameters, spelled as `rope_theta` + `rope_scaling` (older files) or all in `rope_parameters`.
+
+    `default_part` of a head's channels are rotated where nothing else is said.
+    """
     parameters = _rope_parameters(reader)
     inner = reader.nested("rope_parameters" if reader.has("rope_parameters") else "rope_scaling", parameters)
-    theta = reader.number("rope_theta", default=default_theta, minimum=1.0000001)
+    theta = reader.number("rope_theta", "rotary_emb_base", default=10000.0, minimum=1.0000001)
     theta = inner.number("rope_theta", default=theta, minimum=1.0000001)
-    partial = reader.number("partial_rotary_factor", default=1.0, minimum=1e-6, maximum=1.0)
+    partial = reader.number("partial_rotary_factor", "rotary_pct", default=default_part, minimum=1e-6, maximum=1.0)
     partial = inner.number("partial_rotary_factor", default=partial, minimum=1e-6, maximum=1.0)
     problems = len(inner.problems)
     kind = inner.choice("rope_type", "type", options=ROPE_KINDS, default="default")

@@ -70,6 +70,23 @@ def variants() -> dict[str, Variant]:
         "tie_word_embeddings": False,
     }
     llama = {**base, "model_type": "llama"}
+    neox = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "num_key_value_heads")},
+        "model_type": "gpt_neox",
+        "layer_norm_eps": 3e-3,
+    }
+    opt = {
+        "model_type": "opt",
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "ffn_dim": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
 
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
@@ -80,6 +97,9 @@ def variants() -> dict[str, Variant]:
         "gpt2-scaled-relu": Variant(
             {**gpt2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "n_inner": 52}
         ),
+        "gpt_neox": Variant({**neox, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        "gpt_neox-serial": Variant({**neox, "use_parallel_residual": False, "hidden_act": "gelu_fast"}),
+        "gptj": Variant({**gpt2, "model_type": "gptj", "rotary_dim": 4, "tie_word_embeddings": False}),
         "llama": Variant({**llama, "hidden_size": 64, "num_attention_heads": 8}),
         "llama-tied-biased": Variant(
             {**llama, "tie_word_embeddings": True, "head_dim": 10, "attention_bias": True, "mlp_bias": True}
@@ -124,6 +144,8 @@ def variants() -> dict[str, Variant]:
                 "original_max_position_embeddings": 20,
             }
         ),
+        "opt": Variant(opt),
+        "opt-post": Variant({**opt, "do_layer_norm_before": False}),
         "qwen2": Variant({**base, "model_type": "qwen2"}),
         "qwen2-window": Variant(
             {

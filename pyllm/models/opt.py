@@ -1,0 +1,96 @@
+"""OPT: learned positions that begin at row 2, ReLU, and norms before or after each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyllm.models.config_reader import ConfigReader
+from pyllm.models.family import Family
+from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, POSITIONS
+from pyllm.spec import (
+    AttentionSpec,
+    BlockSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    MlpSpec,
+    ModelSpec,
+    NormKind,
+    NormSpec,
+    Placement,
+)
+from pyllm.weight_names import NameTable, Row, linear
+
+_OFFSET = 2  # rows of the position table that no position has
+
+
+def read(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of an OPT config."""
+    reader = ConfigReader(config, "opt")
+    vocab_size = reader.integer("vocab_size", default=50272)
+    hidden = reader.integer(*HIDDEN, default=768)
+    layers = reader.integer(*LAYERS, default=12, maximum=10_000)
+    heads = reader.integer(*HEADS, default=12)
+    positions = reader.integer(*POSITIONS, default=2048)
+    biased = reader.boolean("enable_bias", default=True)
+    before = reader.boolean("do_layer_norm_before", default=True)
+    removed = reader.boolean("_remove_final_layer_norm", default=False)
+    reader.only("layer_norm_elementwise_affine", True)
+    reader.only("word_embed_proj_dim", None, hidden)
+    size = max(hidden // heads, 1)
+    norm = NormSpec(NormKind.LAYER, 1e-5, bias=True)
+    block = BlockSpec(
+        norm=norm,
+        attention=AttentionSpec(heads, heads, size, size**-0.5, qkv_bias=biased, out_bias=biased),
+        mlp=MlpSpec(
+            hidden=reader.integer(*MLP_HIDDEN, default=3072),
+            activation=reader.choice("activation_function", options=ACTIVATIONS, default="relu"),
+            gated=False,
+            bias=biased,
+        ),
+        placement=Placement.PRE if before else Placement.POST,
+    )
+    tied = reader.boolean("tie_word_embeddings", default=True)
+    tokens = {
+        "bos_token_id": reader.token_id("bos_token_id", 2, vocab_size),
+        "eos_token_ids": reader.token_ids("eos_token_id", (2,), vocab_size),
+        "pad_token_id": reader.token_id("pad_token_id", 1, vocab_size),
+    }
+    for dropped in ("activation_dropout", "dropout", "layerdrop", "init_std"):
+        reader.get(dropped)  # of training
+    dtype = reader.dtype()
+    if hidden % heads:
+        reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}")
+    reader.finish()
+    return ModelSpec(
+        family="opt",
+        vocab_size=vocab_size,
+        hidden=hidden,
+        blocks=(block,) * layers,
+        final_norm=norm if before and not removed else None,
+        max_positions=positions,
+        embedding=EmbeddingSpec(positions=positions + _OFFSET, position_offset=_OFFSET),
+        head=HeadSpec(tied=tied),
+        dtype=dtype,
+        **tokens,  # type: ignore[arg-type]
+    )
+
+
+_AT, _BLOCK = "model.decoder.layers.{i}", "blocks.{i}"
+NAMES = NameTable(
+    prefix="model.",
+    rows=(
+        Row("model.decoder.embed_tokens.weight", ("embed.weight",)),
+        Row("model.decoder.embed_positions.weight", ("positions.weight",)),
+        *linear(f"{_AT}.self_attn_layer_norm", f"{_BLOCK}.attn_norm"),
+        *(row for part in "qkv" for row in linear(f"{_AT}.self_attn.{part}_proj", f"{_BLOCK}.attn.{part}")),
+        *linear(f"{_AT}.self_attn.out_proj", f"{_BLOCK}.attn.o"),
+        *linear(f"{_AT}.final_layer_norm", f"{_BLOCK}.mlp_norm"),
+        *linear(f"{_AT}.fc1", f"{_BLOCK}.mlp.up"),
+        *linear(f"{_AT}.fc2", f"{_BLOCK}.mlp.down"),
+        *linear("model.decoder.final_layer_norm", "final_norm"),
+        Row("lm_head.weight", ("head.weight",)),
+    ),
+)
+
+OPT = Family("opt", read, NAMES)
