@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import COMMAND, environment, pyllm, refused
+from test_cli import COMMAND, environment, interruptible, pyllm, refused
 
 from pyllm import LLM
 
@@ -91,7 +91,7 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, end: signal.Signals) -> No
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(ask(number, 40) for number in range(30)))
     command = [*COMMAND, "batch", str(source), str(target), "--max-num-seqs", "2"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, preexec_fn=interruptible)
     until = time.monotonic() + 30
     while not target.exists() or target.read_bytes().count(b"\n") < 3:
         assert time.monotonic() < until and process.poll() is None
