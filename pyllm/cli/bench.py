@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyllm.cli import bench_serve
 from pyllm.cli import options as o
 from pyllm.cli.inputs import load
 from pyllm.cli.output import be_quiet, write, write_json
@@ -29,7 +30,10 @@ COMPARE_OPTIONS = (
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command("bench")(bench)
+    group = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+    group.callback()(bench)
+    bench_serve.register(group)
+    app.add_typer(group, name="bench")
 
 
 def bench(
@@ -87,6 +91,9 @@ def bench(
 ) -> int:
     """Measure read bandwidth and arithmetic peaks, and prefill and decode of a model as fractions of them; with
     --compare the same of pyllm and the other engines that are installed."""
+    if context.invoked_subcommand is not None:
+        o.refuse(context, tuple(context.params), f"without {context.invoked_subcommand}")
+        return 0
     be_quiet(quiet)
     o.refuse(
         context, MODEL_OPTIONS if compare else COMPARE_OPTIONS, "without --compare" if compare else "with --compare"

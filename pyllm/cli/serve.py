@@ -144,7 +144,7 @@ def serve(
             }
         )
     )
-    if not keys and not _loopback(host):
+    if not keys and not is_loopback(host):
         note(f"pyllm: warning: {host} is open to others and no --api-key is set: whoever reaches it can use the model")
     llm = load(
         model,
@@ -208,7 +208,8 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address."""
     if host == "localhost":
         return True
     try:
