@@ -27,7 +27,7 @@ def address(server: Running, key: str | None = "secret") -> Address:
 
 
 def test_jobs_have_the_lengths_and_arrivals_asked_for() -> None:
-    listed = jobs(2000, 40, 21, 50.0, "a")
+    listed = jobs(2000, 40, 21, 50.0, 1, "a")
     assert {len(job.prompt) for job in listed} == set(range(10, 41))
     assert {job.tokens for job in listed} == set(range(5, 22))
     times = [job.due for job in listed if job.due is not None]
@@ -36,11 +36,12 @@ def test_jobs_have_the_lengths_and_arrivals_asked_for() -> None:
     mean = sum(gaps) / len(gaps)
     assert mean == pytest.approx(1 / 50, rel=0.1)
     assert sum(gap > mean for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.04)  # 1/e: exponential
-    assert listed == jobs(2000, 40, 21, 50.0, "a")
-    others = jobs(2000, 40, 21, None, "b")
+    assert listed == jobs(2000, 40, 21, 50.0, 1, "a")
+    others = jobs(2000, 40, 21, None, 1, "b")
+    assert [(len(job.prompt), job.tokens) for job in others] == [(len(job.prompt), job.tokens) for job in listed]
     assert all(job.due is None for job in others)
     assert not {job.prompt[:10] for job in listed} & {job.prompt[:10] for job in others}
-    assert [len(job.prompt) for job in jobs(3, 1, 2, None, "c")] == [1, 1, 1]
+    assert [len(job.prompt) for job in jobs(3, 1, 2, None, 1, "c")] == [1, 1, 1]
 
 
 def test_summary_counts_what_was_answered() -> None:
@@ -68,13 +69,13 @@ def test_so_many_run_at_a_time_and_no_more(server: Running, concurrency: int) ->
     server.llm.engine.step = watched  # type: ignore[method-assign]
     try:
         with slowed(server.llm, 0.003):
-            seconds, answers = send(address(server), jobs(7, 8, 12, None, "run"), concurrency, told.append)
+            seconds, answers = send(address(server), jobs(7, 8, 12, None, 1, "run"), concurrency, told.append)
     finally:
         server.llm.engine.step = step  # type: ignore[method-assign]
     assert max(together) == concurrency
     assert sorted(told) == list(range(1, 8))
     assert [answer.error for answer in answers] == [None] * 7
-    assert [answer.tokens for answer in answers] == [job.tokens for job in jobs(7, 8, 12, None, "run")]
+    assert [answer.tokens for answer in answers] == [job.tokens for job in jobs(7, 8, 12, None, 1, "run")]
     assert all(0 < answer.first < answer.total <= seconds for answer in answers)
 
 

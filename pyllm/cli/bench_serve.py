@@ -76,17 +76,17 @@ def bench_serve(
     alone = min(requests, 16) if sequential is None else sequential
     with _started(server or ()) if url is None else _running(url) as (host, port):
         address = Address(host, port, api_key)
-        first = _sent(address, jobs(1, prompt_tokens, max_tokens, None, f"{seed} first"), 1, "warming up")
+        first = _sent(address, jobs(1, prompt_tokens, max_tokens, None, seed, "first"), 1, "warming up")
         if (error := _error(first[1])) is not None:
             complain(f"the server answered the first request with {error}")
             return FAILED
         together = _sent(
-            address, jobs(requests, prompt_tokens, max_tokens, rate, f"{seed} together"), concurrency, "together"
+            address, jobs(requests, prompt_tokens, max_tokens, rate, seed, "together"), concurrency, "together"
         )
         runs = {"together": together}
         if alone:
             runs["sequential"] = _sent(
-                address, jobs(alone, prompt_tokens, max_tokens, None, f"{seed} alone"), 1, "one at a time"
+                address, jobs(alone, prompt_tokens, max_tokens, None, seed, "alone"), 1, "one at a time"
             )
     facts: dict[str, Any] = {name: summary(*run) for name, run in runs.items()}
     if json:

@@ -60,11 +60,15 @@ class Answer:
     error: str | None = None
 
 
-def jobs(number: int, prompt_tokens: int, tokens: int, rate: float | None, seed: str) -> list[Job]:
+def jobs(number: int, prompt_tokens: int, tokens: int, rate: float | None, seed: int, run: str) -> list[Job]:
     """Requests whose lengths are drawn between a quarter of the given ones and all of it, and whose arrivals are a
-    Poisson process of `rate` a second; None: nobody waits for a time."""
+    Poisson process of `rate` a second; None: nobody waits for a time.
+
+    The lengths depend on `seed` alone; the token ids on `run` too, so that no run finds the prompts of another cached.
+    """
     draw = random.Random(seed)
     lengths = [(_length(draw, prompt_tokens, 1), _length(draw, tokens, 2)) for _ in range(number)]
+    draw = random.Random(f"{seed} {run}")
     times = list(accumulate(draw.expovariate(rate) for _ in lengths)) if rate is not None else [None] * number
     return [Job(tuple(draw.choices(IDS, k=p)), n, due) for (p, n), due in zip(lengths, times, strict=True)]
 
