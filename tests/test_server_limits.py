@@ -348,9 +348,10 @@ def serve_process(folder: Path, *options: str) -> tuple[subprocess.Popen[str], i
 
 
 def test_sigterm_lets_requests_finish_or_ends_them_cleanly(tmp_path: Path) -> None:
-    folder = tiny_model.make(tmp_path / "model", max_position_embeddings=20000)
-    process, port = serve_process(folder, "--drain-seconds", "1.5", "--kv-cache-bytes", "99999999")
-    bodies = [{"prompt": "once", "max_tokens": n, "ignore_eos": True, "stream": True} for n in (1000, 1000, 19000)]
+    folder = tiny_model.make(tmp_path / "model", max_position_embeddings=200_000)
+    process, port = serve_process(folder, "--drain-seconds", "4", "--kv-cache-bytes", "300000000")
+    lengths = 2000, 2000, 190_000  # two that end within the drain's seconds even on a busy machine, one that does not
+    bodies = [{"prompt": "once", "max_tokens": n, "ignore_eos": True, "stream": True} for n in lengths]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client, ThreadPoolExecutor(3) as crowd:
         answers = [crowd.submit(client.post, "/v1/completions", json=body) for body in bodies]
         until(lambda: 'pyllm:num_requests_running{model_name="model"} 3' in client.get("/metrics").text)
