@@ -13,7 +13,10 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models
 
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer import Tokenizer, _from_sentencepiece, _from_tokenizer_json, _Settings
+from pyllm.tokenizer import Tokenizer
+from pyllm.tokenizer_backend import Settings
+from pyllm.tokenizer_library import from_tokenizer_json
+from pyllm.tokenizer_pieces import from_sentencepiece
 
 WORDS = [
     "\u2581Hello",
@@ -61,9 +64,9 @@ DECODERS: dict[str, Any] = {
 }
 
 
-def folder_of(path: Path, **config: Any) -> _Settings:
+def folder_of(path: Path, **config: Any) -> Settings:
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return _Settings.load(path)
+    return Settings.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def test_byte_fallback(with_decoder: Callable[[str], tuple[Tokenizer, Library]],
 def real_tokenizers(shared_data: Path, tmp: Path) -> dict[str, Tokenizer]:
     none = folder_of(tmp)
     found = {
-        name: Tokenizer(_from_tokenizer_json(shared_data / path / "tokenizer.json", none), none)
+        name: Tokenizer(from_tokenizer_json(shared_data / path / "tokenizer.json", none), none)
         for name, path in (
             ("gpt2", "gpt2-tokenizer"),
             ("bert", "tokenizers/bert-base-uncased"),
@@ -130,7 +133,7 @@ def real_tokenizers(shared_data: Path, tmp: Path) -> dict[str, Tokenizer]:
         )
     }
     found["llama"] = Tokenizer.load(shared_data / "stories260K")
-    found["unigram"] = Tokenizer(_from_sentencepiece(shared_data / "tokenizers/unigram-test.model", none), none)
+    found["unigram"] = Tokenizer(from_sentencepiece(shared_data / "tokenizers/unigram-test.model", none), none)
     return found
 
 

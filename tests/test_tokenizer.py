@@ -263,10 +263,11 @@ def test_sentencepiece_decode_equals_the_library(shared_data: Path) -> None:
         library = spm.SentencePieceProcessor(model_file=str(shared_data / name))
         tokenizer = Tokenizer.load(shared_data / "stories260K")
         if "unigram" in name:
-            from pyllm.tokenizer import _from_sentencepiece, _Settings
+            from pyllm.tokenizer_backend import Settings
+            from pyllm.tokenizer_pieces import from_sentencepiece
 
-            settings_ = _Settings.load(shared_data / "tokenizers")
-            tokenizer = Tokenizer(_from_sentencepiece(shared_data / name, settings_), settings_)
+            settings_ = Settings.load(shared_data / "tokenizers")
+            tokenizer = Tokenizer(from_sentencepiece(shared_data / name, settings_), settings_)
         for _ in range(1000):
             ids = [rng.randrange(1, library.vocab_size()) for _ in range(rng.randrange(12))]
             assert tokenizer.decode(ids) == library.decode(ids), ids

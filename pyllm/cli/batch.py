@@ -29,12 +29,8 @@ def batch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Requests, one JSON object a line.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Answers, as they come.", show_default=False)],
     model: o.DefaultModel = None,
-    served_model_name: Annotated[
-        str | None, o.option("--served-model-name", help="Name in the requests; default: that of the folder.")
-    ] = None,
-    max_num_seqs: Annotated[
-        int, o.option("--max-num-seqs", min=1, max=1024, help="Completions that run together; default 32.")
-    ] = 32,
+    served_model_name: o.ServedName = None,
+    max_num_seqs: o.MaxSequences = 32,
     pooling: o.Pooling = None,
     normalize: o.Normalize = None,
     chat_template: o.ChatTemplate = None,
@@ -50,7 +46,7 @@ def batch(
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> int:
-    """Answer the requests of a file. A run that was ended, however, goes on where it was when it is started again."""
+    """Answer the requests of a file. A run that was ended goes on where it was when it is started again."""
     be_quiet(quiet)
     if (missing := missing_extra()) is not None:
         complain(f"pyllm batch needs the package {missing}: pip install 'pyllm[serve]'")

@@ -156,6 +156,14 @@ SystemPrompt = Annotated[
 ChatTemplate = Annotated[
     Path | None, option("--chat-template", help="File with a jinja template that replaces the model's own.")
 ]
+ServedName = Annotated[
+    str | None,
+    option("--served-model-name", env="SERVED_MODEL_NAME", help="Name in requests; default: that of the folder."),
+]
+MaxSequences = Annotated[
+    int,
+    option("--max-num-seqs", env="MAX_NUM_SEQS", min=1, max=1024, help="Completions that run together; default 32."),
+]
 Pooling = Annotated[
     str | None,
     option("--pooling", env="POOLING", help="Of embeddings: last, cls, mean or max; default what the folder says."),

@@ -41,12 +41,8 @@ def serve(
         list[str] | None,
         _limit("--api-key", help="Clients must send it (Bearer); may be given several times. PYLLM_API_KEY hides it."),
     ] = None,
-    served_model_name: Annotated[
-        str | None, _limit("--served-model-name", help="Name that clients use; default: that of the folder.")
-    ] = None,
-    max_num_seqs: Annotated[
-        int, _limit("--max-num-seqs", min=1, max=1024, help="Completions that run together; default 32.")
-    ] = 32,
+    served_model_name: o.ServedName = None,
+    max_num_seqs: o.MaxSequences = 32,
     max_num_batched_tokens: Annotated[
         int, _limit("--max-num-batched-tokens", min=1, help="Tokens of one step; default 512.")
     ] = 512,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
-from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS
+from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS, read_special_tokens
 from pyllm.spec import AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weight_names import NameTable, Row, Transform, linear
 
@@ -31,11 +31,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     by_layer = reader.boolean("scale_attn_by_inverse_layer_idx", default=False)
     tied = reader.boolean("tie_word_embeddings", default=True)
     reader.get("n_ctx")  # size of the causal mask, which is not stored here
-    tokens = {
-        "bos_token_id": reader.token_id("bos_token_id", 50256, vocab_size),
-        "eos_token_ids": reader.token_ids("eos_token_id", (50256,), vocab_size),
-        "pad_token_id": reader.token_id("pad_token_id", None, vocab_size),
-    }
+    tokens = read_special_tokens(reader, vocab_size, 50256, (50256,))
     dtype = reader.dtype()
     if hidden % heads:
         reader.refuse("n_head", heads, f"a divisor of n_embd = {hidden}")
@@ -56,7 +52,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         embedding=EmbeddingSpec(positions=positions),
         head=HeadSpec(tied=tied),
         dtype=dtype,
-        **tokens,  # type: ignore[arg-type]
+        **tokens,
     )
 
 

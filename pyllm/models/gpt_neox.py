@@ -7,7 +7,17 @@ from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
-from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS, read_rope
+from pyllm.models.shared import (
+    ACTIVATIONS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MLP_HIDDEN,
+    NORM_EPS,
+    POSITIONS,
+    read_rope,
+    read_special_tokens,
+)
 from pyllm.spec import AttentionSpec, BlockSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 from pyllm.weight_names import NameTable, Row, Transform, linear
 
@@ -41,11 +51,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     )
     rope = read_rope(reader, block.attention.head_dim, positions, default_part=0.25)
     tied = reader.boolean("tie_word_embeddings", default=False)
-    tokens = {
-        "bos_token_id": reader.token_id("bos_token_id", 0, vocab_size),
-        "eos_token_ids": reader.token_ids("eos_token_id", (2,), vocab_size),
-        "pad_token_id": reader.token_id("pad_token_id", None, vocab_size),
-    }
+    tokens = read_special_tokens(reader, vocab_size, 0, (2,))
     for dropped in ("classifier_dropout", "hidden_dropout"):
         reader.get(dropped)  # of training
     dtype = reader.dtype()
@@ -62,7 +68,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         rope=rope,
         head=HeadSpec(tied=tied),
         dtype=dtype,
-        **tokens,  # type: ignore[arg-type]
+        **tokens,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
-from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS
+from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, NORM_EPS, POSITIONS, read_special_tokens
 from pyllm.rope import RopeSpec
 from pyllm.spec import AttentionSpec, BlockSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 from pyllm.weight_names import NameTable, Row, Transform, linear
@@ -35,11 +35,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     )
     rotated = reader.integer("rotary_dim", default=64)
     tied = reader.boolean("tie_word_embeddings", default=False)
-    tokens = {
-        "bos_token_id": reader.token_id("bos_token_id", 50256, vocab_size),
-        "eos_token_ids": reader.token_ids("eos_token_id", (50256,), vocab_size),
-        "pad_token_id": reader.token_id("pad_token_id", None, vocab_size),
-    }
+    tokens = read_special_tokens(reader, vocab_size, 50256, (50256,))
     dtype = reader.dtype()
     if hidden % heads:
         reader.refuse("n_head", heads, f"a divisor of n_embd = {hidden}")
@@ -56,7 +52,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         rope=RopeSpec(dim=rotated, max_positions=positions),
         head=HeadSpec(tied=tied, bias=True),
         dtype=dtype,
-        **tokens,  # type: ignore[arg-type]
+        **tokens,
     )
 
 

@@ -18,6 +18,7 @@ from pyllm.models.shared import (
     POSITIONS,
     read_layer_windows,
     read_rope,
+    read_special_tokens,
 )
 from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weight_names import NameTable, Row, linear
@@ -112,11 +113,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
     )
     windows = variant.windows(reader, layers)
     tied = reader.boolean("tie_word_embeddings", default=False)
-    tokens = {
-        "bos_token_id": reader.token_id("bos_token_id", variant.bos_token_id, vocab_size),
-        "eos_token_ids": reader.token_ids("eos_token_id", variant.eos_token_ids, vocab_size),
-        "pad_token_id": reader.token_id("pad_token_id", None, vocab_size),
-    }
+    tokens = read_special_tokens(reader, vocab_size, variant.bos_token_id, variant.eos_token_ids)
     dtype = reader.dtype()
     if not reader.has("head_dim") and variant.head_dim is None and hidden % heads:
         reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, or head_dim beside it")
@@ -153,7 +150,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         rope=rope,
         head=HeadSpec(tied=tied),
         dtype=dtype,
-        **tokens,  # type: ignore[arg-type]
+        **tokens,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
 from pyllm.models.family import Family
-from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, POSITIONS
+from pyllm.models.shared import ACTIVATIONS, HEADS, HIDDEN, LAYERS, MLP_HIDDEN, POSITIONS, read_special_tokens
 from pyllm.spec import (
     AttentionSpec,
     BlockSpec,
@@ -51,11 +51,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         placement=Placement.PRE if before else Placement.POST,
     )
     tied = reader.boolean("tie_word_embeddings", default=True)
-    tokens = {
-        "bos_token_id": reader.token_id("bos_token_id", 2, vocab_size),
-        "eos_token_ids": reader.token_ids("eos_token_id", (2,), vocab_size),
-        "pad_token_id": reader.token_id("pad_token_id", 1, vocab_size),
-    }
+    tokens = read_special_tokens(reader, vocab_size, 2, (2,), 1)
     for dropped in ("activation_dropout", "dropout", "layerdrop", "init_std"):
         reader.get(dropped)  # of training
     dtype = reader.dtype()
@@ -72,7 +68,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         embedding=EmbeddingSpec(positions=positions + _OFFSET, position_offset=_OFFSET),
         head=HeadSpec(tied=tied),
         dtype=dtype,
-        **tokens,  # type: ignore[arg-type]
+        **tokens,
     )
 
 

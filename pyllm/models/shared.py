@@ -40,6 +40,17 @@ OF_KIND = {  # parameters that mean something to a scaling kind, besides the nee
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
+def read_special_tokens(
+    reader: ConfigReader, vocab_size: int, bos: int | None, eos: tuple[int, ...], pad: int | None = None
+) -> dict[str, Any]:
+    """The fields of `ModelSpec` that name tokens; `bos`, `eos` and `pad` are what the config class defaults to."""
+    return {
+        "bos_token_id": reader.token_id("bos_token_id", bos, vocab_size),
+        "eos_token_ids": reader.token_ids("eos_token_id", eos, vocab_size),
+        "pad_token_id": reader.token_id("pad_token_id", pad, vocab_size),
+    }
+
+
 def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_part: float = 1.0) -> RopeSpec:
     """Rotary parameters, spelled as `rope_theta` + `rope_scaling` (older files) or all in `rope_parameters`.
 

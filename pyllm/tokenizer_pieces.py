@@ -1,0 +1,144 @@
+"""SentencePiece models as tokenizers: `tokenizer.model`, `spiece.model`, and the special tokens around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyllm.detokenizer import Stage, sentencepiece_stages
+from pyllm.errors import TokenizerError
+from pyllm.tokenizer_backend import AddedToken, Backend, PairEncoding, Settings, guarded
+
+if TYPE_CHECKING:
+    from pyllm.sentencepiece import SentencePieceEncoder, SentencePieceModel
+
+
+def from_sentencepiece(path: Path, settings: Settings) -> Backend:
+    """The tokenizer of a SentencePiece model, BPE or Unigram."""
+    from pyllm.sentencepiece import SentencePieceEncoder, SentencePieceModel
+
+    model = SentencePieceModel.load(path)
+    encoder = guarded(path, lambda: SentencePieceEncoder(model))
+    return _SentencePieceBackend(model, encoder, settings)
+
+
+class _SentencePieceBackend:
+    """A SentencePiece model and the special tokens around it."""
+
+    def __init__(self, model: SentencePieceModel, encoder: SentencePieceEncoder, settings: Settings) -> None:
+        from pyllm.sentencepiece import PieceType
+
+        self._encoder = encoder
+        is_t5 = settings.tokenizer.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") or (
+            "tokenizer_class" not in settings.tokenizer and settings.config.get("model_type") in ("t5", "mt5", "umt5")
+        )
+        if is_t5:
+            _add_sentinels(settings, len(model.pieces))
+        tokens: list[str | None] = [piece.text for piece in model.pieces]
+        added: dict[str, tuple[int, AddedToken]] = {}
+        for index, piece in enumerate(model.pieces):
+            if piece.type is PieceType.CONTROL:
+                added[piece.text] = index, AddedToken(piece.text)
+        highest = len(tokens) + len(settings.added)
+        for index, token in settings.added.items():
+            if index >= highest:
+                raise TokenizerError(
+                    f"{settings.folder}: added token {token.content!r} has id {index}, but only {highest - 1} can be "
+                    "reached by the pieces and added tokens; the tokenizer's files do not belong together"
+                )
+            tokens.extend([None] * (index + 1 - len(tokens)))
+            tokens[index] = token.content
+            added[token.content] = index, token
+        ids = {text: index for index, text in reversed(list(enumerate(tokens))) if text is not None}
+        for name, index in (("bos_token", model.bos_id), ("eos_token", model.eos_id), ("unk_token", model.unk_id)):
+            if 0 <= index < len(model.pieces):
+                settings.special_tokens.setdefault(name, model.pieces[index].text)
+        for text in settings.all_special():
+            if text in ids:
+                added.setdefault(text, (ids[text], AddedToken(text)))
+        self._tokens, self._ids, self._added = tokens, ids, added
+        self._split = _split_pattern([token for _, token in added.values()])
+        self.vocab_size = len(tokens)
+        self.special_ids = frozenset(index for index, token in added.values() if token.special) | {model.unk_id}
+        self._prefix = self._named(settings, "bos_token", not is_t5)
+        self._suffix = self._named(settings, "eos_token", is_t5)
+        self._space_everywhere = is_t5 or settings.flag("legacy") is True
+        self._space_in_front = settings.flag("add_prefix_space") is not False
+        self._strips = (
+            model.add_dummy_prefix or model.remove_extra_whitespaces,
+            model.remove_extra_whitespaces,
+        )
+
+    def _named(self, settings: Settings, name: str, default: bool) -> list[int]:
+        """The id of a named token as a list, empty when `add_<name>` (or its default) says not to add it."""
+        flag = settings.flag(f"add_{name}")
+        index = self._ids.get(settings.special_tokens.get(name, ""))
+        return [index] if index is not None and (default if flag is None else flag) else []
+
+    def to_json(self) -> str:
+        raise TokenizerError("it is a SentencePiece model without a tokenizer.json: put that of the model beside it")
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = list(self._prefix) if add_special_tokens else []
+        position = 0
+        for match in self._split.finditer(text) if self._split else ():
+            self._encode_plain(text, position, match.start(), ids)
+            found = match.group()
+            ids.append(self._added[found if found in self._added else found.strip()][0])
+            position = match.end()
+        self._encode_plain(text, position, len(text), ids)
+        if add_special_tokens:
+            ids.extend(self._suffix)
+        return ids
+
+    def _encode_plain(self, text: str, start: int, end: int, ids: list[int]) -> None:
+        if start < end:
+            front = self._space_in_front and (start == 0 or self._space_everywhere)
+            ids.extend(self._encoder.encode(text[start:end], add_prefix=front))
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
+        raise TokenizerError(
+            "pairs of texts: a SentencePiece model does not say how they are put together. Put the model's "
+            "tokenizer.json into the folder, which does."
+        )
+
+    def token_of(self, token_id: int) -> str | None:
+        return self._tokens[token_id] if token_id < len(self._tokens) else None
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def stages(self) -> list[Stage]:
+        return sentencepiece_stages(*self._strips)
+
+
+def _add_sentinels(settings: Settings, pieces: int) -> None:
+    """T5's tokens for masked spans, unless they are written down: behind the pieces, <extra_id_0> last."""
+    if any(token.content.startswith("<extra_id_") for token in settings.added.values()):
+        return
+    count = settings.tokenizer.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= 10_000:
+        raise TokenizerError(
+            f"{settings.folder / 'tokenizer_config.json'}: extra_ids: expected an integer from 0 to 10000, found "
+            f"{count!r}"
+        )
+    for index in range(count):
+        settings.added.setdefault(pieces + index, AddedToken(f"<extra_id_{count - 1 - index}>"))
+
+
+def _split_pattern(added: list[AddedToken]) -> re.Pattern[str] | None:
+    """Finds the longest added token at each place, with the spaces that it swallows."""
+    if not added:
+        return None
+    alternatives: list[str] = []
+    for token in sorted(added, key=lambda token: len(token.content), reverse=True):
+        pattern = re.escape(token.content)
+        if token.single_word:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        alternatives.append((r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else ""))
+    return re.compile("|".join(alternatives))
