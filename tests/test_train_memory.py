@@ -23,6 +23,15 @@ MIDDLE = {
     "vocab_size": 8000,
     "max_position_embeddings": 256,
 }
+NEOX = {
+    **{key: value for key, value in MIDDLE.items() if key != "num_key_value_heads"},
+    "model_type": "gpt_neox",
+}
+GPTJ = {"model_type": "gptj", "n_embd": 512, "n_inner": 1536, "n_layer": 3, "n_head": 8, "vocab_size": 8000,
+        "n_positions": 256, "rotary_dim": 32, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+OPT = {"model_type": "opt", "hidden_size": 512, "ffn_dim": 1536, "num_hidden_layers": 3, "num_attention_heads": 8,
+       "vocab_size": 8000, "max_position_embeddings": 256, "word_embed_proj_dim": 256,
+       "do_layer_norm_before": False}  # fmt: skip
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -57,7 +66,17 @@ print(json.dumps({"planned": trainer.plan.total, "taken": peak() - before}))
 )
 def test_a_run_takes_what_was_planned(settings: dict[str, Any]) -> None:
     """Within 5 %, measured in a process of its own."""
-    command = [sys.executable, "-c", SCRIPT, json.dumps(MIDDLE), json.dumps(settings)]
+    assert_planned(MIDDLE, settings)
+
+
+@pytest.mark.parametrize("config", [NEOX, GPTJ, OPT], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_so_do_other_shapes_of_blocks(config: dict[str, Any], checkpointed: bool) -> None:
+    assert_planned(config, {"checkpoint_activations": checkpointed})
+
+
+def assert_planned(config: dict[str, Any], settings: dict[str, Any]) -> None:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(config), json.dumps(settings)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert found["planned"] == pytest.approx(found["taken"], rel=0.05), found
 

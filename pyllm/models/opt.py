@@ -1,4 +1,5 @@
-"""OPT: learned positions that begin at row 2, ReLU, and norms before or after each part."""
+"""OPT: learned positions that begin at row 2, ReLU, and norms before each part or, in OPT-350m, after it, where the
+embedding is narrower than the model too."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     before = reader.boolean("do_layer_norm_before", default=True)
     removed = reader.boolean("_remove_final_layer_norm", default=False)
     reader.only("layer_norm_elementwise_affine", True)
-    reader.only("word_embed_proj_dim", None, hidden)
+    width = reader.integer("word_embed_proj_dim", default=hidden)
     size = max(hidden // heads, 1)
     norm = NormSpec(NormKind.LAYER, 1e-5, bias=True)
     block = BlockSpec(
@@ -65,7 +66,9 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
         blocks=(block,) * layers,
         final_norm=norm if before and not removed else None,
         max_positions=positions,
-        embedding=EmbeddingSpec(positions=positions + _OFFSET, position_offset=_OFFSET),
+        embedding=EmbeddingSpec(
+            width=None if width == hidden else width, positions=positions + _OFFSET, position_offset=_OFFSET
+        ),
         head=HeadSpec(tied=tied),
         dtype=dtype,
         **tokens,
@@ -77,6 +80,7 @@ NAMES = NameTable(
     prefix="model.",
     rows=(
         Row("model.decoder.embed_tokens.weight", ("embed.weight",)),
+        Row("model.decoder.project_in.weight", ("embed.project.weight",)),
         Row("model.decoder.embed_positions.weight", ("positions.weight",)),
         *linear(f"{_AT}.self_attn_layer_norm", f"{_BLOCK}.attn_norm"),
         *(row for part in "qkv" for row in linear(f"{_AT}.self_attn.{part}_proj", f"{_BLOCK}.attn.{part}")),
@@ -85,6 +89,7 @@ NAMES = NameTable(
         *linear(f"{_AT}.fc1", f"{_BLOCK}.mlp.up"),
         *linear(f"{_AT}.fc2", f"{_BLOCK}.mlp.down"),
         *linear("model.decoder.final_layer_norm", "final_norm"),
+        Row("model.decoder.project_out.weight", ("head.project.weight",)),
         Row("lm_head.weight", ("head.weight",)),
     ),
 )
