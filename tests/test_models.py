@@ -52,6 +52,8 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
     ):
         logits, hidden = forward(model.spec, model.tensors, expected["ids"])
         assert np.abs(logits - expected["logits"]).max() < 2e-5 * max(1, np.abs(logits).max())
+        if model.spec.embedding.width is not None:
+            hidden.pop()  # the last one, which transformers projects already
         for found, wanted in zip(hidden, expected["hidden_states"], strict=True):
             assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
 
