@@ -36,7 +36,17 @@ F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
 Dropout: TypeAlias = tuple[float, NDArray[np.uint64], int]  # rate, seed [1], read when a kernel runs, and site
 
-ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
+ACTIVATIONS = {
+    None: 0,
+    Activation.GELU_ERF: 1,
+    Activation.GELU_TANH: 2,
+    Activation.SILU: 3,
+    Activation.RELU: 4,
+    Activation.TANH: 5,
+    Activation.SIGMOID: 6,
+    Activation.QUICK_GELU: 7,
+    Activation.RELU_SQUARED: 8,
+}
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
 
@@ -224,6 +234,12 @@ class Ops:
         """``act(x)``, or ``act(x) * up``: x and up [R, D] -> [R, D]."""
         out = self.empty(*x.shape) if out is None else out
         self.context.activation(out, x, up, ACTIVATIONS[activation])
+        return out
+
+    def axpby(self, x: F32, a: float, y: F32 | None = None, b: float = 1.0, out: F32 | None = None) -> F32:
+        """``a * x + b * y``, without y ``a * x``: x and y [R, D] -> [R, D]. `out` may be x or y."""
+        out = self.empty(*x.shape) if out is None else out
+        self.context.axpby(out, x, a, y, b)
         return out
 
     def embedding(

@@ -26,12 +26,16 @@ class NormKind(str, Enum):
 
 
 class Activation(str, Enum):
-    """Pointwise function of the feed-forward part."""
+    """Pointwise function of a feed-forward part or a head."""
 
     GELU_ERF = "gelu_erf"
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
     RELU = "relu"
+    TANH = "tanh"
+    SIGMOID = "sigmoid"
+    QUICK_GELU = "quick_gelu"  # x sigmoid(1.702 x)
+    RELU_SQUARED = "relu_squared"
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,30 @@ class Tape:
         self._run(forward, backward)
         return out
 
+    def axpby(self, x: F32, a: float, y: F32 | None = None, b: float = 1.0, out: F32 | None = None) -> F32:
+        """See :meth:`pyllm.ops.Ops.axpby`. Where `out` is x or y, the result is another array all the same."""
+        out = self._new(x.shape)
+        ops, first, result = self.ops, self._view(x), self._view(out)
+        second = None if y is None else self._view(y)
+
+        def forward() -> None:
+            ops.axpby(x, a, y, b, out=out)
+
+        def backward() -> None:
+            dout = self._incoming(result)
+            if second is not None:
+                dy, add = self._target(second)
+                ops.axpby(dout, b, dy if add else None, out=dy)
+            if first.is_whole and first.value.gradient is None:  # in place: nothing else needs dout
+                self._hand_on(result, first)
+                dx, add = dout, False
+            else:
+                dx, add = self._target(first)
+            ops.axpby(dout, a, dx if add else None, out=dx)
+
+        self._run(forward, backward)
+        return out
+
     def matmul(
         self,
         x: F32,

@@ -108,9 +108,13 @@ def test_gpt2_scales() -> None:
         ("gelu_new", Activation.GELU_TANH),
         ("gelu_pytorch_tanh", Activation.GELU_TANH),
         ("gelu", Activation.GELU_ERF),
+        ("quick_gelu", Activation.QUICK_GELU),
         ("relu", Activation.RELU),
+        ("relu2", Activation.RELU_SQUARED),
+        ("sigmoid", Activation.SIGMOID),
         ("silu", Activation.SILU),
         ("swish", Activation.SILU),
+        ("tanh", Activation.TANH),
     ],
 )
 def test_activations(word: str, activation: Activation) -> None:
@@ -426,7 +430,7 @@ def test_bad_llama_configs(change: dict[str, Any], named: str) -> None:
         ({"n_head": 5}, "n_head"),
         ({"n_inner": 0}, "n_inner"),
         ({"scale_attn_weights": 1}, "scale_attn_weights"),
-        ({"activation_function": "tanh"}, "gelu_new"),
+        ({"activation_function": "softplus"}, "gelu_new"),
         ({"rope_theta": 10000.0}, "rope_theta"),
     ],
 )

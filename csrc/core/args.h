@@ -95,6 +95,15 @@ struct ActivationArgs {
   Activation activation;
 };
 
+// out = a x + b y, one multiply-add on b y; a x where y is null.
+struct AxpbyArgs {
+  float* out;      // [R, D], may be x or y
+  const float* x;  // [R, D]
+  const float* y;  // [R, D] or null
+  int64_t rows, dim, out_stride, x_stride, y_stride;
+  float a, b;
+};
+
 // y[t] = table[tokens[t]] + position_table[positions[t]]; ids are checked by the caller.
 struct EmbeddingArgs {
   float* y;                  // [T, D]

@@ -14,6 +14,7 @@
   X(matmul, MatmulArgs)                          \
   X(norm, NormArgs)                              \
   X(activation, ActivationArgs)                  \
+  X(axpby, AxpbyArgs)                            \
   X(embedding, EmbeddingArgs)                    \
   X(gather, GatherArgs)                          \
   X(rope_angles, RopeAnglesArgs)                 \
