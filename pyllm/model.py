@@ -116,16 +116,29 @@ class Model:
             x = self._mlp(this, layer, second, x)
             ops.release(mark)
             return x
-        for part, norm in ((self._attention, weights.attn_norm), (self._mlp, weights.mlp_norm)):
+        for part, norm, post_norm in (
+            (self._attention, weights.attn_norm, weights.attn_post_norm),
+            (self._mlp, weights.mlp_norm, weights.mlp_post_norm),
+        ):
+            if spec.placement is Placement.NORMED:
+                x = _norm(ops, x, spec.norm, norm, out=x)
             mark = ops.mark()
-            x = part(this, layer, x if spec.placement is Placement.POST else _norm(ops, x, spec.norm, norm), x)
+            if spec.placement is Placement.POST:
+                x = part(this, layer, x, x)
+            elif spec.placement is Placement.NORMED:
+                x = ops.add(x, part(this, layer, x), spec.residual_scale, out=x)
+            elif spec.placement is Placement.SANDWICH:
+                branch = part(this, layer, _norm(ops, x, spec.norm, norm))
+                x = ops.add(x, _norm(ops, branch, spec.norm, post_norm, out=branch), out=x)
+            else:
+                x = part(this, layer, _norm(ops, x, spec.norm, norm), x)
             ops.release(mark)
             if spec.placement is Placement.POST:
                 x = _norm(ops, x, spec.norm, norm, out=x)
         return x
 
-    def _attention(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:
-        """residual + out(attention(x)), in place of the residual where it may be."""
+    def _attention(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
+        """out(attention(x)), plus the residual in its place where it is given and may be overwritten."""
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
         qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
@@ -143,8 +156,8 @@ class Model:
         )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
-    def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:
-        """residual + down(act(gate(x)) * up(x)), without a gate down(act(up(x))), in place where it may be."""
+    def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
+        """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""
         spec, weights = self.spec.blocks[layer].mlp, self.weights.blocks[layer]
         bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.gated else (weights.up_bias, None)
         inner = this.ops.matmul(x, weights.up, bias, bias_up, spec.activation)

@@ -259,6 +259,10 @@ class Ops:
         self.activation(pre, Activation.TANH, out=out)
         return self.axpby(out, cap, out=out)
 
+    def add(self, x: F32, branch: F32, scale: float = 1.0, out: F32 | None = None) -> F32:
+        """``scale * x + branch``, what a part of a block adds to the residual stream: [T, D] each; `out` may be x."""
+        return self.axpby(x, scale, branch, out=out)
+
     def embedding(
         self,
         tokens: NDArray[np.int32],

@@ -76,6 +76,7 @@ class BlockWeights:
     """One block: `qkv` [(H + 2G) E, D], `out` [D, H E], `up` [F, D] (gated: with its gate), `down` [D, F]."""
 
     attn_norm: NormWeights
+    attn_post_norm: NormWeights | None
     qkv: _cpu.PackedMatrix
     qkv_bias: F32 | None
     q_norm: F32 | None
@@ -83,6 +84,7 @@ class BlockWeights:
     out: _cpu.PackedMatrix
     out_bias: F32 | None
     mlp_norm: NormWeights | None
+    mlp_post_norm: NormWeights | None
     up: _cpu.PackedMatrix
     gate_bias: F32 | None
     up_bias: F32 | None
@@ -182,6 +184,7 @@ def assemble(
         assert first is not None
         return BlockWeights(
             attn_norm=first,
+            attn_post_norm=norm(f"{at}.attn_post_norm"),
             qkv=found[f"{at}.qkv"],
             qkv_bias=vector(*(f"{at}.attn.{name}.bias" for name in "qkv")),
             q_norm=vector(f"{at}.attn.q_norm.weight"),
@@ -189,6 +192,7 @@ def assemble(
             out=found[f"{at}.out"],
             out_bias=vector(f"{at}.attn.o.bias"),
             mlp_norm=norm(f"{at}.mlp_norm"),
+            mlp_post_norm=norm(f"{at}.mlp_post_norm"),
             up=found[f"{at}.up"],
             gate_bias=vector(f"{at}.mlp.gate.bias"),
             up_bias=vector(f"{at}.mlp.up.bias"),

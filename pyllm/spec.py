@@ -105,6 +105,8 @@ class Placement(str, Enum):
     POST = "post"  # x = N1(x + A x), then x = N2(x + M x)
     PARALLEL = "parallel"  # x += A(N1 x) + M(N2 x)
     SHARED = "shared"  # x += A(N1 x) + M(N1 x)
+    SANDWICH = "sandwich"  # x += N1b(A(N1 x)), then x += N2b(M(N2 x))
+    NORMED = "normed"  # x = s N1(x) + A(N1 x), then x = s N2(x) + M(N2 x), s being the residual scale
 
     @property
     def is_parallel(self) -> bool:
@@ -114,12 +116,22 @@ class Placement(str, Enum):
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """An attention and a feed-forward part, added to the residual stream; all norms are of one spec."""
+    """An attention and a feed-forward part, added to the residual stream; all norms are of one spec.
+
+    `residual_scale` is what a NORMED block multiplies the residual stream by.
+    """
 
     norm: NormSpec
     attention: AttentionSpec
     mlp: MlpSpec
     placement: Placement = Placement.PRE
+    residual_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        allowed = self.placement is Placement.NORMED or self.residual_scale == 1
+        require(allowed and math.isfinite(self.residual_scale), "residual scale",
+                "a finite number, and 1 unless the residual stream is normed", self.residual_scale)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -278,6 +290,9 @@ class ModelSpec:
             for name in ("q_norm", "k_norm"):
                 shapes.update(_norm_slots(f"{at}.attn.{name}", attention.qk_norm, attention.head_dim))
         shapes.update(_linear_slots(f"{at}.attn.o", self.hidden, rows, attention.out_bias))
+        if block.placement is Placement.SANDWICH:
+            for name in ("attn_post_norm", "mlp_post_norm"):
+                shapes.update(_norm_slots(f"{at}.{name}", block.norm, self.hidden))
         if block.placement is not Placement.SHARED:
             shapes.update(_norm_slots(f"{at}.mlp_norm", block.norm, self.hidden))
         for name in ("gate", "up") if mlp.gated else ("up",):

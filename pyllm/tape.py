@@ -189,6 +189,35 @@ class Tape:
         self._run(forward, backward)
         return out
 
+    def add(self, x: F32, branch: F32, scale: float = 1.0, out: F32 | None = None) -> F32:
+        """See :meth:`pyllm.ops.Ops.add`. Where `out` is x, the result is another array all the same.
+
+        As the residual stream it outlives the part of the block.
+        """
+        out = self._new(x.shape, kept=True)
+        ops, stream, added, y = self.ops, self._view(x), self._view(branch), self._view(out)
+        dropped = self._site()
+
+        def forward() -> None:
+            if dropped is not None:
+                ops.dropout(branch, *dropped, out=branch)
+            ops.axpby(x, scale, branch, out=out)
+
+        def backward() -> None:
+            dy = self._incoming(y)
+            dbranch, again = self._target(added)
+            assert not again, "a branch has one use"
+            if dropped is not None:
+                ops.dropout(dy, *dropped, out=dbranch)
+            else:
+                ops.axpby(dy, 1.0, out=dbranch)
+            self._hand_on(y, stream)
+            if scale != 1:
+                ops.axpby(dy, scale, out=dy)
+
+        self._run(forward, backward, again=False)
+        return out
+
     def matmul(
         self,
         x: F32,

@@ -153,17 +153,22 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
         normed = floats(queries) + floats(keys) if a.qk_norm is not None else 0
         qkv = floats(queries + 2 * keys)
         return _Part(
-            qkv + normed + floats(queries) + floats(a.heads) + branch,
-            branch + floats(queries) + qkv + normed,
+            qkv + normed + floats(queries) + floats(a.heads),
+            floats(queries) + qkv + normed,
         )
 
     def mlp(b: BlockSpec) -> _Part:
         inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
-        return _Part(inner + pre + branch, branch + inner)
+        return _Part(inner + pre, inner)
 
     def parts(b: BlockSpec) -> list[_Part]:
-        """With the norms before them."""
+        """With the norms before them, and what is added to the residual stream where it stands by itself."""
         norm, first, second = _Part(width, width), attention(b), mlp(b)
+        if b.placement is Placement.NORMED:
+            return [_Part(width, width) + part for part in (first, second)]
+        if b.placement is Placement.SANDWICH:
+            return [_Part(3 * width, 2 * width) + part for part in (first, second)]
+        first, second = first + _Part(branch, branch), second + _Part(branch, branch)
         if b.placement is Placement.POST:
             return [first, second]
         if b.placement is Placement.SHARED:
@@ -174,7 +179,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
 
     def streams(b: BlockSpec) -> int:
         """States of the residual stream that it makes, norms behind its parts included."""
-        return 4 if b.placement is Placement.POST else 2
+        return 4 if b.placement in (Placement.POST, Placement.NORMED) else 2
 
     each = [part for b in spec.blocks for part in parts(b)]
     table = floats(spec.table_width)
