@@ -15,6 +15,7 @@ from oracle.transformer import forward
 
 from pyllm.errors import ConfigError
 from pyllm.models import FAMILIES, family_of, open_checkpoint, read_spec
+from pyllm.position_bias import Alibi
 from pyllm.rope import RopeKind
 from pyllm.spec import Activation, ModelSpec, NormKind
 
@@ -59,7 +60,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 23
+    assert len(GOLDEN_NAMES) == 26
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:
@@ -573,3 +574,33 @@ def test_any_json_gives_a_spec_or_a_config_error(family: str, changes: dict[str,
 def test_read_spec_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_spec(tmp_path) == read(LLAMA)
+
+
+def test_bloom_and_mpt_configs() -> None:
+    bloom = read({"model_type": "bloom", "n_embed": 48, "n_layer": 3, "num_attention_heads": 12, "seq_length": 99})
+    assert (bloom.hidden, len(bloom.blocks), bloom.max_positions, bloom.head.tied) == (48, 3, 99, True)
+    assert bloom.blocks[0].attention.bias == Alibi()
+    assert bloom.blocks[0].attention.scale == 0.5
+    assert bloom.blocks[0].mlp.hidden == 192
+    assert bloom.embedding.norm == bloom.final_norm
+    mpt = read({"model_type": "mpt", "d_model": 48, "n_heads": 3, "attn_config": {"alibi_bias_max": 4}, "verbose": 0})
+    assert (mpt.blocks[0].attention.bias, mpt.blocks[0].attention.scale) == (Alibi(4.0), 0.25)
+    assert not mpt.blocks[0].norm.bias
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bloom", "n_head": 7}, "n_head"),
+        ({"model_type": "bloom", "n_inner": 100}, "n_inner"),
+        ({"model_type": "mpt", "expansion_ratio": 2}, "expansion_ratio"),
+        ({"model_type": "mpt", "attn_config": {"clip_qkv": 6}}, "attn_config.clip_qkv = 6: expected null"),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, "attn_config.alibi"),
+        ({"model_type": "mpt", "attn_config": {"attn_types": 1}}, "did you mean attn_type?"),
+        ({"model_type": "mpt", "attn_config": 3}, "attn_config = 3: expected an object or null"),
+        ({"model_type": "mpt", "no_bias": False}, "no_bias"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else None,
+)
+def test_bad_bloom_and_mpt_configs(config: dict[str, Any], words: str) -> None:
+    assert words in refusal(config)

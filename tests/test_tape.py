@@ -27,7 +27,17 @@ from pyllm.ops_training import TrainingOps
 from pyllm.tape import Tape, TapeMemory
 from pyllm.train.step import IGNORED
 
-MODELS = ["gpt2", "gpt2-scaled-relu", "llama", "llama-tied-biased", "llama-yarn", "mistral", "qwen2", "qwen3"]
+MODELS = [
+    "bloom-normed",
+    "gpt2",
+    "gpt2-scaled-relu",
+    "llama",
+    "llama-tied-biased",
+    "llama-yarn",
+    "mistral",
+    "qwen2",
+    "qwen3",
+]
 VOCAB = 67
 
 

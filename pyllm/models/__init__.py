@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.family import Family
 from pyllm.models.glm import GLM
@@ -17,6 +18,7 @@ from pyllm.models.gpt_neox import GPT_NEOX
 from pyllm.models.gptj import GPTJ
 from pyllm.models.llama import LLAMA
 from pyllm.models.mistral import MISTRAL
+from pyllm.models.mpt import MPT
 from pyllm.models.opt import OPT
 from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
@@ -30,6 +32,7 @@ __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        BLOOM,
         CHATGLM2,
         GLM,
         GLM4,
@@ -38,6 +41,7 @@ FAMILIES: dict[str, Family] = {
         GPTJ,
         LLAMA,
         MISTRAL,
+        MPT,
         OPT,
         PHI3,
         QWEN2,

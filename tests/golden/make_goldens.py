@@ -35,6 +35,7 @@ class Variant:
     prompt: int = 32
     seed: int = 0
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
+    gain: float = 1.0  # of the blocks' matrices: what holds to its last token says little
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,29 @@ def variants() -> dict[str, Variant]:
         **rope("default", theta=500.0, partial_rotary_factor=0.5),
     }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
+    bloom = {
+        "model_type": "bloom",
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "layer_norm_epsilon": 2e-3,
+    }
+    mpt = {
+        "model_type": "mpt",
+        "vocab_size": 67,
+        "d_model": 30,
+        "n_layers": 2,
+        "n_heads": 5,
+        "max_seq_len": 128,
+        "layer_norm_epsilon": 2e-3,
+        "attn_config": {"softmax_scale": 0.5},
+    }
     return {
+        "bloom": Variant(bloom, gain=1.5),
+        "bloom-normed": Variant(
+            {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
+        ),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
         "glm": Variant({**glm, "tie_word_embeddings": True}),
         "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
@@ -160,6 +183,7 @@ def variants() -> dict[str, Variant]:
                 "original_max_position_embeddings": 20,
             }
         ),
+        "mpt": Variant(mpt),
         "opt": Variant(opt),
         "opt-post": Variant({**opt, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
         "qwen2": Variant({**base, "model_type": "qwen2"}),
@@ -181,7 +205,7 @@ def build(name: str, folder: Path) -> Expected:
     """Write the variant's model folder and return what transformers computes for it."""
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
-        model = _random_model(variant.config, seed)
+        model = _random_model(variant, seed)
         expected, gap = _run(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
@@ -198,10 +222,11 @@ def read_expected(folder: Path) -> Expected:
         return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
 
 
-def _random_model(config: dict[str, Any], seed: int) -> Any:
+def _random_model(variant: Variant, seed: int) -> Any:
     import torch
     import transformers
 
+    config = variant.config
     fields = {name: value for name, value in config.items() if name != "model_type"}
     # transformers completes the nested rope parameters in place
     if "rope_parameters" in fields:
@@ -220,7 +245,7 @@ def _random_model(config: dict[str, Any], seed: int) -> Any:
             elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
             else:
-                parameter.copy_(1.5 * noise / hf_config.hidden_size**0.5)
+                parameter.copy_(1.5 * variant.gain * noise / hf_config.hidden_size**0.5)
     return model
 
 
