@@ -8,7 +8,18 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, i8 = 3, i4 = 4 };
 constexpr int64_t dtype_bits(DType t) { return t == DType::f32 ? 32 : t == DType::i8 ? 8 : t == DType::i4 ? 4 : 16; }
 constexpr int64_t dtype_bytes(DType t) { return dtype_bits(t) / 8; }  // of those that have whole bytes
 
-enum class Activation : int32_t { none = 0, gelu_erf = 1, gelu_tanh = 2, silu = 3, relu = 4 };
+enum class Activation : int32_t {
+  none = 0,
+  gelu_erf = 1,
+  gelu_tanh = 2,
+  silu = 3,
+  relu = 4,
+  tanh = 5,
+  sigmoid = 6,
+  quick_gelu = 7,  // x sigmoid(1.702 x)
+  relu_squared = 8
+};
+constexpr int32_t kActivations = 9;
 enum class NormKind : int32_t { layer = 0, rms = 1 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -77,11 +88,11 @@ struct CacheView {
   int64_t blocks, kv_heads, head_size;
   DType dtype;  // f32, bf16 or i8
 
-  int64_t padded_head() const { return round_up(head_size, kHeadPad); }
-  int64_t scale_elements() const { return dtype == DType::i8 ? 2 : 0; }  // of one token
-  int64_t half_elements() const { return kBlockTokens * (padded_head() + scale_elements()); }
-  int64_t head_elements() const { return 2 * half_elements(); }
-  int64_t block_elements() const { return kv_heads * head_elements(); }
+  constexpr int64_t padded_head() const { return round_up(head_size, kHeadPad); }
+  constexpr int64_t scale_elements() const { return dtype == DType::i8 ? 2 : 0; }  // of one token
+  constexpr int64_t half_elements() const { return kBlockTokens * (padded_head() + scale_elements()); }
+  constexpr int64_t head_elements() const { return 2 * half_elements(); }
+  constexpr int64_t block_elements() const { return kv_heads * head_elements(); }
 };
 
 }  // namespace pyllm

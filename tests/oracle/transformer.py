@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from oracle.activation import activation
 
 from pyllm.rope import RopeSpec
-from pyllm.spec import Activation, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
+from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
@@ -53,6 +53,14 @@ def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mappin
         case Placement.POST:
             x = norm(x + attention(x), "attn_norm")
             return norm(x + mlp(x), "mlp_norm")
+        case Placement.SANDWICH:
+            x = x + norm(attention(norm(x, "attn_norm")), "attn_post_norm")
+            return x + norm(mlp(norm(x, "mlp_norm")), "mlp_post_norm")
+        case Placement.NORMED:
+            x = norm(x, "attn_norm")
+            x = block.residual_scale * x + attention(x)
+            x = norm(x, "mlp_norm")
+            return block.residual_scale * x + mlp(x)
         case Placement.PARALLEL:
             return x + attention(norm(x, "attn_norm")) + mlp(norm(x, "mlp_norm"))
         case Placement.SHARED:
@@ -102,17 +110,7 @@ def rotate(x: Array, rope: RopeSpec) -> Array:
 def feed_forward(x: Array, spec: MlpSpec, weights: Mapping[str, Array], at: str) -> Array:
     up = linear(x, weights, f"{at}.mlp.up")
     if spec.gated:
-        inner = activate(linear(x, weights, f"{at}.mlp.gate"), spec.activation) * up
+        inner = activation(linear(x, weights, f"{at}.mlp.gate"), spec.activation.value) * up
     else:
-        inner = activate(up, spec.activation)
+        inner = activation(up, spec.activation.value)
     return linear(inner, weights, f"{at}.mlp.down")
-
-
-def activate(x: Array, kind: Activation) -> Array:
-    if kind is Activation.GELU_ERF:
-        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    if kind is Activation.GELU_TANH:
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    if kind is Activation.SILU:
-        return x / (1 + np.exp(-x))
-    return np.maximum(x, 0)
