@@ -80,7 +80,7 @@ def _plan(
         peers=_names(peers, PEERS),
         threads=threads if threads is not None else default_threads(),
         rounds=rounds if rounds is not None else 2 if quick else 5,
-        folder=(folder or models_folder()).expanduser().resolve(),
+        folder=(folder.expanduser() if folder is not None else models_folder()).resolve(),
     )
     try:
         plan.check()
@@ -97,7 +97,7 @@ def _names(given: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
 
 def models_folder() -> Path:
     """Where made models are kept: tens of gigabytes for all of them."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyllm" / "compare"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyllm" / "compare"
 
 
 def _need_matplotlib() -> None:
