@@ -136,7 +136,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: project(table[token]) + positions[position + offset].
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset]).
 
     `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
     position table, 0 for none; the first `position_offset` of them belong to no position.
@@ -145,23 +145,35 @@ class EmbeddingSpec:
     width: int | None = None
     positions: int = 0
     position_offset: int = 0
+    scale: float = 1.0
+    norm: NormSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         require(self.width is None or self.width > 0, "embedding width", "at least 1", self.width)
         require(0 <= self.position_offset <= self.positions, "offset in the position table",
                 f"0 to its {self.positions} rows", self.position_offset)  # fmt: skip
+        require(math.isfinite(self.scale), "embedding scale", "a finite number", self.scale)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How the residual stream becomes logits: project(final norm(x)) head^T + bias.
+    """How the residual stream becomes logits: scale * project(final norm(x)) head^T + bias.
 
-    A `tied` head is the embedding table. It projects where the table is not as wide as the model.
+    A `tied` head is the embedding table. It projects where the table is not as wide as the model. With a `softcap` c
+    logits l become c * tanh(l / c).
     """
 
     tied: bool = False
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,6 +244,8 @@ class ModelSpec:
             shapes["embed.project.weight"] = (self.hidden, self.table_width)
         if self.embedding.positions:
             shapes["positions.weight"] = (self.embedding.positions, self.hidden)
+        if self.embedding.norm is not None:
+            shapes.update(_norm_slots("embed.norm", self.embedding.norm, self.hidden))
         if self.relative_bias is not None:
             heads, buckets = self.relative_bias
             shapes["relative_bias.weight"] = (heads, buckets.count)
