@@ -126,7 +126,15 @@ class Model:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
-            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window
+            q,
+            cache,
+            batch.starts,
+            batch.lengths,
+            batch.tables,
+            head_size=size,
+            scale=a.scale,
+            window=a.window,
+            prefix=batch.prefix,
         )
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
