@@ -152,7 +152,8 @@ class Model:
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
             q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
-            bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer], softcap=a.softcap,
+            prefix=batch.prefix, bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer],
+            softcap=a.softcap,
         )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 

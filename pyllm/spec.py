@@ -14,6 +14,7 @@ from functools import cached_property
 
 from pyllm.errors import require
 from pyllm.position_bias import Alibi, Buckets
+from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
@@ -180,6 +181,8 @@ class HeadSpec:
 class ModelSpec:
     """A decoder: embedding, blocks, final norm, head.
 
+    With a `prefix` the first tokens of a sequence see one another.
+
     `family` is for messages only. `max_positions` is the longest context that the checkpoint is made for, rope scaling
     included. `dtype` is the checkpoint's declared one ("float32", "float16" or "bfloat16"), if any.
     """
@@ -193,6 +196,7 @@ class ModelSpec:
     embedding: EmbeddingSpec = EmbeddingSpec()
     rope: RopeSpec | None = None
     head: HeadSpec = HeadSpec()
+    prefix: PrefixSpec | None = None
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
