@@ -183,6 +183,8 @@ class ModelSpec:
 
     With a `prefix` the first tokens of a sequence see one another.
 
+    Layers that have a window rotate by `local_rope` where there is one, and all others by `rope`.
+
     `family` is for messages only. `max_positions` is the longest context that the checkpoint is made for, rope scaling
     included. `dtype` is the checkpoint's declared one ("float32", "float16" or "bfloat16"), if any.
     """
@@ -195,6 +197,7 @@ class ModelSpec:
     max_positions: int
     embedding: EmbeddingSpec = EmbeddingSpec()
     rope: RopeSpec | None = None
+    local_rope: RopeSpec | None = None
     head: HeadSpec = HeadSpec()
     prefix: PrefixSpec | None = None
     dtype: str | None = None
@@ -215,10 +218,13 @@ class ModelSpec:
         biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
         require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
                 "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
-        if self.rope is not None:
-            smallest = min(block.attention.head_dim for block in self.blocks)
-            require(self.rope.dim <= smallest, "rotated channels of a head", f"at most the head size of {smallest}",
-                    self.rope.dim)  # fmt: skip
+        smallest = min(block.attention.head_dim for block in self.blocks)
+        for rope in filter(None, (self.rope, self.local_rope)):
+            require(rope.dim <= smallest, "rotated channels of a head", f"at most the head size of {smallest}",
+                    rope.dim)  # fmt: skip
+        require(self.local_rope is None or (self.rope is not None and self.local_rope.length_class(1) is None),
+                "rotary embedding of layers with a window", "one whose frequencies do not depend on the length, beside "
+                "that of the other layers", self.local_rope)  # fmt: skip
 
     @property
     def table_width(self) -> int:

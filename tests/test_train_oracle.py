@@ -20,7 +20,7 @@ from pyllm.train.parameters import Parameters, load_values
 from pyllm.train.step import IGNORED
 
 MODELS = ["gpt2", "llama", "llama-tied-biased", "qwen3"]
-OTHERS = ["bloom", "glm", "glm4", "gpt_neox", "gptj", "mpt", "opt", "opt-post", "phi3"]
+OTHERS = ["bloom", "gemma2", "gemma3", "glm", "glm4", "gpt_neox", "gptj", "mpt", "opt", "opt-post", "phi3"]
 VOCAB = 67
 
 if not os.environ.get("PYLLM_REQUIRE_ORACLE"):

@@ -11,6 +11,8 @@ from pyllm.errors import ConfigError, shown
 from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.family import Family
+from pyllm.models.gemma2 import GEMMA2
+from pyllm.models.gemma3 import GEMMA3_TEXT
 from pyllm.models.glm import GLM
 from pyllm.models.glm4 import GLM4
 from pyllm.models.gpt2 import GPT2
@@ -34,6 +36,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         BLOOM,
         CHATGLM2,
+        GEMMA2,
+        GEMMA3_TEXT,
         GLM,
         GLM4,
         GPT2,

@@ -35,7 +35,7 @@ class Variant:
     prompt: int = 32
     seed: int = 0
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
-    gain: float = 1.0  # of the blocks' matrices: what holds to its last token says little
+    gain: float = 1.0  # of matrices and norms within blocks: a model that holds to its last token tests little
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,15 @@ def variants() -> dict[str, Variant]:
         **rope("default", theta=500.0, partial_rotary_factor=0.5),
     }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
+    gemma = {
+        **base,
+        "head_dim": 10,
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 9,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    }
     bloom = {
         "model_type": "bloom",
         "vocab_size": 67,
@@ -130,6 +139,22 @@ def variants() -> dict[str, Variant]:
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
         ),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
+        "gemma2": Variant(
+            {**gemma, "model_type": "gemma2", "attn_logit_softcapping": 4.0, "tie_word_embeddings": False}
+        ),
+        "gemma3": Variant(
+            {
+                **gemma,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 3,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                },
+            },
+            gain=2.0,
+        ),
         "glm": Variant({**glm, "tie_word_embeddings": True}),
         "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
         "gpt2": Variant(gpt2),
@@ -241,7 +266,7 @@ def _random_model(variant: Variant, seed: int) -> Any:
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.copy_((variant.gain if "post_" in name else 1) + 0.3 * noise)
             elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
             else:
