@@ -65,7 +65,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 28
+    assert len(GOLDEN_NAMES) == 30
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:
@@ -655,3 +655,14 @@ def test_norms_stored_less_one_go_back_as_they_came(tmp_path: Path) -> None:
         assert np.allclose(file.get_tensor(name), stored, atol=2e-7)
         for slot, values in before.items():
             assert np.allclose(model.tensors[slot], values, rtol=0, atol=1e-7), slot
+
+
+def test_cohere_configs() -> None:
+    spec = read({"model_type": "cohere", "num_hidden_layers": 2, "use_qk_norm": True, "num_key_value_heads": 8})
+    assert (spec.hidden, spec.head.tied, spec.head.scale, spec.rope and spec.rope.theta) == (8192, True, 0.0625, 5e5)
+    slots = spec.slots()
+    assert slots["blocks.1.attn.q_norm.weight"] == (64, 128)
+    assert slots["blocks.1.attn.k_norm.weight"] == (8, 128)
+    assert "blocks.1.mlp_norm.weight" not in slots
+    assert spec.block_weights == 2 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 22528)
+    assert "logit_scale" in refusal({"model_type": "cohere", "logit_scale": "x"})

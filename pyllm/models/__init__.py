@@ -10,6 +10,7 @@ from typing import Any
 from pyllm.errors import ConfigError, shown
 from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm2 import CHATGLM2
+from pyllm.models.cohere import COHERE
 from pyllm.models.family import Family
 from pyllm.models.gemma2 import GEMMA2
 from pyllm.models.gemma3 import GEMMA3_TEXT
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         BLOOM,
         CHATGLM2,
+        COHERE,
         GEMMA2,
         GEMMA3_TEXT,
         GLM,

@@ -83,6 +83,7 @@ class Others:
     embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
     attention: Mapping[str, Any] = field(default_factory=dict)  # fields of AttentionSpec
     head: Mapping[str, Any] = field(default_factory=dict)  # fields of HeadSpec
+    qk_norm_each: bool = False  # heads of q and k have norms with weights of their own
     local_rope: bool = False  # layers with a window rotate by parameters of their own
 
 
@@ -167,7 +168,8 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
             "scale": head_dim**-0.5,
             "qkv_bias": biases.qkv,
             "out_bias": biases.out,
-            "qk_norm": norm if variant.qk_norm else None,
+            "qk_norm": norm if variant.qk_norm or others.qk_norm_each else None,
+            "qk_norm_each": others.qk_norm_each,
             **others.attention,
         }
     )

@@ -106,6 +106,12 @@ def variants() -> dict[str, Variant]:
         **rope("default", theta=500.0, partial_rotary_factor=0.5),
     }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
+    cohere = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "tie_word_embeddings")},
+        "model_type": "cohere",
+        "layer_norm_eps": 2e-3,
+        "pad_token_id": 0,
+    }
     gemma = {
         **base,
         "head_dim": 10,
@@ -139,6 +145,8 @@ def variants() -> dict[str, Variant]:
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
         ),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
+        "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
+        "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
         "gemma2": Variant(
             {**gemma, "model_type": "gemma2", "attn_logit_softcapping": 4.0, "tie_word_embeddings": False}
         ),
