@@ -14,6 +14,7 @@ from functools import cached_property
 
 from pyllm.errors import require
 from pyllm.position_bias import Alibi, Buckets
+from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
@@ -136,7 +137,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: project(table[token]) + positions[position + offset].
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset]).
 
     `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
     position table, 0 for none; the first `position_offset` of them belong to no position.
@@ -145,28 +146,42 @@ class EmbeddingSpec:
     width: int | None = None
     positions: int = 0
     position_offset: int = 0
+    scale: float = 1.0
+    norm: NormSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         require(self.width is None or self.width > 0, "embedding width", "at least 1", self.width)
         require(0 <= self.position_offset <= self.positions, "offset in the position table",
                 f"0 to its {self.positions} rows", self.position_offset)  # fmt: skip
+        require(math.isfinite(self.scale), "embedding scale", "a finite number", self.scale)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How the residual stream becomes logits: project(final norm(x)) head^T + bias.
+    """How the residual stream becomes logits: scale * project(final norm(x)) head^T + bias.
 
-    A `tied` head is the embedding table. It projects where the table is not as wide as the model.
+    A `tied` head is the embedding table. It projects where the table is not as wide as the model. With a `softcap` c
+    logits l become c * tanh(l / c).
     """
 
     tied: bool = False
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A decoder: embedding, blocks, final norm, head.
+
+    With a `prefix` the first tokens of a sequence see one another.
 
     `family` is for messages only. `max_positions` is the longest context that the checkpoint is made for, rope scaling
     included. `dtype` is the checkpoint's declared one ("float32", "float16" or "bfloat16"), if any.
@@ -181,6 +196,7 @@ class ModelSpec:
     embedding: EmbeddingSpec = EmbeddingSpec()
     rope: RopeSpec | None = None
     head: HeadSpec = HeadSpec()
+    prefix: PrefixSpec | None = None
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -232,6 +248,8 @@ class ModelSpec:
             shapes["embed.project.weight"] = (self.hidden, self.table_width)
         if self.embedding.positions:
             shapes["positions.weight"] = (self.embedding.positions, self.hidden)
+        if self.embedding.norm is not None:
+            shapes.update(_norm_slots("embed.norm", self.embedding.norm, self.hidden))
         if self.relative_bias is not None:
             heads, buckets = self.relative_bias
             shapes["relative_bias.weight"] = (heads, buckets.count)
