@@ -206,6 +206,18 @@ struct AttentionRule {
   bool causal;
 };
 
+// What becomes of a score, scale * q k, before the softmax: softcap * tanh(score / softcap) where softcap > 0, and then
+// bias[h, j - p] + slopes[h] * (j - p) more, for key j and a query at position p as above. Bias has a column for each
+// distance from -reach to reach; those beyond take the outer ones.
+struct AttentionScores {
+  const float* bias;    // [H, 2 * reach + 1] or null
+  const float* slopes;  // [H] or null
+  int64_t reach;
+  float softcap;
+
+  constexpr bool changed() const { return bias || slopes || softcap > 0; }
+};
+
 // Attention of a ragged batch over the paged cache, which already holds this step's keys and values.
 // A query that sees no key gives 0, and an lse of -infinity.
 // Keys are taken in fixed blocks of kKeyBlock; each gives (max, sum, weighted values), merged in rising order, so a row's
