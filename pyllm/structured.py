@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +20,20 @@ if TYPE_CHECKING:
     from pyllm.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 1 << 16  # of a schema, regular expression, grammar, or all choices together
-# What a grammar may cost: common ones take milliseconds to build and a fraction of one a step, hostile ones a second.
+# What one call of llguidance may take: 5 million items are 0.25 s. With 50,257 tokens, grammars whose names are
+# terminals need up to 5,000; with 30,000 that are all letters, one that spells names out letter by letter 3 million.
 _PARSER_LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
-    "step_max_items": 20_000,
+    "step_max_items": 5_000_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+# What all calls for a request may take together, in seconds of the processor: at the outset, and more with each token.
+# An ordinary grammar takes 0.1 to 0.4 ms a token with vocabularies of 50,000 to 128,000.
+_SECONDS, _SECONDS_A_TOKEN = 2.0, 0.01
 # White space stands between JSON's tokens as in one line of text: free runs of it are where models get lost.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # [256, 8]: what the bits of a byte of a mask, lowest first, let logits be.
@@ -79,34 +85,62 @@ class StructuredOutputs:
             raise ValueError(f"structured_outputs: {given[0]}: expected at most {MAX_GRAMMAR_BYTES} bytes, got {size}")
 
 
-class Matcher:
-    """How far one output has come in its grammar."""
+@dataclass
+class _Cost:
+    """What a request's grammar took so far: seconds of the processor, whatever else runs on it, and tokens."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
-        """Made by `GrammarCompiler`."""
-        self._matcher = matcher
-        self._vocabulary = vocabulary
+    seconds: float = 0.0
+    tokens: int = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is done in this thread meanwhile."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.thread_time() - began
 
     @property
     def error(self) -> str | None:
-        """Why the grammar cannot go on, as when a step of it exceeds its limits; None while it can."""
-        return _first_lines(self._matcher.get_error()) if self._matcher.is_error() else None
+        """That it is too much."""
+        if self.seconds <= _SECONDS + _SECONDS_A_TOKEN * self.tokens:
+            return None
+        return f"it is too costly to match: {self.seconds:.1f} s for {self.tokens} tokens"
+
+
+class Matcher:
+    """How far one output has come in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int, cost: _Cost) -> None:
+        """Made by `GrammarCompiler`; all outputs of a request share `cost`."""
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._cost = cost
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot go on, as when it takes more than it may; None while it can."""
+        return _first_lines(self._matcher.get_error()) if self._matcher.is_error() else self._cost.error
 
     def ceiling(self) -> NDArray[np.float32]:
         """[V]: +inf for tokens that may come next, ends exactly where the grammar accepts, -inf for all others; none
         may come after an error."""
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
+        with self._cost.counted():
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error() or self._cost.error is not None:
             return np.full(self._vocabulary, -np.inf, np.float32)
         return np.take(_CEILINGS, mask, axis=0).reshape(-1)[: self._vocabulary]
 
     def append(self, token: int) -> None:
         """The token was chosen."""
-        self._matcher.consume_token(token)
+        with self._cost.counted():
+            self._matcher.consume_token(token)
+        self._cost.tokens += 1
 
     def fork(self) -> Matcher:
         """One that goes on by itself from here."""
-        return Matcher(self._matcher.deep_copy(), self._vocabulary)
+        return Matcher(self._matcher.deep_copy(), self._vocabulary, self._cost)
 
 
 class GrammarCompiler:
@@ -126,11 +160,13 @@ class GrammarCompiler:
         """A matcher at the beginning of an output; `ValueError` with the reason for what is malformed or too costly."""
         from llguidance import LLMatcher, LLParserLimits
 
+        cost, limits = _Cost(), LLParserLimits(**_PARSER_LIMITS)
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0, limits=LLParserLimits(**_PARSER_LIMITS))
+            with cost.counted():
+                matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0, limits=limits)
         except ValueError as error:
             raise ValueError(f"structured_outputs: {_first_lines(str(error))}") from error
-        made = Matcher(matcher, self._vocabulary)
+        made = Matcher(matcher, self._vocabulary, cost)
         possible = bool((made.ceiling() > 0).any())  # the first mask is a part of the check
         if made.error is not None or not possible:
             raise ValueError(f"structured_outputs: {made.error or 'no output of this model can match'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import sys
 import time
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_model
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from pyllm import LLM, SamplingParams, StructuredOutputs
 from pyllm.cache import KVCache
 from pyllm.cli import main
 from pyllm.errors import RequestError
-from pyllm.structured import MAX_GRAMMAR_BYTES
+from pyllm.structured import MAX_GRAMMAR_BYTES, GrammarCompiler, Matcher
+from pyllm.tokenizer import Tokenizer
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
@@ -140,6 +144,104 @@ def test_hostile_or_malformed_ones_are_refused_soon(llm: LLM, wanted: dict[str, 
         llm.generate("x", params(**wanted))
     assert time.monotonic() - began < 2
     assert llm.engine.idle and texts(llm, "x", params(choice=["fine"])) == ["fine"]
+
+
+SQL = """
+start: "select " columns " from " NAME (" join " NAME " on " test)* (" where " condition)? (" order by " NAME)?
+columns: "*" | column ("," " "? column)*
+column: (NAME "." )? NAME (" as"? " " NAME)? | FUNCTION "(" column ")"
+condition: condition (" and " | " or ") condition | test | "(" condition ")"
+test: column " "? OPERATOR " "? (column | NUMBER | TEXT)
+FUNCTION: "count" | "sum" | "max"
+OPERATOR: "=" | "<" | ">" | "like"
+NUMBER: /-?[0-9]{1,9}(\\.[0-9]{1,4})?/
+TEXT: /'[^'\\n]{0,60}'/
+NAME: /[a-z_][a-z0-9_]{0,30}/
+"""
+SUMS = """
+start: sum
+sum: product (("+" | "-") product)*
+product: factor (("*" | "/") factor)*
+factor: name | "(" sum ")" | name "(" sum ("," sum)* ")"
+name: LETTER (LETTER | DIGIT){0,30}
+LETTER: /[a-z_]/
+DIGIT: /[0-9]/
+"""
+AMBIGUOUS = 'start: e\ne: e e | e e e | /[a-z]/ | ""'  # an output is read in ways beyond number
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
+    """Of 10,000 made-up words, any of which names may be made of: masks cost more than with real vocabularies."""
+    rng = random.Random(0)
+    parts = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {token: i for i, token in enumerate([*parts, "</s>"])}
+    letters = parts = [*map(chr, range(ord("a"), ord("z") + 1)), "_", *"0123456789"]
+    merges: list[tuple[str, str]] = []
+    while len(known) < 10_000:
+        pair = rng.choice(parts), rng.choice(letters)
+        if len("".join(pair)) <= 12 and known.setdefault("".join(pair), len(known)) == len(known) - 1:
+            merges.append(pair)
+            parts.append("".join(pair))
+    made = Library(models.BPE(known, merges))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("vocabulary")
+    made.add_special_tokens(["</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    return GrammarCompiler(Tokenizer.load(folder), len(known), [256])
+
+
+def walk(matcher: Matcher, tokens: int) -> int:
+    """How many tokens, drawn from those that may come, an output has when it ends, or ends in an error."""
+    rng = np.random.default_rng(0)
+    for count in range(tokens):
+        possible = np.flatnonzero(matcher.ceiling() > 0)
+        if not possible.size:
+            return count
+        token = int(rng.choice(possible))
+        if token == 256:
+            return count
+        matcher.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("grammar", [SQL, SUMS])
+def test_ordinary_grammars_go_on(compiler: GrammarCompiler, grammar: str) -> None:
+    wanted = StructuredOutputs(grammar=grammar)
+    matcher = compiler.compile(wanted)
+    assert walk(matcher, 50) > 5 and matcher.error is None
+
+
+def test_a_grammar_that_costs_too_much_ends_in_bounded_time(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyllm.structured._SECONDS", 0.5)
+    began = time.thread_time()
+    matcher = compiler.compile(StructuredOutputs(grammar=AMBIGUOUS))
+    assert walk(matcher, 10_000) < 10_000
+    assert time.thread_time() - began < 2 and "too costly to match" in str(matcher.error)
+    assert walk(matcher.fork(), 1) == 0  # all outputs of a request share what it may take
+
+
+def test_what_a_grammar_may_cost_grows_with_its_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllm.structured._SECONDS", 0.0)
+    wanted = params(regex="[a-z]{30}")
+    with pytest.raises(ValueError, match=r"structured_outputs: it is too costly to match: 0\.0 s for 0 tokens"):
+        llm.generate("x", wanted)  # compiling counts
+    compiled = llm.engine.matcher  # of what the first mask and compiling took nothing is counted here
+
+    def free(given: SamplingParams) -> Matcher | None:
+        with monkeypatch.context() as patch:
+            patch.setattr("pyllm.structured._SECONDS", 1.0)
+            return compiled(given)
+
+    monkeypatch.setattr(llm.engine, "matcher", free)
+    with pytest.raises(RequestError, match="cannot go on after 0 tokens: it is too costly to match"):
+        llm.generate("x", wanted)
+    assert llm.engine.idle
+    monkeypatch.setattr("pyllm.structured._SECONDS_A_TOKEN", 1.0)
+    monkeypatch.setattr("pyllm.structured._SECONDS", 1.0)
+    assert re.fullmatch("[a-z]{30}", texts(llm, "x", wanted)[0])
 
 
 @pytest.mark.parametrize("regex", ["((((.{0,99}){0,99}){0,99}){0,99})x", "(.*a.{40}b){40}"])
