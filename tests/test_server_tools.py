@@ -16,7 +16,7 @@ from serving import Running, running
 from pyllm import LLM
 from pyllm.server.chat import split
 from pyllm.server.protocol import ChatBody, Message, parse
-from pyllm.server.tools import CallReader, format_of
+from pyllm.server.tools import MAX_CALLS, CallReader, format_of
 
 HERMES = "{% if tools %}{{ tools | tojson }}{% endif %}<tool_call>{% for m in messages %}{{ m.content }}{% endfor %}"
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -42,6 +42,9 @@ def read(form: str, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
         ("1 < 2 <tool", "1 < 2 <tool", []),
         ('<tool_call>{"name": "f"}</tool_call>', "", [("f", {})]),
         ("spaces \n", "spaces \n", []),
+        ('<tool_call>{"name": "f", "arguments": {"x": NaN}}', '<tool_call>{"name": "f", "arguments": {"x": NaN}}', []),
+        (CALL * MAX_CALLS + CALL, CALL, [("look", {"at": "Köln"})] * MAX_CALLS),
+        (CALL * MAX_CALLS + CALL[:-5], CALL[:-5], [("look", {"at": "Köln"})] * MAX_CALLS),
     ],
 )
 def test_hermes(text: str, content: str, calls: list[Any]) -> None:
@@ -58,6 +61,8 @@ def test_hermes(text: str, content: str, calls: list[Any]) -> None:
         ('{"name": "f", "parameters": ', '{"name": "f", "parameters": ', []),
         ('{"a": 1}', '{"a": 1}', []),
         ("", "", []),
+        ('{"name": "f", "parameters": {"x": 1e999}}', '{"name": "f", "parameters": {"x": 1e999}}', []),
+        ('{"name": "f"};' * MAX_CALLS + '{"name": "f"}', '{"name": "f"}', [("f", {})] * MAX_CALLS),
     ],
 )
 def test_llama3(text: str, content: str, calls: list[Any]) -> None:

@@ -13,6 +13,7 @@ from pyllm.server import replies
 from pyllm.server.connection import (
     PING,
     PING_SECONDS,
+    ChoiceEvents,
     EventStream,
     ended_well,
     event,
@@ -71,23 +72,20 @@ class _Events:
         self.generation, self.head, self.top, self.include_usage = generation, head, top, usage
         self.readers = [CallReader(form) if form is not None else None for _ in range(generation.params.n)]
         self.called = [0] * generation.params.n  # calls sent
-        self.more: dict[str, Any] = {"usage": None} if usage else {}
+        self.chunks = ChoiceEvents(head, {"usage": None} if usage else {})
 
     async def all(self) -> AsyncIterator[bytes]:
         """The role of each choice, its pieces as they come, and the usage where that was asked for."""
         for index in range(self.generation.params.n):
-            yield self._event(replies.chat_choice(index, {"role": "assistant", "content": "", "refusal": None}))
+            yield self.chunks.of(replies.chat_choice(index, {"role": "assistant", "content": "", "refusal": None}))
         async for item in self.generation.pieces(PING_SECONDS):
             if item is None:
                 yield PING
             elif item[1].finish_reason not in ("abort", "error"):
-                yield self._event(self._choice(item[1]))
+                yield self.chunks.of(self._choice(item[1]))
         if self.include_usage:
             outputs = [request.result() for request in self.generation.requests]
             yield event(self.head.body([], usage=replies.usage_of(outputs)))
-
-    def _event(self, choice: dict[str, Any]) -> bytes:
-        return event(self.head.body([choice], **self.more))
 
     def _choice(self, piece: StreamOutput) -> dict[str, Any]:
         index, reader, text = piece.index, self.readers[piece.index], piece.text

@@ -11,6 +11,7 @@ from pyllm.server import replies
 from pyllm.server.connection import (
     PING,
     PING_SECONDS,
+    ChoiceEvents,
     EventStream,
     ended_well,
     event,
@@ -56,7 +57,7 @@ async def _events(
     service: Service, generation: Generation, head: replies.Head, echoed: list[str] | None, include_usage: bool
 ) -> AsyncIterator[bytes]:
     count = generation.params.n
-    more = {"usage": None} if include_usage else {}
+    chunks = ChoiceEvents(head, {"usage": None} if include_usage else {})
     lengths = [0] * generation.completions  # of the text sent
     logged = [0] * generation.completions  # of the text that log-probabilities were sent of
     async for item in generation.pieces(PING_SECONDS):
@@ -79,7 +80,7 @@ async def _events(
             logprobs = replies.completion_logprobs(entries, logged[index], service.token_text)
             logged[index] += sum(map(len, logprobs["tokens"]))
         lengths[index] += len(text)
-        yield event(head.body([replies.completion_choice(index, text, logprobs, piece.finish_reason)], **more))
+        yield chunks.of(replies.completion_choice(index, text, logprobs, piece.finish_reason))
     if include_usage:
         outputs = [request.result() for request in generation.requests]
         yield event(head.body([], usage=replies.usage_of(outputs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from pyllm.server.engine_thread import Generation
 from pyllm.server.errors import ApiError, api_error
 from pyllm.server.protocol import Body, parse
+from pyllm.server.replies import Head
 from pyllm.server.service import Service
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ PING_SECONDS = 30.0
 _GRACE = 5.0  # seconds for a reader to take what is left once its request has ended
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class ClientGoneError(Exception):
@@ -43,12 +45,25 @@ def facts_of(scope: Scope) -> dict[str, Any]:
 
 def encode(value: Any) -> bytes:
     """JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 def event(value: Any) -> bytes:
     """A server-sent event."""
     return b"data: %b\n\n" % encode(value)
+
+
+class ChoiceEvents:
+    """The events of a stream that tell of one choice each; what they share is encoded once."""
+
+    def __init__(self, head: Head, more: Mapping[str, Any]) -> None:
+        """`more` stands in each beside the choice."""
+        before, choices, after = event(head.body([], **more)).partition(b'"choices":[')
+        self._before, self._after = before + choices, after
+
+    def of(self, choice: Mapping[str, Any]) -> bytes:
+        """The event of `choice`."""
+        return b"%b%b%b" % (self._before, encode(choice), self._after)
 
 
 def reply(value: Any, status: int = 200) -> Response:

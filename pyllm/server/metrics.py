@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pyllm.engine.engine import Engine
+from pyllm.engine.outputs import FINISH_REASONS
 from pyllm.server.engine_thread import Generation
 
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
@@ -40,7 +41,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        self._reasons = {reason: reasons.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
+        self._reasons = {reason: reasons.labels(model, reason) for reason in FINISH_REASONS}
 
     def ended(self, generation: Generation) -> None:
         """Count a generation that ended."""

@@ -52,13 +52,13 @@ class CallReader:
         """What is left is content, unless it is a call."""
         held, self._held = self._held, ""
         if self._llama:
-            calls = _llama_calls(held)
-        else:
-            begun = held.lstrip()
-            call = _call(begun[len(_OPEN) :]) if begun.startswith(_OPEN) else None  # the end mark may be missing
-            calls = [] if call is None else [call]
-        self.calls.extend(calls)
-        return "" if calls or (self.calls and not held.strip()) else held
+            self.calls, held = _llama_calls(held)
+        elif held.lstrip().startswith(_OPEN) and len(self.calls) < MAX_CALLS:
+            call = _call(held.lstrip()[len(_OPEN) :])  # the end mark may be missing
+            if call is not None:
+                self.calls.append(call)
+                return ""
+        return "" if self.calls and not held.strip() else held
 
     def _read_hermes(self) -> str:
         """Content, and spaces only where no call stands beside them."""
@@ -108,24 +108,28 @@ def _call_of(value: Any, arguments: str) -> Call | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     given = value.get(arguments, {})
-    return Call(value["name"], json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else None
+    if not isinstance(given, dict):
+        return None
+    try:
+        return Call(value["name"], json.dumps(given, ensure_ascii=False, allow_nan=False))
+    except ValueError:  # NaN and infinities, which Python reads, are no JSON
+        return None
 
 
-def _llama_calls(text: str) -> list[Call]:
-    """One JSON object, or several with semicolons between them."""
+def _llama_calls(text: str) -> tuple[list[Call], str]:
+    """One JSON object, or several with semicolons between them, and the text behind `MAX_CALLS`; no calls, and all of
+    the text, where something in it is malformed."""
     decoder = json.JSONDecoder()
     calls: list[Call] = []
-    at = 0
-    text = text.strip()
-    while at < len(text) and len(calls) < MAX_CALLS:
+    rest = text.strip()
+    while rest and len(calls) < MAX_CALLS:
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(rest)
         except (ValueError, RecursionError):
-            return []
+            return [], text
         call = _call_of(value, "parameters")
         if call is None:
-            return []
+            return [], text
         calls.append(call)
-        while at < len(text) and text[at] in "; \n":
-            at += 1
-    return calls
+        rest = rest[end:].lstrip("; \n")
+    return calls, rest
