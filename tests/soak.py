@@ -11,13 +11,14 @@ import re
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
-from serving import JSON, Running, raw_request, running
+from serving import JSON, Running, raw_request, running, until
 
 from pyllm import LLM
 from pyllm.sampling import MAX_N
@@ -50,6 +51,7 @@ HOSTILE: list[dict[str, Any]] = [
     {"grammar": 'start: e\ne: e e | e e e | "a" | ""'},
 ]
 PROMPT_TOKENS = 120  # of long prompts, which take several steps
+IDLE_TASKS = 2  # of the event loop: the server's own
 
 
 @dataclass
@@ -76,10 +78,10 @@ def soak(folder: Path, requests: int, warm_up: int = 0) -> Report:
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(server, done, report))
         watcher.start()
-        with ThreadPoolExecutor(16) as crowd:
+        with ProcessPoolExecutor(1, get_context("spawn")) as clients:
 
             def send(first: int, last: int) -> int:
-                return sum(crowd.map(lambda index: _request(server, random.Random(index)), range(first, last)))
+                return clients.submit(_send, server.port, first, last).result()
 
             send(0, warm_up)
             part = max(1, requests // 20)
@@ -88,19 +90,33 @@ def soak(folder: Path, requests: int, warm_up: int = 0) -> Report:
                 report.answered += send(first, last)
                 report.sent += last - first
                 server.assert_idle()  # what requests hold while they run is no growth
+                until(lambda: _tasks(server) <= IDLE_TASKS)
                 report.memory.append((report.sent, _resident_kib()))
         done.set()
         watcher.join()
         server.assert_idle()
         time.sleep(0.1)
-        loop = server.server._loop
-        assert loop is not None
-        report.tasks = len(asyncio.all_tasks(loop))
+        report.tasks = _tasks(server)
     report.slope_kib = _slope(report.memory[len(report.memory) // 2 :])
     return report
 
 
-def _request(server: Running, rng: random.Random) -> bool:
+class _Server(NamedTuple):
+    """As its clients see it."""
+
+    port: int
+    client: httpx.Client
+
+
+def _send(port: int, first: int, last: int) -> int:
+    """Requests of these numbers; how many got what they should. Called in a process of its own: what clients hold is
+    not the server's memory."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client, ThreadPoolExecutor(16) as crowd:
+        server = _Server(port, client)
+        return sum(crowd.map(lambda index: _request(server, random.Random(index)), range(first, last)))
+
+
+def _request(server: _Server, rng: random.Random) -> bool:
     """One request of a random kind; whether it got what it should."""
     kind = rng.randrange(10)
     body: dict[str, Any] = {"prompt": "word " * rng.randint(1, 30), "max_tokens": rng.randint(1, 40), "seed": 1}
@@ -133,18 +149,24 @@ def _request(server: Running, rng: random.Random) -> bool:
     return server.client.post("/v1/completions", json={**body, "logprobs": 1}).status_code in (200, 429)
 
 
-def _connected(server: Running) -> socket.socket:
+def _tasks(server: Running) -> int:
+    loop = server.server._loop
+    assert loop is not None
+    return len(asyncio.all_tasks(loop))
+
+
+def _connected(server: _Server) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=30)
 
 
-def _leave(server: Running, body: dict[str, Any], rng: random.Random) -> bool:
+def _leave(server: _Server, body: dict[str, Any], rng: random.Random) -> bool:
     with _connected(server) as client:
         client.sendall(raw_request(body))
         time.sleep(rng.random() * 0.05)
     return True
 
 
-def _read_slowly(server: Running, body: dict[str, Any]) -> bool:
+def _read_slowly(server: _Server, body: dict[str, Any]) -> bool:
     with _connected(server) as client:
         client.sendall(raw_request(body))
         received = b""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import random
 import re
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,18 @@ def test_others_in_the_batch_do_not_notice(llm: LLM) -> None:
     together = llm.generate(PROMPTS, [*plain, wanted])
     assert [result.outputs[0].token_ids for result in together[:2]] == alone
     assert [together[2].outputs[0].text] == own
+
+
+def test_an_ended_output_is_not_held(llm: LLM) -> None:
+    request = llm.engine.add("x", [6, 7], params(regex="[a-c]{20}"), seed=1)
+    plain = llm.engine.add("x", [6, 7], SamplingParams(max_tokens=3), seed=1)
+    held = [weakref.ref(each.completions[0]) for each in (request, plain)]
+    while not llm.engine.idle:
+        llm.engine.step()
+    assert request.finished and plain.finished
+    del request, plain
+    gc.collect()
+    assert [each() for each in held] == [None, None]  # its grammar may take megabytes
 
 
 def test_put_back_and_behind_shared_beginnings_they_give_the_same(llm: LLM, tmp_path: Path) -> None:

@@ -381,6 +381,10 @@ class Engine:
             completion.deliver([token])
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
+        self._drawn, self._drawing = (
+            None,
+            [],
+        )  # it will not come again: what ends is not held by it
         search = completion.request.search
         for sequence in [completion.sequence] if search is None else search.sequences:
             self.scheduler.remove(sequence)
@@ -521,6 +525,7 @@ class Engine:
                     completion.end("error")
                     completion.deliver([])
         self._running.clear()
+        self._drawn, self._drawing = None, []
         self.scheduler.clear(BlockPool(self.scheduler.pool.size))
         if self.speculation is not None:
             self.speculation.clear()
