@@ -23,9 +23,11 @@ from pyllm.engine.request import Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
+from pyllm.engine.sources import Source
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
 from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
+from pyllm.generation_config import GenerationConfig
 from pyllm.interrupts import Interrupts
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
@@ -49,6 +51,7 @@ class ForwardOutput:
 
     logits: F32
     hidden_states: list[F32] | None = None
+    encoder_hidden_states: list[F32] | None = None  # those of the encoder, where the model has one
 
 
 class LLM:
@@ -157,6 +160,9 @@ class LLM:
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
+        cross = None
+        if self.spec.encoder is not None:
+            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, cross=True)
         self._runner = Runner(
             self.model,
             self.ops,
@@ -165,6 +171,8 @@ class LLM:
             max_num_seqs,
             self.max_model_len,
             self.plan.drafts,
+            cross,
+            self.plan.max_source,
         )
         own = _generation_end_ids(self.folder) if self.tokenizer is None else self.tokenizer.eos_token_ids
         end_ids = {*self.spec.eos_token_ids, *own}
@@ -178,6 +186,7 @@ class LLM:
             max_length=self.max_model_len,
             share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
             speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
+            defaults=GenerationConfig.read(self.folder, self.spec.vocab_size),
         )
         self._lock = threading.RLock()
 
@@ -196,17 +205,22 @@ class LLM:
         A prompt is text, ``{"prompt": text}`` or ``{"prompt_token_ids": [...]}``. Parameters are one `SamplingParams`
         for all, one each, or keywords of `SamplingParams`. `progress` gets (finished, all) requests.
 
+        A model with an encoder reads the prompt as its source and writes about it; its text begins with the start token
+        and a prompt's ``"target_token_ids"``. Without parameters it searches as its folder says.
+
         Raises `RequestError` for a prompt that is empty, too long or has ids outside the vocabulary, before anything is
         run; `NonFiniteError` when the model's logits are no numbers.
         """
         single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
         listed: list[Any] = [prompts] if single else list(prompts)
+        if sampling_params is None and not params and self.spec.encoder is not None:
+            sampling_params = self.engine.defaults.params
         each = _params_for(len(listed), sampling_params, params)
-        encoded = [self._encode_prompt(prompt) for prompt in listed]
+        encoded = [(self._encode_prompt(prompt), self._target_of(prompt)) for prompt in listed]
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
-            for prompt, one in zip(encoded, each, strict=True):
-                self._add(requests, prompt, one, interrupts)
+            for (prompt, target), one in zip(encoded, each, strict=True):
+                self._add(requests, prompt, one, interrupts, target=target)
             self._run(requests, progress, interrupts)
         return [self._result(request) for request in requests]
 
@@ -219,7 +233,7 @@ class LLM:
             raise ValueError(f"num_beams: expected 1, got {one.num_beams}: beams have no text to stream; use generate")
         encoded = self._encode_prompt(prompt)
         self.engine.check_prompt(encoded[1])
-        return self._stream(encoded, one)
+        return self._stream(encoded, one, self._target_of(prompt))
 
     def chat(
         self,
@@ -266,22 +280,28 @@ class LLM:
         of the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
 
         With a bidirectional prefix the context of a pair is the prefix, and a text by itself is read without one. A
-        model that fills blanks is given the context as a prompt, and scores what stands in the blank.
+        model that fills blanks is given the context as a prompt, and scores what stands in the blank. A model with an
+        encoder takes pairs (source, target), or a prompt with ``"target_token_ids"``, and scores the target.
         """
         if isinstance(texts, (str, Mapping, tuple)):
             raise TypeError("score: expected a list of texts and of (context, continuation) pairs, got one by itself")
-        items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
+        items = list(texts)
+        if self.spec.encoder is None:
+            items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         given = [self._scored(item) for item in items]
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
-            for prompt, start in given:
-                self._add(requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start)
+            for item, (prompt, start) in zip(items, given, strict=True):
+                target = self._target_of(item)
+                self._add(
+                    requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start, target=target
+                )
             self._run(requests, progress, interrupts)
         scores = []
         for request, (_, start) in zip(requests, given, strict=True):
             output = self._result(request)
-            ids = output.prompt_token_ids
+            ids = request.completions[0].sequence.tokens  # the prompt, or the target
             entries = output.prompt_logprobs or []
             values = [entry[token].logprob for token, entry in zip(ids[start:], entries[start:], strict=True) if entry]
             scores.append(Score(output.prompt, ids[start:], values))
@@ -300,6 +320,7 @@ class LLM:
         """
         ids = self.encode(text) if isinstance(text, str) else list(text)
         size = len(text.encode()) if isinstance(text, str) else 0
+        self._refuse_encoder("perplexity", "score pairs (source, target)")
         if len(ids) < 2:
             raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         window = self.max_model_len
@@ -339,6 +360,7 @@ class LLM:
         """
         if isinstance(texts, (str, Mapping)):
             raise TypeError("embed: expected a list of texts, got one by itself")
+        self._refuse_encoder("embed", "load an encoder, or a decoder by itself")
         rule = embedding_rule(self.folder, pooling, normalize)
         params = SamplingParams(max_tokens=0, detokenize=False)
         encoded = [self._encode_prompt(text) for text in texts]
@@ -357,24 +379,43 @@ class LLM:
         return vectors
 
     def forward(
-        self, token_ids: Sequence[int], *, output_hidden_states: bool = False, prefix: int | None = None
+        self,
+        token_ids: Sequence[int],
+        *,
+        output_hidden_states: bool = False,
+        prefix: int | None = None,
+        source_token_ids: Sequence[int] | None = None,
     ) -> ForwardOutput:
         """Logits of every token, and what transformers calls hidden states; memory grows with T x V.
 
-        The first `prefix` tokens see one another; None: as the model takes a prompt.
+        The first `prefix` tokens see one another; None: as the model takes a prompt. Where the model has an encoder it
+        reads `source_token_ids`, and `token_ids` are all of the decoder's, the start token first.
         """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
+        if (source_token_ids is not None) != (self.spec.encoder is not None):
+            expected = (
+                "tokens for the encoder" if self.spec.encoder is not None else "none, for the model has no encoder"
+            )
+            raise RequestError(f"source_token_ids: expected {expected}, got {shown(source_token_ids)}")
         with self._lock:
-            self.engine.check_prompt(token_ids)
+            scheduler = self.engine.scheduler
+            source = None
+            if source_token_ids is None:
+                self.engine.check_prompt(token_ids)
+            else:
+                source = Source([_checked_id(i, token) for i, token in enumerate(source_token_ids)])
+                self.engine.check_prompt(source.tokens)
+                self.engine.check_target(token_ids)
             length = self.engine.prefix_length(token_ids, prefix)
-            pool = self.engine.scheduler.pool
-            sequence = EngineSequence(token_ids, 0, share_prefix=False, prefix=length)
-            if not sequence.reserve(pool, len(sequence.tokens)):
-                raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
+            sequence = EngineSequence(token_ids, 0, share_prefix=False, prefix=length, source=source)
             try:
+                if not scheduler.reserve(sequence, len(sequence.tokens)):
+                    raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
                 return self._forward(sequence, output_hidden_states)
             finally:
-                sequence.leave(pool)
+                sequence.leave(scheduler.pool)
+                if source is not None and scheduler.source_pool is not None:
+                    source.leave(scheduler.source_pool)
 
     # Text
 
@@ -413,7 +454,15 @@ class LLM:
         return self.spec.prefix is not None and self.spec.prefix.start_id is not None
 
     def _scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[tuple[str | None, list[int]], int]:
-        """A text to score with its tokens, and the first of these that counts."""
+        """A text to score with its tokens, and the first of these that counts; for an encoder the source."""
+        if self.spec.encoder is not None:
+            pair = isinstance(item, tuple) and len(item) == 2
+            if not pair and not (isinstance(item, Mapping) and "target_token_ids" in item):
+                raise RequestError(
+                    "score: this model has an encoder: expected pairs (source, target), or prompts with "
+                    f"'target_token_ids', got {shown(item)}"
+                )
+            return self._encode_prompt(item[0] if isinstance(item, tuple) else item), 1
         if isinstance(item, tuple):
             text = "".join(item)
             if not self._fills_blanks:
@@ -435,8 +484,8 @@ class LLM:
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
-        keys = ("prompt", "prompt_token_ids")
-        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys):
+        keys = ("prompt", "prompt_token_ids", "target_token_ids")
+        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys[:2]):
             expected = "a string, {'prompt': ...} or {'prompt_token_ids': [...]}"
             raise TypeError(f"prompt: expected {expected}, got {type(prompt).__name__}")
         _refuse_unknown("prompt", {key: None for key in prompt if key not in keys}, dict.fromkeys(keys))
@@ -444,9 +493,19 @@ class LLM:
         if "prompt_token_ids" not in prompt:
             return self._encode_prompt(str(text))
         ids = prompt["prompt_token_ids"]
-        if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-            raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
-        return text, [_checked_id(i, token) for i, token in enumerate(ids)]
+        return text, _checked_ids("prompt_token_ids", ids)
+
+    def _target_of(self, prompt: Prompt | tuple[str, str]) -> list[int]:
+        """What a decoder's text about a source begins with: the second of a pair, or as a prompt says."""
+        if isinstance(prompt, tuple):
+            return [] if self.spec.encoder is None else self.encode(prompt[1])
+        if not isinstance(prompt, Mapping) or "target_token_ids" not in prompt:
+            return []
+        if self.spec.encoder is None:
+            raise RequestError(
+                "target_token_ids: expected none, for the model has no encoder: put them into the prompt"
+            )
+        return _checked_ids("target_token_ids", prompt["target_token_ids"])
 
     def _add(
         self,
@@ -456,6 +515,7 @@ class LLM:
         interrupts: Interrupts,
         pooling: Pooling | None = None,
         prefix: int | None = None,
+        target: Sequence[int] = (),
     ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
@@ -463,7 +523,7 @@ class LLM:
         seed = params.seed if params.seed is not None else self.seed
         with self._lock, interrupts:
             seed = secrets.randbits(63) if seed is None else seed
-            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling, prefix=prefix))
+            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling, prefix=prefix, target_ids=target))
 
     @contextmanager
     def _ended(self, requests: list[Request]) -> Iterator[Interrupts]:
@@ -493,10 +553,12 @@ class LLM:
                 finished = now
                 progress(finished, len(requests))
 
-    def _stream(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[StreamOutput]:
+    def _stream(
+        self, prompt: tuple[str | None, list[int]], params: SamplingParams, target: Sequence[int]
+    ) -> Iterator[StreamOutput]:
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
-            self._add(requests, prompt, params, interrupts)
+            self._add(requests, prompt, params, interrupts, target=target)
             [request] = requests
             request.streamed = True
             pieces = request.pieces
@@ -518,6 +580,10 @@ class LLM:
         total, vocabulary = len(sequence.tokens), self.spec.vocab_size
         logits = np.empty((total, vocabulary), np.float32)
         hidden: list[list[F32]] = []
+        encoder_states: list[F32] = []
+        if sequence.source is not None:
+            last = self._runner.encode([sequence.source], encoder_states if output_hidden_states else None)
+            encoder_states += [] if last is None else [last]
         for start in range(0, total, self._runner.max_tokens):
             work = Work(sequence, start, min(self._runner.max_tokens, total - start), False)
             trace: list[F32] | None = [] if output_hidden_states else None
@@ -528,7 +594,11 @@ class LLM:
                 hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        return ForwardOutput(logits, states)
+        return ForwardOutput(logits, states, encoder_states or None)
+
+    def _refuse_encoder(self, task: str, instead: str) -> None:
+        if self.spec.encoder is not None:
+            raise RequestError(f"{task}: not of models that write about a source, with encoder and decoder: {instead}")
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -603,9 +673,15 @@ def _checked_seed(seed: int | None) -> int | None:
     return seed if seed is None else replace(SamplingParams(), seed=seed).seed
 
 
-def _checked_id(index: int, token: Any) -> int:
+def _checked_ids(name: str, ids: Any) -> list[int]:
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
+        raise TypeError(f"{name}: expected a list of integers, got {shown(ids)}")
+    return [_checked_id(i, token, name) for i, token in enumerate(ids)]
+
+
+def _checked_id(index: int, token: Any, name: str = "prompt_token_ids") -> int:
     if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__"):
-        raise TypeError(f"prompt_token_ids[{index}]: expected an integer, got {token!r}")
+        raise TypeError(f"{name}[{index}]: expected an integer, got {token!r}")
     return int(token)
 
 

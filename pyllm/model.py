@@ -6,12 +6,13 @@ of the embedding table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
-from pyllm.batch import I32, Batch
+from pyllm.batch import I32, I64, Batch
 from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
 from pyllm.packed import ModelWeights, NormWeights
@@ -23,20 +24,33 @@ Angles: TypeAlias = tuple[F32, F32] | tuple[None, None]  # cosines and sines [T,
 
 
 @dataclass(frozen=True)
+class EncodedSource:
+    """What an encoder gave for S tokens of sources, and where cross keys and values made of it belong."""
+
+    states: F32  # [S, D]
+    slots: I64  # [S] of the cross cache
+
+
+@dataclass(frozen=True)
 class _Pass:
     """What the blocks of one forward pass share; `local_angles` are those of layers with a window, `bias` [H, 2n + 1]
-    is that of distances from -n to n, where it is learned."""
+    is that of distances from -n to n, where it is learned.
+
+    `cross` has keys and values of the sources; `source` where they are to be written first.
+    """
 
     ops: Ops | Tape
     batch: Batch
     cache: KVCache
+    cross: KVCache | None
+    source: EncodedSource | None
     angles: Angles
     local_angles: Angles
     bias: F32 | None
 
 
 class Model:
-    """A decoder of `spec` with packed weights; holds no state between calls.
+    """A model of `spec` with packed weights; holds no state between calls. `encoder` is a model by itself.
 
     `ops` is an `Ops`, or a `Tape` where gradients are wanted: it has the same methods, but keeps what `Ops` overwrites,
     so results are taken as they are returned, whatever `out` was.
@@ -45,26 +59,51 @@ class Model:
     def __init__(self, spec: ModelSpec, weights: ModelWeights) -> None:
         self.spec = spec
         self.weights = weights
+        self.encoder: Model | None = None
+        if spec.encoder is not None and weights.encoder is not None:
+            self.encoder = Model(spec.encoder, weights.encoder)
         shared = spec.relative_bias
         self._local_inv_freq = None if spec.local_rope is None else spec.local_rope.inv_freq(1)[None]
-        self._buckets = None if shared is None else shared[1].of_distances(two_sided=False)
+        self._buckets = None if shared is None else shared[1].of_distances(two_sided=spec.is_encoder)
         self._slopes = [
             a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
         ]
 
-    def forward(self, ops: Ops | Tape, batch: Batch, cache: KVCache, trace: list[F32] | None = None) -> F32:
+    def forward(
+        self,
+        ops: Ops | Tape,
+        batch: Batch,
+        cache: KVCache,
+        trace: list[F32] | None = None,
+        *,
+        cross: KVCache | None = None,
+        source: EncodedSource | None = None,
+    ) -> F32:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
 
-        `trace` collects a copy of the residual stream before the first block and after each one.
+        `trace` collects a copy of the residual stream before the first block and after each one. A decoder with an
+        encoder reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first.
         """
         x = self._embed(ops, batch)
-        angles = self._angles(ops, batch)
-        this = _Pass(ops, batch, cache, angles, self._local_angles(ops, batch) or angles, self._relative_bias(ops))
+        angles, bias = self._angles(ops, batch), self._relative_bias(ops)
+        this = _Pass(ops, batch, cache, cross, source, angles, self._local_angles(ops, batch) or angles, bias)
         for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
             x = self._block(this, layer, x)
         return x
+
+    def encode(self, ops: Ops | Tape, batch: Batch, scratch: KVCache, trace: list[F32] | None = None) -> F32:
+        """The encoder's states [S, D] of whole sources, after its final norm; `scratch` is its cache for this call."""
+        assert self.encoder is not None
+        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace))
+
+    def write_cross(self, ops: Ops, source: EncodedSource, cross: KVCache) -> None:
+        """Write the keys and values that every layer's cross attention makes of a source."""
+        for layer in range(len(self.spec.blocks)):
+            mark = ops.mark()
+            self._write_cross(ops, layer, source, cross)
+            ops.release(mark)
 
     def final_norm(self, ops: Ops | Tape, x: F32) -> F32:
         """Norm before the head: x [R, D] -> [R, D]; x itself where the model has none."""
@@ -128,10 +167,13 @@ class Model:
             x = self._mlp(this, layer, second, x)
             ops.release(mark)
             return x
-        for part, norm, post_norm in (
+        parts: list[tuple[Callable[..., F32], NormWeights | None, NormWeights | None]] = [
             (self._attention, weights.attn_norm, weights.attn_post_norm),
             (self._mlp, weights.mlp_norm, weights.mlp_post_norm),
-        ):
+        ]
+        if weights.cross is not None:
+            parts.insert(1, (self._cross, weights.cross.norm, None))
+        for part, norm, post_norm in parts:
             if spec.placement is Placement.NORMED:
                 x = _norm(ops, x, spec.norm, norm, out=x)
             mark = ops.mark()
@@ -164,10 +206,32 @@ class Model:
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
             q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
-            prefix=batch.prefix, bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer],
+            causal=a.causal, prefix=batch.prefix, bias=this.bias if isinstance(a.bias, Buckets) else None,
+            slopes=self._slopes[layer],
             softcap=a.softcap,
         )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
+
+    def _cross(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
+        """out(attention of x to its sources), plus the residual as in attention."""
+        a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
+        cross, sources = this.cross, this.batch.sources
+        assert a is not None and weights is not None and cross is not None and sources is not None
+        ops = this.ops
+        if this.source is not None:
+            self._write_cross(ops, layer, this.source, cross)
+        q = ops.matmul(x, weights.q, weights.q_bias)
+        mixed = ops.attention(
+            q, cross.layers[layer], this.batch.starts, sources.lengths, sources.tables, head_size=a.head_dim,
+            scale=a.scale, causal=False,
+        )  # fmt: skip
+        return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
+
+    def _write_cross(self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache) -> None:
+        a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
+        assert a is not None and weights is not None
+        k, v = np.split(ops.matmul(source.states, weights.kv, weights.kv_bias), 2, axis=1)
+        ops.kv_write(cross.layers[layer], k, v, source.slots, a.head_dim)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
         """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats, head_rows
+from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for, used_in_turn
+from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, decode_floats, head_rows, scratch_blocks, step_floats
 from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
@@ -48,7 +48,8 @@ class Plan:
     """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits.
 
     `step_tokens` is what a step computes at most. `drafts` is the number of tokens guessed for a sequence in a step, 0
-    without speculative decoding.
+    without speculative decoding. With an encoder `cross` is the cache of its sources, of as many blocks as the other,
+    and `max_source` the tokens of the longest.
     """
 
     spec: ModelSpec
@@ -63,6 +64,8 @@ class Plan:
     available: int
     drafts: int = 0
     draft_model: DraftPlan | None = None
+    cross: int = 0
+    max_source: int = 0
 
     @property
     def dtype(self) -> str:
@@ -73,7 +76,7 @@ class Plan:
     def total(self) -> int:
         """All of it."""
         draft_model = self.draft_model.total if self.draft_model is not None else 0
-        return self.weights + self.cache + self.workspace + draft_model
+        return self.weights + self.cache + self.cross + self.workspace + draft_model
 
     @property
     def cache_tokens(self) -> int:
@@ -90,6 +93,8 @@ class Plan:
         if self.fits:
             return
         workspace = f"workspace {self.workspace / GB:.2f}"
+        if self.cross:
+            workspace = f"cache of sources {self.cross / GB:.2f}, {workspace}"
         if self.draft_model is not None:
             workspace += f", draft model {self.draft_model.total / GB:.2f}"
         raise InsufficientMemoryError(
@@ -149,8 +154,11 @@ def plan_memory(
     step_tokens = max_num_batched_tokens
     if spec.prefix is not None:
         step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
-    workspace = _workspace(spec, max_num_seqs, step_tokens, drafts)
+    longest = min(spec.max_positions, max_model_len) if isinstance(max_model_len, int) else spec.max_positions
+    max_source = 0 if spec.encoder is None else min(spec.encoder.max_positions, longest)
+    workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
     block, guessing = KVCache.block_bytes(spec, cache_as), None
+    cross = 0 if spec.encoder is None else KVCache.block_bytes(spec, cache_as, cross=True)
     if draft is not None:
         guessing = _draft_plan(
             draft,
@@ -162,7 +170,7 @@ def plan_memory(
         )
     length, blocks = _cache_size(
         spec,
-        block + (guessing.cache if guessing else 0),
+        block + cross + (guessing.cache if guessing else 0),
         max_model_len,
         kv_cache_bytes,
         max_num_seqs,
@@ -183,6 +191,8 @@ def plan_memory(
         available=available,
         drafts=drafts,
         draft_model=guessing,
+        cross=blocks * cross,
+        max_source=min(max_source, length),
     )
 
 
@@ -191,6 +201,8 @@ def _draft_plan(
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
+    if spec.encoder is not None or target.encoder is not None:
+        raise ConfigError("draft_model: not with encoders: guess with speculative='ngram' instead")
     if spec.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "
@@ -215,11 +227,15 @@ def _cache_dtype(asked: str, weights: str) -> str:
     return asked
 
 
-def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int) -> int:
+def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int, max_source: int = 0) -> int:
     """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
     rows, ends = min(HEAD_ROWS, tokens), head_rows(sequences, drafts)
     logits = (min(ends, tokens) + rows) * spec.vocab_size
-    return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, ends) + logits)
+    scratch = 0
+    if spec.encoder is not None:
+        blocks = scratch_blocks(max(tokens, max_source), sequences)
+        scratch = blocks * KVCache.block_bytes(used_in_turn(spec.encoder), SCRATCH_DTYPE)
+    return 4 * (step_floats(spec, tokens, max_source) + decode_floats(spec, ends) + logits) + scratch
 
 
 def _cache_size(

@@ -17,6 +17,7 @@ from pyllm.position_bias import Alibi, Buckets
 from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
+ENCODER = "encoder."  # what names of an encoder's weights, beside those of its decoder, begin with
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
 
 
@@ -55,11 +56,12 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Causal attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
+    """Attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
 
-    `qk_norm` normalises each head of q and k before the rotation, with weights that all heads share or, where
-    `qk_norm_each`, have of their own. With a `window` of W, token i sees keys i-W+1 .. i. Scores s become
-    `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
+    Where it is `causal` a token sees itself and those before it, else all of its sequence. `qk_norm` normalises each
+    head of q and k before the rotation, with weights that all heads share or, where `qk_norm_each`, have of their own.
+    With a `window` of W, token i sees keys i-W+1 .. i. Scores s become `softcap` * tanh(s / softcap), and then receive
+    a `bias` by the distance of their key.
     """
 
     heads: int
@@ -71,6 +73,7 @@ class AttentionSpec:
     qk_norm: NormSpec | None = None
     qk_norm_each: bool = False
     window: int | None = None
+    causal: bool = True
     bias: Alibi | Buckets | None = None
     softcap: float | None = None
 
@@ -121,6 +124,9 @@ class Placement(str, Enum):
 class BlockSpec:
     """An attention and a feed-forward part, added to the residual stream; all norms are of one spec.
 
+    Between the two, with a norm of its own placed like theirs, stands the `cross` attention of a decoder to the states
+    of its encoder, if there is one.
+
     `residual_scale` is what a NORMED block multiplies the residual stream by.
     """
 
@@ -129,9 +135,14 @@ class BlockSpec:
     mlp: MlpSpec
     placement: Placement = Placement.PRE
     residual_scale: float = 1.0
+    cross: AttentionSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
+        require(self.cross is None or not self.placement.is_parallel, "cross attention",
+                "none in a block of parallel parts", self.placement)  # fmt: skip
+        plain = self.cross is None or (not self.cross.causal and self.cross.window is None and not self.cross.qk_norm)
+        require(plain, "cross attention", "one to all of the source, without q/k norm", self.cross)
         allowed = self.placement is Placement.NORMED or self.residual_scale == 1
         require(allowed and math.isfinite(self.residual_scale), "residual scale",
                 "a finite number, and 1 unless the residual stream is normed", self.residual_scale)  # fmt: skip
@@ -181,7 +192,11 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: embedding, blocks, final norm, head.
+    """A decoder or an encoder: embedding, blocks, final norm, head.
+
+    A decoder with an `encoder` writes about a source: the encoder's states of it, after its final norm, are what cross
+    attention reads, and the decoder's text begins with `decoder_start_token_id`. The encoder reads the embedding table
+    of the decoder; its weights stand under "encoder.", and its head means nothing.
 
     With a `prefix` the first tokens of a sequence see one another.
 
@@ -206,6 +221,8 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    encoder: ModelSpec | None = None
+    decoder_start_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -217,6 +234,18 @@ class ModelSpec:
         require(e.positions == 0 or e.positions - e.position_offset >= self.max_positions,
                 "rows of the position table", f"0, or at least the context of {self.max_positions} beyond the offset "
                 f"of {e.position_offset}", e.positions)  # fmt: skip
+        require(len({block.attention.causal for block in self.blocks}) == 1, "attention of the blocks",
+                "causal in all of them or in none", "both")  # fmt: skip
+        crossed = {block.cross is not None for block in self.blocks}
+        require(crossed == {self.encoder is not None}, "cross attention",
+                "one in every block of a decoder with an encoder, else in none", crossed)  # fmt: skip
+        if self.encoder is not None:
+            shared = self.encoder.vocab_size, self.encoder.hidden, self.encoder.table_width
+            require(shared == (self.vocab_size, self.hidden, self.table_width), "vocabulary and width of the encoder",
+                    "those of its decoder", shared)  # fmt: skip
+            bare = self.encoder.head == HeadSpec(tied=True) and self.encoder.encoder is None
+            require(bare, "head of the encoder", "none: one that is tied and has no weights", self.encoder.head)
+            require(self.encoder.is_encoder, "attention of the encoder", "one that is not causal", "a causal one")
         biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
         require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
                 "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
@@ -232,6 +261,11 @@ class ModelSpec:
     def table_width(self) -> int:
         """Columns of the embedding table and of the head."""
         return self.embedding.width or self.hidden
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether tokens see those that follow them, so that nothing can be generated."""
+        return not self.blocks[0].attention.causal
 
     @property
     def relative_bias(self) -> tuple[int, Buckets] | None:
@@ -271,6 +305,9 @@ class ModelSpec:
             shapes["head.weight"] = (self.vocab_size, self.table_width)
         if self.head.bias:
             shapes["head.bias"] = (self.vocab_size,)
+        if self.encoder is not None:
+            own = self.encoder.slots().items()
+            shapes.update((f"{ENCODER}{name}", shape) for name, shape in own if name != "embed.weight")
         return shapes
 
     def num_parameters(self) -> int:
@@ -279,9 +316,14 @@ class ModelSpec:
 
     @property
     def block_weights(self) -> int:
-        """Numbers in the matrices of all blocks: what every token is multiplied with."""
+        """Numbers in the matrices of all blocks that every token is multiplied with."""
         slots = self.slots().items()
-        return sum(math.prod(shape) for name, shape in slots if name.startswith("blocks.") and is_matrix(name, shape))
+        of_source = (".cross.k.weight", ".cross.v.weight")  # once for each token of the source
+        return sum(
+            math.prod(shape)
+            for name, shape in slots
+            if name.startswith("blocks.") and is_matrix(name, shape) and not name.endswith(of_source)
+        )
 
     def operations(self, tokens: int, past: int = 0) -> int:
         """Multiplications and additions of `tokens` tokens that follow `past` others, with the head for the last one.
@@ -294,15 +336,11 @@ class ModelSpec:
 
     def _block_slots(self, at: str, block: BlockSpec) -> dict[str, tuple[int, ...]]:
         attention, mlp = block.attention, block.mlp
-        rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
         shapes = _norm_slots(f"{at}.attn_norm", block.norm, self.hidden)
-        for name, out in (("q", rows), ("k", kv_rows), ("v", kv_rows)):
-            shapes.update(_linear_slots(f"{at}.attn.{name}", out, self.hidden, attention.qkv_bias))
-        if attention.qk_norm is not None:
-            for name, heads in (("q_norm", attention.heads), ("k_norm", attention.kv_heads)):
-                each = (heads, attention.head_dim) if attention.qk_norm_each else (attention.head_dim,)
-                shapes[f"{at}.attn.{name}.weight"] = each
-        shapes.update(_linear_slots(f"{at}.attn.o", self.hidden, rows, attention.out_bias))
+        shapes.update(self._attention_slots(f"{at}.attn", attention))
+        if block.cross is not None:
+            shapes.update(_norm_slots(f"{at}.cross_norm", block.norm, self.hidden))
+            shapes.update(self._attention_slots(f"{at}.cross", block.cross))
         if block.placement is Placement.SANDWICH:
             for name in ("attn_post_norm", "mlp_post_norm"):
                 shapes.update(_norm_slots(f"{at}.{name}", block.norm, self.hidden))
@@ -311,6 +349,18 @@ class ModelSpec:
         for name in ("gate", "up") if mlp.gated else ("up",):
             shapes.update(_linear_slots(f"{at}.mlp.{name}", mlp.hidden, self.hidden, mlp.bias))
         shapes.update(_linear_slots(f"{at}.mlp.down", self.hidden, mlp.hidden, mlp.bias))
+        return shapes
+
+    def _attention_slots(self, at: str, attention: AttentionSpec) -> dict[str, tuple[int, ...]]:
+        rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, out in (("q", rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes.update(_linear_slots(f"{at}.{name}", out, self.hidden, attention.qkv_bias))
+        if attention.qk_norm is not None:
+            for name, heads in (("q_norm", attention.heads), ("k_norm", attention.kv_heads)):
+                each = (heads, attention.head_dim) if attention.qk_norm_each else (attention.head_dim,)
+                shapes[f"{at}.{name}.weight"] = each
+        shapes.update(_linear_slots(f"{at}.o", self.hidden, rows, attention.out_bias))
         return shapes
 
 

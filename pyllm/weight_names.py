@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.spec import ModelSpec
+from pyllm.spec import ENCODER, ModelSpec
 
 Place = slice | NDArray[np.intp]  # rows of a stored tensor
 
@@ -26,6 +26,7 @@ class Transform(Flag):
     AS_STORED = 0
     TRANSPOSED = auto()  # stored [in, out], as GPT-2's Conv1D does
     PER_HEAD = auto()  # q, k and v of the first head, then those of the second: [heads, 3, head size, in]
+    ONE_ROW = auto()  # a vector stored as [1, N]
     INTERLEAVED = auto()  # in q and k, channels (2k, 2k + 1) of a head are rotated together; ours are (k, k + R/2)
     INTERLEAVED_NORMS = auto()  # so are the weights of norms on heads of q and k: [heads, head size], all rotated
     LESS_ONE = auto()  # the weights of a norm are stored less 1, as Gemma has them
@@ -36,20 +37,26 @@ class Row:
     """One line of a family's name table; `{i}` in the names stands for the layer.
 
     `name` is as `save_pretrained` writes it. Several slots mean that the checkpoint holds them in one tensor, one after
-    the other along the out dimension.
+    the other along the out dimension. A row with `without` is of models that lack that slot. Of rows of the same slots
+    the first that a model has counts.
     """
 
     name: str
     slots: tuple[str, ...]
     transform: Transform = Transform.AS_STORED
+    without: str | None = None
 
     def stored_shape(self, spec: ModelSpec) -> tuple[int, ...]:
         """The shape of the stored tensor."""
         shape = self.shape(spec)
+        if Transform.ONE_ROW in self.transform:
+            return (1, *shape)
         return shape[::-1] if Transform.TRANSPOSED in self.transform else shape
 
     def oriented(self, tensor: NDArray[Any]) -> NDArray[Any]:
         """A view of the stored tensor as [out, in], or the other way around."""
+        if Transform.ONE_ROW in self.transform:
+            return tensor[0] if tensor.ndim == 2 else tensor[None]
         return tensor.T if Transform.TRANSPOSED in self.transform else tensor
 
     def read(self, tensor: NDArray[Any]) -> NDArray[Any]:
@@ -106,13 +113,15 @@ class NameTable:
     """How a family names its weights.
 
     `prefix` is that of the base model, which files may hold or not. `ignored` are shell-style patterns, without the
-    prefix, of tensors that carry no weights, such as saved causal masks; `renamed` are older names of tensors.
+    prefix, of tensors that carry no weights, such as saved causal masks; `renamed` are older names of tensors. The keys
+    of `aliases` are names, without the prefix, under which files hold a weight once more, and its name here.
     """
 
     prefix: str
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def base_name(self, name: str) -> str:
         """The name without base prefix and legacy endings: by it, names of one weight are found equal."""
@@ -128,12 +137,15 @@ class NameTable:
 
     def expand(self, spec: ModelSpec) -> Iterator[Row]:
         """The rows of this model: one per layer where `{i}` stands, and only those whose slots the spec has."""
-        slots = spec.slots()
+        slots, given = spec.slots(), set[tuple[str, ...]]()
         for row in self.rows:
-            layers = range(len(spec.blocks)) if "{i}" in row.name else range(1)
+            part = spec.encoder if row.slots[0].startswith(ENCODER) and spec.encoder is not None else spec
+            layers = range(len(part.blocks)) if "{i}" in row.name else range(1)
             for layer in layers:
                 named = tuple(slot.format(i=layer) for slot in row.slots)
-                if all(slot in slots for slot in named):
+                lacks = row.without is None or row.without.format(i=layer) not in slots
+                if lacks and named not in given and all(slot in slots for slot in named):
+                    given.add(named)
                     yield replace(row, name=row.name.format(i=layer), slots=named)
 
 

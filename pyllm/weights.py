@@ -257,6 +257,7 @@ def _match(
         if base in tensors:
             problems.append(f"{tensor.place} and {tensors[base].place} are two names of one weight")
         tensors[base] = tensor
+    _merge_aliases(names, tensors, problems)
     weights, found = collect(tensors) if quantization is not None else ({}, tensors)
     problems += [f"{found[name].place} stands beside its quantized form" for name in weights if name in found]
     spec = _resolve_tie(spec, names, found, weights, problems)
@@ -290,6 +291,18 @@ def _match(
     if problems:
         raise CheckpointError(listed(f"{folder}: the weights do not fit the config", problems))
     return Checkpoint(spec, plain, quantized, files)
+
+
+def _merge_aliases(names: NameTable, tensors: dict[str, StoredTensor], problems: list[str]) -> None:
+    """One tensor for each weight that files may hold under several names."""
+    for alias, name in names.aliases.items():
+        if alias not in tensors:
+            continue
+        tensor = tensors.pop(alias)
+        main = tensors.setdefault(name, tensor)
+        alike = main.entry.shape == tensor.entry.shape and main.entry.dtype in DTYPES and tensor.entry.dtype in DTYPES
+        if not alike or not _same_values(main.view(), tensor.view()):
+            problems.append(f"{tensor.place}: expected the values of {main.place}, of which it is another name")
 
 
 def _drop_zero_bias(

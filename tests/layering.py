@@ -26,6 +26,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {
         "default_model",
         "folder",
+        "generation_config",
         "safetensors_file",
         "safetensors_writer",
         "quantization",

@@ -38,23 +38,29 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     assert float(np.abs(found - expected).max()) <= limit
 
 
-def check(folder: Path, expected: Any) -> None:
+def check(folder: Path, expected: Any, ngram: int) -> None:
     llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, threads=2)
-    output = llm.forward(expected.ids.tolist(), output_hidden_states=True)
+    prompt = expected.ids.tolist() if expected.source is None else expected.source.tolist()
+    output = llm.forward(
+        expected.ids.tolist(), source_token_ids=None if expected.source is None else prompt, output_hidden_states=True
+    )
     if llm.spec.embedding.width is not None:
         output.hidden_states.pop()  # the last one, which transformers projects already
     assert len(output.hidden_states) == len(expected.hidden_states)
     for found, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         close(found, wanted)
+    if expected.encoder_states is not None:
+        for found, wanted in zip(output.encoder_hidden_states, expected.encoder_states, strict=True):
+            close(found, wanted)
     close(output.logits, expected.logits)
-    params = SamplingParams(temperature=0, max_tokens=goldens.NEW_TOKENS, ignore_eos=True)
-    result = llm.generate([{"prompt_token_ids": expected.ids.tolist()}], params)
+    params = SamplingParams(temperature=0, max_tokens=goldens.NEW_TOKENS, ignore_eos=True, no_repeat_ngram_size=ngram)
+    result = llm.generate([{"prompt_token_ids": prompt}], params)
     assert list(result[0].outputs[0].token_ids) == expected.greedy_ids.tolist()
 
 
 @pytest.mark.parametrize("name", goldens.variants())
 def test_golden(name: str) -> None:
-    check(GOLDEN / name, goldens.read_expected(GOLDEN / name))
+    check(GOLDEN / name, goldens.read_expected(GOLDEN / name), goldens.variants()[name].ngram)
 
 
 @pytest.mark.parametrize("name", goldens.variants())
@@ -62,4 +68,4 @@ def test_live(name: str, tmp_path: Path) -> None:
     if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
         pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
         pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
-    check(tmp_path, goldens.build(name, tmp_path))
+    check(tmp_path, goldens.build(name, tmp_path), goldens.variants()[name].ngram)

@@ -54,7 +54,7 @@ def torch_model(folder: Path) -> Any:
 
 def random_model(name: str, folder: Path, seed: int = 0) -> None:
     """A model with all parameters at random, in `folder`."""
-    model = goldens._random_model(goldens.variants()[name], seed)
+    model = goldens.random_model(goldens.variants()[name], seed)
     folder.mkdir(exist_ok=True)
     goldens.save_model(model, folder)
 

@@ -9,6 +9,7 @@ from pyllm.engine.beam import BeamSearch
 from pyllm.engine.outputs import CompletionOutput, DraftCounts, Logprob, RequestOutput, StreamOutput
 from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
+from pyllm.engine.sources import Source
 from pyllm.engine.text import CompletionText
 from pyllm.errors import PyllmError
 from pyllm.pooling import Pool
@@ -85,6 +86,7 @@ class Request:
         )
         self.pool: Pool | None = None  # of hidden states, where an embedding of the prompt is wanted
         self.search: BeamSearch | None = None  # whose hypotheses the completions will be
+        self.source: Source | None = None  # what an encoder reads: the prompt
         self.drafts: DraftCounts | None = None  # of all completions, with speculative decoding
         self.streamed = False  # whether anyone reads the pieces
         self.pieces: deque[StreamOutput] = deque()

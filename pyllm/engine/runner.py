@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.batch import I32, Batch
-from pyllm.cache import BLOCK_TOKENS, KVCache
+from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
-from pyllm.model import Model
+from pyllm.engine.sources import Source
+from pyllm.model import EncodedSource, Model
 from pyllm.ops import F32, Arena, Ops
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
 MAX_GRAPHS = 16  # recorded steps kept
+SCRATCH_DTYPE = "float32"  # of an encoder's keys and values: they are read at once, and dropped
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
 
 
@@ -63,12 +65,19 @@ class Runner:
         max_sequences: int,
         max_length: int,
         max_drafts: int = 0,
+        cross: KVCache | None = None,
+        max_source: int = 0,
     ) -> None:
-        self.model, self.ops, self.cache = model, ops, cache
+        """`cross` is the cache of a model that has an encoder, `max_source` the tokens of its longest source."""
+        self.model, self.ops, self.cache, self.cross = model, ops, cache, cross
         self.max_tokens = max_tokens
         self.max_rows = head_rows(max_sequences, max_drafts)
         self.table_width = -(-max_length // BLOCK_TOKENS)
-        self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
+        self._encoder = (
+            None if model.encoder is None else _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences)
+        )
+        self.max_source = max_source
+        self._arena = Arena(step_floats(model.spec, max_tokens, max_source))
         self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
         self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
@@ -96,6 +105,7 @@ class Runner:
             holder, residence, known = step.seats[i]
             if holder is not sequence or residence != sequence.residence or known != count:
                 step.batch.tables[i, :count] = sequence.table[:count]
+                _fill_source(step.batch, i, sequence)
                 step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
                 step.seats[i] = (sequence, sequence.residence, count)
             step.draw_positions[i] = state.position
@@ -120,17 +130,41 @@ class Runner:
         self.ops.replay(step.graph)
         return step.drawn.tolist()
 
+    def encode(self, sources: Seq[Source], trace: list[F32] | None = None) -> F32 | None:
+        """Run the encoder over these sources, as many together as fit, and keep what cross attention reads of them.
+
+        Where `trace` collects the encoder's states, the last ones [S, D], after the final norm, are returned.
+        """
+        states, encoder = None, self._encoder
+        assert encoder is not None and self.cross is not None
+        while sources:
+            lengths = np.array([len(source.tokens) for source in sources])
+            count = int(np.searchsorted(np.cumsum(lengths), encoder.max_tokens, side="right"))
+            together, sources = sources[:count], sources[count:]
+            batch = encoder.fill(together)
+            self.ops.use_arena(self._arena)
+            self.ops.release(0)
+            try:
+                states = self.model.encode(self.ops, batch, encoder.scratch, trace)
+                self.model.write_cross(self.ops, EncodedSource(states, cross_slots(together)), self.cross)
+                states = states.copy() if trace is not None else None
+            finally:
+                self.ops.use_arena(None)
+            for source in together:
+                source.encoded = True
+        return states
+
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
         prefix = any(work.start < work.sequence.prefix for work in plan)  # those behind it see no more than before
-        batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix)
+        batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix, blocks_for(self.max_source))
         self._fill(batch, plan)
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
-            return self.model.forward(self.ops, batch, self.cache, trace)
+            return self.model.forward(self.ops, batch, self.cache, trace, cross=self.cross)
         finally:
             self.ops.use_arena(None)
 
@@ -189,6 +223,7 @@ class Runner:
             batch.lengths[i] = end
             if batch.prefix is not None:
                 batch.prefix[i] = work.sequence.prefix
+            _fill_source(batch, i, sequence)
             if batch.rope_rows is not None:
                 for j in range(work.rows):
                     self._fill_rope(batch, at + j, sequence, work.start + j)
@@ -210,7 +245,7 @@ class Runner:
     def _record(self, sequences: int, tokens: int) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
         spec = self.model.spec
-        batch = Batch.empty(tokens, sequences, self.table_width, spec)
+        batch = Batch.empty(tokens, sequences, self.table_width, spec, source_width=blocks_for(self.max_source))
         batch.starts[:] = [*range(sequences), tokens]
         rows = np.arange(tokens, dtype=np.int32)
         draws = np.repeat(GREEDY_ROW, tokens)
@@ -218,7 +253,7 @@ class Runner:
             self.ops.use_arena(self._decode_arena)
             self.ops.release(0)
             self.ops.begin_recording()
-            x = self.model.forward(self.ops, batch, self.cache)
+            x = self.model.forward(self.ops, batch, self.cache, cross=self.cross)
             logits = self.model.logits(self.ops, x, rows)
             drawn = self.ops.sample(logits, SampleInputs(draws))
             graph = self.ops.end_recording()
@@ -227,9 +262,61 @@ class Runner:
         return _Recorded(graph, batch, logits, draws, drawn, [(None, 0, 0)] * sequences)
 
 
+class _Encoder:
+    """What encoding at most `max_tokens` tokens of at most `max_sources` sources together takes."""
+
+    def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int) -> None:
+        self.spec, self.max_tokens = spec, max_tokens
+        self.scratch = KVCache.scratch(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE)
+
+    def fill(self, sources: Seq[Source]) -> Batch:
+        """The batch of these sources."""
+        lengths = np.array([len(source.tokens) for source in sources])
+        blocks = -(-lengths // BLOCK_TOKENS)
+        first = np.cumsum(blocks) - blocks
+        batch = Batch.empty(int(lengths.sum()), len(sources), int(blocks.max()), self.spec)
+        batch.tokens[:] = np.concatenate([source.tokens for source in sources])
+        batch.starts[1:] = np.cumsum(lengths)
+        batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
+        batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
+        batch.lengths[:] = lengths
+        batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), self.scratch.blocks - 1)
+        return batch
+
+
+def _fill_source(batch: Batch, row: int, sequence: Sequence) -> None:
+    if batch.sources is not None and sequence.source is not None:
+        batch.sources.lengths[row] = len(sequence.source.tokens)
+        batch.sources.tables[row, : len(sequence.source.table)] = sequence.source.table
+
+
+def cross_slots(sources: Seq[Source]) -> NDArray[np.int64]:
+    """Where the cross cache takes each token of these sources."""
+    slots = []
+    for source in sources:
+        positions = np.arange(len(source.tokens))
+        slots.append(source.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS)
+    return np.concatenate(slots)
+
+
+def scratch_blocks(tokens: int, sources: int) -> int:
+    """Blocks that hold so many sources of so many tokens together, each of which begins a block."""
+    return tokens // BLOCK_TOKENS + sources
+
+
 def head_rows(sequences: int, drafts: int) -> int:
     """Rows of a step that need logits at most: every draft of a few sequences, one for each of some of many."""
     return min(sequences * (1 + drafts), max(HEAD_ROWS, sequences + HEAD_ROWS // 2))
+
+
+def step_floats(spec: ModelSpec, tokens: int, max_source: int) -> int:
+    """Floats that a step of so many tokens takes, or encoding sources for it, of which the longest has `max_source`."""
+    floats = arena_floats(spec, tokens, min(HEAD_ROWS, tokens))
+    if spec.encoder is None:
+        return floats
+    together = max(tokens, max_source)
+    written = max(2 * b.cross.kv_heads * b.cross.head_dim for b in spec.blocks if b.cross is not None)
+    return max(floats, arena_floats(spec.encoder, together, together) + (written * together + 16))
 
 
 def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
@@ -239,8 +326,9 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         return columns * count + 16  # pieces start on 64 bytes
 
     def block(b: BlockSpec) -> int:
-        a = b.attention
+        a, c = b.attention, b.cross
         attention = padded((a.heads + 2 * a.kv_heads) * a.head_dim) + padded(a.heads * a.head_dim)
+        attention = max(attention, 0 if c is None else 2 * padded(c.heads * c.head_dim))
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
     angles = sum(2 * padded(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)

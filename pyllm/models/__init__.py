@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.bart import BART, MBART
 from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.cohere import COHERE
@@ -27,6 +28,7 @@ from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
+from pyllm.models.t5 import MT5, T5
 from pyllm.spec import ModelSpec
 from pyllm.weights import Checkpoint, load, read_config
 
@@ -35,6 +37,7 @@ __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        BART,
         BLOOM,
         CHATGLM2,
         COHERE,
@@ -46,12 +49,15 @@ FAMILIES: dict[str, Family] = {
         GPT_NEOX,
         GPTJ,
         LLAMA,
+        MBART,
         MISTRAL,
         MPT,
+        MT5,
         OPT,
         PHI3,
         QWEN2,
         QWEN3,
+        T5,
     )
 }
 

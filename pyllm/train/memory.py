@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pyllm import _cpu
-from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
+from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for, used_in_turn
 from pyllm.engine.runner import arena_floats
-from pyllm.errors import InsufficientMemoryError
+from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.planning import GB, SPARE
 from pyllm.spec import BlockSpec, ModelSpec, Placement
 from pyllm.system import available_memory
@@ -84,6 +84,8 @@ class TrainPlan:
 
 def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
     """Plan for a model and the shape of its micro-batches; nothing is laid out."""
+    if spec.encoder is not None:
+        raise ConfigError(f"{spec.family}: expected a model without an encoder: others cannot be trained so far")
     layout = layout_of(spec)
     weights = 4 * layout.size
     if shape.dtype != "float32":
@@ -115,8 +117,7 @@ def cache_dtype(shape: StepShape) -> str:
 def cached(spec: ModelSpec, shape: StepShape) -> ModelSpec:
     """A model whose layers are those that have keys and values of their own: one that all share, in turn, where what is
     in a block is computed again before its gradients and the blocks are alike."""
-    alike = all(block.attention == spec.blocks[0].attention for block in spec.blocks)
-    return replace(spec, blocks=spec.blocks[:1]) if shape.checkpoint_activations and alike else spec
+    return used_in_turn(spec) if shape.checkpoint_activations else spec
 
 
 def cache_blocks(shape: StepShape) -> int:

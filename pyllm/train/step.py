@@ -16,7 +16,7 @@ from pyllm.model import Model
 from pyllm.ops import F32, Arena
 from pyllm.ops_training import IGNORED_LABEL, TrainingOps
 from pyllm.tape import Dropout, Tape, TapeMemory
-from pyllm.train.memory import StepShape, cache_blocks, cache_dtype, cached, head_rows, step_floats, table_width
+from pyllm.train.memory import StepShape, cache_blocks, cache_dtype, head_rows, step_floats, table_width
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import I32
 
@@ -65,8 +65,8 @@ class Step:
         self._seed = np.zeros(1, np.uint64)
         self._hyper = np.zeros(7, np.float64)
         self._squares = np.zeros(1, np.float64)
-        self._cache = KVCache(cached(spec, shape), cache_blocks(shape), cache_dtype(shape))
-        self._cache.layers *= len(spec.blocks) // len(self._cache.layers)
+        make_cache = KVCache.scratch if shape.checkpoint_activations else KVCache
+        self._cache = make_cache(spec, cache_blocks(shape), cache_dtype(shape))
         self._floats = step_floats(spec, shape)
         self._memory: F32 = _cpu.allocate(4 * self._floats.total).view(np.float32)
         self._dropout = Dropout(dropout, self._seed) if dropout > 0 else None

@@ -34,6 +34,8 @@ class Variant:
     config: dict[str, Any]
     prompt: int = 32
     seed: int = 0
+    untied: bool = False  # give it a head of its own, which the config class of T5 cannot say
+    ngram: int = 0  # no sequence of so many ids stands twice in the greedy continuation; 0: whatever comes
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
     gain: float = 1.0  # of matrices and norms within blocks: a model that holds to its last token tests little
 
@@ -46,6 +48,8 @@ class Expected:
     logits: np.ndarray  # [T, V]
     hidden_states: np.ndarray  # [L + 1, T, D]: embeddings, after each block, and the last after the final norm
     greedy_ids: np.ndarray  # [NEW_TOKENS]
+    source: np.ndarray | None = None  # [S] ids of what an encoder reads; `ids` are then the decoder's
+    encoder_states: np.ndarray | None = None  # [L + 1, S, D]: as hidden_states, of the encoder
 
 
 def variants() -> dict[str, Variant]:
@@ -92,6 +96,39 @@ def variants() -> dict[str, Variant]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
+    }
+
+    bart = {
+        "model_type": "bart",
+        "vocab_size": 67,
+        "d_model": 20,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 28,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 80,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    }
+
+    t5 = {
+        "model_type": "t5",
+        "vocab_size": 67,
+        "d_model": 20,
+        "d_kv": 6,
+        "d_ff": 28,
+        "num_layers": 2,
+        "num_decoder_layers": 1,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "layer_norm_epsilon": 3e-3,
+        "decoder_start_token_id": 0,
     }
 
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
@@ -165,6 +202,15 @@ def variants() -> dict[str, Variant]:
         ),
         "glm": Variant({**glm, "tie_word_embeddings": True}),
         "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
+        "bart": Variant(bart, ngram=2, prompt=20),
+        "mbart": Variant(
+            {**bart, "model_type": "mbart", "scale_embedding": True, "decoder_start_token_id": 5}, ngram=2, prompt=20
+        ),
+        "mt5": Variant({**t5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"}, ngram=2, prompt=20, untied=True),
+        "t5": Variant(t5, ngram=2, prompt=20),
+        "t5-gated": Variant(
+            {**t5, "feed_forward_proj": "gated-silu", "tie_word_embeddings": False}, ngram=2, prompt=20, untied=True
+        ),
         "gpt2": Variant(gpt2),
         "gpt2-scaled-relu": Variant(
             {**gpt2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "n_inner": 52}
@@ -238,7 +284,7 @@ def build(name: str, folder: Path) -> Expected:
     """Write the variant's model folder and return what transformers computes for it."""
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
-        model = _random_model(variant, seed)
+        model = random_model(variant, seed)
         expected, gap = _run(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
@@ -252,10 +298,11 @@ def build(name: str, folder: Path) -> Expected:
 def read_expected(folder: Path) -> Expected:
     """The committed results of a golden folder."""
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
-        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
+        return Expected(**{name: stored[name] for name in stored.files})
 
 
-def _random_model(variant: Variant, seed: int) -> Any:
+def random_model(variant: Variant, seed: int) -> Any:
+    """The variant's transformers model with all parameters at random."""
     import torch
     import transformers
 
@@ -265,9 +312,14 @@ def _random_model(variant: Variant, seed: int) -> Any:
     if "rope_parameters" in fields:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    kind = transformers.AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = kind.from_config(hf_config, attn_implementation="eager").float().eval()
+    if variant.untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        if hasattr(model, "final_logits_bias"):  # not a parameter
+            model.final_logits_bias.copy_(0.3 * torch.randn(model.final_logits_bias.shape, generator=generator))
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name or "ln_" in name
@@ -275,7 +327,7 @@ def _random_model(variant: Variant, seed: int) -> Any:
                 parameter.copy_(0.3 * noise)
             elif is_norm:
                 parameter.copy_((variant.gain if "post_" in name else 1) + 0.3 * noise)
-            elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
+            elif "lm_head" in name or "embed" in name or "shared" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
             else:
                 parameter.copy_(1.5 * variant.gain * noise / hf_config.hidden_size**0.5)
@@ -287,9 +339,12 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
 
     ids = np.random.default_rng(seed).integers(3, variant.config["vocab_size"], variant.prompt)
     tokens = torch.from_numpy(ids)[None]
+    encoded = model.config.is_encoder_decoder
+    target = np.concatenate([[model.config.decoder_start_token_id or 0], ids[::-2]]) if encoded else ids
+    given = {"decoder_input_ids": torch.from_numpy(target)[None]} if encoded else {}
     with torch.no_grad():
         output = model(
-            tokens, output_hidden_states=True
+            tokens, **given, output_hidden_states=True
         )  # before generating: dynamic rope remembers the longest length
         greedy = model.generate(
             tokens,
@@ -298,17 +353,21 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
             max_new_tokens=NEW_TOKENS,
             eos_token_id=None,
             pad_token_id=0,
-            output_logits=True,
+            no_repeat_ngram_size=variant.ngram,
+            output_scores=True,
             return_dict_in_generate=True,
         )
+    hidden = output.decoder_hidden_states if encoded else output.hidden_states
     # The last one of a model with a projection before the head is not as wide as the others: it is left out.
-    states = [state for state in output.hidden_states if state.shape == output.hidden_states[0].shape]
-    best = torch.stack(greedy.logits).topk(2).values
+    states = [state for state in hidden if state.shape == hidden[0].shape]
+    best = torch.stack(greedy.scores).topk(2).values
     expected = Expected(
-        ids=ids,
+        ids=target,
         logits=output.logits[0].numpy(),
         hidden_states=torch.stack(states)[:, 0].numpy(),
-        greedy_ids=greedy.sequences[0, variant.prompt :].numpy(),
+        greedy_ids=greedy.sequences[0, 1 if encoded else variant.prompt :].numpy(),
+        source=ids if encoded else None,
+        encoder_states=torch.stack(output.encoder_hidden_states)[:, 0].numpy() if encoded else None,
     )
     return expected, float((best[..., 0] - best[..., 1]).min())
 
@@ -318,8 +377,11 @@ def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None
     from safetensors.numpy import save_file
 
     tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is table:
         tensors.pop("lm_head.weight", None)
+    if model.config.is_encoder_decoder:  # both stacks read the table that stands as "shared"
+        tensors = {name: value for name, value in tensors.items() if "embed_tokens" not in name}
     if rewrite is None:
         model.config.to_json_file(folder / "config.json", use_diff=False)
     else:
@@ -383,7 +445,8 @@ def main(names: list[str]) -> None:
     for name in names or variants():
         folder = HERE / name
         expected = build(name, folder)
-        np.savez_compressed(folder / "expected.npz", **vars(expected))
+        arrays = {name: value for name, value in vars(expected).items() if value is not None}
+        np.savez_compressed(folder / "expected.npz", **arrays)
         size = sum(path.stat().st_size for path in folder.iterdir())
         distinct = len(set(expected.greedy_ids.tolist()))
         print(f"{name:22} {size:8,} bytes  |logits| <= {np.abs(expected.logits).max():.1f}  {distinct} distinct ids")

@@ -1,4 +1,4 @@
-"""The whole decoder in float64 numpy, one token sequence at a time, written from the formulas."""
+"""The whole model in float64 numpy, one token sequence at a time, written from the formulas."""
 
 from __future__ import annotations
 
@@ -12,17 +12,41 @@ from oracle.attention import Scores, softmax
 
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
+from pyllm.spec import ENCODER, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
 
 def forward(
-    spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any], prefix: int = 0
+    spec: ModelSpec,
+    tensors: Mapping[str, Any],
+    ids: npt.NDArray[Any],
+    prefix: int = 0,
+    source: npt.NDArray[Any] | None = None,
 ) -> tuple[Array, list[Array]]:
     """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
-    last one after the final norm. The first `prefix` tokens are seen by all."""
+    last one after the final norm. The first `prefix` tokens are seen by all; `source` is what an encoder reads."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
+    states = None if source is None else encode(spec, weights, source)[-1]
+    hidden = run_stack(spec, weights, ids, prefix, states)
+    x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
+    head = weights["embed.weight" if spec.head.tied else "head.weight"]
+    logits = spec.head.scale * (x @ head.T) + weights.get("head.bias", 0.0)
+    if spec.head.softcap is not None:
+        logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
+    return logits, hidden
+
+
+def encode(spec: ModelSpec, weights: Mapping[str, Array], source: npt.NDArray[Any]) -> list[Array]:
+    """Hidden states of the encoder."""
+    assert spec.encoder is not None
+    own = {slot.removeprefix(ENCODER): value for slot, value in weights.items() if slot.startswith(ENCODER)}
+    return run_stack(spec.encoder, {"embed.weight": weights["embed.weight"], **own}, source, 0, None)
+
+
+def run_stack(
+    spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], prefix: int, states: Array | None
+) -> list[Array]:
     x = (
         linear(weights["embed.weight"][ids], weights, "embed.project")
         if spec.embedding.width
@@ -36,26 +60,31 @@ def forward(
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
-        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix)
+        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix, states)
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
-    x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
-    head = weights["embed.weight" if spec.head.tied else "head.weight"]
-    logits = spec.head.scale * (x @ head.T) + weights.get("head.bias", 0.0)
-    if spec.head.softcap is not None:
-        logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
-    return logits, hidden
+    return hidden
 
 
 def run_block(
-    x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+    x: Array,
+    block: BlockSpec,
+    rope: RopeSpec | None,
+    weights: Mapping[str, Array],
+    at: str,
+    prefix: int,
+    states: Array | None,
 ) -> Array:
     def norm(x: Array, name: str) -> Array:
         return normalise(x, block.norm, weights, f"{at}.{name}")
 
     def attention(x: Array) -> Array:
-        return attend(x, block.attention, rope, weights, at, prefix)
+        return attend(x, x, block.attention, rope, weights, f"{at}.attn", prefix)
+
+    def cross(x: Array) -> Array:
+        assert block.cross is not None and states is not None
+        return attend(x, states, block.cross, None, weights, f"{at}.cross")
 
     def mlp(x: Array) -> Array:
         return feed_forward(x, block.mlp, weights, at)
@@ -63,9 +92,13 @@ def run_block(
     match block.placement:
         case Placement.PRE:
             x = x + attention(norm(x, "attn_norm"))
+            if block.cross is not None:
+                x = x + cross(norm(x, "cross_norm"))
             return x + mlp(norm(x, "mlp_norm"))
         case Placement.POST:
             x = norm(x + attention(x), "attn_norm")
+            if block.cross is not None:
+                x = norm(x + cross(x), "cross_norm")
             return norm(x + mlp(x), "mlp_norm")
         case Placement.SANDWICH:
             x = x + norm(attention(norm(x, "attn_norm")), "attn_post_norm")
@@ -93,24 +126,33 @@ def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
 
 
 def attend(
-    x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+    x: Array,
+    keys: Array,
+    spec: AttentionSpec,
+    rope: RopeSpec | None,
+    weights: Mapping[str, Array],
+    at: str,
+    prefix: int = 0,
 ) -> Array:
-    length = len(x)
+    """Attention of x [T, D] to keys and values made of `keys` [S, D]: of x itself, or of what an encoder gave."""
+    length = len(keys)
     heads = {}
-    for name, count in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads)):
-        projected = linear(x, weights, f"{at}.attn.{name}").reshape(length, count, spec.head_dim)
+    for name, of, count in (("q", x, spec.heads), ("k", keys, spec.kv_heads), ("v", keys, spec.kv_heads)):
+        projected = linear(of, weights, f"{at}.{name}").reshape(len(of), count, spec.head_dim)
         if name != "v" and spec.qk_norm is not None:
-            projected = normalise(projected, spec.qk_norm, weights, f"{at}.attn.{name}_norm")
+            projected = normalise(projected, spec.qk_norm, weights, f"{at}.{name}_norm")
         if name != "v" and rope is not None:
             projected = rotate(projected, rope)
         heads[name] = projected
-    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-    visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
+    distance = np.arange(len(x))[:, None] - np.arange(length)[None, :]
+    visible = np.ones_like(distance, dtype=bool)
+    if spec.causal:
+        visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
     k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
     scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
     weight, _ = softmax(scores, visible)
     out = np.einsum("hts,she->the", weight, v)
-    return linear(out.reshape(length, -1), weights, f"{at}.attn.o")
+    return linear(out.reshape(len(x), -1), weights, f"{at}.o")
 
 
 def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
@@ -118,7 +160,7 @@ def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
     if isinstance(spec.bias, Alibi):
         slopes = spec.bias.slopes(spec.heads).astype(np.float64)
     elif isinstance(spec.bias, Buckets):
-        bias = weights["relative_bias.weight"][:, spec.bias.of_distances(two_sided=False)]
+        bias = weights["relative_bias.weight"][:, spec.bias.of_distances(two_sided=not spec.causal)]
     return Scores(bias, slopes, spec.softcap)
 
 
