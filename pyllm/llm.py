@@ -320,7 +320,8 @@ class LLM:
         """
         ids = self.encode(text) if isinstance(text, str) else list(text)
         size = len(text.encode()) if isinstance(text, str) else 0
-        self._refuse_encoder("perplexity", "score pairs (source, target)")
+        if self.spec.encoder is not None:
+            raise RequestError("perplexity: not of a model with an encoder: score pairs (source, target)")
         if len(ids) < 2:
             raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         window = self.max_model_len
@@ -360,7 +361,6 @@ class LLM:
         """
         if isinstance(texts, (str, Mapping)):
             raise TypeError("embed: expected a list of texts, got one by itself")
-        self._refuse_encoder("embed", "load an encoder, or a decoder by itself")
         rule = embedding_rule(self.folder, pooling, normalize)
         params = SamplingParams(max_tokens=0, detokenize=False)
         encoded = [self._encode_prompt(text) for text in texts]
@@ -595,10 +595,6 @@ class LLM:
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
         return ForwardOutput(logits, states, encoder_states or None)
-
-    def _refuse_encoder(self, task: str, instead: str) -> None:
-        if self.spec.encoder is not None:
-            raise RequestError(f"{task}: not of models that write about a source, with encoder and decoder: {instead}")
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

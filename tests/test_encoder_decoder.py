@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle.transformer import forward
+from test_cli import pyllm
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from pyllm import LLM, SamplingParams
 from pyllm.convert import convert
@@ -233,6 +237,8 @@ def test_errors(tmp_path: Path) -> None:
         llm.perplexity([5, 6])
     with pytest.raises(RequestError, match="embed"):
         llm.embed([{"prompt_token_ids": [5]}], pooling="mean")
+    with pytest.raises(RequestError, match="prompt_logprobs"):
+        llm.generate({"prompt_token_ids": [5]}, SamplingParams(prompt_logprobs=0))
     with pytest.raises(RequestError, match="no encoder"):
         load("llama").generate({"prompt_token_ids": [5], "target_token_ids": [6]})
     unsaid = load(changed("mbart", tmp_path / "unsaid", decoder_start_token_id=None))
@@ -277,6 +283,42 @@ def test_ngrams_guess_and_change_nothing() -> None:
     llm = load("t5", speculative="ngram")
     assert ids(llm, prompts) == ids(load("t5"), prompts)
     assert llm.stats.drafted_tokens > 0
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """T5 with a tokenizer whose words are w0, w1, ..."""
+    folder = changed("t5", tmp_path_factory.mktemp("worded") / "t5")
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(67)}, unk_token="w2"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "w0", "eos_token": "w1", "unk_token": "w2"}))
+    return folder
+
+
+def test_text_in_text_out(worded: Path, tmp_path: Path) -> None:
+    llm = LLM(worded, threads=2, dtype="float32")
+    [expected] = llm.generate("w5 w9 w33", GREEDY)
+    assert expected.outputs[0].token_ids == ids(load("t5"), [{"prompt_token_ids": [5, 9, 33]}])[0]
+    text = expected.outputs[0].text
+    assert text.split()[0] == f"w{expected.outputs[0].token_ids[0]}"
+    assert "".join(piece.text for piece in llm.stream("w5 w9 w33", GREEDY)) == text
+    options = ("-m", worded, "--temperature", 0, "--max-tokens", 24, "--ignore-eos", "--quiet")
+    result = pyllm("generate", "w5 w9 w33", *options)
+    assert result.returncode == 0, result.stderr
+    assert text in result.stdout.decode()
+    scored = pyllm("score", "w7 w8", "--prompt", "w5 w9", "-m", worded, "--json", "--quiet")
+    assert scored.returncode == 0, scored.stderr
+    [score] = llm.score([("w5 w9", "w7 w8")])
+    assert [token["logprob"] for token in json.loads(scored.stdout)["tokens"]] == pytest.approx(score.logprobs)
+    body = {"prompt": "w5 w9 w33", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(request))
+    batch = pyllm("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-m", worded)
+    assert batch.returncode == 0, batch.stderr
+    answer = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]
+    assert answer["choices"][0]["text"] == text
+    assert answer["usage"]["prompt_tokens"] == 3
 
 
 def test_head_of_t5() -> None:

@@ -121,6 +121,10 @@ class Engine:
         self.check_prompt(prompt_ids)
         given, source = prompt_ids, None
         if self.runner.model.spec.encoder is not None:
+            if pooling is not None:
+                raise RequestError("embed: not of a model that writes about a source: load an encoder, or a decoder")
+            if params.prompt_logprobs is not None and not target_ids:
+                raise RequestError("prompt_logprobs: a source has none: give target_token_ids, or score the two")
             prompt_ids, source = self.decoder_ids(target_ids), Source(prompt_ids)
             salt = chain_hash(salt, source.tokens)
         rule = self.runner.model.spec.prefix
