@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.ops import F32
-from pyllm.rope import RopeSpec
+from pyllm.spec import ModelSpec
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -20,6 +20,7 @@ class Batch:
 
     tokens: I32  # [T]
     positions: I32  # [T]
+    types: I32 | None  # [T] which text of a pair each token belongs to; None where the model has no token types
     slots: I64  # [T] where the cache takes each token: block * block tokens + offset
     starts: I32  # [B + 1] first token of each sequence
     lengths: I32  # [B] keys in the cache after this step
@@ -28,13 +29,15 @@ class Batch:
     inv_freq: F32 | None  # [C, R / 2]
 
     @classmethod
-    def empty(cls, tokens: int, sequences: int, width: int, rope: RopeSpec | None) -> Batch:
+    def empty(cls, tokens: int, sequences: int, width: int, spec: ModelSpec) -> Batch:
         """Arrays for a step of this shape. Where frequencies depend on the length, each token has a row of its own."""
+        rope = spec.rope
         varies = rope is not None and rope.length_class(1) is not None
         rows = tokens if varies else 1
         return cls(
             tokens=np.zeros(tokens, np.int32),
             positions=np.zeros(tokens, np.int32),
+            types=np.zeros(tokens, np.int32) if spec.embedding.types else None,
             slots=np.full(tokens, -1, np.int64),
             starts=np.zeros(sequences + 1, np.int32),
             lengths=np.zeros(sequences, np.int32),

@@ -26,16 +26,23 @@ CACHE_DTYPES = {
 
 
 class KVCache:
-    """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written."""
+    """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written.
 
-    def __init__(self, spec: ModelSpec, blocks: int, dtype: str) -> None:
+    With `shared`, layers of one shape have the same memory: for models that read keys and values only in the step that
+    wrote them, layer after layer.
+    """
+
+    def __init__(self, spec: ModelSpec, blocks: int, dtype: str, shared: bool = False) -> None:
         self.dtype = dtype
         self.blocks = blocks
         self.layers: list[Array] = []
+        known: dict[tuple[int, ...], Array] = {}
         for block in _block_shapes(spec, dtype):
-            shape = (blocks, *block)
-            memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
-            self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
+            if not shared or block not in known:
+                shape = (blocks, *block)
+                memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
+                known[block] = memory.view(CACHE_DTYPES[dtype]).reshape(shape)
+            self.layers.append(known[block])
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to), in this order."""
@@ -44,9 +51,10 @@ class KVCache:
                 layer[target] = layer[source]
 
     @staticmethod
-    def block_bytes(spec: ModelSpec, dtype: str) -> int:
+    def block_bytes(spec: ModelSpec, dtype: str, shared: bool = False) -> int:
         """Bytes of one block over all layers."""
-        elements = sum(int(np.prod(shape)) for shape in _block_shapes(spec, dtype))
+        shapes = _block_shapes(spec, dtype)
+        elements = sum(int(np.prod(shape)) for shape in (set(shapes) if shared else shapes))
         return elements * int(CACHE_DTYPES[dtype].itemsize)
 
 

@@ -34,9 +34,9 @@ from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
 from pyllm.planning import CATCH_UP, Plan, plan_memory
-from pyllm.pooling import Pooling, embedding_rule
+from pyllm.pooling import KeptStates, Pool, embedding_rule
 from pyllm.sampling import SamplingParams
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.weights import Checkpoint, resolve
 
@@ -46,10 +46,11 @@ Message: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """Logits float32 [T, V] of every token; hidden states as transformers gives them, L + 1 arrays [T, D]:
-    the embedding, the residual stream after each block but the last, and the final norm's output."""
+    """What the head gives, float32: logits [T, V] of every token, of a head of labels scores [T, N] or, for the text as
+    a whole, [1, N]; None where there is no head. Hidden states as transformers gives them, L + 1 arrays [T, D]: the
+    embedding, the residual stream after each block but the last, and the final norm's output."""
 
-    logits: F32
+    logits: F32 | None
     hidden_states: list[F32] | None = None
 
 
@@ -155,12 +156,12 @@ class LLM:
                 )
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
-        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
+        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, shared=self.spec.is_encoder)
         self._runner = Runner(
             self.model,
             self.ops,
             cache,
-            max_num_batched_tokens,
+            self.plan.max_step_tokens,
             max_num_seqs,
             self.max_model_len,
             self.plan.drafts,
@@ -173,7 +174,7 @@ class LLM:
             self.tokenizer,
             sorted(i for i in end_ids if 0 <= i < self.spec.vocab_size),
             max_sequences=max_num_seqs,
-            max_tokens=max_num_batched_tokens,
+            max_tokens=self.plan.max_step_tokens,
             max_length=self.max_model_len,
             share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
             speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
@@ -336,22 +337,31 @@ class LLM:
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
             for prompt in encoded:
-                self._add(requests, prompt, params, interrupts, rule.pooling)
+                self._add(requests, prompt, params, interrupts, Pool(rule.pooling))
             self._run(requests, progress, interrupts)
         vectors = np.empty((len(requests), self.spec.hidden), np.float32)
         for vector, request in zip(vectors, requests, strict=True):
             self._result(request)
-            assert request.pool is not None
+            assert isinstance(request.pool, Pool)
             vector[:] = rule.vector(request.pool)
         return vectors
 
-    def forward(self, token_ids: Sequence[int], *, output_hidden_states: bool = False) -> ForwardOutput:
-        """Logits of every token, and what transformers calls hidden states; memory grows with T x V."""
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        *,
+        token_type_ids: Sequence[int] | None = None,
+        output_hidden_states: bool = False,
+    ) -> ForwardOutput:
+        """What the model's head gives, and what transformers calls hidden states; memory grows with T x V.
+
+        `token_type_ids` tell which text of a pair each token belongs to, by default all to the first.
+        """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         with self._lock:
-            self.engine.check_prompt(token_ids)
+            self.engine.check_prompt(token_ids, token_type_ids)
             pool = self.engine.scheduler.pool
-            sequence = EngineSequence(token_ids, 0, share_prefix=False)
+            sequence = EngineSequence(token_ids, 0, share_prefix=False, types=token_type_ids)
             if not sequence.reserve(pool, len(sequence.tokens)):
                 raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
             try:
@@ -410,7 +420,8 @@ class LLM:
         prompt: tuple[str | None, list[int]],
         params: SamplingParams,
         interrupts: _Interrupts,
-        pooling: Pooling | None = None,
+        pool: Pool | KeptStates | None = None,
+        types: Sequence[int] | None = None,
     ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
@@ -418,7 +429,7 @@ class LLM:
         seed = params.seed if params.seed is not None else self.seed
         with self._lock, interrupts:
             seed = secrets.randbits(63) if seed is None else seed
-            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling))
+            requests.append(self.engine.add(*prompt, params, seed, pool=pool, types=types))
 
     @contextmanager
     def _ended(self, requests: list[Request]) -> Iterator[_Interrupts]:
@@ -470,20 +481,22 @@ class LLM:
         return request.result()
 
     def _forward(self, sequence: EngineSequence, output_hidden_states: bool) -> ForwardOutput:
-        total, vocabulary = len(sequence.tokens), self.spec.vocab_size
-        logits = np.empty((total, vocabulary), np.float32)
+        total, kind = len(sequence.tokens), self.spec.head.kind
+        scored = {HeadKind.NONE: 0, HeadKind.POOLED: 1}.get(kind, total)
+        logits = np.empty((scored, self.spec.outputs), np.float32)
         hidden: list[list[F32]] = []
         for start in range(0, total, self._runner.max_tokens):
             work = Work(sequence, start, min(self._runner.max_tokens, total - start), False)
             trace: list[F32] | None = [] if output_hidden_states else None
             x = self._runner.forward([work], trace)
-            for first, piece in self._runner.logits(x, np.arange(work.count, dtype=np.int32)):
+            rows = np.arange(min(work.count, scored - start), dtype=np.int32)
+            for first, piece in self._runner.logits(x, rows):
                 logits[start + first : start + first + len(piece)] = piece
             if trace is not None:
                 hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        return ForwardOutput(logits, states)
+        return ForwardOutput(logits if scored else None, states)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -29,7 +29,7 @@ class _Pass:
 
 
 class Model:
-    """A decoder of `spec` with packed weights; holds no state between calls.
+    """A model of `spec` with packed weights; holds no state between calls.
 
     `ops` is an `Ops`, or a `Tape` where gradients are wanted: it has the same methods, but keeps what `Ops` overwrites,
     so results are taken as they are returned, whatever `out` was.
@@ -57,22 +57,30 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with: the residual stream x [R, D], normed and projected -> [R, W]."""
-        x, project = self.final_norm(ops, x), self.weights.head_project
-        return x if project is None else ops.matmul(x, project)
+        """What the head's matrix is multiplied with: the residual stream x [R, D], normed, transformed or projected."""
+        x, weights, transform = self.final_norm(ops, x), self.weights, self.spec.head.transform
+        if transform is not None and weights.head_transform is not None:
+            x = ops.matmul(x, weights.head_transform, weights.head_transform_bias, activation=transform.activation)
+            return _norm(ops, x, transform.norm, weights.head_norm, out=x)
+        return x if weights.head_project is None else ops.matmul(x, weights.head_project)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
-        """Logits [R, V] of these rows of the residual stream x [T, D]."""
+        """What the head gives, logits [R, V] or scores of labels, for these rows of the residual stream x [T, D]."""
         x = self.head_input(ops, ops.gather(x, rows))
         return ops.matmul(x, self.weights.head, self.weights.head_bias, out=out)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
-        embed, project, table = self.weights.embed, self.weights.embed_project, self.weights.positions
-        if project is None:
-            return ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
-        places = None if table is None else ops.embedding(batch.positions, table)
-        return ops.matmul(ops.embedding(batch.tokens, embed), project, residual=places, out=places)
+        weights, embedding = self.weights, self.spec.embedding
+        project, bias, table = weights.embed_project, weights.embed_project_bias, weights.positions
+        if project is not None and not embedding.projects_sum:
+            places = None if table is None else ops.embedding(batch.positions, table)
+            x = ops.embedding(batch.tokens, weights.embed)
+            return ops.matmul(x, project, bias, residual=places, out=places)
+        positions = None if table is None else batch.positions
+        x = ops.embedding(batch.tokens, weights.embed, positions, table, batch.types, weights.types)
+        x = _norm(ops, x, embedding.norm, weights.embed_norm, out=x)
+        return x if project is None else ops.matmul(x, project, bias)
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> tuple[F32, F32] | tuple[None, None]:
         rope = self.spec.rope
@@ -113,8 +121,9 @@ class Model:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
-            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window
-        )
+            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
+            causal=a.causal,
+        )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:

@@ -45,13 +45,15 @@ class DraftPlan:
 class Plan:
     """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits.
 
-    `drafts` is the number of tokens guessed for a sequence in a step, 0 without speculative decoding.
+    A step takes up to `max_step_tokens`. `drafts` is the number of tokens guessed for a sequence in a step, 0 without
+    speculative decoding.
     """
 
     spec: ModelSpec
     precision: Precision
     cache_dtype: str
     max_model_len: int
+    max_step_tokens: int
     cache_blocks: int
     weights: int
     cache: int
@@ -139,6 +141,23 @@ def plan_memory(
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
     weights = packed_bytes(checkpoint, precision)
+    if spec.is_encoder:
+        length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, max_num_batched_tokens)
+        if drafts:
+            raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
+        step = max(max_num_batched_tokens, length)
+        return Plan(
+            spec=spec,
+            precision=precision,
+            cache_dtype=cache_as,
+            max_model_len=length,
+            max_step_tokens=step,
+            cache_blocks=blocks,
+            weights=weights,
+            cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
+            workspace=_workspace(spec, max_num_seqs, step, drafts),
+            available=available,
+        )
     workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens, drafts)
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     if draft is not None:
@@ -165,6 +184,7 @@ def plan_memory(
         precision=precision,
         cache_dtype=cache_as,
         max_model_len=length,
+        max_step_tokens=max_num_batched_tokens,
         cache_blocks=blocks,
         weights=weights,
         cache=blocks * block,
@@ -207,7 +227,7 @@ def _cache_dtype(asked: str, weights: str) -> str:
 def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int) -> int:
     """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
     rows, ends = min(HEAD_ROWS, tokens), head_rows(sequences, drafts)
-    logits = (min(ends, tokens) + rows) * spec.vocab_size
+    logits = (min(ends, tokens) + rows) * spec.outputs
     return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, ends) + logits)
 
 
@@ -215,10 +235,7 @@ def _cache_size(
     spec: ModelSpec, block: int, length: int | None, asked: int | None, sequences: int, room: int
 ) -> tuple[int, int]:
     """Context length and number of blocks: at least one full context, at most what all sequences need."""
-    if length is not None and (
-        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
-    ):
-        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")
+    _check_length(spec, length)
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < block:
             raise ValueError(
@@ -237,3 +254,21 @@ def _cache_size(
     if length is None and blocks_for(full) > share >= 1:
         full = share * BLOCK_TOKENS
     return full, max(blocks_for(full), min(blocks_for(full) * sequences, share))
+
+
+def _encoder_cache_size(
+    spec: ModelSpec, length: int | None, asked: int | None, sequences: int, tokens: int
+) -> tuple[int, int]:
+    """Context length and number of blocks of an encoder: those of one step, which takes texts whole."""
+    _check_length(spec, length)
+    if asked is not None:
+        raise ValueError("kv_cache_bytes: expected None for an encoder, which keeps no keys and values: leave it out")
+    length = length or spec.max_positions
+    return length, max(tokens, length) // BLOCK_TOKENS + min(sequences, tokens) + 1
+
+
+def _check_length(spec: ModelSpec, length: int | None) -> None:
+    if length is not None and (
+        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
+    ):
+        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")

@@ -96,15 +96,18 @@ class Tape:
         table: _cpu.PackedMatrix | F32,
         positions: I32 | None = None,
         position_table: F32 | None = None,
+        types: I32 | None = None,
+        type_table: F32 | None = None,
     ) -> F32:
         """See :meth:`pyllm.ops.Ops.embedding`."""
         out = self._new((tokens.shape[0], table.shape[1]), kept=True)
         ops, y = self.ops, self._view(out)
         gradient, position_gradient = self._gradient(table), self._gradient(position_table)
+        type_gradient = self._gradient(type_table)
         dropped = self._site()
 
         def forward() -> None:
-            ops.embedding(tokens, table, positions, position_table, out=out)
+            ops.embedding(tokens, table, positions, position_table, types, type_table, out=out)
             if dropped is not None:
                 ops.dropout(out, *dropped, out=out)
 
@@ -113,7 +116,7 @@ class Tape:
             if dropped is not None:
                 ops.dropout(dy, *dropped, out=dy)
             if gradient is not None:
-                ops.embedding_backward(gradient, position_gradient, dy, tokens, positions)
+                ops.embedding_backward(gradient, position_gradient, dy, tokens, positions, type_gradient, types)
 
         self._run(forward, backward, again=False)
         return out

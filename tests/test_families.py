@@ -40,13 +40,16 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
 
 def check(folder: Path, expected: Any) -> None:
     llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, threads=2)
-    output = llm.forward(expected.ids.tolist(), output_hidden_states=True)
-    if llm.spec.embedding.width is not None:
+    types = None if expected.types is None else expected.types.tolist()
+    output = llm.forward(expected.ids.tolist(), output_hidden_states=True, token_type_ids=types)
+    if llm.spec.projects_to_head:
         output.hidden_states.pop()  # the last one, which transformers projects already
     assert len(output.hidden_states) == len(expected.hidden_states)
     for found, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         close(found, wanted)
     close(output.logits, expected.logits)
+    if llm.spec.is_encoder:
+        return
     params = SamplingParams(temperature=0, max_tokens=goldens.NEW_TOKENS, ignore_eos=True)
     result = llm.generate([{"prompt_token_ids": expected.ids.tolist()}], params)
     assert list(result[0].outputs[0].token_ids) == expected.greedy_ids.tolist()

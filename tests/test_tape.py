@@ -76,7 +76,7 @@ def test_a_tape_computes_the_bits_of_inference(name: str) -> None:
 
     ids, _, starts = batch
     first, end = int(starts[0]), int(starts[1])
-    alone = Batch.empty(end - first, 1, 1, parameters.spec.rope)  # as a prompt by itself
+    alone = Batch.empty(end - first, 1, 1, parameters.spec)  # as a prompt by itself
     alone.tokens[:] = ids[first:end]
     alone.positions[:] = np.arange(end - first)
     alone.slots[:] = np.arange(end - first)

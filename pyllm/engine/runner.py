@@ -70,7 +70,7 @@ class Runner:
         self.table_width = -(-max_length // BLOCK_TOKENS)
         self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
         self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
-        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
+        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.outputs), np.float32)
         self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._inv_freq: dict[object, F32] = {}
         self._last: _Recorded | None = None  # of the last `decode`
@@ -124,7 +124,7 @@ class Runner:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
-        batch = Batch.empty(tokens, len(plan), width, self.model.spec.rope)
+        batch = Batch.empty(tokens, len(plan), width, self.model.spec)
         self._fill(batch, plan)
         self.ops.use_arena(self._arena)
         self.ops.release(0)
@@ -134,8 +134,9 @@ class Runner:
             self.ops.use_arena(None)
 
     def logits(self, x: F32, rows: I32) -> Iterator[tuple[int, F32]]:
-        """Logits of these rows of the residual stream, as pieces (index of the first row, logits [<= HEAD_ROWS, V])."""
-        piece = np.empty((min(len(rows), HEAD_ROWS), self.model.spec.vocab_size), np.float32)
+        """What the head gives for these rows of the residual stream, as pieces (index of the first row, logits [<=
+        HEAD_ROWS, V])."""
+        piece = np.empty((min(len(rows), HEAD_ROWS), self.model.spec.outputs), np.float32)
         for first in range(0, len(rows), HEAD_ROWS):
             count = min(HEAD_ROWS, len(rows) - first)
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
@@ -181,6 +182,8 @@ class Runner:
             positions = np.arange(work.start, end)
             batch.tokens[span] = [*sequence.tokens[work.start : work.start + work.count], *work.drafts]
             batch.positions[span] = positions
+            if batch.types is not None:
+                batch.types[span] = sequence.types[work.start : end] if sequence.types else 0
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
             )
@@ -207,7 +210,7 @@ class Runner:
     def _record(self, sequences: int, tokens: int) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
         spec = self.model.spec
-        batch = Batch.empty(tokens, sequences, self.table_width, spec.rope)
+        batch = Batch.empty(tokens, sequences, self.table_width, spec)
         batch.starts[:] = [*range(sequences), tokens]
         rows = np.arange(tokens, dtype=np.int32)
         draws = np.repeat(GREEDY_ROW, tokens)
@@ -241,11 +244,11 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
     angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
-    projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
-    head = 2 * padded(spec.hidden, rows)
+    projected = 0 if spec.embedding.width is None else padded(spec.table_width)
+    head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows)
     return padded(spec.hidden) + projected + angles + max(block(b) for b in spec.blocks) + head
 
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:
     """Floats of a recorded step of so many rows, the logits of all included."""
-    return arena_floats(spec, rows, rows) + rows * spec.vocab_size + 16
+    return arena_floats(spec, rows, rows) + rows * spec.outputs + 16

@@ -14,8 +14,16 @@ from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
 class Sequence:
     """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`."""
 
-    def __init__(self, prompt: Seq[int], max_tokens: int, share_prefix: bool, salt: bytes = b"") -> None:
+    def __init__(
+        self,
+        prompt: Seq[int],
+        max_tokens: int,
+        share_prefix: bool,
+        salt: bytes = b"",
+        types: Seq[int] | None = None,
+    ) -> None:
         self.tokens = list(prompt)
+        self.types = types  # which text of a pair each token of the prompt belongs to; None: the first
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed

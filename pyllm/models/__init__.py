@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.bert import BERT
+from pyllm.models.distilbert import DISTILBERT
+from pyllm.models.electra import ELECTRA
 from pyllm.models.family import Family
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.gpt_neox import GPT_NEOX
@@ -19,13 +22,30 @@ from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
+from pyllm.models.roberta import ROBERTA, XLM_ROBERTA
 from pyllm.spec import ModelSpec
 from pyllm.weights import Checkpoint, load, read_config
 
 __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, GPT_NEOX, GPTJ, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+    family.model_type: family
+    for family in (
+        BERT,
+        DISTILBERT,
+        ELECTRA,
+        GPT2,
+        GPT_NEOX,
+        GPTJ,
+        LLAMA,
+        MISTRAL,
+        OPT,
+        PHI3,
+        QWEN2,
+        QWEN3,
+        ROBERTA,
+        XLM_ROBERTA,
+    )
 }
 
 

@@ -21,9 +21,10 @@ from typing import Any
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
-from pyllm.pooling import Pooling
+from pyllm.pooling import Pool
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error, internal_error
+from pyllm.spec import Pooling
 
 
 @dataclass(frozen=True)
@@ -285,9 +286,8 @@ class EngineThread:
             with llm.lock:
                 for prompt in generation.prompts:
                     each = secrets.randbits(63) if seed is None else seed
-                    requests.append(
-                        llm.engine.add(prompt.text, prompt.ids, params, each, generation.salt, generation.pooling)
-                    )
+                    pool = None if generation.pooling is None else Pool(generation.pooling)
+                    requests.append(llm.engine.add(prompt.text, prompt.ids, params, each, generation.salt, pool))
                     requests[-1].streamed = generation.streamed
         except Exception as error:
             generation.requests = requests

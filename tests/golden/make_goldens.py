@@ -30,6 +30,7 @@ class Variant:
     config: dict[str, Any]
     prompt: int = 32
     seed: int = 0
+    architecture: str | None = None  # transformers' class; None: the family's causal language model
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Expected:
     """What transformers computes, all float32 or int64: T prompt tokens, D hidden, V vocabulary, L layers."""
 
     ids: np.ndarray  # [T]
-    logits: np.ndarray  # [T, V]
+    logits: np.ndarray  # [T, V], or what else the model's head gives: [T, N], or of a classifier [1, N]
     hidden_states: np.ndarray  # [L + 1, T, D]: embeddings, after each block, and the last after the final norm
-    greedy_ids: np.ndarray  # [NEW_TOKENS]
+    greedy_ids: np.ndarray  # [NEW_TOKENS], of an encoder [0]
+    types: np.ndarray | None = None  # [T], of models with token types
 
 
 def variants() -> dict[str, Variant]:
@@ -88,11 +90,39 @@ def variants() -> dict[str, Variant]:
         "pad_token_id": 0,
     }
 
+    bert = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "num_key_value_heads")},
+        "model_type": "bert",
+        "layer_norm_eps": 3e-3,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 48,
+    }
+    distilbert = {
+        "model_type": "distilbert",
+        "vocab_size": 67,
+        "dim": 32,
+        "hidden_dim": 44,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 48,
+    }
+    roberta = {**bert, "model_type": "roberta", "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
+    electra = {**bert, "model_type": "electra", "embedding_size": 20}
+    three = {"num_labels": 3}
+
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
 
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
     return {
+        "bert": Variant(bert, architecture="BertForMaskedLM"),
+        "bert-classifier": Variant({**bert, **three}, architecture="BertForSequenceClassification"),
+        "distilbert": Variant(distilbert, architecture="DistilBertForMaskedLM"),
+        "distilbert-classifier": Variant({**distilbert, **three}, architecture="DistilBertForSequenceClassification"),
+        "electra-classifier": Variant({**electra, **three}, architecture="ElectraForSequenceClassification"),
+        "electra-discriminator": Variant({**electra, "hidden_act": "relu"}, architecture="ElectraForPreTraining"),
+        "electra-generator": Variant({**electra, "hidden_act": "silu"}, architecture="ElectraForMaskedLM"),
         "gpt2": Variant(gpt2),
         "gpt2-scaled-relu": Variant(
             {**gpt2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "n_inner": 52}
@@ -158,6 +188,8 @@ def variants() -> dict[str, Variant]:
             }
         ),
         "qwen3": Variant({**base, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
+        "roberta": Variant(roberta, architecture="RobertaForMaskedLM"),
+        "roberta-classifier": Variant({**roberta, **three}, architecture="RobertaForSequenceClassification"),
     }
 
 
@@ -165,7 +197,10 @@ def build(name: str, folder: Path) -> Expected:
     """Write the variant's model folder and return what transformers computes for it."""
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
-        model = _random_model(variant.config, seed)
+        model = _random_model(variant, seed)
+        if variant.architecture is not None:
+            expected = _run_encoder(model, variant, seed)
+            break
         expected, gap = _run(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
@@ -180,24 +215,31 @@ def build(name: str, folder: Path) -> Expected:
 def read_expected(folder: Path) -> Expected:
     """The committed results of a golden folder."""
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
-        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
+        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__ if name in stored})
 
 
-def _random_model(config: dict[str, Any], seed: int) -> Any:
+def _random_model(variant: Variant, seed: int) -> Any:
     import torch
     import transformers
 
+    config = variant.config
     fields = {name: value for name, value in config.items() if name != "model_type"}
     # transformers completes the nested rope parameters in place
     if "rope_parameters" in fields:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    if variant.architecture is None:
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+    else:
+        hf_config.architectures = [variant.architecture]
+        hf_config._attn_implementation = "eager"
+        model = getattr(transformers, variant.architecture)(hf_config)
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name or "ln_" in name
+            is_norm = any(part in name for part in ("norm", "ln_", "LayerNorm"))
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
@@ -240,13 +282,39 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
     return expected, float((best[..., 0] - best[..., 1]).min())
 
 
+def _run_encoder(model: Any, variant: Variant, seed: int) -> Expected:
+    import torch
+
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, variant.config["vocab_size"], variant.prompt)
+    types = np.sort(rng.integers(0, model.config.type_vocab_size, variant.prompt)) if _has_types(model) else None
+    given = {} if types is None else {"token_type_ids": torch.from_numpy(types)[None]}
+    with torch.no_grad():
+        output = model(torch.from_numpy(ids)[None], output_hidden_states=True, **given)
+    logits = output.logits
+    if "Classification" not in str(variant.architecture):
+        logits = logits[0] if logits.ndim == 3 else logits[0, :, None]  # one score of each token
+    return Expected(
+        ids=ids,
+        logits=logits.numpy(),
+        hidden_states=torch.stack(output.hidden_states)[:, 0].numpy(),
+        greedy_ids=np.zeros(0, np.int64),
+        types=types,
+    )
+
+
+def _has_types(model: Any) -> bool:
+    return getattr(model.config, "type_vocab_size", 0) > 0
+
+
 def _save_weights(model: Any, path: Path) -> None:
     from safetensors.numpy import save_file
 
     tied = model.config.tie_word_embeddings
     tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
     if tied:
-        tensors.pop("lm_head.weight", None)
+        for name in ("lm_head.weight", *(getattr(model, "_tied_weights_keys", None) or ())):
+            tensors.pop(name, None)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -255,7 +323,8 @@ def main(names: list[str]) -> None:
     for name in names or variants():
         folder = HERE / name
         expected = build(name, folder)
-        np.savez_compressed(folder / "expected.npz", **vars(expected))
+        stored = {name: value for name, value in vars(expected).items() if value is not None}
+        np.savez_compressed(folder / "expected.npz", **stored)
         size = sum(path.stat().st_size for path in folder.iterdir())
         distinct = len(set(expected.greedy_ids.tolist()))
         print(f"{name:22} {size:8,} bytes  |logits| <= {np.abs(expected.logits).max():.1f}  {distinct} distinct ids")

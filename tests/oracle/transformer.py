@@ -1,4 +1,4 @@
-"""The whole decoder in float64 numpy, one token sequence at a time, written from the formulas."""
+"""The whole model in float64 numpy, one token sequence at a time, written from the formulas."""
 
 from __future__ import annotations
 
@@ -10,30 +10,51 @@ import numpy.typing as npt
 from oracle.activation import activation
 
 from pyllm.rope import RopeSpec
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
+from pyllm.spec import AttentionSpec, BlockSpec, HeadKind, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
 
-def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) -> tuple[Array, list[Array]]:
-    """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
-    last one after the final norm."""
+def forward(
+    spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any], types: npt.NDArray[Any] | None = None
+) -> tuple[Array, list[Array]]:
+    """Logits [T, V] (of a pooled head [1, N]; none without a head) and the hidden states that transformers reports:
+    embeddings, then the output of each block, the last one after the final norm."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
-    x = (
-        linear(weights["embed.weight"][ids], weights, "embed.project")
-        if spec.embedding.width
-        else weights["embed.weight"][ids]
-    )
-    if spec.embedding.positions:
-        x = x + weights["positions.weight"][spec.embedding.position_offset :][: len(ids)]
+    x = embed(spec, weights, ids, np.zeros_like(ids) if types is None else types)
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         x = run_block(x, block, spec.rope, weights, f"blocks.{index}")
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
-    x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
-    return x @ weights["embed.weight" if spec.head.tied else "head.weight"].T + weights.get("head.bias", 0.0), hidden
+    if spec.head.kind is HeadKind.NONE:
+        return np.zeros((0, 0)), hidden
+    x, at = hidden[-1], spec.head.at
+    if spec.head.kind is HeadKind.POOLED:
+        x = x[:1]
+    if spec.head.transform is not None:
+        x = activation(linear(x, weights, f"{at}.transform"), spec.head.transform.activation)
+        if spec.head.transform.norm is not None:
+            x = normalise(x, spec.head.transform.norm, weights, f"{at}.norm")
+    elif spec.projects_to_head:
+        x = linear(x, weights, "head.project")
+    head = weights["embed.weight" if spec.head.tied else f"{at}.weight"]
+    return x @ head.T + weights.get(f"{at}.bias", 0.0), hidden
+
+
+def embed(spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], types: npt.NDArray[Any]) -> Array:
+    embedding = spec.embedding
+    x = weights["embed.weight"][ids]
+    if embedding.width and not embedding.projects_sum:
+        x = linear(x, weights, "embed.project")
+    if embedding.positions:
+        x = x + weights["positions.weight"][embedding.position_offset :][: len(ids)]
+    if embedding.types:
+        x = x + weights["types.weight"][types]
+    if embedding.norm is not None:
+        x = normalise(x, embedding.norm, weights, "embed.norm")
+    return linear(x, weights, "embed.project") if embedding.projects_sum else x
 
 
 def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
@@ -81,7 +102,9 @@ def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mappin
             projected = rotate(projected, rope)
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-    visible = (distance >= 0) & (distance < (spec.window or length))
+    visible = np.abs(distance) < (spec.window or length)
+    if spec.causal:
+        visible &= distance >= 0
     out = np.empty((length, spec.heads, spec.head_dim))
     for head in range(spec.heads):
         group = head // (spec.heads // spec.kv_heads)
