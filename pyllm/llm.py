@@ -19,6 +19,7 @@ import numpy as np
 from pyllm import isa
 from pyllm.cache import BlockPool, KVCache
 from pyllm.device import unavailable
+from pyllm.encoding import Encoded, Encoding, Progress, Prompt
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
@@ -34,13 +35,12 @@ from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
 from pyllm.planning import CATCH_UP, Plan, plan_memory
-from pyllm.pooling import KeptStates, Pool, embedding_rule
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.weights import Checkpoint, resolve
 
-Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Message: TypeAlias = dict[str, Any]
 
 
@@ -54,7 +54,7 @@ class ForwardOutput:
     hidden_states: list[F32] | None = None
 
 
-class LLM:
+class LLM(Encoding):
     """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU.
 
     Args:
@@ -311,41 +311,6 @@ class LLM:
                 break
         return PerplexityResult(float(np.exp(nll / scored)), nll, scored, size)
 
-    def embed(
-        self,
-        texts: Sequence[Prompt],
-        *,
-        pooling: str | None = None,
-        normalize: bool | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> F32:
-        """Embeddings float32 [N, D] of N texts: their hidden states after the final norm, made one vector each.
-
-        `pooling` is "last", "cls" (the first token), "mean" or "max"; `normalize` gives vectors of length 1. Where they
-        are None the model's folder says what they are (modules.json, as sentence-transformers writes it).
-
-        Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
-        `NonFiniteError` when hidden states are no numbers.
-        """
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError("embed: expected a list of texts, got one by itself")
-        rule = embedding_rule(self.folder, pooling, normalize)
-        params = SamplingParams(max_tokens=0, detokenize=False)
-        encoded = [self._encode_prompt(text) for text in texts]
-        for _, ids in encoded:
-            rule.check(len(ids))
-        requests: list[Request] = []
-        with self._ended(requests) as interrupts:
-            for prompt in encoded:
-                self._add(requests, prompt, params, interrupts, Pool(rule.pooling))
-            self._run(requests, progress, interrupts)
-        vectors = np.empty((len(requests), self.spec.hidden), np.float32)
-        for vector, request in zip(vectors, requests, strict=True):
-            self._result(request)
-            assert isinstance(request.pool, Pool)
-            vector[:] = rule.vector(request.pool)
-        return vectors
-
     def forward(
         self,
         token_ids: Sequence[int],
@@ -413,6 +378,17 @@ class LLM:
         if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
             raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
         return text, [_checked_id(i, token) for i, token in enumerate(ids)]
+
+    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
+        """Run texts through the model, the longest first, so that short ones fill up steps."""
+        params = SamplingParams(max_tokens=0, detokenize=False)
+        requests: list[Request] = []
+        with self._ended(requests) as interrupts:
+            for text, pool in sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids)):
+                self._add(requests, (text.text, text.ids), params, interrupts, pool, text.types)
+            self._run(requests, progress, interrupts)
+        for request in requests:
+            self._result(request)
 
     def _add(
         self,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.ops import F32, Arena, Array, AttentionRule
 from pyllm.ops_training import TrainingOps
-from pyllm.spec import Activation, NormKind
+from pyllm.spec import Activation, NormKind, Pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -130,6 +130,19 @@ class Tape:
         self.ops.rope_angles(positions, inv_freq, table, scaling, out=(cos, sin))
         return cos, sin
 
+    def gather_columns(self, x: F32, index: I32) -> F32:
+        """See :meth:`pyllm.ops.Ops.gather_columns`; x is a parameter. The result may be used in every block."""
+        out = self._new((x.shape[0], index.shape[0]), kept=True)
+        ops, y, gradient = self.ops, self._view(out), self._gradient(x)
+        y.value.gradient = self._memory.gradients.take(out.shape)  # outlives the part of the block that writes it first
+
+        def backward() -> None:
+            if gradient is not None:
+                ops.gather_columns_backward(gradient, self._incoming(y), index)
+
+        self._run(lambda: ops.gather_columns(x, index, out=out), backward, again=False)
+        return out
+
     def norm(
         self, x: F32, weight: F32 | None, bias: F32 | None = None, *, kind: NormKind, eps: float, out: F32 | None = None
     ) -> F32:
@@ -177,6 +190,35 @@ class Tape:
             ops.axpby(dout, a, dx if add else None, out=dx)
 
         self._run(forward, backward)
+        return out
+
+    def add(self, x: F32, branch: F32, scale: float = 1.0, out: F32 | None = None) -> F32:
+        """See :meth:`pyllm.ops.Ops.add`. Where `out` is x, the result is another array all the same.
+
+        As the residual stream it outlives the part of the block.
+        """
+        out = self._new(x.shape, kept=True)
+        ops, stream, added, y = self.ops, self._view(x), self._view(branch), self._view(out)
+        dropped = self._site()
+
+        def forward() -> None:
+            if dropped is not None:
+                ops.dropout(branch, *dropped, out=branch)
+            ops.axpby(x, scale, branch, out=out)
+
+        def backward() -> None:
+            dy = self._incoming(y)
+            dbranch, again = self._target(added)
+            assert not again, "a branch has one use"
+            if dropped is not None:
+                ops.dropout(dy, *dropped, out=dbranch)
+            else:
+                ops.axpby(dy, 1.0, out=dbranch)
+            self._hand_on(y, stream)
+            if scale != 1:
+                ops.axpby(dy, scale, out=dy)
+
+        self._run(forward, backward, again=False)
         return out
 
     def matmul(
@@ -274,6 +316,8 @@ class Tape:
         lse = self._new((q.shape[0], heads))
         ops, queries, y = self.ops, self._view(q), self._view(out)
         keys, values, cos, sin = self._written[id(cache)]
+        bias = rule.get("bias")
+        biases = None if bias is None else self._view(bias)
         dropped = self._site()
 
         def forward() -> None:
@@ -286,9 +330,10 @@ class Tape:
             targets = [self._target(view) for view in (queries, keys, values)]
             assert not any(add for _, add in targets), "q, k and v have one use"
             dq, dk, dv = (target for target, _ in targets)
+            dbias, add_dbias = (None, False) if biases is None else self._target(biases)
             ops.attention_backward(
                 self._incoming(y), out, q, cache, lse, starts, lengths, tables, head_size=head_size, scale=scale,
-                dropout=dropped, gradients=(dq, dk, dv), **rule,
+                dropout=dropped, gradients=(dq, dk, dv), dbias=dbias, add_dbias=add_dbias, **rule,
             )  # fmt: skip
             if cos is not None and sin is not None:
                 ops.rope(dk, cos, sin, head_size, inverse=True)
@@ -296,25 +341,34 @@ class Tape:
         self._run(forward, backward)
         return out
 
+    def pool(self, x: F32, starts: I32, pooling: Pooling) -> F32:
+        """See :meth:`pyllm.ops.Ops.pool`."""
+        out = self._new((starts.shape[0] - 1, x.shape[1]))
+        ops, source, y = self.ops, self._view(x), self._view(out)
+
+        def backward() -> None:
+            dx, add = self._target(source)
+            assert not add, "what is pooled has one use"
+            ops.pool_backward(dx, self._incoming(y), starts, pooling, x if pooling is Pooling.MAX else None)
+
+        self._run(lambda: ops.pool(x, starts, pooling, out=out), backward)
+        return out
+
     # The loss, and back
 
-    def token_losses(
+    def head_losses(
         self,
         x: F32,
         w: _cpu.PackedMatrix,
-        labels: I32,
-        scale: F32,
-        losses: F32,
+        loss: Callable[[F32, slice], None],
         *,
         rows: int,
         bias: F32 | None = None,
-        z_loss: float = 0.0,
-        label_smoothing: float = 0.0,
     ) -> None:
-        """Cross entropy of the head's logits ``x w^T + bias``, `rows` rows at a time, with its gradients.
+        """Losses of what the head gives, ``x w^T + bias``, `rows` rows at a time, with their gradients.
 
-        x [T, D]; labels int32 [T], -100 where a row does not count; losses float32 [T] is written; scale float32 [1]
-        multiplies the gradient, not the losses. Logits never stand in memory beyond `rows` rows.
+        x [T, D]. `loss` gets logits [<= rows, N] and which rows of x they are of, and turns them into their gradient;
+        logits never stand in memory beyond `rows` rows.
         """
         ops, total = self.ops, x.shape[0]
         dx, add = self._target(self._view(x))
@@ -326,9 +380,7 @@ class Tape:
             span = slice(first, min(first + rows, total))
             logits = memory[: span.stop - first]
             ops.matmul(x[span], w, bias, out=logits)
-            ops.cross_entropy(
-                logits, labels[span], scale, z_loss=z_loss, label_smoothing=label_smoothing, loss=losses[span]
-            )
+            loss(logits, span)
             if db is not None:
                 ops.column_sum(db, logits)
             if dw is not None:
@@ -337,7 +389,7 @@ class Tape:
         self._memory.gradients.used = mark
 
     def backward(self) -> None:
-        """All gradients, from what :meth:`token_losses` left."""
+        """All gradients, from what :meth:`head_losses` left."""
         part_ending = {end: first for first, end in self._parts}
         memory = self._memory.gradients
         mark, first = memory.used, -1

@@ -246,7 +246,9 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
     angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
     projected = 0 if spec.embedding.width is None else padded(spec.table_width)
     head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows)
-    return padded(spec.hidden) + projected + angles + max(block(b) for b in spec.blocks) + head
+    biases = spec.relative_bias
+    distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
+    return padded(spec.hidden) + projected + angles + distances + max(block(b) for b in spec.blocks) + head
 
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:

@@ -9,9 +9,12 @@ from typing import Any
 
 from pyllm.errors import ConfigError, shown
 from pyllm.models.bert import BERT
+from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.distilbert import DISTILBERT
 from pyllm.models.electra import ELECTRA
 from pyllm.models.family import Family
+from pyllm.models.glm import GLM
+from pyllm.models.glm4 import GLM4
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.gpt_neox import GPT_NEOX
 from pyllm.models.gptj import GPTJ
@@ -34,6 +37,9 @@ FAMILIES: dict[str, Family] = {
         BERT,
         DISTILBERT,
         ELECTRA,
+        CHATGLM2,
+        GLM,
+        GLM4,
         GPT2,
         GPT_NEOX,
         GPTJ,

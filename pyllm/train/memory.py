@@ -9,7 +9,7 @@ from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.runner import arena_floats
 from pyllm.errors import InsufficientMemoryError
 from pyllm.planning import GB, SPARE
-from pyllm.spec import BlockSpec, ModelSpec, Placement
+from pyllm.spec import BlockSpec, HeadKind, ModelSpec, Placement
 from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 
@@ -129,9 +129,14 @@ def table_width(spec: ModelSpec, shape: StepShape) -> int:
     return blocks_for(min(shape.tokens, spec.max_positions))
 
 
+def scored_rows(spec: ModelSpec, shape: StepShape) -> int:
+    """Rows of a micro-batch that the head is given: those of all tokens, or one for each sequence."""
+    return shape.sequences if spec.head.kind is HeadKind.POOLED else shape.tokens
+
+
 def head_rows(spec: ModelSpec, tokens: int) -> int:
     """Rows that pass through the head together: as even as they can be within `LOGITS_FLOATS`."""
-    most = max(BLOCK_TOKENS, LOGITS_FLOATS // spec.vocab_size)
+    most = max(BLOCK_TOKENS, LOGITS_FLOATS // spec.outputs)
     chunks = -(-tokens // most)
     rows = -(-tokens // max(chunks, 1))
     return min(tokens, -(-rows // 16) * 16)
@@ -153,17 +158,22 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
         normed = floats(queries) + floats(keys) if a.qk_norm is not None else 0
         qkv = floats(queries + 2 * keys)
         return _Part(
-            qkv + normed + floats(queries) + floats(a.heads) + branch,
-            branch + floats(queries) + qkv + normed,
+            qkv + normed + floats(queries) + floats(a.heads),
+            floats(queries) + qkv + normed,
         )
 
     def mlp(b: BlockSpec) -> _Part:
         inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
-        return _Part(inner + pre + branch, branch + inner)
+        return _Part(inner + pre, inner)
 
     def parts(b: BlockSpec) -> list[_Part]:
-        """With the norms before them."""
+        """With the norms before them, and what is added to the residual stream where it stands by itself."""
         norm, first, second = _Part(width, width), attention(b), mlp(b)
+        if b.placement is Placement.NORMED:
+            return [_Part(width, width) + part for part in (first, second)]
+        if b.placement is Placement.SANDWICH:
+            return [_Part(3 * width, 2 * width) + part for part in (first, second)]
+        first, second = first + _Part(branch, branch), second + _Part(branch, branch)
         if b.placement is Placement.POST:
             return [first, second]
         if b.placement is Placement.SHARED:
@@ -174,25 +184,47 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
 
     def streams(b: BlockSpec) -> int:
         """States of the residual stream that it makes, norms behind its parts included."""
-        return 4 if b.placement is Placement.POST else 2
+        return 4 if b.placement in (Placement.POST, Placement.NORMED) else 2
 
     each = [part for b in spec.blocks for part in parts(b)]
     table = floats(spec.table_width)
     projected = spec.embedding.width is not None
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
-    embedded = width + (table + branch + (width if spec.embedding.positions else 0) if projected else 0)
-    head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
-    kept = embedded + angles + width * sum(streams(b) for b in spec.blocks) + head
-    rows = head_rows(spec, tokens)
-    logits = floats(spec.vocab_size, rows)
-    stream = table + (width if projected else 0)  # the gradient of the stream, and of what the head is given
+    biases = spec.relative_bias
+    distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
+    embedded = width + _embedding(spec, width, table, branch)
+    scored = scored_rows(spec, shape)
+    given, pooled = floats(spec.head_width, scored), floats(spec.hidden, scored)  # what the head's matrix and layer get
+    layered = spec.head.transform is not None or spec.projects_to_head
+    is_pooled = spec.head.kind is HeadKind.POOLED
+    head = (width if spec.final_norm is not None else 0) + (pooled if is_pooled else 0)
+    if spec.head.transform is not None:
+        head += given * (3 if spec.head.transform.norm is not None else 2)  # before the activation, and behind it
+    elif spec.projects_to_head:
+        head += given
+    kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head
+    rows = head_rows(spec, scored)
+    logits = floats(spec.outputs, rows)
+    # The gradients of what the head is given, of what its layer is, and of the stream.
+    stream = given + (pooled if layered else 0) + (width if is_pooled else 0)
     inside = max(max(part.gradients for part in each), table + branch if projected else 0)
     return StepFloats(
         kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
         part=max(part.values for part in each) if shape.checkpoint_activations else 0,
-        gradients=max(table + logits, stream + inside),
-        evaluation=arena_floats(spec, tokens, tokens) + logits,
+        gradients=distances + max(given + logits, stream + inside),
+        evaluation=arena_floats(spec, tokens, tokens) + logits + pooled,
     )
+
+
+def _embedding(spec: ModelSpec, width: int, table: int, branch: int) -> int:
+    """Floats of the embedding beside its result."""
+    embedding = spec.embedding
+    norm = 0 if embedding.norm is None else table if embedding.projects_sum else width
+    if embedding.width is None:
+        return norm
+    if embedding.projects_sum:
+        return table + norm
+    return table + branch + (width if embedding.positions else 0)
 
 
 @dataclass(frozen=True)

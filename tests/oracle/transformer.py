@@ -74,6 +74,14 @@ def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mappin
         case Placement.POST:
             x = norm(x + attention(x), "attn_norm")
             return norm(x + mlp(x), "mlp_norm")
+        case Placement.SANDWICH:
+            x = x + norm(attention(norm(x, "attn_norm")), "attn_post_norm")
+            return x + norm(mlp(norm(x, "mlp_norm")), "mlp_post_norm")
+        case Placement.NORMED:
+            x = norm(x, "attn_norm")
+            x = block.residual_scale * x + attention(x)
+            x = norm(x, "mlp_norm")
+            return block.residual_scale * x + mlp(x)
         case Placement.PARALLEL:
             return x + attention(norm(x, "attn_norm")) + mlp(norm(x, "mlp_norm"))
         case Placement.SHARED:
