@@ -6,7 +6,9 @@ of the embedding table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,20 +17,21 @@ from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
 from pyllm.packed import ModelWeights, NormWeights
 from pyllm.position_bias import Alibi, Buckets
-from pyllm.spec import ModelSpec, NormSpec, Placement
+from pyllm.spec import AttentionSpec, ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
 
 @dataclass(frozen=True)
 class _Pass:
     """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2], `bias` [H, 2n + 1] is that
-    of distances from -n to n, where it is learned."""
+    of distances from -n to n, where it is learned; `attentions` collects weights, where they are wanted."""
 
     ops: Ops | Tape
     batch: Batch
     cache: KVCache
     angles: tuple[F32, F32] | tuple[None, None]
     bias: F32 | None
+    attentions: list[F32] | None
 
 
 class Model:
@@ -47,13 +50,21 @@ class Model:
             a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
         ]
 
-    def forward(self, ops: Ops | Tape, batch: Batch, cache: KVCache, trace: list[F32] | None = None) -> F32:
+    def forward(
+        self,
+        ops: Ops | Tape,
+        batch: Batch,
+        cache: KVCache,
+        trace: list[F32] | None = None,
+        attentions: list[F32] | None = None,
+    ) -> F32:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
 
-        `trace` collects a copy of the residual stream before the first block and after each one.
+        `trace` collects a copy of the residual stream before the first block and after each one, `attentions` the
+        attention weights [H, T, T] of each block, where the step is all of one sequence.
         """
         x = self._embed(ops, batch)
-        this = _Pass(ops, batch, cache, self._angles(ops, batch), self._relative_bias(ops))
+        this = _Pass(ops, batch, cache, self._angles(ops, batch), self._relative_bias(ops), attentions)
         for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
@@ -65,30 +76,46 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with: the residual stream x [R, D], normed, transformed or projected."""
-        x, weights, transform = self.final_norm(ops, x), self.weights, self.spec.head.transform
-        if transform is not None and weights.head_transform is not None:
-            x = ops.matmul(x, weights.head_transform, weights.head_transform_bias, activation=transform.activation)
-            return _norm(ops, x, transform.norm, weights.head_norm, out=x)
-        return x if weights.head_project is None else ops.matmul(x, weights.head_project)
+        """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, transformed or
+        projected, and scaled."""
+        x, weights, head = self.final_norm(ops, x), self.weights, self.spec.head
+        if head.transform is not None and weights.head_transform is not None:
+            x = ops.matmul(x, weights.head_transform, weights.head_transform_bias, activation=head.transform.activation)
+            x = _norm(ops, x, head.transform.norm, weights.head_norm, out=x)
+        elif weights.head_project is not None:
+            x = ops.matmul(x, weights.head_project)
+        return x if head.scale == 1 else ops.axpby(x, head.scale)
+
+    def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
+        """Logits [R, V], or scores of labels, of what :meth:`head_input` gives."""
+        logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
+        return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """What the head gives, logits [R, V] or scores of labels, for these rows of the residual stream x [T, D]."""
-        x = self.head_input(ops, ops.gather(x, rows))
-        return ops.matmul(x, self.weights.head, self.weights.head_bias, out=out)
+        return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
-        weights, embedding = self.weights, self.spec.embedding
-        project, bias, table = weights.embed_project, weights.embed_project_bias, weights.positions
-        if project is not None and not embedding.projects_sum:
-            places = None if table is None else ops.embedding(batch.positions, table)
-            x = ops.embedding(batch.tokens, weights.embed)
-            return ops.matmul(x, project, bias, residual=places, out=places)
+        spec, weights = self.spec.embedding, self.weights
+        embed, project, bias, table = (
+            weights.embed,
+            weights.embed_project,
+            weights.embed_project_bias,
+            weights.positions,
+        )
         positions = None if table is None else batch.positions
-        x = ops.embedding(batch.tokens, weights.embed, positions, table, batch.types, weights.types)
-        x = _norm(ops, x, embedding.norm, weights.embed_norm, out=x)
-        return x if project is None else ops.matmul(x, project, bias)
+        if spec.scale == 1 and (project is None or spec.projects_sum):
+            x = ops.embedding(batch.tokens, embed, positions, table, batch.types, weights.types)
+            x = _norm(ops, x, spec.norm, weights.embed_norm, out=x)
+            return x if project is None else ops.matmul(x, project, bias)
+        places = None if table is None else ops.embedding(batch.positions, table)
+        x = ops.embedding(batch.tokens, embed)
+        if spec.scale != 1:
+            x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
+        if project is not None:
+            x = ops.matmul(x, project, bias, residual=places, out=places)
+        return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> tuple[F32, F32] | tuple[None, None]:
         rope = self.spec.rope
@@ -145,11 +172,31 @@ class Model:
         if cos is not None and sin is not None:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
-        mixed = ops.attention(
-            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
+        attend = partial(
+            ops.attention,
+            q,
+            cache,
+            batch.starts,
+            batch.lengths,
+            batch.tables,
+            head_size=size,
+            scale=a.scale,
+            window=a.window,
             causal=a.causal,
-            bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer], softcap=a.softcap,
-        )  # fmt: skip
+            prefix=batch.prefix,
+            bias=this.bias if isinstance(a.bias, Buckets) else None,
+            slopes=self._slopes[layer],
+            softcap=a.softcap,
+        )
+        mixed = attend()
+        if this.attentions is not None:
+
+            def attend_to(values: F32) -> F32:
+                ops.kv_write(cache, k, values, batch.slots, size, cos, sin)
+                return attend()
+
+            this.attentions.append(_attention_weights(ops, attend_to, a, len(q)))
+            ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
@@ -158,6 +205,21 @@ class Model:
         bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.gated else (weights.up_bias, None)
         inner = this.ops.matmul(x, weights.up, bias, bias_up, spec.activation)
         return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
+
+
+def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:
+    """Weights [H, T, T] of all keys for each query: what attention gives where keys have unit vectors for values, as
+    many of them at a time as a head has channels."""
+    weights = np.empty((spec.heads, tokens, tokens), np.float32)
+    for first in range(0, tokens, spec.head_dim):
+        count = min(spec.head_dim, tokens - first)
+        values = np.zeros((tokens, spec.kv_heads, spec.head_dim), np.float32)
+        values[first : first + count, :, :count] = np.eye(count)[:, None]
+        mark = ops.mark()
+        mixed = attend_to(values.reshape(tokens, -1)).reshape(tokens, spec.heads, spec.head_dim)
+        weights[:, :, first : first + count] = mixed[:, :, :count].swapaxes(0, 1)
+        ops.release(mark)
+    return weights
 
 
 def _norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights | None, out: F32 | None = None) -> F32:

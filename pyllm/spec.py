@@ -14,6 +14,7 @@ from functools import cached_property
 
 from pyllm.errors import require
 from pyllm.position_bias import Alibi, Buckets
+from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
@@ -138,7 +139,8 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: norm(project(table[token]) + positions[position + offset] + types[type]).
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset] +
+    types[type]).
 
     `width` is that of the table where a projection brings it to that of the model; with `projects_sum` the other tables
     are as narrow, and it is the normed sum that is projected. `positions` is the rows of the position table, 0 for
@@ -152,6 +154,7 @@ class EmbeddingSpec:
     positions: int = 0
     position_offset: int = 0
     types: int = 0
+    scale: float = 1.0
     norm: NormSpec | None = None
 
     def __post_init__(self) -> None:
@@ -159,6 +162,7 @@ class EmbeddingSpec:
         require(self.width is None or self.width > 0, "embedding width", "at least 1", self.width)
         require(0 <= self.position_offset <= self.positions, "offset in the position table",
                 f"0 to its {self.positions} rows", self.position_offset)  # fmt: skip
+        require(math.isfinite(self.scale), "embedding scale", "a finite number", self.scale)
         require(self.types >= 0, "token types", "at least 0", self.types)
         require(self.width is not None or not (self.projects_sum or self.project_bias), "embedding projection",
                 "a width of the table where there is one", self.width)  # fmt: skip
@@ -203,21 +207,27 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How the residual stream becomes logits or scores: transform(final norm(x)) head^T + bias.
+    """How the residual stream becomes logits or scores: scale * transform(final norm(x)) head^T + bias.
 
     A `tied` head is the embedding table. Where that is not as wide as the model, the transform, or else a projection
-    without bias, leads to it. `labels` are the names of what a head of labels scores, `problem` what the scores mean.
+    without bias, leads to it. With a `softcap` c logits l become c * tanh(l / c). `labels` are the names of what a head
+    of labels scores, `problem` what the scores mean.
     """
 
     tied: bool = False
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
     kind: HeadKind = HeadKind.TOKENS
     transform: TransformSpec | None = None
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse impossible values."""
+        require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
         scores = self.kind in (HeadKind.EACH, HeadKind.POOLED)
         require(bool(self.labels) == scores, "labels of the head", "some for a head of labels, else none", self.labels)
         require(not (scores and self.tied), "head", "a matrix of its own for a head of labels", "a tied one")
@@ -234,6 +244,8 @@ class HeadSpec:
 class ModelSpec:
     """A decoder or an encoder: embedding, blocks, final norm, head.
 
+    With a `prefix` the first tokens of a sequence see one another.
+
     `family` is for messages only. `max_positions` is the longest context that the checkpoint is made for, rope scaling
     included. `dtype` is the checkpoint's declared one ("float32", "float16" or "bfloat16"), if any.
     """
@@ -247,6 +259,7 @@ class ModelSpec:
     embedding: EmbeddingSpec = EmbeddingSpec()
     rope: RopeSpec | None = None
     head: HeadSpec = HeadSpec()
+    prefix: PrefixSpec | None = None
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -364,8 +364,10 @@ class Tape:
         *,
         rows: int,
         bias: F32 | None = None,
+        softcap: float | None = None,
     ) -> None:
-        """Losses of what the head gives, ``x w^T + bias``, `rows` rows at a time, with their gradients.
+        """Losses of what the head gives, ``x w^T + bias``, soft-capped or not, `rows` rows at a time, with their
+        gradients.
 
         x [T, D]. `loss` gets logits [<= rows, N] and which rows of x they are of, and turns them into their gradient;
         logits never stand in memory beyond `rows` rows.
@@ -375,12 +377,16 @@ class Tape:
         assert not add, "the head is the last to use its input"
         dw, db = self._gradient(w), self._gradient(bias)
         mark = self._memory.gradients.used
-        memory = self._memory.gradients.take((min(rows, total), w.shape[0]))
+        memory = self._memory.gradients.take((1 if softcap is None else 2, min(rows, total), w.shape[0]))
         for first in range(0, total, rows):
             span = slice(first, min(first + rows, total))
-            logits = memory[: span.stop - first]
+            logits, pre = memory[0, : span.stop - first], memory[-1, : span.stop - first]
             ops.matmul(x[span], w, bias, out=logits)
+            if softcap is not None:
+                ops.softcap(logits, softcap, pre=pre, out=logits)
             loss(logits, span)
+            if softcap is not None:
+                ops.activation_backward(logits, pre, Activation.TANH, out=logits)
             if db is not None:
                 ops.column_sum(db, logits)
             if dw is not None:

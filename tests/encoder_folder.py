@@ -19,7 +19,8 @@ def encoder_folder(name: str, folder: Path, **changes: Any) -> Path:
     for file in ("config.json", "model.safetensors"):
         shutil.copyfile(GOLDEN / name / file, folder / file)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    nothing = {"bos_token_id": None, "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps({**config, **nothing, **changes}))
     tokens = [*TOKENS, *(f"##{token}" for token in TOKENS[-26:])]
     assert len(tokens) <= config["vocab_size"]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")

@@ -17,7 +17,7 @@ Sources = Mapping[str, str]
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa", "system"},
-    {"rope", "position_bias"},
+    {"position_bias", "prefix", "rope"},
     {"detokenizer", "sentencepiece", "wordpiece", "tokenizer_backend"},
     {"tokenizer_library", "tokenizer_pieces"},
     {"spec", "sampling", "structured", "chat_template", "tokenizer"},
@@ -80,6 +80,7 @@ MODELS_MAY_IMPORT = {
     "folder",
     "models",
     "position_bias",
+    "prefix",
     "quantization",
     "rope",
     "spec",

@@ -15,6 +15,7 @@ from test_cli import pyllm, refused
 from pyllm import LLM
 from pyllm.errors import ConfigError, RequestError
 from pyllm.models import open_checkpoint
+from pyllm.train.logs import read_log
 
 RNG = np.random.default_rng(8)
 TEXTS = ["the cat sat on the mat", "a dog", "the red dog ran fast and the cat sat", "hat"]
@@ -206,3 +207,36 @@ def test_command_line(tmp_path: Path) -> None:
     refused(pyllm("score-pairs", "-m", classifier, "the cat", *TEXTS), 1, "expected a model with one label")
     refused(pyllm("detect-replaced", "-m", filler, "the cat"), 1, "detect_replaced: expected a model")
     refused(pyllm("generate", "-m", filler, "the cat"), 1, "this model is an encoder")
+
+
+def test_goes_on_training_on_masked_tokens(tmp_path: Path) -> None:
+    folder = encoder_folder("bert", tmp_path / "model")
+    rng = np.random.default_rng(0)
+    lines = [f"the {' '.join(rng.permutation(['red', 'dog', 'ran', 'fast']))} on the mat" for _ in range(200)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    options = (
+        "--steps",
+        "250",
+        "--lr",
+        "1e-2",
+        "--context",
+        "24",
+        "--batch-tokens",
+        "192",
+        "--threads",
+        "2",
+        "--quiet",
+    )
+    files = (tmp_path / "texts.jsonl", "--out", tmp_path / "run", "--data-cache", tmp_path / "cache")
+    trained = pyllm("train", "-m", folder, *files, *options, "--mask-share", "0.3")
+    assert trained.returncode == 0, trained.stderr
+    losses = [record["loss"] for record in read_log(tmp_path / "run") if record["kind"] == "step"]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+    llm = LLM(tmp_path / "run" / "last", threads=1)
+    [[mask]] = llm.fill_mask(["the red dog ran fast [MASK] the mat"], top_k=1)
+    assert mask[0].token == "on"
+    refused(pyllm("train", "-m", folder, *files[:1], "--out", tmp_path / "no", *options, "--objective", "causal"), 1,
+            "objective: expected mlm for this bert model")  # fmt: skip
+    classifier = encoder_folder("bert-classifier", tmp_path / "classifier")
+    refused(pyllm("train", "-m", classifier, *files[:1], "--out", tmp_path / "no", *options), 1,
+            "expected one that predicts tokens")  # fmt: skip

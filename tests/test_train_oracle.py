@@ -188,9 +188,12 @@ def test_gradients_of_encoders_are_those_of_torch(name: str, problem: str | None
     loss, found = gradients(parameters_of(tmp_path), batch)  # type: ignore[arg-type]
     assert abs(loss - expected_loss) <= 2e-6 * expected_loss
     assert set(found) == set(expected)
-    rounding = 1e-7 * max(float(np.abs(gradient).max()) for gradient in expected.values())
+    largest = max(float(np.abs(gradient).max()) for gradient in expected.values())
     for slot, gradient in expected.items():
-        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + rounding, slot
+        if slot.endswith("attn.k.bias"):  # zero but for rounding: all scores of a query move together
+            assert np.abs(found[slot]).max() <= 1e-6 * largest, slot
+            continue
+        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + 1e-7 * largest, slot
 
 
 @pytest.mark.parametrize("name", MODELS)

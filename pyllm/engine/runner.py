@@ -120,16 +120,18 @@ class Runner:
         self.ops.replay(step.graph)
         return step.drawn.tolist()
 
-    def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
-        """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
+    def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
+        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
-        batch = Batch.empty(tokens, len(plan), width, self.model.spec)
+        # Those behind a prefix see no more than before; an encoder's texts are seen whole anyway.
+        prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
+        batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix)
         self._fill(batch, plan)
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
-            return self.model.forward(self.ops, batch, self.cache, trace)
+            return self.model.forward(self.ops, batch, self.cache, trace, attentions)
         finally:
             self.ops.use_arena(None)
 
@@ -189,6 +191,8 @@ class Runner:
             )
             batch.tables[i, : len(sequence.blocks)] = sequence.blocks
             batch.lengths[i] = end
+            if batch.prefix is not None:
+                batch.prefix[i] = work.sequence.prefix
             if batch.rope_rows is not None:
                 for j in range(work.rows):
                     self._fill_rope(batch, at + j, sequence, work.start + j)
@@ -245,7 +249,9 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
 
     angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
     projected = 0 if spec.embedding.width is None else padded(spec.table_width)
-    head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows)
+    if spec.embedding.scale != 1 and spec.embedding.positions:
+        projected += padded(spec.hidden)
+    head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows) * (1 if spec.head.scale == 1 else 2)
     biases = spec.relative_bias
     distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
     return padded(spec.hidden) + projected + angles + distances + max(block(b) for b in spec.blocks) + head

@@ -31,22 +31,17 @@ class Work:
 
 class Scheduler:
     """Running sequences come first, oldest first; what is left of a step's token budget admits waiting ones in order.
+    A bidirectional prefix is not cut: its sequence waits for a step that has room for all of it.
 
     When blocks run out the youngest running sequence gives its blocks back and waits again; it is recomputed later, to
     the same bits.
-
-    With `whole`, which encoders need, a sequence waits for a step that has room for all of its tokens; none may have
-    more than `max_tokens`.
     """
 
-    def __init__(
-        self, pool: BlockPool, max_sequences: int, max_tokens: int, share_prefixes: bool, whole: bool = False
-    ) -> None:
+    def __init__(self, pool: BlockPool, max_sequences: int, max_tokens: int, share_prefixes: bool) -> None:
         self.pool = pool
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.share_prefixes = share_prefixes
-        self.whole = whole
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -123,11 +118,10 @@ class Scheduler:
         seats = self.max_sequences - sum(sequence.seats for sequence in self.running)
         while room and self.waiting and budget > 0 and self.waiting[0].seats <= seats:
             sequence = self.waiting[0]
-            if self.whole and len(sequence.tokens) > budget:
-                break
             sequence.adopt_prefix(self.pool)
             count = min(len(sequence.tokens) - sequence.computed, budget)
-            if not sequence.reserve(self.pool, sequence.computed + count):
+            whole = sequence.computed + count >= sequence.prefix
+            if not whole or not sequence.reserve(self.pool, sequence.computed + count):
                 sequence.leave(self.pool)
                 break
             self.running.append(self.waiting.popleft())

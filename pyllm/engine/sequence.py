@@ -12,7 +12,12 @@ from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
 
 
 class Sequence:
-    """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`."""
+    """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`.
+
+    The first `prefix` tokens, part of the prompt, see one another: they are computed in one step, and shared only with
+    sequences that have the same ones. `types` tell which text of a pair each token of the prompt belongs to; None: the
+    first.
+    """
 
     def __init__(
         self,
@@ -20,14 +25,17 @@ class Sequence:
         max_tokens: int,
         share_prefix: bool,
         salt: bytes = b"",
+        prefix: int = 0,
         types: Seq[int] | None = None,
     ) -> None:
         self.tokens = list(prompt)
-        self.types = types  # which text of a pair each token of the prompt belongs to; None: the first
+        self.types = types
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed
         self.salt = salt  # 0 or 16 bytes
+        self.prefix = prefix
+        self.origin = chain_hash(salt, self.tokens[:prefix]) if prefix else salt  # what hashes begin with
         self.draftable = True  # False with a grammar: what it forbids would be drafted in vain
         self.computed = 0
         self.cached = 0  # of the prompt, taken from the prefix cache when it first got blocks
@@ -130,5 +138,5 @@ class Sequence:
     def _hash_until(self, full: int) -> None:
         while len(self._hashes) < full:
             start = len(self._hashes) * BLOCK_TOKENS
-            parent = self._hashes[-1] if self._hashes else self.salt
+            parent = self._hashes[-1] if self._hashes else self.origin
             self._hashes.append(chain_hash(parent, self.tokens[start : start + BLOCK_TOKENS]))

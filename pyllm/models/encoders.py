@@ -46,13 +46,14 @@ def read_head(
         if kind is None:
             reader.refuse("architectures", names, f"one of {', '.join(classes)}")
     labels, problem = _read_labels(reader)
-    match kind:
-        case HeadKind.TOKENS:
-            return HeadSpec(tied, True, kind, transforms.get(kind))
-        case HeadKind.EACH:
-            return HeadSpec(False, True, kind, transforms.get(kind), ("replaced",), Problem.MULTI_LABEL)
-        case HeadKind.POOLED:
-            return HeadSpec(False, True, kind, transforms.get(kind), labels, problem)
+    if kind is HeadKind.TOKENS:
+        return HeadSpec(tied=tied, bias=True, transform=transforms[kind])
+    if kind is HeadKind.EACH:
+        return HeadSpec(
+            bias=True, kind=kind, transform=transforms[kind], labels=("replaced",), problem=Problem.MULTI_LABEL
+        )
+    if kind is HeadKind.POOLED:
+        return HeadSpec(bias=True, kind=kind, transform=transforms[kind], labels=labels, problem=problem)
     return HeadSpec(tied=True, kind=HeadKind.NONE)
 
 

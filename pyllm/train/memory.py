@@ -192,7 +192,17 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
     biases = spec.relative_bias
     distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
-    embedded = width + _embedding(spec, width, table, branch)
+    places = width if spec.embedding.positions else 0  # where they are looked up by themselves
+    scaled = spec.embedding.scale != 1
+    norms = 0 if spec.embedding.norm is None else 1
+    if spec.embedding.projects_sum:
+        embedded = width + table * (1 + norms)
+    else:
+        embedded = width * (1 + norms)
+        if projected:
+            embedded += places + table * (2 if scaled else 1) + branch
+        elif scaled:
+            embedded += places + width
     scored = scored_rows(spec, shape)
     given, pooled = floats(spec.head_width, scored), floats(spec.hidden, scored)  # what the head's matrix and layer get
     layered = spec.head.transform is not None or spec.projects_to_head
@@ -202,29 +212,20 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
         head += given * (3 if spec.head.transform.norm is not None else 2)  # before the activation, and behind it
     elif spec.projects_to_head:
         head += given
+    head += given if spec.head.scale != 1 else 0
     kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head
     rows = head_rows(spec, scored)
-    logits = floats(spec.outputs, rows)
+    logits, capped = floats(spec.outputs, rows), spec.head.softcap is not None
     # The gradients of what the head is given, of what its layer is, and of the stream.
     stream = given + (pooled if layered else 0) + (width if is_pooled else 0)
-    inside = max(max(part.gradients for part in each), table + branch if projected else 0)
+    before = table + branch if projected else places if scaled else 0
+    inside = max(max(part.gradients for part in each), before)
     return StepFloats(
         kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
         part=max(part.values for part in each) if shape.checkpoint_activations else 0,
-        gradients=distances + max(given + logits, stream + inside),
+        gradients=distances + max(given + (floats(2 * spec.outputs, rows) if capped else logits), stream + inside),
         evaluation=arena_floats(spec, tokens, tokens) + logits + pooled,
     )
-
-
-def _embedding(spec: ModelSpec, width: int, table: int, branch: int) -> int:
-    """Floats of the embedding beside its result."""
-    embedding = spec.embedding
-    norm = 0 if embedding.norm is None else table if embedding.projects_sum else width
-    if embedding.width is None:
-        return norm
-    if embedding.projects_sum:
-        return table + norm
-    return table + branch + (width if embedding.positions else 0)
 
 
 @dataclass(frozen=True)

@@ -163,19 +163,20 @@ class Step:
             lambda logits, span: loss.compute(ops, logits, span, self._scale),
             rows=head_rows(spec, scored_rows(spec, self.shape)),
             bias=weights.head_bias,
+            softcap=spec.head.softcap,
         )
         tape.backward()
 
     def _evaluate(self) -> None:
         self.ops.use_arena(Arena(self._floats.total, self._memory))
         x = self._head_input(self.ops)
-        weights, spec = self.parameters.model_weights, self.parameters.spec
+        spec = self.parameters.spec
         total = scored_rows(spec, self.shape)
         rows = head_rows(spec, total)
         logits = self.ops.empty(rows, spec.outputs)
         for first in range(0, total, rows):
             span = slice(first, min(first + rows, total))
-            piece = self.ops.matmul(x[span], weights.head, weights.head_bias, out=logits[: span.stop - first])
+            piece = self.model.head(self.ops, x[span], out=logits[: span.stop - first])
             self.head_loss.compute(self.ops, piece, span, None)
 
     def _head_input(self, ops: TrainingOps | Tape) -> F32:

@@ -139,7 +139,7 @@ class Trainer:
         batches = [self.data.next_batch() for _ in range(config.accumulation)]
         counted = sum(count_labels(labels) for _, labels, *_ in batches)
         if counted == 0:
-            raise RequestError(f"step {number}: no label of its {len(batches)} micro-batches counts")
+            raise RequestError(f"step {number}: no token or label of its {len(batches)} micro-batches counts")
         if self._left_over:
             self.parameters.zero_gradients()
         self._left_over = True

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from oracle.activation import activation
+from oracle.attention import Scores, softmax
 
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
 from pyllm.spec import AttentionSpec, BlockSpec, HeadKind, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
@@ -16,15 +18,20 @@ Array = npt.NDArray[np.float64]
 
 
 def forward(
-    spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any], types: npt.NDArray[Any] | None = None
+    spec: ModelSpec,
+    tensors: Mapping[str, Any],
+    ids: npt.NDArray[Any],
+    types: npt.NDArray[Any] | None = None,
+    prefix: int = 0,
 ) -> tuple[Array, list[Array]]:
     """Logits [T, V] (of a pooled head [1, N]; none without a head) and the hidden states that transformers reports:
-    embeddings, then the output of each block, the last one after the final norm."""
+    embeddings, then the output of each block, the last one after the final norm. The first `prefix` tokens are seen by
+    all."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
     x = embed(spec, weights, ids, np.zeros_like(ids) if types is None else types)
     hidden = [x]
     for index, block in enumerate(spec.blocks):
-        x = run_block(x, block, spec.rope, weights, f"blocks.{index}")
+        x = run_block(x, block, spec.rope, weights, f"blocks.{index}", prefix)
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
@@ -40,12 +47,15 @@ def forward(
     elif spec.projects_to_head:
         x = linear(x, weights, "head.project")
     head = weights["embed.weight" if spec.head.tied else f"{at}.weight"]
-    return x @ head.T + weights.get(f"{at}.bias", 0.0), hidden
+    logits = spec.head.scale * (x @ head.T) + weights.get(f"{at}.bias", 0.0)
+    if spec.head.softcap is not None:
+        logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
+    return logits, hidden
 
 
 def embed(spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], types: npt.NDArray[Any]) -> Array:
     embedding = spec.embedding
-    x = weights["embed.weight"][ids]
+    x = embedding.scale * weights["embed.weight"][ids]
     if embedding.width and not embedding.projects_sum:
         x = linear(x, weights, "embed.project")
     if embedding.positions:
@@ -57,12 +67,14 @@ def embed(spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], 
     return linear(x, weights, "embed.project") if embedding.projects_sum else x
 
 
-def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
+def run_block(
+    x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+) -> Array:
     def norm(x: Array, name: str) -> Array:
         return normalise(x, block.norm, weights, f"{at}.{name}")
 
     def attention(x: Array) -> Array:
-        return attend(x, block.attention, rope, weights, at)
+        return attend(x, block.attention, rope, weights, at, prefix)
 
     def mlp(x: Array) -> Array:
         return feed_forward(x, block.mlp, weights, at)
@@ -99,7 +111,9 @@ def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
     return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", np.zeros(1))
 
 
-def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
+def attend(
+    x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+) -> Array:
     length = len(x)
     heads = {}
     for name, count in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads)):
@@ -110,16 +124,22 @@ def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mappin
             projected = rotate(projected, rope)
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-    visible = np.abs(distance) < (spec.window or length)
-    if spec.causal:
-        visible &= distance >= 0
-    out = np.empty((length, spec.heads, spec.head_dim))
-    for head in range(spec.heads):
-        group = head // (spec.heads // spec.kv_heads)
-        scores = np.where(visible, spec.scale * heads["q"][:, head] @ heads["k"][:, group].T, -np.inf)
-        weight = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = weight / weight.sum(-1, keepdims=True) @ heads["v"][:, group]
+    seen = (distance >= 0) | (np.arange(length) < prefix) | (not spec.causal)
+    visible = seen & (np.abs(distance) < (spec.window or length))
+    k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
+    scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
+    weight, _ = softmax(scores, visible)
+    out = np.einsum("hts,she->the", weight, v)
     return linear(out.reshape(length, -1), weights, f"{at}.attn.o")
+
+
+def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
+    bias = slopes = None
+    if isinstance(spec.bias, Alibi):
+        slopes = spec.bias.slopes(spec.heads).astype(np.float64)
+    elif isinstance(spec.bias, Buckets):
+        bias = weights["relative_bias.weight"][:, spec.bias.of_distances(two_sided=False)]
+    return Scores(bias, slopes, spec.softcap)
 
 
 def rotate(x: Array, rope: RopeSpec) -> Array:
