@@ -84,7 +84,8 @@ def open_tokens(
     """The tokens of a `.txt`, `.jsonl` or `.bin` file.
 
     Text is tokenised by the tokenizer in `tokenizer_folder`, once for its content, into `cache` (default: the user's).
-    An end token follows each document that has none, and what the tokenizer puts before texts comes first. Raises `DataError`.
+    An end token follows each document that has none, and what the tokenizer puts before texts comes first. Raises
+    `DataError`.
     """
     try:
         regular, exists = path.is_file(), path.exists()
