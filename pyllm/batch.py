@@ -33,6 +33,7 @@ class Batch:
 
     tokens: I32  # [T]
     positions: I32  # [T]
+    types: I32 | None  # [T] which text of a pair each token belongs to; None where the model has no token types
     slots: I64  # [T] where the cache takes each token: block * block tokens + offset
     starts: I32  # [B + 1] first token of each sequence
     lengths: I32  # [B] keys in the cache after this step
@@ -56,6 +57,7 @@ class Batch:
         return cls(
             tokens=np.zeros(tokens, np.int32),
             positions=np.zeros(tokens, np.int32),
+            types=np.zeros(tokens, np.int32) if spec.embedding.types else None,
             slots=np.full(tokens, -1, np.int64),
             starts=np.zeros(sequences + 1, np.int32),
             lengths=np.zeros(sequences, np.int32),

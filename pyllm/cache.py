@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -29,25 +28,21 @@ CACHE_DTYPES = {
 class KVCache:
     """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written.
 
-    With `cross` they hold the keys and values that cross attention makes of a source, once for each source.
+    With `shared`, layers of one shape have the same memory: for models that read keys and values only in the step that
+    wrote them, layer after layer. With `cross` they hold what cross attention makes of a source, once for each source.
     """
 
-    def __init__(self, spec: ModelSpec, blocks: int, dtype: str, *, cross: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, blocks: int, dtype: str, shared: bool = False, *, cross: bool = False) -> None:
         self.dtype = dtype
         self.blocks = blocks
         self.layers: list[Array] = []
+        known: dict[tuple[int, ...], Array] = {}
         for block in _block_shapes(spec, dtype, cross):
-            shape = (blocks, *block)
-            memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
-            self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
-
-    @classmethod
-    def scratch(cls, spec: ModelSpec, blocks: int, dtype: str) -> KVCache:
-        """One for a single pass over whole sequences: layers that are alike use the same memory in turn."""
-        own = used_in_turn(spec)
-        cache = cls(own, blocks, dtype)
-        cache.layers *= len(spec.blocks) // len(own.blocks)
-        return cache
+            if not shared or block not in known:
+                shape = (blocks, *block)
+                memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
+                known[block] = memory.view(CACHE_DTYPES[dtype]).reshape(shape)
+            self.layers.append(known[block])
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to), in this order."""
@@ -56,9 +51,10 @@ class KVCache:
                 layer[target] = layer[source]
 
     @staticmethod
-    def block_bytes(spec: ModelSpec, dtype: str, *, cross: bool = False) -> int:
+    def block_bytes(spec: ModelSpec, dtype: str, shared: bool = False, *, cross: bool = False) -> int:
         """Bytes of one block over all layers."""
-        elements = sum(int(np.prod(shape)) for shape in _block_shapes(spec, dtype, cross))
+        shapes = _block_shapes(spec, dtype, cross)
+        elements = sum(int(np.prod(shape)) for shape in (set(shapes) if shared else shapes))
         return elements * int(CACHE_DTYPES[dtype].itemsize)
 
 
@@ -67,13 +63,6 @@ def _block_shapes(spec: ModelSpec, dtype: str, cross: bool) -> list[tuple[int, i
     pad, scale = _cpu.HEAD_PAD, 2 if dtype == "int8" else 0
     attentions = [b.cross if cross else b.attention for b in spec.blocks]
     return [(a.kv_heads, 2, BLOCK_TOKENS * (-(-a.head_dim // pad) * pad + scale)) for a in attentions if a is not None]
-
-
-def used_in_turn(spec: ModelSpec) -> ModelSpec:
-    """A model whose layers are those that need keys and values of their own where none are read after the layer that
-    wrote them: the first alone, if all are alike."""
-    alike = all(block.attention == spec.blocks[0].attention for block in spec.blocks)
-    return replace(spec, blocks=spec.blocks[:1]) if alike else spec
 
 
 def blocks_for(tokens: int) -> int:

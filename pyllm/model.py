@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
 from pyllm.packed import ModelWeights, NormWeights
 from pyllm.position_bias import Alibi, Buckets
-from pyllm.spec import ModelSpec, NormSpec, Placement
+from pyllm.spec import AttentionSpec, ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
 Angles: TypeAlias = tuple[F32, F32] | tuple[None, None]  # cosines and sines [T, R / 2]
@@ -34,7 +35,7 @@ class EncodedSource:
 @dataclass(frozen=True)
 class _Pass:
     """What the blocks of one forward pass share; `local_angles` are those of layers with a window, `bias` [H, 2n + 1]
-    is that of distances from -n to n, where it is learned.
+    is that of distances from -n to n, where it is learned; `attentions` collects weights, where they are wanted.
 
     `cross` has keys and values of the sources; `source` where they are to be written first.
     """
@@ -47,6 +48,7 @@ class _Pass:
     angles: Angles
     local_angles: Angles
     bias: F32 | None
+    attentions: list[F32] | None
 
 
 class Model:
@@ -75,18 +77,21 @@ class Model:
         batch: Batch,
         cache: KVCache,
         trace: list[F32] | None = None,
+        attentions: list[F32] | None = None,
         *,
         cross: KVCache | None = None,
         source: EncodedSource | None = None,
     ) -> F32:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
 
-        `trace` collects a copy of the residual stream before the first block and after each one. A decoder with an
-        encoder reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first.
+        `trace` collects a copy of the residual stream before the first block and after each one, `attentions` the
+        attention weights [H, T, T] of each block, where the step is all of one sequence. A decoder with an encoder
+        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first.
         """
         x = self._embed(ops, batch)
-        angles, bias = self._angles(ops, batch), self._relative_bias(ops)
-        this = _Pass(ops, batch, cache, cross, source, angles, self._local_angles(ops, batch) or angles, bias)
+        angles = self._angles(ops, batch)
+        local_angles, bias = self._local_angles(ops, batch) or angles, self._relative_bias(ops)
+        this = _Pass(ops, batch, cache, cross, source, angles, local_angles, bias, attentions)
         for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
@@ -110,34 +115,45 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, projected, and scaled
-        -> [R, W]."""
-        x, project, scale = self.final_norm(ops, x), self.weights.head_project, self.spec.head.scale
-        x = x if project is None else ops.matmul(x, project)
-        return x if scale == 1 else ops.axpby(x, scale)
+        """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, transformed or
+        projected, and scaled."""
+        x, weights, head = self.final_norm(ops, x), self.weights, self.spec.head
+        if head.transform is not None and weights.head_transform is not None:
+            x = ops.matmul(x, weights.head_transform, weights.head_transform_bias, activation=head.transform.activation)
+            x = _norm(ops, x, head.transform.norm, weights.head_norm, out=x)
+        elif weights.head_project is not None:
+            x = ops.matmul(x, weights.head_project)
+        return x if head.scale == 1 else ops.axpby(x, head.scale)
 
     def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
-        """Logits [R, V] of what :meth:`head_input` gives."""
+        """Logits [R, V], or scores of labels, of what :meth:`head_input` gives."""
         logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
         return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
-        """Logits [R, V] of these rows of the residual stream x [T, D]."""
+        """What the head gives, logits [R, V] or scores of labels, for these rows of the residual stream x [T, D]."""
         return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
         spec, weights = self.spec.embedding, self.weights
-        embed, project, table = weights.embed, weights.embed_project, weights.positions
-        if project is None and spec.scale == 1:
-            x = ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
-        else:
-            places = None if table is None else ops.embedding(batch.positions, table)
-            x = ops.embedding(batch.tokens, embed)
-            if spec.scale != 1:
-                x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
-            if project is not None:
-                x = ops.matmul(x, project, residual=places, out=places)
+        embed, project, bias, table = (
+            weights.embed,
+            weights.embed_project,
+            weights.embed_project_bias,
+            weights.positions,
+        )
+        positions = None if table is None else batch.positions
+        if spec.scale == 1 and (project is None or spec.projects_sum):
+            x = ops.embedding(batch.tokens, embed, positions, table, batch.types, weights.types)
+            x = _norm(ops, x, spec.norm, weights.embed_norm, out=x)
+            return x if project is None else ops.matmul(x, project, bias)
+        places = None if table is None else ops.embedding(batch.positions, table)
+        x = ops.embedding(batch.tokens, embed)
+        if spec.scale != 1:
+            x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
+        if project is not None:
+            x = ops.matmul(x, project, bias, residual=places, out=places)
         return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> Angles:
@@ -204,12 +220,31 @@ class Model:
         if cos is not None and sin is not None:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
-        mixed = ops.attention(
-            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
-            causal=a.causal, prefix=batch.prefix, bias=this.bias if isinstance(a.bias, Buckets) else None,
+        attend = partial(
+            ops.attention,
+            q,
+            cache,
+            batch.starts,
+            batch.lengths,
+            batch.tables,
+            head_size=size,
+            scale=a.scale,
+            window=a.window,
+            causal=a.causal,
+            prefix=batch.prefix,
+            bias=this.bias if isinstance(a.bias, Buckets) else None,
             slopes=self._slopes[layer],
             softcap=a.softcap,
-        )  # fmt: skip
+        )
+        mixed = attend()
+        if this.attentions is not None:
+
+            def attend_to(values: F32) -> F32:
+                ops.kv_write(cache, k, values, batch.slots, size, cos, sin)
+                return attend()
+
+            this.attentions.append(_attention_weights(ops, attend_to, a, len(q)))
+            ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
     def _cross(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
@@ -239,6 +274,21 @@ class Model:
         bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.gated else (weights.up_bias, None)
         inner = this.ops.matmul(x, weights.up, bias, bias_up, spec.activation)
         return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
+
+
+def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:
+    """Weights [H, T, T] of all keys for each query: what attention gives where keys have unit vectors for values, as
+    many of them at a time as a head has channels."""
+    weights = np.empty((spec.heads, tokens, tokens), np.float32)
+    for first in range(0, tokens, spec.head_dim):
+        count = min(spec.head_dim, tokens - first)
+        values = np.zeros((tokens, spec.kv_heads, spec.head_dim), np.float32)
+        values[first : first + count, :, :count] = np.eye(count)[:, None]
+        mark = ops.mark()
+        mixed = attend_to(values.reshape(tokens, -1)).reshape(tokens, spec.heads, spec.head_dim)
+        weights[:, :, first : first + count] = mixed[:, :, :count].swapaxes(0, 1)
+        ops.release(mark)
+    return weights
 
 
 def _norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights | None, out: F32 | None = None) -> F32:

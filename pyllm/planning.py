@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for, used_in_turn
+from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
 from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, decode_floats, head_rows, scratch_blocks, step_floats
 from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
@@ -151,12 +151,30 @@ def plan_memory(
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
     weights = packed_bytes(checkpoint, precision)
+    if spec.is_encoder and drafts:
+        raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
     step_tokens = max_num_batched_tokens
+    if spec.is_encoder:
+        step_tokens = max(step_tokens, max_model_len or spec.max_positions)
     if spec.prefix is not None:
         step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
     longest = min(spec.max_positions, max_model_len) if isinstance(max_model_len, int) else spec.max_positions
     max_source = 0 if spec.encoder is None else min(spec.encoder.max_positions, longest)
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
+    if spec.is_encoder:
+        length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
+        return Plan(
+            spec=spec,
+            precision=precision,
+            cache_dtype=cache_as,
+            max_model_len=length,
+            step_tokens=step_tokens,
+            cache_blocks=blocks,
+            weights=weights,
+            cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
+            workspace=workspace,
+            available=available,
+        )
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     cross = 0 if spec.encoder is None else KVCache.block_bytes(spec, cache_as, cross=True)
     if draft is not None:
@@ -230,11 +248,11 @@ def _cache_dtype(asked: str, weights: str) -> str:
 def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int, max_source: int = 0) -> int:
     """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
     rows, ends = min(HEAD_ROWS, tokens), head_rows(sequences, drafts)
-    logits = (min(ends, tokens) + rows) * spec.vocab_size
+    logits = (min(ends, tokens) + rows) * spec.outputs
     scratch = 0
     if spec.encoder is not None:
         blocks = scratch_blocks(max(tokens, max_source), sequences)
-        scratch = blocks * KVCache.block_bytes(used_in_turn(spec.encoder), SCRATCH_DTYPE)
+        scratch = blocks * KVCache.block_bytes(spec.encoder, SCRATCH_DTYPE, shared=True)
     return 4 * (step_floats(spec, tokens, max_source) + decode_floats(spec, ends) + logits) + scratch
 
 
@@ -242,10 +260,7 @@ def _cache_size(
     spec: ModelSpec, block: int, length: int | None, asked: int | None, sequences: int, room: int
 ) -> tuple[int, int]:
     """Context length and number of blocks: at least one full context, at most what all sequences need."""
-    if length is not None and (
-        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
-    ):
-        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")
+    _check_length(spec, length)
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < block:
             raise ValueError(
@@ -264,3 +279,20 @@ def _cache_size(
     if length is None and blocks_for(full) > share >= 1:
         full = share * BLOCK_TOKENS
     return full, max(blocks_for(full), min(blocks_for(full) * sequences, share))
+
+
+def _encoder_cache_size(
+    spec: ModelSpec, length: int | None, asked: int | None, sequences: int, tokens: int
+) -> tuple[int, int]:
+    """Context length and number of blocks of an encoder: those of one step, which takes texts whole."""
+    _check_length(spec, length)
+    if asked is not None:
+        raise ValueError("kv_cache_bytes: expected None for an encoder, which keeps no keys and values: leave it out")
+    return length or spec.max_positions, tokens // BLOCK_TOKENS + min(sequences, tokens)
+
+
+def _check_length(spec: ModelSpec, length: int | None) -> None:
+    if length is not None and (
+        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
+    ):
+        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")

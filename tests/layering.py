@@ -36,6 +36,7 @@ PYTHON_LAYERS: list[set[str]] = [
         "pooling",
     },
     {"models", "packed", "model"},
+    {"encoding"},
     {"engine"},
     {"planning"},
     {"llm", "convert"},

@@ -56,16 +56,17 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
         np.load(GOLDEN / name / "expected.npz", allow_pickle=False) as expected,
         open_checkpoint(GOLDEN / name) as model,
     ):
-        logits, hidden = forward(model.spec, model.tensors, expected["ids"], source=expected.get("source"))
+        types, source = expected.get("types"), expected.get("source")
+        logits, hidden = forward(model.spec, model.tensors, expected["ids"], types, source=source)
         assert np.abs(logits - expected["logits"]).max() < 2e-5 * max(1, np.abs(logits).max())
-        if model.spec.embedding.width is not None:
+        if model.spec.projects_to_head:
             hidden.pop()  # the last one, which transformers projects already
         for found, wanted in zip(hidden, expected["hidden_states"], strict=True):
             assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 35
+    assert len(GOLDEN_NAMES) == 44
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:

@@ -76,6 +76,15 @@ def train(
     mask_prompt: Annotated[
         bool | None, o.option("--mask-prompt/--no-mask-prompt", help="Only answers count; default no.")
     ] = None,
+    objective: Annotated[
+        str | None, o.option("--objective", help="causal or mlm; default what the model predicts.")
+    ] = None,
+    mask_share: Annotated[
+        float | None, o.option("--mask-share", help="Of tokens hidden with mlm; default 0.15.")
+    ] = None,
+    mask_rule: Annotated[
+        str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
+    ] = None,
     data_cache: Annotated[str | None, o.option("--data-cache", help="Folder for tokens of files.")] = None,
     batch_tokens: Annotated[
         int | None, o.option("--batch-tokens", help="Tokens of a micro-batch; default eight contexts.")
@@ -159,12 +168,12 @@ def train(
 
     with progress_bar("tokenising") as progress:
         setup = prepare(run, theirs.seed, progress)
-    source = setup.train if overfit_batch is None else RepeatedData(setup.train, overfit_batch)
+    source = setup.train_data if overfit_batch is None else RepeatedData(setup.train_data, overfit_batch)
     trainer = Trainer(
         setup.model,
         source,
         theirs,
-        eval_data=setup.valid,
+        eval_data=setup.valid_data,
         tokenizer=setup.tokenizer,
         resume=resume,
     )

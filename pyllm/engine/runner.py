@@ -79,7 +79,7 @@ class Runner:
         self.max_source = max_source
         self._arena = Arena(step_floats(model.spec, max_tokens, max_source))
         self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
-        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
+        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.outputs), np.float32)
         self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
         self._inv_freq: dict[object, F32] = {}
         self._last: _Recorded | None = None  # of the last `decode`
@@ -154,23 +154,25 @@ class Runner:
                 source.encoded = True
         return states
 
-    def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
-        """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
+    def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
+        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
-        prefix = any(work.start < work.sequence.prefix for work in plan)  # those behind it see no more than before
+        # Those behind a prefix see no more than before; an encoder's texts are seen whole anyway.
+        prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
         batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix, blocks_for(self.max_source))
         self._fill(batch, plan)
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
-            return self.model.forward(self.ops, batch, self.cache, trace, cross=self.cross)
+            return self.model.forward(self.ops, batch, self.cache, trace, attentions, cross=self.cross)
         finally:
             self.ops.use_arena(None)
 
     def logits(self, x: F32, rows: I32) -> Iterator[tuple[int, F32]]:
-        """Logits of these rows of the residual stream, as pieces (index of the first row, logits [<= HEAD_ROWS, V])."""
-        piece = np.empty((min(len(rows), HEAD_ROWS), self.model.spec.vocab_size), np.float32)
+        """What the head gives for these rows of the residual stream, as pieces (index of the first row, logits [<=
+        HEAD_ROWS, V])."""
+        piece = np.empty((min(len(rows), HEAD_ROWS), self.model.spec.outputs), np.float32)
         for first in range(0, len(rows), HEAD_ROWS):
             count = min(HEAD_ROWS, len(rows) - first)
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
@@ -216,6 +218,8 @@ class Runner:
             positions = np.arange(work.start, end)
             batch.tokens[span] = [*sequence.tokens[work.start : work.start + work.count], *work.drafts]
             batch.positions[span] = positions
+            if batch.types is not None:
+                batch.types[span] = sequence.types[work.start : end] if sequence.types else 0
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
             )
@@ -267,7 +271,7 @@ class _Encoder:
 
     def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int) -> None:
         self.spec, self.max_tokens = spec, max_tokens
-        self.scratch = KVCache.scratch(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE)
+        self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE, shared=True)
 
     def fill(self, sources: Seq[Source]) -> Batch:
         """The batch of these sources."""
@@ -332,10 +336,10 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
     angles = sum(2 * padded(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)
-    projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
+    projected = 0 if spec.embedding.width is None else padded(spec.table_width)
     if spec.embedding.scale != 1 and spec.embedding.positions:
         projected += padded(spec.hidden)
-    head = 2 * padded(spec.hidden, rows) + (padded(spec.table_width, rows) if spec.head.scale != 1 else 0)
+    head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows) * (1 if spec.head.scale == 1 else 2)
     biases = spec.relative_bias
     distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
     return padded(spec.hidden) + projected + angles + distances + max(block(b) for b in spec.blocks) + head
@@ -343,4 +347,4 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:
     """Floats of a recorded step of so many rows, the logits of all included."""
-    return arena_floats(spec, rows, rows) + rows * spec.vocab_size + 16
+    return arena_floats(spec, rows, rows) + rows * spec.outputs + 16

@@ -16,7 +16,8 @@ class Sequence:
     """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`.
 
     The first `prefix` tokens, part of the prompt, see one another: they are computed in one step, and shared only with
-    sequences that have the same ones. `source` is what cross attention reads, where the model has an encoder.
+    sequences that have the same ones. `types` tell which text of a pair each token of the prompt belongs to; None: the
+    first. `source` is what cross attention reads, where the model has an encoder.
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class Sequence:
         share_prefix: bool,
         salt: bytes = b"",
         prefix: int = 0,
+        types: Seq[int] | None = None,
         source: Source | None = None,
     ) -> None:
         self.tokens = list(prompt)
+        self.types = types
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed

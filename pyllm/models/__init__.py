@@ -9,9 +9,12 @@ from typing import Any
 
 from pyllm.errors import ConfigError, shown
 from pyllm.models.bart import BART, MBART
+from pyllm.models.bert import BERT
 from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.cohere import COHERE
+from pyllm.models.distilbert import DISTILBERT
+from pyllm.models.electra import ELECTRA
 from pyllm.models.family import Family
 from pyllm.models.gemma2 import GEMMA2
 from pyllm.models.gemma3 import GEMMA3_TEXT
@@ -28,6 +31,7 @@ from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
+from pyllm.models.roberta import ROBERTA, XLM_ROBERTA
 from pyllm.models.t5 import MT5, T5
 from pyllm.spec import ModelSpec
 from pyllm.weights import Checkpoint, load, read_config
@@ -38,7 +42,10 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         BART,
+        BERT,
         BLOOM,
+        DISTILBERT,
+        ELECTRA,
         CHATGLM2,
         COHERE,
         GEMMA2,
@@ -57,7 +64,9 @@ FAMILIES: dict[str, Family] = {
         PHI3,
         QWEN2,
         QWEN3,
+        ROBERTA,
         T5,
+        XLM_ROBERTA,
     )
 }
 

@@ -10,10 +10,13 @@ from typing import Any
 from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
 from pyllm.models import family_of
+from pyllm.spec import HeadKind
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
+from pyllm.train.objectives.masked import MaskedTokens
+from pyllm.train.report import Data
 from pyllm.train.run_config import RunConfig, settings
 from pyllm.train.token_store import TokenStore, open_tokens
 
@@ -30,6 +33,8 @@ class Setup:
     train: PackedData
     valid: PackedData | None
     notes: tuple[str, ...]
+    train_data: Data  # what the trainer takes: these, or what an objective makes of them
+    valid_data: Data | None
 
 
 def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path | None, int]:
@@ -104,11 +109,48 @@ def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | No
             mask_prompt=config.mask_prompt,
             seed=seed,
             sequences=sequences,
+            next_token=objective == "causal",
         )
 
+    objective = _objective(config, model)
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
-    return Setup(model, tokenizer, train, valid, tuple(train.notes))
+    notes = tuple(train.notes)
+    if objective == "causal":
+        return Setup(model, tokenizer, train, valid, notes, train, valid)
+    hidden = _masked(train, config, tokenizer, seed)
+    held_out = None if valid is None else _masked(valid, config, tokenizer, seed)
+    return Setup(model, tokenizer, train, valid, notes, hidden, held_out)
+
+
+def _objective(config: RunConfig, model: Path | dict[str, Any]) -> str:
+    """ "causal" or "mlm": what the model predicts, which is also what may be asked for."""
+    values = model if isinstance(model, dict) else read_config(model)
+    spec = family_of(values).read(values)
+    if spec.head.kind is not HeadKind.TOKENS:
+        raise ConfigError(
+            "model: expected one that predicts tokens, config.json names a class with another head or none: train "
+            "others from Python, with data that has their labels"
+        )
+    fitting = "mlm" if spec.is_encoder else "causal"
+    if config.objective not in (None, fitting):
+        raise ConfigError(f"objective: expected {fitting} for this {spec.family} model, got {config.objective!r}")
+    return fitting
+
+
+def _masked(data: PackedData, config: RunConfig, tokenizer: Path | None, seed: int) -> MaskedTokens:
+    loaded = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    if loaded is None or loaded.mask_token_id is None:
+        raise ConfigError("objective: mlm needs a tokenizer with a mask token (mask_token in tokenizer_config.json)")
+    return MaskedTokens(
+        data,
+        mask=loaded.mask_token_id,
+        special=loaded.special_ids,
+        vocab_size=loaded.vocab_size,
+        share=config.mask_share,
+        rule=config.mask_rule,
+        seed=seed,
+    )
 
 
 def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | None = None) -> TrainPlan:

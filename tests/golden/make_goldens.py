@@ -36,6 +36,7 @@ class Variant:
     seed: int = 0
     untied: bool = False  # give it a head of its own, which the config class of T5 cannot say
     ngram: int = 0  # no sequence of so many ids stands twice in the greedy continuation; 0: whatever comes
+    architecture: str | None = None  # transformers' class; None: the family's causal language model
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
     gain: float = 1.0  # of matrices and norms within blocks: a model that holds to its last token tests little
 
@@ -45,9 +46,10 @@ class Expected:
     """What transformers computes, all float32 or int64: T prompt tokens, D hidden, V vocabulary, L layers."""
 
     ids: np.ndarray  # [T]
-    logits: np.ndarray  # [T, V]
+    logits: np.ndarray  # [T, V], or what else the model's head gives: [T, N], or of a classifier [1, N]
     hidden_states: np.ndarray  # [L + 1, T, D]: embeddings, after each block, and the last after the final norm
-    greedy_ids: np.ndarray  # [NEW_TOKENS]
+    greedy_ids: np.ndarray  # [NEW_TOKENS], of an encoder [0]
+    types: np.ndarray | None = None  # [T], of models with token types
     source: np.ndarray | None = None  # [S] ids of what an encoder reads; `ids` are then the decoder's
     encoder_states: np.ndarray | None = None  # [L + 1, S, D]: as hidden_states, of the encoder
 
@@ -130,6 +132,26 @@ def variants() -> dict[str, Variant]:
         "layer_norm_epsilon": 3e-3,
         "decoder_start_token_id": 0,
     }
+    bert = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "num_key_value_heads")},
+        "model_type": "bert",
+        "layer_norm_eps": 3e-3,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 48,
+    }
+    distilbert = {
+        "model_type": "distilbert",
+        "vocab_size": 67,
+        "dim": 32,
+        "hidden_dim": 44,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 48,
+    }
+    roberta = {**bert, "model_type": "roberta", "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
+    electra = {**bert, "model_type": "electra", "embedding_size": 20}
+    three = {"num_labels": 3}
 
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
@@ -177,10 +199,17 @@ def variants() -> dict[str, Variant]:
         "attn_config": {"softmax_scale": 0.5},
     }
     return {
+        "bert": Variant(bert, architecture="BertForMaskedLM"),
+        "bert-classifier": Variant({**bert, **three}, architecture="BertForSequenceClassification"),
         "bloom": Variant(bloom, gain=1.5),
         "bloom-normed": Variant(
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
         ),
+        "distilbert": Variant(distilbert, architecture="DistilBertForMaskedLM"),
+        "distilbert-classifier": Variant({**distilbert, **three}, architecture="DistilBertForSequenceClassification"),
+        "electra-classifier": Variant({**electra, **three}, architecture="ElectraForSequenceClassification"),
+        "electra-discriminator": Variant({**electra, "hidden_act": "relu"}, architecture="ElectraForPreTraining"),
+        "electra-generator": Variant({**electra, "hidden_act": "silu"}, architecture="ElectraForMaskedLM"),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
         "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
         "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
@@ -277,6 +306,8 @@ def variants() -> dict[str, Variant]:
             }
         ),
         "qwen3": Variant({**base, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
+        "roberta": Variant(roberta, architecture="RobertaForMaskedLM"),
+        "roberta-classifier": Variant({**roberta, **three}, architecture="RobertaForSequenceClassification"),
     }
 
 
@@ -285,6 +316,9 @@ def build(name: str, folder: Path) -> Expected:
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
         model = random_model(variant, seed)
+        if variant.architecture is not None:
+            expected = _run_encoder(model, variant, seed)
+            break
         expected, gap = _run(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
@@ -312,8 +346,15 @@ def random_model(variant: Variant, seed: int) -> Any:
     if "rope_parameters" in fields:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    kind = transformers.AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model = kind.from_config(hf_config, attn_implementation="eager").float().eval()
+    if hf_config.is_encoder_decoder:
+        model = transformers.AutoModelForSeq2SeqLM.from_config(hf_config, attn_implementation="eager")
+    elif variant.architecture is None:
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+    else:
+        hf_config.architectures = [variant.architecture]
+        hf_config._attn_implementation = "eager"
+        model = getattr(transformers, variant.architecture)(hf_config)
+    model = model.float().eval()
     if variant.untied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     generator = torch.Generator().manual_seed(seed)
@@ -322,7 +363,7 @@ def random_model(variant: Variant, seed: int) -> Any:
             model.final_logits_bias.copy_(0.3 * torch.randn(model.final_logits_bias.shape, generator=generator))
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name or "ln_" in name
+            is_norm = any(part in name for part in ("norm", "ln_", "LayerNorm"))
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
@@ -372,16 +413,43 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
     return expected, float((best[..., 0] - best[..., 1]).min())
 
 
+def _run_encoder(model: Any, variant: Variant, seed: int) -> Expected:
+    import torch
+
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, variant.config["vocab_size"], variant.prompt)
+    types = np.sort(rng.integers(0, model.config.type_vocab_size, variant.prompt)) if _has_types(model) else None
+    given = {} if types is None else {"token_type_ids": torch.from_numpy(types)[None]}
+    with torch.no_grad():
+        output = model(torch.from_numpy(ids)[None], output_hidden_states=True, **given)
+    logits = output.logits
+    if "Classification" not in str(variant.architecture):
+        logits = logits[0] if logits.ndim == 3 else logits[0, :, None]  # one score of each token
+    return Expected(
+        ids=ids,
+        logits=logits.numpy(),
+        hidden_states=torch.stack(output.hidden_states)[:, 0].numpy(),
+        greedy_ids=np.zeros(0, np.int64),
+        types=types,
+    )
+
+
+def _has_types(model: Any) -> bool:
+    return getattr(model.config, "type_vocab_size", 0) > 0
+
+
 def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None:
     """Write the model's config.json and model.safetensors."""
     from safetensors.numpy import save_file
 
     tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is table:
-        tensors.pop("lm_head.weight", None)
     if model.config.is_encoder_decoder:  # both stacks read the table that stands as "shared"
         tensors = {name: value for name, value in tensors.items() if "embed_tokens" not in name}
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            tensors.pop("lm_head.weight")
+    elif model.config.tie_word_embeddings:
+        for name in ("lm_head.weight", *(getattr(model, "_tied_weights_keys", None) or ())):
+            tensors.pop(name, None)
     if rewrite is None:
         model.config.to_json_file(folder / "config.json", use_diff=False)
     else:
@@ -445,8 +513,8 @@ def main(names: list[str]) -> None:
     for name in names or variants():
         folder = HERE / name
         expected = build(name, folder)
-        arrays = {name: value for name, value in vars(expected).items() if value is not None}
-        np.savez_compressed(folder / "expected.npz", **arrays)
+        stored = {name: value for name, value in vars(expected).items() if value is not None}
+        np.savez_compressed(folder / "expected.npz", **stored)
         size = sum(path.stat().st_size for path in folder.iterdir())
         distinct = len(set(expected.greedy_ids.tolist()))
         print(f"{name:22} {size:8,} bytes  |logits| <= {np.abs(expected.logits).max():.1f}  {distinct} distinct ids")

@@ -12,7 +12,7 @@ from oracle.attention import Scores, softmax
 
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
-from pyllm.spec import ENCODER, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
+from pyllm.spec import ENCODER, AttentionSpec, BlockSpec, HeadKind, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
@@ -21,42 +21,50 @@ def forward(
     spec: ModelSpec,
     tensors: Mapping[str, Any],
     ids: npt.NDArray[Any],
+    types: npt.NDArray[Any] | None = None,
     prefix: int = 0,
     source: npt.NDArray[Any] | None = None,
 ) -> tuple[Array, list[Array]]:
-    """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
-    last one after the final norm. The first `prefix` tokens are seen by all; `source` is what an encoder reads."""
+    """Logits [T, V] (of a pooled head [1, N]; none without a head) and the hidden states that transformers reports:
+    embeddings, then the output of each block, the last one after the final norm. The first `prefix` tokens are seen by
+    all; `source` is what an encoder beside the decoder reads."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
-    states = None if source is None else encode(spec, weights, source)[-1]
-    hidden = run_stack(spec, weights, ids, prefix, states)
-    x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
-    head = weights["embed.weight" if spec.head.tied else "head.weight"]
-    logits = spec.head.scale * (x @ head.T) + weights.get("head.bias", 0.0)
+    states = None if source is None else encode(spec, weights, source)
+    hidden = run_stack(spec, weights, ids, types, prefix, states)
+    if spec.head.kind is HeadKind.NONE:
+        return np.zeros((0, 0)), hidden
+    x, at = hidden[-1], spec.head.at
+    if spec.head.kind is HeadKind.POOLED:
+        x = x[:1]
+    if spec.head.transform is not None:
+        x = activation(linear(x, weights, f"{at}.transform"), spec.head.transform.activation)
+        if spec.head.transform.norm is not None:
+            x = normalise(x, spec.head.transform.norm, weights, f"{at}.norm")
+    elif spec.projects_to_head:
+        x = linear(x, weights, "head.project")
+    head = weights["embed.weight" if spec.head.tied else f"{at}.weight"]
+    logits = spec.head.scale * (x @ head.T) + weights.get(f"{at}.bias", 0.0)
     if spec.head.softcap is not None:
         logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
     return logits, hidden
 
 
-def encode(spec: ModelSpec, weights: Mapping[str, Array], source: npt.NDArray[Any]) -> list[Array]:
-    """Hidden states of the encoder."""
+def encode(spec: ModelSpec, weights: Mapping[str, Array], source: npt.NDArray[Any]) -> Array:
+    """States of the encoder beside a decoder."""
     assert spec.encoder is not None
     own = {slot.removeprefix(ENCODER): value for slot, value in weights.items() if slot.startswith(ENCODER)}
-    return run_stack(spec.encoder, {"embed.weight": weights["embed.weight"], **own}, source, 0, None)
+    return run_stack(spec.encoder, {"embed.weight": weights["embed.weight"], **own}, source, None, 0, None)[-1]
 
 
 def run_stack(
-    spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], prefix: int, states: Array | None
+    spec: ModelSpec,
+    weights: Mapping[str, Array],
+    ids: npt.NDArray[Any],
+    types: npt.NDArray[Any] | None,
+    prefix: int,
+    states: Array | None,
 ) -> list[Array]:
-    x = (
-        linear(weights["embed.weight"][ids], weights, "embed.project")
-        if spec.embedding.width
-        else weights["embed.weight"][ids]
-    )
-    x = spec.embedding.scale * x
-    if spec.embedding.positions:
-        x = x + weights["positions.weight"][spec.embedding.position_offset :][: len(ids)]
-    if spec.embedding.norm is not None:
-        x = normalise(x, spec.embedding.norm, weights, "embed.norm")
+    x = embed(spec, weights, ids, np.zeros_like(ids) if types is None else types)
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
@@ -65,6 +73,20 @@ def run_stack(
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
     return hidden
+
+
+def embed(spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], types: npt.NDArray[Any]) -> Array:
+    embedding = spec.embedding
+    x = embedding.scale * weights["embed.weight"][ids]
+    if embedding.width and not embedding.projects_sum:
+        x = linear(x, weights, "embed.project")
+    if embedding.positions:
+        x = x + weights["positions.weight"][embedding.position_offset :][: len(ids)]
+    if embedding.types:
+        x = x + weights["types.weight"][types]
+    if embedding.norm is not None:
+        x = normalise(x, embedding.norm, weights, "embed.norm")
+    return linear(x, weights, "embed.project") if embedding.projects_sum else x
 
 
 def run_block(
@@ -145,9 +167,8 @@ def attend(
             projected = rotate(projected, rope)
         heads[name] = projected
     distance = np.arange(len(x))[:, None] - np.arange(length)[None, :]
-    visible = np.ones_like(distance, dtype=bool)
-    if spec.causal:
-        visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
+    seen = (distance >= 0) | (np.arange(length) < prefix) | (not spec.causal)
+    visible = seen & (np.abs(distance) < (spec.window or max(len(x), length)))
     k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
     scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
     weight, _ = softmax(scores, visible)
