@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from encoder_folder import GOLDEN, encoder_folder
 from oracle.transformer import forward
+from serving import running
 from test_cli import pyllm, refused
 
 from pyllm import LLM
 from pyllm.errors import ConfigError, RequestError
 from pyllm.models import open_checkpoint
+from pyllm.pooling import EmbeddingRule
+from pyllm.spec import Pooling
 from pyllm.train.logs import read_log
 
 RNG = np.random.default_rng(8)
@@ -207,6 +210,17 @@ def test_command_line(tmp_path: Path) -> None:
     refused(pyllm("score-pairs", "-m", classifier, "the cat", *TEXTS), 1, "expected a model with one label")
     refused(pyllm("detect-replaced", "-m", filler, "the cat"), 1, "detect_replaced: expected a model")
     refused(pyllm("generate", "-m", filler, "the cat"), 1, "this model is an encoder")
+
+
+def test_served(tmp_path: Path) -> None:
+    llm = loaded("distilbert", tmp_path)
+    with running(llm) as server:
+        server.service.embedding = EmbeddingRule(Pooling.MEAN, normalize=True)
+        answer = server.post("/v1/embeddings", input=TEXTS)
+        found = np.array([one["embedding"] for one in answer["data"]], np.float32)
+        np.testing.assert_array_equal(found, llm.embed(TEXTS, pooling="mean", normalize=True))
+        assert "this model is an encoder" in server.refusal("/v1/completions", 400, prompt="the cat")["message"]
+        server.assert_idle()
 
 
 def test_goes_on_training_on_masked_tokens(tmp_path: Path) -> None:
