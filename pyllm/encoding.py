@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pyllm.errors import RequestError, shown
-from pyllm.model import Model
 from pyllm.ops import F32, Ops
 from pyllm.pooling import KeptStates, Pool, embedding_rule
 from pyllm.spec import HeadKind, ModelSpec, Problem
@@ -24,7 +23,6 @@ from pyllm.tokenizer import Tokenizer
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Progress: TypeAlias = "Callable[[int, int], None] | None"  # gets (finished, all) texts
 
-HEAD_ROWS = 64  # that pass through the head together
 CLASSES = {  # what transformers calls the classes of models that have these heads
     HeadKind.TOKENS: "ForMaskedLM",
     HeadKind.POOLED: "ForSequenceClassification",
@@ -67,7 +65,6 @@ class Encoding(ABC):
     """Tasks on given texts; see :class:`pyllm.LLM`."""
 
     spec: ModelSpec
-    model: Model
     ops: Ops
     folder: Path
     tokenizer: Tokenizer | None
@@ -83,6 +80,10 @@ class Encoding(ABC):
     @abstractmethod
     def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
         """Run texts through the model; the hidden states of each go to its pool."""
+
+    @abstractmethod
+    def _head(self, states: F32) -> F32:
+        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
 
     def embed(
         self,
@@ -194,11 +195,7 @@ class Encoding(ABC):
         if not pools:
             return []
         states = np.concatenate([pool.rows for pool in pools])
-        values = np.empty((len(states), self.spec.outputs), np.float32)
-        for first in range(0, len(states), HEAD_ROWS):
-            piece = states[first : first + HEAD_ROWS]
-            self.model.logits(self.ops, piece, np.arange(len(piece), dtype=np.int32), values[first : first + HEAD_ROWS])
-        return np.split(values, np.cumsum([len(pool.rows) for pool in pools])[:-1])
+        return np.split(self._head(states), np.cumsum([len(pool.rows) for pool in pools])[:-1])
 
     def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
         if isinstance(texts, (str, Mapping)):

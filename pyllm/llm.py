@@ -21,7 +21,7 @@ from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
 from pyllm.engine.request import Request
-from pyllm.engine.runner import Runner
+from pyllm.engine.runner import HEAD_ROWS, Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.sources import Source
@@ -490,6 +490,15 @@ class LLM(Encoding):
             self._run(requests, progress, interrupts)
         for request in requests:
             self._result(request)
+
+    def _head(self, states: F32) -> F32:
+        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
+        values = np.empty((len(states), self.spec.outputs), np.float32)
+        with self._lock:
+            for first in range(0, len(states), HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                self.model.head(self.ops, self.model.before_head(self.ops, states[rows]), out=values[rows])
+        return values
 
     def _add(
         self,

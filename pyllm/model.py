@@ -115,9 +115,12 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, transformed or
-        projected, and scaled."""
-        x, weights, head = self.final_norm(ops, x), self.weights, self.spec.head
+        """What the head's matrix is multiplied with, from the residual stream x [R, D]."""
+        return self.before_head(ops, self.final_norm(ops, x))
+
+    def before_head(self, ops: Ops | Tape, x: F32) -> F32:
+        """The same from states x [R, D] that have been normed: they are transformed or projected, and scaled."""
+        weights, head = self.weights, self.spec.head
         if head.transform is not None and weights.head_transform is not None:
             x = ops.matmul(x, weights.head_transform, weights.head_transform_bias, activation=head.transform.activation)
             x = _norm(ops, x, head.transform.norm, weights.head_norm, out=x)

@@ -61,9 +61,9 @@ class Pool:
         elif self.pooling is Pooling.CLS:
             self._kept = rows[0] if first else self._kept
         else:
-            known = rows[:0] if self._kept is None else self._kept[None]
             reduce = np.add.reduce if self.pooling is Pooling.MEAN else np.maximum.reduce
-            self._kept = reduce(np.concatenate([known, rows]), axis=0)  # row after row, whatever the pieces
+            together = rows if self._kept is None else np.concatenate([self._kept[None], rows])
+            self._kept = reduce(together, axis=0)  # row after row, whatever the pieces
 
     def vector(self) -> NDArray[np.float64]:
         """What they make together, float64 [D]."""

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from encoder_folder import GOLDEN, encoder_folder
 from oracle.transformer import forward
+from serving import running
 from test_cli import pyllm, refused
 
 from pyllm import LLM
-from pyllm.errors import ConfigError, RequestError
+from pyllm.errors import CheckpointError, ConfigError, RequestError
 from pyllm.models import open_checkpoint
+from pyllm.pooling import EmbeddingRule
+from pyllm.spec import Pooling
 from pyllm.train.logs import read_log
 
 RNG = np.random.default_rng(8)
@@ -191,6 +194,43 @@ def test_a_model_without_a_head(tmp_path: Path) -> None:
         llm.embed(TEXTS)
 
 
+def test_older_files(tmp_path: Path) -> None:
+    """BERT as it was first published: gamma and beta, heads that are not asked for, second names of tied weights."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = encoder_folder("bert", tmp_path / "old", architectures=["BertForPreTraining"])
+    expected = LLM(folder, threads=1).forward([2, 5, 3]).logits
+    tensors = load_file(folder / "model.safetensors")
+    older = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in tensors.items()
+    }
+    older |= {
+        "bert.embeddings.position_ids": np.arange(48)[None],
+        "bert.pooler.dense.weight": np.ones((32, 32), np.float32),
+        "bert.pooler.dense.bias": np.ones(32, np.float32),
+        "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"].copy(),
+        "cls.predictions.decoder.bias": tensors["cls.predictions.bias"].copy(),
+        "cls.seq_relationship.weight": np.ones((2, 32), np.float32),
+        "cls.seq_relationship.bias": np.ones(2, np.float32),
+    }
+    save_file(older, folder / "model.safetensors")
+    llm = LLM(folder, threads=1)
+    assert llm.spec.head.tied
+    found = llm.forward([2, 5, 3]).logits
+    assert found is not None and expected is not None and found.tobytes() == expected.tobytes()
+    save_file({**older, "cls.predictions.other": np.ones(2, np.float32)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"cls\.predictions\.other.* is not a weight of a bert model"):
+        LLM(folder)
+
+
+def test_xlm_roberta_is_roberta(tmp_path: Path) -> None:
+    plain = loaded("roberta", tmp_path)
+    other = encoder_folder("roberta", tmp_path / "x", model_type="xlm-roberta", architectures=["XLMRobertaForMaskedLM"])
+    one, two = (llm.forward([2, 5, 9, 3]).logits for llm in (plain, LLM(other, threads=2)))
+    assert one is not None and two is not None and one.tobytes() == two.tobytes()
+
+
 def test_command_line(tmp_path: Path) -> None:
     filler = encoder_folder("distilbert", tmp_path / "filler")
     [line] = pyllm("fill-mask", "-m", filler, "the [MASK] sat", "-k", "2").stdout.splitlines()
@@ -207,6 +247,17 @@ def test_command_line(tmp_path: Path) -> None:
     refused(pyllm("score-pairs", "-m", classifier, "the cat", *TEXTS), 1, "expected a model with one label")
     refused(pyllm("detect-replaced", "-m", filler, "the cat"), 1, "detect_replaced: expected a model")
     refused(pyllm("generate", "-m", filler, "the cat"), 1, "this model is an encoder")
+
+
+def test_served(tmp_path: Path) -> None:
+    llm = loaded("distilbert", tmp_path)
+    with running(llm) as server:
+        server.service.embedding = EmbeddingRule(Pooling.MEAN, normalize=True)
+        answer = server.post("/v1/embeddings", input=TEXTS)
+        found = np.array([one["embedding"] for one in answer["data"]], np.float32)
+        np.testing.assert_array_equal(found, llm.embed(TEXTS, pooling="mean", normalize=True))
+        assert "this model is an encoder" in server.refusal("/v1/completions", 400, prompt="the cat")["message"]
+        server.assert_idle()
 
 
 def test_goes_on_training_on_masked_tokens(tmp_path: Path) -> None:
