@@ -178,8 +178,8 @@ class EmbeddingSpec:
         require(self.width is not None or not (self.projects_sum or self.project_bias), "embedding projection",
                 "a width of the table where there is one", self.width)  # fmt: skip
         alone = self.width is not None and not self.projects_sum
-        require(not (alone and (self.types or self.norm is not None)), "embedding projection",
-                "of the sum where there are token types or a norm", "one of the table's row alone")  # fmt: skip
+        require(not (alone and self.types), "embedding projection", "of the sum where there are token types",
+                "one of the table's row alone")  # fmt: skip
 
 
 class Pooling(str, Enum):
