@@ -15,19 +15,6 @@ I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class SourceTables:
-    """Where cross keys and values of the source of each of B sequences stand."""
-
-    lengths: I32  # [B] tokens of the source
-    tables: I32  # [B, width] block numbers in the cross cache
-
-    @classmethod
-    def empty(cls, sequences: int, width: int) -> SourceTables:
-        """Arrays for so many sequences, whose sources have at most `width` blocks."""
-        return cls(np.zeros(sequences, np.int32), np.zeros((sequences, width), np.int32))
-
-
-@dataclass(frozen=True)
 class Batch:
     """T tokens of B sequences. A recorded step reads these arrays anew at every replay, so they are filled in place."""
 
@@ -41,7 +28,8 @@ class Batch:
     rope_rows: I32 | None  # [T] row of inv_freq for each token; None: row 0
     inv_freq: F32 | None  # [C, R / 2]
     prefix: I32 | None  # [B] first tokens of each sequence that all of its tokens see; None: each sees those before it
-    sources: SourceTables | None  # of a decoder with an encoder
+    source_lengths: I32 | None  # [B] tokens of the source of each sequence, where the model has an encoder
+    source_tables: I32 | None  # [B, width] their block numbers in the cross cache
 
     @classmethod
     def empty(
@@ -65,5 +53,6 @@ class Batch:
             rope_rows=np.arange(tokens, dtype=np.int32) if varies else None,
             inv_freq=None if rope is None else np.tile(rope.inv_freq(1), (rows, 1)),
             prefix=np.zeros(sequences, np.int32) if prefix else None,
-            sources=None if spec.encoder is None else SourceTables.empty(sequences, source_width),
+            source_lengths=None if spec.encoder is None else np.zeros(sequences, np.int32),
+            source_tables=None if spec.encoder is None else np.zeros((sequences, source_width), np.int32),
         )

@@ -253,14 +253,15 @@ class Model:
     def _cross(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
         """out(attention of x to its sources), plus the residual as in attention."""
         a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
-        cross, sources = this.cross, this.batch.sources
-        assert a is not None and weights is not None and cross is not None and sources is not None
+        cross, lengths, tables = this.cross, this.batch.source_lengths, this.batch.source_tables
+        assert a is not None and weights is not None
+        assert cross is not None and lengths is not None and tables is not None
         ops = this.ops
         if this.source is not None:
             self._write_cross(ops, layer, this.source, cross)
         q = ops.matmul(x, weights.q, weights.q_bias)
         mixed = ops.attention(
-            q, cross.layers[layer], this.batch.starts, sources.lengths, sources.tables, head_size=a.head_dim,
+            q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
             scale=a.scale, causal=False,
         )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
@@ -268,8 +269,8 @@ class Model:
     def _write_cross(self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache) -> None:
         a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
         assert a is not None and weights is not None
-        k, v = np.split(ops.matmul(source.states, weights.kv, weights.kv_bias), 2, axis=1)
-        ops.kv_write(cross.layers[layer], k, v, source.slots, a.head_dim)
+        kv, width = ops.matmul(source.states, weights.kv, weights.kv_bias), a.kv_heads * a.head_dim
+        ops.kv_write(cross.layers[layer], kv[:, :width], kv[:, width:], source.slots, a.head_dim)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
         """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""

@@ -289,9 +289,10 @@ class _Encoder:
 
 
 def _fill_source(batch: Batch, row: int, sequence: Sequence) -> None:
-    if batch.sources is not None and sequence.source is not None:
-        batch.sources.lengths[row] = len(sequence.source.tokens)
-        batch.sources.tables[row, : len(sequence.source.table)] = sequence.source.table
+    source = sequence.source
+    if batch.source_lengths is not None and batch.source_tables is not None and source is not None:
+        batch.source_lengths[row] = len(source.tokens)
+        batch.source_tables[row, : len(source.table)] = source.table
 
 
 def cross_slots(sources: Seq[Source]) -> NDArray[np.int64]:
