@@ -14,18 +14,21 @@ from pyllm.batch import I32, Batch
 from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
 from pyllm.packed import ModelWeights, NormWeights
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2]."""
+    """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2], `bias` [H, 2n + 1] is that
+    of distances from -n to n, where it is learned."""
 
     ops: Ops | Tape
     batch: Batch
     cache: KVCache
     angles: tuple[F32, F32] | tuple[None, None]
+    bias: F32 | None
 
 
 class Model:
@@ -38,6 +41,11 @@ class Model:
     def __init__(self, spec: ModelSpec, weights: ModelWeights) -> None:
         self.spec = spec
         self.weights = weights
+        shared = spec.relative_bias
+        self._buckets = None if shared is None else shared[1].of_distances(two_sided=False)
+        self._slopes = [
+            a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
+        ]
 
     def forward(self, ops: Ops | Tape, batch: Batch, cache: KVCache, trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
@@ -45,7 +53,7 @@ class Model:
         `trace` collects a copy of the residual stream before the first block and after each one.
         """
         x = self._embed(ops, batch)
-        this = _Pass(ops, batch, cache, self._angles(ops, batch))
+        this = _Pass(ops, batch, cache, self._angles(ops, batch), self._relative_bias(ops))
         for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
@@ -70,7 +78,11 @@ class Model:
         """The residual stream before the first block."""
         embed, project, table = self.weights.embed, self.weights.embed_project, self.weights.positions
         if project is None:
-            return ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
+            x = ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
+            second = self.weights.second_positions
+            if second is not None and batch.second_positions is not None:
+                x = ops.axpby(x, 1.0, ops.embedding(batch.second_positions, second), out=x)
+            return x
         places = None if table is None else ops.embedding(batch.positions, table)
         return ops.matmul(ops.embedding(batch.tokens, embed), project, residual=places, out=places)
 
@@ -78,7 +90,13 @@ class Model:
         rope = self.spec.rope
         if rope is None or batch.inv_freq is None:
             return None, None
-        return ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+        positions = batch.positions if batch.pairs is None else batch.pairs.reshape(-1)
+        cos, sin = ops.rope_angles(positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+        return cos.reshape(len(batch.tokens), -1), sin.reshape(len(batch.tokens), -1)
+
+    def _relative_bias(self, ops: Ops | Tape) -> F32 | None:
+        table = self.weights.relative_bias
+        return None if table is None or self._buckets is None else ops.gather_columns(table, self._buckets)
 
     def _block(self, this: _Pass, layer: int, x: F32) -> F32:
         """The residual stream after a block, from that before it."""
@@ -126,16 +144,10 @@ class Model:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
-            q,
-            cache,
-            batch.starts,
-            batch.lengths,
-            batch.tables,
-            head_size=size,
-            scale=a.scale,
-            window=a.window,
-            prefix=batch.prefix,
-        )
+            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
+            prefix=batch.prefix, bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer],
+            softcap=a.softcap,
+        )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:

@@ -52,17 +52,24 @@ NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
 
 
 class AttentionRule(TypedDict, total=False):
-    """Which keys a query sees. A query stands at position p, its sequence's rows being the last of its keys.
+    """Which keys a query sees, and what becomes of its scores. A query stands at position p, its sequence's rows being
+    the last of its keys.
 
     It sees key j of its sequence where both hold: ``j <= p``, or ``j < prefix``, or attention is not causal; and ``p -
     j < window``, without causal ``|p - j| < window``, or ``j < sinks``, or there is no window. Where neither causal nor
     a window is wanted, queries and keys need not be those of one sequence: that is cross-attention.
+
+    A score becomes ``softcap * tanh(score / softcap)`` and then receives ``bias[h, j - p] + slopes[h] * (j - p)``. The
+    bias has a column for each distance from -n to n, in order, of which the outer ones stand for those beyond.
     """
 
     causal: bool  # default True
     prefix: NDArray[np.int32] | None  # [B], read when the kernel runs; at most lengths; causal only
     window: int | None
     sinks: int  # first keys that every later query sees, besides its window
+    bias: F32 | None  # [H, 2n + 1]
+    slopes: F32 | None  # [H]
+    softcap: float | None  # above 0
 
 
 class Ops:
@@ -265,6 +272,12 @@ class Ops:
         self.context.gather(out, x, index)
         return out
 
+    def gather_columns(self, x: F32, index: NDArray[np.int32], out: F32 | None = None) -> F32:
+        """``x[:, index]``: x [R, D], index int32 [N] -> [R, N]."""
+        out = self.empty(x.shape[0], index.shape[0]) if out is None else out
+        self.context.gather_columns(out, x, index)
+        return out
+
     def rope_angles(
         self,
         positions: NDArray[np.int32],
@@ -331,7 +344,7 @@ class Ops:
         E]. A query sees keys up to its own position, or what `rule` says, see :class:`AttentionRule`; one that sees no
         key gives 0.
 
-        For a backward pass `lse` [T, H] receives the log of the sum of exponentials of the scaled scores. `dropout`
+        For a backward pass `lse` [T, H] receives the log of the sum of exponentials of scores. `dropout`
         (rate, seed, site), the site being the layer, sets weights to 0 and divides the others by 1 - rate; which is a
         function of seed, site, head, row of q and position of the key.
         """

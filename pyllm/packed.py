@@ -96,7 +96,8 @@ class BlockWeights:
 class ModelWeights:
     """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as.
 
-    `positions` [P, D] begins at the row of position 0. `matrices` are all of them, by the names of :func:`matrices_of`.
+    `positions` [P, D] begins at the row of position 0; `relative_bias` [H, buckets] belongs to attention scores.
+    `matrices` are all of them, by the names of :func:`matrices_of`.
     """
 
     dtype: str
@@ -104,6 +105,8 @@ class ModelWeights:
     embed: _cpu.PackedMatrix
     embed_project: _cpu.PackedMatrix | None
     positions: F32 | None
+    second_positions: F32 | None
+    relative_bias: F32 | None
     blocks: tuple[BlockWeights, ...]
     final_norm: NormWeights | None
     head_project: _cpu.PackedMatrix | None
@@ -204,6 +207,8 @@ def assemble(
         embed=found["embed"],
         embed_project=found.get("embed.project"),
         positions=None if positions is None else positions[spec.embedding.position_offset :],
+        relative_bias=vector("relative_bias.weight"),
+        second_positions=vector("second_positions.weight"),
         blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),
         final_norm=norm("final_norm"),
         head_project=found.get("head.project"),

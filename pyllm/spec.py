@@ -13,6 +13,7 @@ from enum import Enum
 from functools import cached_property
 
 from pyllm.errors import require
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
@@ -57,6 +58,7 @@ class AttentionSpec:
     """Causal attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
 
     `qk_norm` normalises each head of q and k before the rotation. With a `window` of W, token i sees keys i-W+1 .. i.
+    Scores s become `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
     """
 
     heads: int
@@ -67,6 +69,8 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: NormSpec | None = None
     window: int | None = None
+    bias: Alibi | Buckets | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -76,6 +80,8 @@ class AttentionSpec:
         require(0 < self.head_dim <= MAX_HEAD_DIM, "head size", f"1 to {MAX_HEAD_DIM}", self.head_dim)
         require(math.isfinite(self.scale) and self.scale > 0, "attention scale", "a finite number above 0", self.scale)
         require(self.window is None or self.window > 0, "attention window", "at least 1, or None", self.window)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of scores",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
         require(self.qk_norm is None or not self.qk_norm.bias, "q/k norm", "a norm without bias", self.qk_norm)
 
 
@@ -131,15 +137,17 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: project(table[token]) + positions[position + offset].
+    """How tokens become the residual stream: project(table[token]) + positions[position + offset] + second[position 2].
 
     `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
-    position table, 0 for none; the first `position_offset` of them belong to no position.
+    position table, 0 for none; the first `position_offset` of them belong to no position. `second_positions` is that of
+    the table of second positions, see :class:`pyllm.prefix.PrefixSpec`.
     """
 
     width: int | None = None
     positions: int = 0
     position_offset: int = 0
+    second_positions: int = 0
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -194,6 +202,14 @@ class ModelSpec:
         require(e.positions == 0 or e.positions - e.position_offset >= self.max_positions,
                 "rows of the position table", f"0, or at least the context of {self.max_positions} beyond the offset "
                 f"of {e.position_offset}", e.positions)  # fmt: skip
+        require(e.second_positions == 0 or e.second_positions > self.max_positions, "rows of the second position table",
+                f"0, or more than the context of {self.max_positions}", e.second_positions)  # fmt: skip
+        start = None if self.prefix is None else self.prefix.start_id
+        require(start is not None or not self.counts_twice, "second positions", "a prefix with a start token, where "
+                "they begin", self.prefix)  # fmt: skip
+        biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
+        require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
+                "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
         if self.rope is not None:
             smallest = min(block.attention.head_dim for block in self.blocks)
             require(self.rope.dim <= smallest, "rotated channels of a head", f"at most the head size of {smallest}",
@@ -203,6 +219,19 @@ class ModelSpec:
     def table_width(self) -> int:
         """Columns of the embedding table and of the head."""
         return self.embedding.width or self.hidden
+
+    @property
+    def counts_twice(self) -> bool:
+        """Whether tokens have two positions."""
+        return self.embedding.second_positions > 0 or (self.rope is not None and self.rope.sections == 2)
+
+    @property
+    def relative_bias(self) -> tuple[int, Buckets] | None:
+        """Heads and buckets of the table of learned biases that layers share; None where no layer has them."""
+        for attention in (block.attention for block in self.blocks):
+            if isinstance(attention.bias, Buckets):
+                return attention.heads, attention.bias
+        return None
 
     def untied(self) -> ModelSpec:
         """The same model with a head of its own."""
@@ -219,6 +248,11 @@ class ModelSpec:
             shapes["embed.project.weight"] = (self.hidden, self.table_width)
         if self.embedding.positions:
             shapes["positions.weight"] = (self.embedding.positions, self.hidden)
+        if self.embedding.second_positions:
+            shapes["second_positions.weight"] = (self.embedding.second_positions, self.hidden)
+        if self.relative_bias is not None:
+            heads, buckets = self.relative_bias
+            shapes["relative_bias.weight"] = (heads, buckets.count)
         for index, block in enumerate(self.blocks):
             shapes.update(self._block_slots(f"blocks.{index}", block))
         if self.final_norm is not None:

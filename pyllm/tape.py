@@ -127,6 +127,19 @@ class Tape:
         self.ops.rope_angles(positions, inv_freq, table, scaling, out=(cos, sin))
         return cos, sin
 
+    def gather_columns(self, x: F32, index: I32) -> F32:
+        """See :meth:`pyllm.ops.Ops.gather_columns`; x is a parameter. The result may be used in every block."""
+        out = self._new((x.shape[0], index.shape[0]), kept=True)
+        ops, y, gradient = self.ops, self._view(out), self._gradient(x)
+        y.value.gradient = self._memory.gradients.take(out.shape)  # outlives the part of the block that writes it first
+
+        def backward() -> None:
+            if gradient is not None:
+                ops.gather_columns_backward(gradient, self._incoming(y), index)
+
+        self._run(lambda: ops.gather_columns(x, index, out=out), backward, again=False)
+        return out
+
     def norm(
         self, x: F32, weight: F32 | None, bias: F32 | None = None, *, kind: NormKind, eps: float, out: F32 | None = None
     ) -> F32:
@@ -300,6 +313,8 @@ class Tape:
         lse = self._new((q.shape[0], heads))
         ops, queries, y = self.ops, self._view(q), self._view(out)
         keys, values, cos, sin = self._written[id(cache)]
+        bias = rule.get("bias")
+        biases = None if bias is None else self._view(bias)
         dropped = self._site()
 
         def forward() -> None:
@@ -312,9 +327,10 @@ class Tape:
             targets = [self._target(view) for view in (queries, keys, values)]
             assert not any(add for _, add in targets), "q, k and v have one use"
             dq, dk, dv = (target for target, _ in targets)
+            dbias, add_dbias = (None, False) if biases is None else self._target(biases)
             ops.attention_backward(
                 self._incoming(y), out, q, cache, lse, starts, lengths, tables, head_size=head_size, scale=scale,
-                dropout=dropped, gradients=(dq, dk, dv), **rule,
+                dropout=dropped, gradients=(dq, dk, dv), dbias=dbias, add_dbias=add_dbias, **rule,
             )  # fmt: skip
             if cos is not None and sin is not None:
                 ops.rope(dk, cos, sin, head_size, inverse=True)

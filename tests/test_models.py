@@ -59,7 +59,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 23
+    assert len(GOLDEN_NAMES) == 25
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:

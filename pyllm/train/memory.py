@@ -185,9 +185,12 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     table = floats(spec.table_width)
     projected = spec.embedding.width is not None
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
-    embedded = width + (table + branch + (width if spec.embedding.positions else 0) if projected else 0)
+    biases = spec.relative_bias
+    distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
+    second = 2 * width if spec.embedding.second_positions else 0  # what is looked up, and the sum
+    embedded = width + second + (table + branch + (width if spec.embedding.positions else 0) if projected else 0)
     head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
-    kept = embedded + angles + width * sum(streams(b) for b in spec.blocks) + head
+    kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head
     rows = head_rows(spec, tokens)
     logits = floats(spec.vocab_size, rows)
     stream = table + (width if projected else 0)  # the gradient of the stream, and of what the head is given
@@ -195,7 +198,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     return StepFloats(
         kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
         part=max(part.values for part in each) if shape.checkpoint_activations else 0,
-        gradients=max(table + logits, stream + inside),
+        gradients=distances + max(table + logits, stream + inside),
         evaluation=arena_floats(spec, tokens, tokens) + logits,
     )
 
