@@ -65,26 +65,37 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with: the residual stream x [R, D], normed and projected -> [R, W]."""
-        x, project = self.final_norm(ops, x), self.weights.head_project
-        return x if project is None else ops.matmul(x, project)
+        """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, projected, and scaled
+        -> [R, W]."""
+        x, project, scale = self.final_norm(ops, x), self.weights.head_project, self.spec.head.scale
+        x = x if project is None else ops.matmul(x, project)
+        return x if scale == 1 else ops.axpby(x, scale)
+
+    def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
+        """Logits [R, V] of what :meth:`head_input` gives."""
+        logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
+        return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """Logits [R, V] of these rows of the residual stream x [T, D]."""
-        x = self.head_input(ops, ops.gather(x, rows))
-        return ops.matmul(x, self.weights.head, self.weights.head_bias, out=out)
+        return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
-        embed, project, table = self.weights.embed, self.weights.embed_project, self.weights.positions
-        if project is None:
+        spec, weights = self.spec.embedding, self.weights
+        embed, project, table = weights.embed, weights.embed_project, weights.positions
+        if project is None and spec.scale == 1:
             x = ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
-            second = self.weights.second_positions
-            if second is not None and batch.second_positions is not None:
-                x = ops.axpby(x, 1.0, ops.embedding(batch.second_positions, second), out=x)
-            return x
-        places = None if table is None else ops.embedding(batch.positions, table)
-        return ops.matmul(ops.embedding(batch.tokens, embed), project, residual=places, out=places)
+        else:
+            places = None if table is None else ops.embedding(batch.positions, table)
+            x = ops.embedding(batch.tokens, embed)
+            if spec.scale != 1:
+                x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
+            if project is not None:
+                x = ops.matmul(x, project, residual=places, out=places)
+        if weights.second_positions is not None and batch.second_positions is not None:
+            x = ops.axpby(x, 1.0, ops.embedding(batch.second_positions, weights.second_positions), out=x)
+        return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> tuple[F32, F32] | tuple[None, None]:
         rope = self.spec.rope

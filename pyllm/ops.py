@@ -249,6 +249,16 @@ class Ops:
         self.context.axpby(out, x, a, y, b)
         return out
 
+    def softcap(self, x: F32, cap: float, pre: F32 | None = None, out: F32 | None = None) -> F32:
+        """``cap * tanh(x / cap)``: x [R, D] -> [R, D]. `out` may be x.
+
+        For a backward pass `pre` receives x / cap; else that stands in `out` meanwhile.
+        """
+        out = self.empty(*x.shape) if out is None else out
+        pre = self.axpby(x, 1 / cap, out=out if pre is None else pre)
+        self.activation(pre, Activation.TANH, out=out)
+        return self.axpby(out, cap, out=out)
+
     def add(self, x: F32, branch: F32, scale: float = 1.0, out: F32 | None = None) -> F32:
         """``scale * x + branch``, what a part of a block adds to the residual stream: [T, D] each; `out` may be x."""
         return self.axpby(x, scale, branch, out=out)

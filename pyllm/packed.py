@@ -106,6 +106,7 @@ class ModelWeights:
     embed_project: _cpu.PackedMatrix | None
     positions: F32 | None
     second_positions: F32 | None
+    embed_norm: NormWeights | None
     relative_bias: F32 | None
     blocks: tuple[BlockWeights, ...]
     final_norm: NormWeights | None
@@ -207,6 +208,7 @@ def assemble(
         embed=found["embed"],
         embed_project=found.get("embed.project"),
         positions=None if positions is None else positions[spec.embedding.position_offset :],
+        embed_norm=norm("embed.norm"),
         relative_bias=vector("relative_bias.weight"),
         second_positions=vector("second_positions.weight"),
         blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),

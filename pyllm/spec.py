@@ -137,7 +137,8 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: project(table[token]) + positions[position + offset] + second[position 2].
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset] +
+    second_positions[second position]).
 
     `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
     position table, 0 for none; the first `position_offset` of them belong to no position. `second_positions` is that of
@@ -148,23 +149,35 @@ class EmbeddingSpec:
     positions: int = 0
     position_offset: int = 0
     second_positions: int = 0
+    scale: float = 1.0
+    norm: NormSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         require(self.width is None or self.width > 0, "embedding width", "at least 1", self.width)
         require(0 <= self.position_offset <= self.positions, "offset in the position table",
                 f"0 to its {self.positions} rows", self.position_offset)  # fmt: skip
+        require(math.isfinite(self.scale), "embedding scale", "a finite number", self.scale)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How the residual stream becomes logits: project(final norm(x)) head^T + bias.
+    """How the residual stream becomes logits: scale * project(final norm(x)) head^T + bias.
 
-    A `tied` head is the embedding table. It projects where the table is not as wide as the model.
+    A `tied` head is the embedding table. It projects where the table is not as wide as the model. With a `softcap` c
+    logits l become c * tanh(l / c).
     """
 
     tied: bool = False
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -250,6 +263,8 @@ class ModelSpec:
             shapes["positions.weight"] = (self.embedding.positions, self.hidden)
         if self.embedding.second_positions:
             shapes["second_positions.weight"] = (self.embedding.second_positions, self.hidden)
+        if self.embedding.norm is not None:
+            shapes.update(_norm_slots("embed.norm", self.embedding.norm, self.hidden))
         if self.relative_bias is not None:
             heads, buckets = self.relative_bias
             shapes["relative_bias.weight"] = (heads, buckets.count)

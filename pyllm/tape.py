@@ -350,10 +350,12 @@ class Tape:
         *,
         rows: int,
         bias: F32 | None = None,
+        softcap: float | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        """Cross entropy of the head's logits ``x w^T + bias``, `rows` rows at a time, with its gradients.
+        """Cross entropy of the head's logits ``x w^T + bias``, soft-capped or not, `rows` rows at a time, with its
+        gradients.
 
         x [T, D]; labels int32 [T], -100 where a row does not count; losses float32 [T] is written; scale float32 [1]
         multiplies the gradient, not the losses. Logits never stand in memory beyond `rows` rows.
@@ -363,14 +365,18 @@ class Tape:
         assert not add, "the head is the last to use its input"
         dw, db = self._gradient(w), self._gradient(bias)
         mark = self._memory.gradients.used
-        memory = self._memory.gradients.take((min(rows, total), w.shape[0]))
+        memory = self._memory.gradients.take((1 if softcap is None else 2, min(rows, total), w.shape[0]))
         for first in range(0, total, rows):
             span = slice(first, min(first + rows, total))
-            logits = memory[: span.stop - first]
+            logits, pre = memory[0, : span.stop - first], memory[-1, : span.stop - first]
             ops.matmul(x[span], w, bias, out=logits)
+            if softcap is not None:
+                ops.softcap(logits, softcap, pre=pre, out=logits)
             ops.cross_entropy(
                 logits, labels[span], scale, z_loss=z_loss, label_smoothing=label_smoothing, loss=losses[span]
             )
+            if softcap is not None:
+                ops.activation_backward(logits, pre, Activation.TANH, out=logits)
             if db is not None:
                 ops.column_sum(db, logits)
             if dw is not None:

@@ -96,13 +96,15 @@ class Engine:
         seed: int,
         salt: bytes = b"",
         pooling: Pooling | None = None,
+        matcher: Matcher | None = None,
         prefix: int | None = None,
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
         grammar that cannot.
 
         Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
-        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`.
+        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`. `matcher` is
+        what `matcher()` gave for the parameters; None: it is made here.
 
         Where the model has a bidirectional prefix, its length is `prefix`, or by default what the model says of the
         prompt. Its tokens have no log-probabilities: what they are computed from holds them.
@@ -112,7 +114,7 @@ class Engine:
         seen = 0 if rule is None else self.prefix_length(prompt_ids, prefix)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
-        matcher = self._matcher(params)
+        matcher = self.matcher(params) if matcher is None else matcher
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
         if request.prompt_logprobs is not None:
             request.prompt_logprobs *= max(1, seen)
@@ -147,7 +149,12 @@ class Engine:
             self.scheduler.add(completion.sequence)
         return request
 
-    def _matcher(self, params: SamplingParams) -> Matcher | None:
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """At the beginning of the grammar that parameters ask for; None where they ask for none.
+
+        Takes its time, the first one for the model's vocabulary too, and may run in a thread of its own, beside steps.
+        Raises `ValueError` for a grammar that cannot be used, `RequestError` where none can.
+        """
         if params.structured_outputs is None:
             return None
         if self._grammars is None:

@@ -187,18 +187,27 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
     biases = spec.relative_bias
     distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
-    second = 2 * width if spec.embedding.second_positions else 0  # what is looked up, and the sum
-    embedded = width + second + (table + branch + (width if spec.embedding.positions else 0) if projected else 0)
+    places = width if spec.embedding.positions else 0  # where they are looked up by themselves
+    scaled = spec.embedding.scale != 1
+    embedded = width * (1 if spec.embedding.norm is None else 2)
+    if projected:
+        embedded += places + table * (2 if scaled else 1) + branch
+    elif scaled:
+        embedded += places + width
+    if spec.embedding.second_positions:
+        embedded += 2 * width  # what is looked up, and the sum
     head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
+    head += table if spec.head.scale != 1 else 0
     kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head
     rows = head_rows(spec, tokens)
-    logits = floats(spec.vocab_size, rows)
+    logits, capped = floats(spec.vocab_size, rows), spec.head.softcap is not None
     stream = table + (width if projected else 0)  # the gradient of the stream, and of what the head is given
-    inside = max(max(part.gradients for part in each), table + branch if projected else 0)
+    before = table + branch if projected else places if scaled else 0
+    inside = max(max(part.gradients for part in each), before)
     return StepFloats(
         kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
         part=max(part.values for part in each) if shape.checkpoint_activations else 0,
-        gradients=distances + max(table + logits, stream + inside),
+        gradients=distances + max(table + (floats(2 * spec.vocab_size, rows) if capped else logits), stream + inside),
         evaluation=arena_floats(spec, tokens, tokens) + logits,
     )
 

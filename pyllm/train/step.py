@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Step:
         self.loss, self.optimizer = loss, optimizer
         spec = parameters.spec
         self.model = Model(spec, parameters.model_weights)
-        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec)
+        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec, spec.prefix is not None)
         self.labels: I32 = np.full(shape.tokens, IGNORED, np.int32)
         self.losses: F32 = np.zeros(shape.tokens, np.float32)
         self._scale: F32 = np.zeros(1, np.float32)
@@ -94,6 +95,8 @@ class Step:
         batch.tables[:] = np.minimum(first[:, None] + np.arange(width), self._cache.blocks - 1)
         if batch.rope_rows is not None:
             self._fill_rope(lengths)
+        if batch.prefix is not None:
+            self._fill_prefixes(tokens, labels, starts)
 
     def accumulate(self, counted: int, seed: int) -> float:
         """Add the gradients of the micro-batch that was filled in, and give the sum of its losses.
@@ -162,6 +165,7 @@ class Step:
             self.losses,
             rows=head_rows(self.parameters.spec, self.shape.tokens),
             bias=weights.head_bias,
+            softcap=self.parameters.spec.head.softcap,
             z_loss=self.loss.z_loss,
             label_smoothing=self.loss.label_smoothing,
         )
@@ -170,11 +174,11 @@ class Step:
     def _evaluate(self) -> None:
         self.ops.use_arena(Arena(self._floats.total, self._memory))
         x = self.model.head_input(self.ops, self.model.forward(self.ops, self.batch, self._cache))
-        weights, rows = self.parameters.model_weights, head_rows(self.parameters.spec, self.shape.tokens)
+        rows = head_rows(self.parameters.spec, self.shape.tokens)
         logits = self.ops.empty(rows, self.parameters.spec.vocab_size)
         for first in range(0, self.shape.tokens, rows):
             span = slice(first, min(first + rows, self.shape.tokens))
-            piece = self.ops.matmul(x[span], weights.head, weights.head_bias, out=logits[: span.stop - first])
+            piece = self.model.head(self.ops, x[span], out=logits[: span.stop - first])
             self.ops.cross_entropy(piece, self.labels[span], None, loss=self.losses[span])
 
     def _record(self, calls: Any) -> _cpu.Graph:
@@ -209,6 +213,25 @@ class Step:
                     f"micro-batch: {name} {bad} lies outside the model's vocabulary of {spec.vocab_size}: was the data "
                     "tokenized for another model?"
                 )
+
+    def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32) -> None:
+        """Where each sequence's bidirectional prefix ends: before its start token, or with the first label that counts,
+        as everything before is given."""
+        rule, batch = self.parameters.spec.prefix, self.batch
+        assert rule is not None and batch.prefix is not None
+        for i, (first, end) in enumerate(pairwise(starts.tolist())):
+            counted = np.flatnonzero(labels[first:end] != IGNORED)
+            if rule.start_id is None:
+                batch.prefix[i] = counted[0] + 1 if len(counted) else end - first
+                continue
+            ids = tokens[first:end]
+            batch.prefix[i] = rule.length(ids.tolist())
+            if len(counted) and counted[0] < batch.prefix[i]:
+                raise RequestError(
+                    f"micro-batch: sequence {i}: label {counted[0]} counts, but stands in the prefix, whose tokens see "
+                    f"it: expected labels from the start token (id {rule.start_id}) on"
+                )
+            batch.place(slice(first, end), *rule.positions(ids))
 
     def _fill_rope(self, lengths: NDArray[Any]) -> None:
         """Frequencies that depend on a sequence's length."""

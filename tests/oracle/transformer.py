@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from oracle.activation import activation
+from oracle.attention import Scores, softmax
 
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
 from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
@@ -31,10 +33,13 @@ def forward(
         if spec.embedding.width
         else weights["embed.weight"][ids]
     )
+    x = spec.embedding.scale * x
     if spec.embedding.positions:
         x = x + weights["positions.weight"][spec.embedding.position_offset :][first]
     if spec.embedding.second_positions:
         x = x + weights["second_positions.weight"][second]
+    if spec.embedding.norm is not None:
+        x = normalise(x, spec.embedding.norm, weights, "embed.norm")
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         x = run_block(x, block, spec.rope, weights, f"blocks.{index}", prefix, (first, second))
@@ -42,7 +47,11 @@ def forward(
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
     x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
-    return x @ weights["embed.weight" if spec.head.tied else "head.weight"].T + weights.get("head.bias", 0.0), hidden
+    head = weights["embed.weight" if spec.head.tied else "head.weight"]
+    logits = spec.head.scale * (x @ head.T) + weights.get("head.bias", 0.0)
+    if spec.head.softcap is not None:
+        logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
+    return logits, hidden
 
 
 def run_block(
@@ -109,12 +118,10 @@ def attend(
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
     visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
-    out = np.empty((length, spec.heads, spec.head_dim))
-    for head in range(spec.heads):
-        group = head // (spec.heads // spec.kv_heads)
-        scores = np.where(visible, spec.scale * heads["q"][:, head] @ heads["k"][:, group].T, -np.inf)
-        weight = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = weight / weight.sum(-1, keepdims=True) @ heads["v"][:, group]
+    k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
+    scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
+    weight, _ = softmax(scores, visible)
+    out = np.einsum("hts,she->the", weight, v)
     return linear(out.reshape(length, -1), weights, f"{at}.attn.o")
 
 
@@ -133,6 +140,15 @@ def blank_positions(spec: ModelSpec, tokens: list[int]) -> tuple[Any, Any]:
         first.append(masks[min(blank, len(masks) - 1)])
         second.append(1 if begins else second[-1] + 1)
     return np.array(first), np.array(second)
+
+
+def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
+    bias = slopes = None
+    if isinstance(spec.bias, Alibi):
+        slopes = spec.bias.slopes(spec.heads).astype(np.float64)
+    elif isinstance(spec.bias, Buckets):
+        bias = weights["relative_bias.weight"][:, spec.bias.of_distances(two_sided=False)]
+    return Scores(bias, slopes, spec.softcap)
 
 
 def rotate(x: Array, rope: RopeSpec, first: Any, second: Any) -> Array:
