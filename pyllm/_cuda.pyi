@@ -74,6 +74,7 @@ def plain_matmul(
 ) -> None: ...
 def prompt_attention(
     out: Array,
+    lse: Array | None,
     q: Array,
     cache: Array,
     starts: Array,
@@ -81,12 +82,19 @@ def prompt_attention(
     tables: Array,
     head_size: int,
     scale: float,
+    causal: bool,
+    prefix: Array | None,
     window: int,
+    sinks: int,
+    bias: Array | None,
+    slopes: Array | None,
+    softcap: float,
     most_queries: int,
     stream: int,
 ) -> None: ...
 def split_attention(
     out: Array,
+    lse: Array | None,
     q: Array,
     cache: Array,
     starts: Array,
@@ -94,7 +102,13 @@ def split_attention(
     tables: Array,
     head_size: int,
     scale: float,
+    causal: bool,
+    prefix: Array | None,
     window: int,
+    sinks: int,
+    bias: Array | None,
+    slopes: Array | None,
+    softcap: float,
     most_queries: int,
     split_blocks: int,
     partial: Array,
@@ -103,6 +117,7 @@ def split_attention(
 ) -> None: ...
 def plain_attention(
     out: Array,
+    lse: Array | None,
     q: Array,
     cache: Array,
     starts: Array,
@@ -110,7 +125,13 @@ def plain_attention(
     tables: Array,
     head_size: int,
     scale: float,
+    causal: bool,
+    prefix: Array | None,
     window: int,
+    sinks: int,
+    bias: Array | None,
+    slopes: Array | None,
+    softcap: float,
     most_queries: int,
     stream: int,
 ) -> None: ...

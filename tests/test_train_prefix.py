@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from test_families import goldens
 from training import GOLDEN, TINY, Batch, CountedData, at_hand, gradients, make_batch
 
 from pyllm import LLM
-from pyllm.errors import DataError, RequestError
+from pyllm.errors import ConfigError, DataError, RequestError
+from pyllm.models import open_checkpoint
 from pyllm.ops_training import TrainingOps
 from pyllm.prefix import PrefixSpec
 from pyllm.train import TrainConfig, Trainer
+from pyllm.train.objectives.blanks import BlankedTokens
 from pyllm.train.objectives.prefix import SplitTokens
 from pyllm.train.parameters import Parameters, load_values
 from pyllm.train.step import IGNORED
@@ -128,10 +131,6 @@ def test_gradients_of_a_causal_decoder_with_a_prefix(name: str) -> None:
 
 def prefix_model(name: str) -> Parameters:
     """A golden model that is trained with a prefix."""
-    from dataclasses import replace
-
-    from pyllm.models import open_checkpoint
-
     with open_checkpoint(GOLDEN / name) as checkpoint:
         parameters = Parameters(replace(checkpoint.spec, prefix=PrefixSpec()), TrainingOps(threads=2))
         load_values(parameters, checkpoint.tensors)
@@ -195,4 +194,91 @@ def test_command_line(tiny_folder: Path, tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert settings["objective"] == "prefix"
     wrong = subprocess.run([*map(str, command[:-3]), "--objective", "suffix"], capture_output=True)
-    assert wrong.returncode == 1 and b"causal or prefix" in wrong.stderr
+    assert wrong.returncode == 1 and b"causal, prefix, blanks" in wrong.stderr
+
+
+def blanked(name: str = "glm2021", seed: int = 0) -> BlankedTokens:
+    rule = open_checkpoint(GOLDEN / name).spec.prefix
+    return BlankedTokens(CountedData(vocab=50), rule, 63, context=40, positions=128, seed=seed)
+
+
+@pytest.mark.parametrize("name", BLANKS)
+def test_blanks_hold_what_was_taken_from_the_text(name: str) -> None:
+    data, plain = blanked(name), CountedData(vocab=50)
+    spans, orders = [], set()
+    for _ in range(40):
+        tokens, labels, starts, positions = data.next_batch()
+        assert len(tokens) == data.tokens and len(starts) == data.sequences + 1 and starts[-1] == data.tokens
+        texts, counted, bounds = plain.next_batch()
+        whole = [texts[a:b].tolist() for a, b in pairwise(bounds) if (counted[a:b] != IGNORED).any()]
+        for (first, end), text in zip(pairwise(starts.tolist()), whole, strict=False):
+            ids, aims, places = tokens[first:end].tolist(), labels[first:end], positions[first:end].tolist()
+            prefix = ids.index(62)
+            assert (aims[:prefix] == IGNORED).all() and places[:prefix] == list(range(prefix))
+            begins = [i for i in range(prefix, len(ids)) if ids[i] == 62] + [len(ids)]
+            content = {}
+            for a, b in pairwise(begins):
+                assert len(set(places[a:b])) == 1 and ids[places[a]] == 60
+                assert aims[a:b].tolist() == [*ids[a + 1 : b], 63]
+                content[places[a]] = ids[a + 1 : b]
+            masks = [i for i in range(prefix) if ids[i] == 60]
+            assert sorted(content) == masks and all(b - a > 1 for a, b in pairwise(masks))
+            filled = [token for i, given in enumerate(ids[:prefix]) for token in content.get(i, [given])]
+            assert filled == text
+            spans.append(sum(map(len, content.values())) / len(text))
+            if len(masks) > 1:
+                orders.add(list(content) == masks)
+    assert 0.12 < np.mean(spans) < 0.25  # of short texts at least one token is blanked
+    assert orders == ({True, False} if name == "glm2021" else set())
+
+
+def test_blanks_are_repeated_by_a_resumed_run() -> None:
+    data = blanked()
+    data.next_batch()
+    again = blanked()
+    again.load_state(json.loads(json.dumps(data.state())))
+    for found, expected in zip(again.next_batch(), data.next_batch(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(DataError, match="seed"):
+        blanked(seed=1).load_state(data.state())
+
+
+def test_what_blanks_refuse() -> None:
+    rule = open_checkpoint(GOLDEN / "glm2021").spec.prefix
+    with pytest.raises(ConfigError, match="fills blanks"):
+        BlankedTokens(CountedData(), PrefixSpec(), 1, context=40, positions=128, seed=0)
+    with pytest.raises(ConfigError, match="context"):
+        BlankedTokens(CountedData(), rule, 63, context=40, positions=44, seed=0)
+    with pytest.raises(DataError, match="already"):
+        BlankedTokens(CountedData(vocab=67), rule, 63, context=40, positions=128, seed=0).next_batch()
+
+
+def test_gradients_of_blanks_in_another_order() -> None:
+    """The written-out model is told the positions that the batch has."""
+    need_torch()
+    import torch
+    from oracle.glm import Reference
+    from safetensors.torch import load_file
+
+    tokens, labels, starts, positions = blanked().next_batch()
+    model = Reference(goldens.variants()["glm2021"].config)
+    model.load_state_dict(load_file(GOLDEN / "glm2021" / "model.safetensors"))
+    own, given = model.places, {}
+    for first, end in pairwise(starts.tolist()):
+        given[tuple(tokens[first:end].tolist())] = positions[first:end]
+    model.places = lambda ids, start: (torch.from_numpy(given[tuple(ids)]).long(), own(ids, start)[1])
+    expected = torch_gradients(model, (tokens, labels, starts), lambda ids, labels: model(ids)[0])
+    found = gradients(at_hand("glm2021", TrainingOps(threads=2)), (tokens, labels, starts, positions))
+    assert_gradients(GOLDEN / "glm2021", found, expected)
+
+
+def test_a_run_that_fills_blanks_learns(tmp_path: Path) -> None:
+    config = TrainConfig(tmp_path / "run", steps=40, learning_rate=3e-3, objective="blanks", threads=2)
+    trainer = Trainer(GOLDEN / "glm2021", blanked(), config)
+    losses = [trainer.step().loss for _ in range(40)]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
+    llm = LLM(trainer.save(), skip_tokenizer_init=True, threads=2)
+    [output] = llm.generate({"prompt_token_ids": [5, 6, 60, 9, 62]}, temperature=0, max_tokens=4)
+    assert 1 <= len(output.outputs[0].token_ids) <= 4
+    with pytest.raises(RequestError, match="start token"):
+        llm.generate({"prompt_token_ids": [5, 6, 60, 9]})

@@ -86,7 +86,10 @@ def train(
     steps: Steps = None,
     objective: Annotated[
         str | None,
-        o.option("--objective", help="causal (default); prefix: a random beginning of each text sees all of itself."),
+        o.option(
+            "--objective",
+            help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's.",
+        ),
     ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,
     learning_rate: Annotated[

@@ -12,7 +12,7 @@ from pyllm.prefix import PrefixSpec
 from pyllm.spec import AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
 from pyllm.weight_names import NameTable, Row, linear
 
-_MASKS = ("mask_token_id", "smask_token_id", "gmask_token_id")
+_MASKS = ("gmask_token_id", "smask_token_id", "mask_token_id")  # a text without one is gone on with: the first
 _UNUSED = (  # of training and of other heads, or neutral: scores are divided by attention_scale, then multiplied by it
     "attention_dropout_prob",
     "attention_scale",

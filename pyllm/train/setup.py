@@ -14,6 +14,7 @@ from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
+from pyllm.train.objectives.blanks import BlankedTokens
 from pyllm.train.objectives.prefix import SplitTokens
 from pyllm.train.report import Data
 from pyllm.train.run_config import RunConfig, settings
@@ -114,7 +115,13 @@ def prepare(
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
 
+    values = model if isinstance(model, dict) else read_config(model)
+    spec = family_of(values).read(values)
+
     def aimed(data: PackedData) -> Data:
+        if objective == "blanks":
+            end = next(iter(spec.eos_token_ids), None)
+            return BlankedTokens(data, spec.prefix, end, context=context, positions=spec.max_positions, seed=seed)
         return SplitTokens(data, seed) if objective == "prefix" else data
 
     return Setup(model, tokenizer, train, aimed(train), None if valid is None else aimed(valid), tuple(train.notes))

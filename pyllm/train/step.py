@@ -79,9 +79,9 @@ class Step:
 
     # A step
 
-    def fill(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def fill(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None = None) -> None:
         """Take in a micro-batch, as :class:`pyllm.train.Data` gives it; raises `RequestError` for one that is wrong."""
-        self._check(tokens, labels, starts)
+        self._check(tokens, labels, starts, positions)
         batch, lengths = self.batch, np.diff(starts)
         blocks = -(-lengths // BLOCK_TOKENS)
         first = np.cumsum(blocks) - blocks
@@ -96,7 +96,7 @@ class Step:
         if batch.rope_rows is not None:
             self._fill_rope(lengths)
         if batch.prefix is not None:
-            self._fill_prefixes(tokens, labels, starts)
+            self._fill_prefixes(tokens, labels, starts, positions)
 
     def accumulate(self, counted: int, seed: int) -> float:
         """Add the gradients of the micro-batch that was filled in, and give the sum of its losses.
@@ -191,10 +191,12 @@ class Step:
 
     # Inside
 
-    def _check(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def _check(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
         spec, shape = self.parameters.spec, self.shape
-        for name, array, size in (("tokens", tokens, shape.tokens), ("labels", labels, shape.tokens),
-                                  ("starts", starts, shape.sequences + 1)):  # fmt: skip
+        expected = [("tokens", tokens, shape.tokens), ("labels", labels, shape.tokens)]
+        expected += [("starts", starts, shape.sequences + 1)]
+        expected += [("positions", positions, shape.tokens)] if positions is not None else []
+        for name, array, size in expected:
             if array.dtype != np.int32 or array.shape != (size,):
                 raise RequestError(
                     f"micro-batch: {name}: expected int32 [{size}], got {array.dtype} {list(array.shape)}"
@@ -214,7 +216,7 @@ class Step:
                     "tokenized for another model?"
                 )
 
-    def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
         """Where each sequence's bidirectional prefix ends: before its start token, or with the first label that counts,
         as everything before is given."""
         rule, batch = self.parameters.spec.prefix, self.batch
@@ -231,7 +233,8 @@ class Step:
                     f"micro-batch: sequence {i}: label {counted[0]} counts, but stands in the prefix, whose tokens see "
                     f"it: expected labels from the start token (id {rule.start_id}) on"
                 )
-            batch.place(slice(first, end), *rule.positions(ids))
+            places, second = rule.positions(ids)
+            batch.place(slice(first, end), places if positions is None else positions[first:end], second)
 
     def _fill_rope(self, lengths: NDArray[Any]) -> None:
         """Frequencies that depend on a sequence's length."""

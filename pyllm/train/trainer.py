@@ -136,7 +136,7 @@ class Trainer:
         began = time.perf_counter()
         config, number = self.config, self.steps_done + 1
         batches = [self.data.next_batch() for _ in range(config.accumulation)]
-        counted = sum(int((labels != IGNORED).sum()) for _, labels, _ in batches)
+        counted = sum(int((labels != IGNORED).sum()) for _, labels, *_ in batches)
         if counted == 0:
             raise RequestError(f"step {number}: no token of its {len(batches)} micro-batches counts: every label is "
                                f"{IGNORED}")  # fmt: skip
@@ -303,7 +303,7 @@ def _shape(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape
         if source is None:
             continue
         state = source.state()
-        tokens, _, starts = source.next_batch()
+        tokens, _, starts, *_ = source.next_batch()
         source.load_state(state)
         shapes.append((len(tokens), len(starts) - 1))
     if len(set(shapes)) > 1:

@@ -24,7 +24,7 @@ class SplitTokens:
 
     def next_batch(self) -> tuple[I32, I32, I32]:
         """See :class:`pyllm.train.Data`."""
-        tokens, labels, starts = self._data.next_batch()
+        tokens, labels, starts, *_ = self._data.next_batch()
         rng = np.random.Generator(np.random.PCG64([self._seed, self._position]))
         self._position += 1
         labels = labels.copy()
