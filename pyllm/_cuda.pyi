@@ -114,3 +114,50 @@ def plain_attention(
     most_queries: int,
     stream: int,
 ) -> None: ...
+def norm(
+    y: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    sum: Array | None,
+    eps: float,
+    kind: int,
+    stream: int,
+) -> None: ...
+def activation(y: Array, x: Array, up: Array | None, activation: int, stream: int) -> None: ...
+def embedding(
+    y: Array, tokens: Array, table: Array, positions: Array | None, position_table: Array | None, stream: int
+) -> None: ...
+def rope_angles(
+    cos: Array, sin: Array, positions: Array, inv_freq: Array, table: Array | None, scaling: float, stream: int
+) -> None: ...
+def rope(x: Array, cos: Array, sin: Array, head_size: int, inverse: bool, stream: int) -> None: ...
+def kv_write(
+    cache: Array,
+    k: Array,
+    v: Array,
+    slots: Array,
+    head_size: int,
+    cos: Array | None,
+    sin: Array | None,
+    stream: int,
+) -> None: ...
+def sample(
+    tokens: Array,
+    logits: Array,
+    rows: Array,
+    history_starts: Array | None,
+    history_ids: Array | None,
+    history_counts: Array | None,
+    bias_starts: Array | None,
+    bias_ids: Array | None,
+    bias_values: Array | None,
+    allowed_starts: Array | None,
+    allowed_ids: Array | None,
+    workspace: Array | None,
+    stream: int,
+) -> None: ...
+def logprobs(
+    chosen: Array, ranks: Array, top: Array, top_ids: Array, logits: Array, ids: Array, stream: int
+) -> None: ...

@@ -26,6 +26,8 @@ DTYPES = {
     np.dtype(ml_dtypes.bfloat16): "bfloat16",
     np.dtype(np.int32): "int32",
     np.dtype(np.uint32): "uint32",
+    np.dtype(np.int64): "int64",
+    np.dtype(np.uint8): "uint8",
 }
 
 
@@ -94,7 +96,7 @@ class Device:
         self._stream.sync()
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> _cuda.Array:
-        """Memory for an array of float32, bfloat16, int32 or uint32; what it holds is undefined."""
+        """Memory for an array of one of `DTYPES`; what it holds is undefined."""
         from pyllm import _cuda
 
         if np.dtype(dtype) not in DTYPES:

@@ -36,6 +36,7 @@ class Rule:
 
 # Two blocks of the decode matmul, of two launches that overlap, share a multiprocessor and its 64 Ki registers; 112
 # leave room for blocks of up to 288 threads. A block of decode attention has 128 threads, so any number fits beside.
+# The kernels of sampling have blocks of 1,024 threads, the other small ones of 256: 64 each is what a block may have.
 RULES = (
     Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
@@ -43,6 +44,14 @@ RULES = (
     Rule("plain_attention_kernel", 128, ("FFMA",)),
     Rule("split_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("prompt_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("norm_kernel", 64),
+    Rule("activation_kernel", 64),
+    Rule("embedding_kernel", 64),
+    Rule("rope_angles_kernel", 64),
+    Rule("rope_kernel", 64),
+    Rule("kv_write_kernel", 64),
+    Rule("sample_kernel", 64, ("ATOMS",)),
+    Rule("logprobs_kernel", 64, ("ATOMS",)),
 )
 
 
@@ -114,7 +123,15 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
     """Kernels of one file, and the warnings of its compilation."""
     compiled = folder / f"{source.stem}.{architecture}.o"
     compiler = os.environ.get("CUDACXX") or tool("nvcc")
-    options = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-gencode={ARCHITECTURES[architecture]}", "-Xptxas", "-v"]
+    options = [
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        f"-I{ROOT / 'csrc'}",
+        f"-gencode={ARCHITECTURES[architecture]}",
+        "-Xptxas",
+        "-v",
+    ]
     command = [compiler, *options, "-Xcompiler", "-Wall,-Wextra", "-c", "-o", str(compiled), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     report = done.stdout + done.stderr

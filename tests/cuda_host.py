@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = ROOT / "tests" / "cuda_host"
@@ -64,8 +68,110 @@ class AttentionArgs(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compile every kernel file of csrc/cuda and the emulator into a library under `folder`."""
+class RowLists(ctypes.Structure):
+    """RowLists of core/sampling.h."""
+
+    _fields_ = [("starts", ctypes.c_void_p), ("ids", ctypes.c_void_p)]
+
+
+class SampleArgs(ctypes.Structure):
+    """SampleArgs of core/sampling.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("tokens", "logits", "rows")),
+        ("history", RowLists),
+        ("history_counts", ctypes.c_void_p),
+        ("bias", RowLists),
+        ("bias_values", ctypes.c_void_p),
+        ("allowed", RowLists),
+        *((name, ctypes.c_int64) for name in ("count", "vocab", "stride")),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class LogprobsArgs(ctypes.Structure):
+    """LogprobsArgs of core/sampling.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("chosen", "ranks", "top", "top_ids", "logits", "ids")),
+        *((name, ctypes.c_int64) for name in ("count", "vocab", "stride", "top_n")),
+    ]
+
+
+class NormArgs(ctypes.Structure):
+    """NormArgs of cuda/layers.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("y", "sum", "x", "residual", "weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("y_stride", "sum_stride", "x_stride", "residual_stride")),
+        ("eps", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+        ("y_dtype", ctypes.c_int32),
+    ]
+
+
+class ActivationArgs(ctypes.Structure):
+    """ActivationArgs of cuda/layers.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("y", "x", "up")),
+        *((name, ctypes.c_int64) for name in ("rows", "dim", "x_stride", "up_stride", "y_stride")),
+        *((name, ctypes.c_int32) for name in ("activation", "x_dtype", "y_dtype")),
+    ]
+
+
+class EmbeddingArgs(ctypes.Structure):
+    """EmbeddingArgs of cuda/layers.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("y", "tokens", "positions", "table", "position_table")),
+        *((name, ctypes.c_int64) for name in ("rows", "dim", "y_stride", "table_stride", "position_stride")),
+        *((name, ctypes.c_int64) for name in ("vocab", "position_rows")),
+        ("table_dtype", ctypes.c_int32),
+    ]
+
+
+class RopeAnglesArgs(ctypes.Structure):
+    """RopeAnglesArgs of core/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "positions", "inv_freq", "table")),
+        *((name, ctypes.c_int64) for name in ("rows", "half", "classes")),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+class RopeArgs(ctypes.Structure):
+    """RopeArgs of core/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "head_size", "half", "x_stride")),
+        ("inverse", ctypes.c_bool),
+    ]
+
+
+class KvWriteArgs(ctypes.Structure):
+    """KvWriteArgs of core/args.h."""
+
+    _fields_ = [
+        ("cache", CacheView),
+        *((name, ctypes.c_void_p) for name in ("k", "v", "cos", "sin", "slots")),
+        *((name, ctypes.c_int64) for name in ("rows", "half", "k_stride", "v_stride")),
+    ]
+
+
+@functools.cache
+def build() -> ctypes.CDLL:
+    """A library of every kernel file of csrc/cuda over the emulator; the test is skipped where there is no compiler."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler is installed")
+    with tempfile.TemporaryDirectory() as folder:
+        return _build(Path(folder))
+
+
+def _build(folder: Path) -> ctypes.CDLL:
     compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-w", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
     jobs = [
@@ -83,6 +189,18 @@ def build(folder: Path) -> ctypes.CDLL:
     kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
     for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]
+    for args in (
+        NormArgs,
+        ActivationArgs,
+        EmbeddingArgs,
+        RopeAnglesArgs,
+        RopeArgs,
+        KvWriteArgs,
+        SampleArgs,
+        LogprobsArgs,
+    ):
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in args.__name__.removesuffix("Args"))
+        getattr(kernels, f"host{name}").argtypes = [ctypes.POINTER(args)]
     return kernels
 
 

@@ -102,6 +102,79 @@ def test_split_attention_checks_its_workspace():
             _cuda.split_attention(**{**attention_args(), **work, "split_blocks": 2, **changed})
 
 
+def float32(*shape):
+    return array(*shape, dtype="float32")
+
+
+def int32(*shape):
+    return array(*shape, dtype="int32")
+
+
+NORM = {
+    "y": array(3, 2, 8), "x": float32(3, 2, 8), "weight": float32(8), "bias": None, "residual": None, "sum": None,
+    "eps": 1e-5, "kind": 0,
+}  # fmt: skip
+ACTIVATION = {"y": array(3, 8), "x": float32(3, 8), "up": None, "activation": 3}
+EMBEDDING = {"y": float32(3, 8), "tokens": int32(3), "table": array(9, 8), "positions": None, "position_table": None}
+ANGLES = {
+    "cos": float32(3, 4), "sin": float32(3, 4), "positions": int32(3), "inv_freq": float32(1, 4), "table": None,
+    "scaling": 1.0,
+}  # fmt: skip
+ROPE = {"x": float32(3, 16), "cos": float32(3, 4), "sin": float32(3, 4), "head_size": 8, "inverse": False}
+KV_WRITE = {
+    "cache": array(5, 2, 2, 64, 16), "k": float32(3, 16), "v": float32(3, 16), "slots": array(3, dtype="int64"),
+    "head_size": 8, "cos": float32(3, 4), "sin": float32(3, 4),
+}  # fmt: skip
+SAMPLE = {
+    "tokens": int32(3), "logits": float32(3, 50), "rows": array(3, 48, dtype="uint8"), "history_starts": None,
+    "history_ids": None, "history_counts": None, "bias_starts": None, "bias_ids": None, "bias_values": None,
+    "allowed_starts": None, "allowed_ids": None, "workspace": None,
+}  # fmt: skip
+LOGPROBS = {
+    "chosen": float32(3), "ranks": int32(3), "top": float32(3, 5), "top_ids": int32(3, 5), "logits": float32(3, 50),
+    "ids": int32(3),
+}  # fmt: skip
+LISTS = {"allowed_starts": array(4, dtype="int64"), "allowed_ids": int32(7)}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "args", "changed", "expected"),
+    [
+        ("norm", NORM, {"x": array(3, 2, 8)}, "x: expected float32, got bfloat16"),
+        ("norm", NORM, {"y": array(3, 16)}, "y: expected the shape of x"),
+        ("norm", NORM, {"x": float32(3), "y": float32(3)}, "x: expected shape"),
+        ("norm", NORM, {"weight": float32(16)}, r"weight: expected shape \[8\]"),
+        ("norm", NORM, {"x": array(3, 2, 8, dtype="float32", strides=[32, 16, 1])}, "x: expected heads side by side"),
+        ("norm", NORM, {"kind": 2}, "kind: expected 0 to 1"),
+        (
+            "norm",
+            NORM,
+            {"x": float32(3, 57001), "y": float32(3, 57001), "weight": None},
+            "x: columns: expected 0 to 57000",
+        ),
+        ("activation", ACTIVATION, {"up": array(3, 8)}, "up: expected float32, got bfloat16"),
+        ("activation", ACTIVATION, {"y": array(3, 9)}, r"y: expected shape \[3, 8\]"),
+        ("embedding", EMBEDDING, {"positions": int32(3)}, "both or neither"),
+        ("embedding", EMBEDDING, {"y": float32(4, 8)}, r"y: expected shape \[3, 8\]"),
+        ("rope_angles", ANGLES, {"inv_freq": float32(0, 4)}, "at least one row"),
+        ("rope_angles", ANGLES, {"sin": float32(3, 5)}, "sin: expected shape"),
+        ("rope", ROPE, {"head_size": 7}, "whole heads of 7, got 16 columns"),
+        ("rope", ROPE, {"head_size": 4}, "at most half as many columns as a head has, got 4 for heads of 4"),
+        ("kv_write", KV_WRITE, {"cache": array(5, 2, 2, 64, 8)}, "cache: expected shape"),
+        ("kv_write", KV_WRITE, {"slots": int32(3)}, "slots: expected int64"),
+        ("kv_write", KV_WRITE, {"sin": None}, "cos, sin: expected both or neither"),
+        ("sample", SAMPLE, {"rows": array(3, 40, dtype="uint8")}, r"rows: expected shape \[3, 48\]"),
+        ("sample", SAMPLE, {"allowed_ids": int32(7)}, "allowed: expected starts and ids, or neither"),
+        ("sample", SAMPLE, {**LISTS, "workspace": float32(6)}, r"workspace: expected shape \[7\]"),
+        ("logprobs", LOGPROBS, {"top": float32(3, 257), "top_ids": int32(3, 257)}, "top: columns: expected 0 to 256"),
+        ("logprobs", LOGPROBS, {"top_ids": int32(3, 4)}, "top_ids: expected shape"),
+    ],
+)
+def test_small_kernels_refuse_what_they_cannot_take(kernel, args, changed, expected):
+    with pytest.raises((TypeError, ValueError), match=expected):
+        getattr(_cuda, kernel)(**{**args, "stream": 0, **changed})
+
+
 @pytest.mark.skipif(device.unavailable() is None, reason="there is a GPU")
 def test_a_launch_without_a_driver_is_an_error_that_names_the_kernel():
     with pytest.raises(RuntimeError, match="mma_matmul: cudaError"):

@@ -9,13 +9,13 @@
 namespace pyllm::bindings {
 namespace {
 
-constexpr std::array<std::pair<const char*, int64_t>, 4> kDtypes{
-    {{"float32", 4}, {"bfloat16", 2}, {"int32", 4}, {"uint32", 4}}};
+constexpr std::array<std::pair<const char*, int64_t>, 6> kDtypes{
+    {{"float32", 4}, {"bfloat16", 2}, {"int32", 4}, {"uint32", 4}, {"int64", 8}, {"uint8", 1}}};
 
 int64_t item_bytes(const std::string& dtype) {
   for (const auto& [name, bytes] : kDtypes)
     if (dtype == name) return bytes;
-  throw py::type_error("dtype: expected float32, bfloat16, int32 or uint32, got " + dtype);
+  throw py::type_error("dtype: expected float32, bfloat16, int32, uint32, int64 or uint8, got " + dtype);
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {

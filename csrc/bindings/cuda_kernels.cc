@@ -1,26 +1,10 @@
-// The launchers of csrc/cuda: every argument is checked here, and every launch's error raised.
-#include "bindings/cuda_arrays.h"
+// The launchers of csrc/cuda/matmul.h and attention.h: every argument is checked here, and every launch's error raised.
+#include "bindings/cuda_launch.h"
 #include "cuda/attention.h"
 #include "cuda/matmul.h"
 
 namespace pyllm::bindings {
 namespace {
-
-constexpr const char* kFloats = "float32|bfloat16";
-constexpr int64_t kMaxGrid = 65535;  // blocks in the second and third dimension of a grid
-
-void raise(cudaError_t error, const char* kernel) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
-
-void check_range(int64_t value, int64_t low, int64_t high, const char* name) {
-  if (value < low || value > high)
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(low) + " to " + std::to_string(high) +
-                          ", got " + std::to_string(value));
-}
-
-cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 cuda::MatmulArgs matmul_args(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
                              const py::object& residual, int activation, bool gated) {

@@ -1,5 +1,6 @@
 // Counter-based random numbers: Philox 4x32 with ten rounds (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as
 // easy as 1, 2, 3; SC 2011). A number is a pure function of key and counter, so a draw depends on nothing but the two.
+// Both functions are constexpr, which CUDA kernels may call.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +10,7 @@ struct Philox {
   uint32_t words[4];
 };
 
-static inline Philox philox4x32(Philox counter, uint32_t key0, uint32_t key1) {
+static constexpr Philox philox4x32(Philox counter, uint32_t key0, uint32_t key1) {
   uint32_t* c = counter.words;
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(0xd2511f53u) * c[0], b = uint64_t(0xcd9e8d57u) * c[2];
@@ -23,7 +24,7 @@ static inline Philox philox4x32(Philox counter, uint32_t key0, uint32_t key1) {
 }
 
 // Uniform in [0, 1) with 53 random bits: number `position` of stream `stream` of `seed`.
-static inline double uniform(uint64_t seed, uint32_t stream, uint64_t position) {
+static constexpr double uniform(uint64_t seed, uint32_t stream, uint64_t position) {
   const Philox r =
       philox4x32({{uint32_t(position), uint32_t(position >> 32), stream, 0}}, uint32_t(seed), uint32_t(seed >> 32));
   return double(uint64_t(r.words[0]) << 21 ^ r.words[1] >> 11) * 0x1p-53;

@@ -88,11 +88,11 @@ struct CacheView {
   int64_t blocks, kv_heads, head_size;
   DType dtype;  // f32, bf16 or i8
 
-  int64_t padded_head() const { return round_up(head_size, kHeadPad); }
-  int64_t scale_elements() const { return dtype == DType::i8 ? 2 : 0; }  // of one token
-  int64_t half_elements() const { return kBlockTokens * (padded_head() + scale_elements()); }
-  int64_t head_elements() const { return 2 * half_elements(); }
-  int64_t block_elements() const { return kv_heads * head_elements(); }
+  constexpr int64_t padded_head() const { return round_up(head_size, kHeadPad); }
+  constexpr int64_t scale_elements() const { return dtype == DType::i8 ? 2 : 0; }  // of one token
+  constexpr int64_t half_elements() const { return kBlockTokens * (padded_head() + scale_elements()); }
+  constexpr int64_t head_elements() const { return 2 * half_elements(); }
+  constexpr int64_t block_elements() const { return kv_heads * head_elements(); }
 };
 
 }  // namespace pyllm

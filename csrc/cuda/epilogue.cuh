@@ -1,24 +1,9 @@
 // What happens to two neighbouring sums of a matrix product before they are stored.
 #pragma once
+#include "cuda/activate.cuh"
 #include "cuda/matmul.h"
-#include "cuda/ptx.cuh"
 
 namespace pyllm::cuda {
-
-__device__ __forceinline__ float activate(float x, Activation kind) {
-  switch (kind) {
-    case Activation::gelu_erf:
-      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    case Activation::gelu_tanh:
-      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case Activation::silu:
-      return x / (1.0f + expf(-x));
-    case Activation::relu:
-      return x < 0.0f ? 0.0f : x;  // a NaN stays one
-    default:
-      return x;
-  }
-}
 
 __device__ __forceinline__ void store(const MatmulArgs& a, int64_t row, int64_t column, float v) {
   if (a.residual) v += a.residual[row * a.residual_stride + column];

@@ -67,22 +67,44 @@ inline void __syncwarp() {
   emulator::warp_together(nullptr, [](void* const*) {});
 }
 inline void __threadfence() {}
-inline uint32_t atomicAdd(uint32_t* p, uint32_t by) {
-  const uint32_t before = *p;
+template <class T>
+T atomicAdd(T* p, T by) {
+  const T before = *p;
   *p += by;
   return before;
 }
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t __float_as_uint(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+inline double cospi(double x) { return std::cos(std::fmod(x, 2.0) * M_PI); }
+inline double sinpi(double x) { return std::sin(std::fmod(x, 2.0) * M_PI); }
+// Lane i gets the value of lane from(i).
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+T shuffle(T value, int (*from)(int lane, int by), int by) {
   struct {
     T in, out;
-    int mask;
-  } mine{value, value, mask};
+    int from;
+  } mine{value, value, from(int(threadIdx.x % 32), by)};
   emulator::warp_together(&mine, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {
       auto* to = static_cast<decltype(mine)*>(lanes[i]);
-      to->out = static_cast<decltype(mine)*>(lanes[i ^ to->mask])->in;
+      to->out = static_cast<decltype(mine)*>(lanes[to->from])->in;
     }
   });
   return mine.out;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shuffle<T>(value, [](int lane, int by) { return lane ^ by; }, mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int by) {
+  return shuffle<T>(value, [](int lane, int by) { return lane < by ? lane : lane - by; }, by);
 }

@@ -1,8 +1,11 @@
 // The launchers by plain names, for ctypes.
 #include "cuda/attention.h"
+#include "cuda/layers.h"
 #include "cuda/matmul.h"
+#include "cuda/sampling.h"
 
 using namespace pyllm::cuda;
+namespace cuda = pyllm::cuda;
 
 extern "C" {
 int host_skinny_matmul(const MatmulArgs* args, int64_t multiprocessors) {
@@ -13,6 +16,14 @@ int host_plain_matmul(const MatmulArgs* args) { return plain_matmul(*args, nullp
 int host_prompt_attention(const AttentionArgs* args) { return prompt_attention(*args, nullptr); }
 int host_plain_attention(const AttentionArgs* args) { return plain_attention(*args, nullptr); }
 int host_split_attention(const AttentionArgs* args) { return split_attention(*args, nullptr); }
+int host_norm(const cuda::NormArgs* args) { return norm(*args, nullptr); }
+int host_activation(const cuda::ActivationArgs* args) { return activation(*args, nullptr); }
+int host_embedding(const cuda::EmbeddingArgs* args) { return embedding(*args, nullptr); }
+int host_rope_angles(const pyllm::RopeAnglesArgs* args) { return rope_angles(*args, nullptr); }
+int host_rope(const pyllm::RopeArgs* args) { return rope(*args, nullptr); }
+int host_kv_write(const pyllm::KvWriteArgs* args) { return kv_write(*args, nullptr); }
+int host_sample(const pyllm::SampleArgs* args) { return sample(*args, nullptr); }
+int host_logprobs(const pyllm::LogprobsArgs* args) { return logprobs(*args, nullptr); }
 void host_skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors, SkinnyPlan* plan) {
   *plan = skinny_plan(rows, n, k, multiprocessors);
 }

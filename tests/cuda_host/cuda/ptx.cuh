@@ -7,15 +7,9 @@ namespace pyllm::cuda {
 using bf16 = uint16_t;
 
 inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
+inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x) << 16); }
 inline uint32_t round_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
