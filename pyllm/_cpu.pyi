@@ -148,6 +148,8 @@ class Context:
     ) -> None: ...
     def gather(self, y: _F32, x: _F32, index: _I32) -> None: ...
     def gather_backward(self, dx: _F32, dy: _F32, index: _I32) -> None: ...
+    def gather_columns(self, y: _F32, x: _F32, index: _I32) -> None: ...
+    def gather_columns_backward(self, dx: _F32, dy: _F32, index: _I32) -> None: ...
     def rope_angles(
         self, cos: _F32, sin: _F32, positions: _I32, inv_freq: _F32, table: _I32 | None, scaling: float
     ) -> None: ...
@@ -172,6 +174,9 @@ class Context:
         causal: bool = True,
         prefix: _I32 | None = None,
         sinks: int = 0,
+        bias: _F32 | None = None,
+        slopes: _F32 | None = None,
+        softcap: float | None = None,
     ) -> None: ...
     def attention_backward(
         self,
@@ -194,6 +199,11 @@ class Context:
         causal: bool = True,
         prefix: _I32 | None = None,
         sinks: int = 0,
+        bias: _F32 | None = None,
+        slopes: _F32 | None = None,
+        softcap: float | None = None,
+        dbias: _F32 | None = None,
+        add_dbias: bool = False,
     ) -> None: ...
     def dropout(self, y: _F32, x: _F32, residual: _F32 | None, dropout: _Dropout | None) -> None: ...
     def cross_entropy(

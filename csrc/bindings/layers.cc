@@ -179,6 +179,12 @@ void check_values(const EmbeddingBackwardArgs& a) {
 
 void check_values(const GatherBackwardArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of dx"); }
 
+void check_values(const GatherColumnsArgs& a) { check_ids(a.index, a.columns, a.x_columns, "index", "a column of x"); }
+
+void check_values(const GatherColumnsBackwardArgs& a) {
+  check_ids(a.index, a.columns, a.x_columns, "index", "a column of dx");
+}
+
 void check_values(const GatherArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of x"); }
 
 void embedding(Context& context, const py::object& y, const py::object& tokens, const py::object& table,
@@ -239,6 +245,22 @@ void gather_backward(Context& context, const py::object& dx, const py::object& d
   context.submit(&cpu::KernelTable::gather_backward, args, {dx, dy, index}, &check_values);
 }
 
+void gather_columns(Context& context, const py::object& y, const py::object& x, const py::object& index) {
+  const auto in = rows_of<const float>(x, "x", -1, -1);
+  const auto out = rows_of<float>(y, "y", in.rows, -1);
+  const int32_t* columns = vector_of<const int32_t>(index, "index", out.cols);
+  GatherColumnsArgs args{out.data, in.data, columns, in.rows, out.cols, in.cols, out.stride, in.stride};
+  context.submit(&cpu::KernelTable::gather_columns, args, {y, x, index}, &check_values);
+}
+
+void gather_columns_backward(Context& context, const py::object& dx, const py::object& dy, const py::object& index) {
+  const auto in = rows_of<const float>(dy, "dy", -1, -1);
+  const auto out = rows_of<float>(dx, "dx", in.rows, -1);
+  const int32_t* columns = vector_of<const int32_t>(index, "index", in.cols);
+  GatherColumnsBackwardArgs args{out.data, in.data, columns, in.rows, in.cols, out.cols, out.stride, in.stride};
+  context.submit(&cpu::KernelTable::gather_columns_backward, args, {dx, dy, index}, &check_values);
+}
+
 }  // namespace
 
 void bind_layers(py::module_&, ContextClass& context) {
@@ -254,6 +276,8 @@ void bind_layers(py::module_&, ContextClass& context) {
               py::arg("tokens"), py::arg("positions"));
   context.def("gather", &gather, py::arg("y"), py::arg("x"), py::arg("index"));
   context.def("gather_backward", &gather_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
+  context.def("gather_columns", &gather_columns, py::arg("y"), py::arg("x"), py::arg("index"));
+  context.def("gather_columns_backward", &gather_columns_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
 }
 
 }  // namespace pyllm::bindings
