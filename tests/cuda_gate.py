@@ -50,6 +50,7 @@ RULES = (
     Rule("rope_angles_kernel", 64),
     Rule("rope_kernel", 64),
     Rule("kv_write_kernel", 64),
+    Rule("advance_kernel", 64),
     Rule("sample_kernel", 64, ("ATOMS",)),
     Rule("logprobs_kernel", 64, ("ATOMS",)),
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -163,26 +166,53 @@ class KvWriteArgs(ctypes.Structure):
 
 
 @functools.cache
-def build() -> ctypes.CDLL:
-    """A library of every kernel file of csrc/cuda over the emulator; the test is skipped where there is no compiler."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+def library() -> Path:
+    """Every kernel file of csrc/cuda over the emulator, compiled, with the bindings on top: also a module ``_cuda``.
+
+    The test is skipped where there is no compiler, or no pybind11.
+
+    It is made once for the sources as they are, in the build folder.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
         pytest.skip("no C++ compiler is installed")
-    with tempfile.TemporaryDirectory() as folder:
-        return _build(Path(folder))
-
-
-def _build(folder: Path) -> ctypes.CDLL:
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-w", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
-    jobs = [
-        subprocess.Popen([*compiler, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
-        for source in sources
+    pybind11 = pytest.importorskip("pybind11")
+    command = [compiler, "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-x", "c++"]
+    kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
+    bindings = sorted((ROOT / "csrc/bindings").glob("cuda_*.cc"))
+    read = [
+        *kernels,
+        *bindings,
+        *HOST.rglob("*.*h"),
+        *(ROOT / "csrc/cuda").glob("*.*h"),
+        *(ROOT / "csrc/core").glob("*.h"),
     ]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    library = folder / "kernels.so"
-    objects = [str(folder / f"{source.name}.o") for source in sources]
-    subprocess.run([compiler[0], "-shared", "-o", str(library), *objects], check=True)
-    kernels = ctypes.CDLL(str(library))
+    read += (ROOT / "csrc/bindings").glob("cuda_*.h")
+    state = hashlib.sha256(repr((command, sys.version)).encode())
+    for path in sorted(read):
+        state.update(path.read_bytes())
+    result = ROOT / "build" / "cuda_host" / state.hexdigest()[:16] / "_cuda.so"
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+        objects = [f"{folder}/{source.name}.o" for source in [*bindings, *kernels]]
+        jobs = [
+            subprocess.Popen([*command, "-O0" if source in bindings else "-O1", "-c", str(source), "-o", to])
+            for source, to in zip([*bindings, *kernels], objects, strict=True)
+        ]
+        assert [job.wait() for job in jobs] == [0] * len(jobs)
+        subprocess.run([compiler, "-shared", "-o", f"{folder}/_cuda.so", *objects], check=True)
+        os.replace(f"{folder}/_cuda.so", result)
+    return result
+
+
+@functools.cache
+def build() -> ctypes.CDLL:
+    """The launchers, for ctypes."""
+    kernels = ctypes.CDLL(str(library()))
     arguments, number = ctypes.POINTER(MatmulArgs), ctypes.c_int64
     kernels.host_skinny_matmul.argtypes = [arguments, number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]

@@ -40,5 +40,6 @@ void check_aligned(const DeviceArray& a, const char* name);
 void bind_cuda_arrays(py::module_& module);
 void bind_cuda_kernels(py::module_& module);
 void bind_cuda_layers(py::module_& module);
+void bind_cuda_memory(py::module_& module);
 
 }  // namespace pyllm::bindings

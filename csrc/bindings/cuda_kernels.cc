@@ -176,6 +176,10 @@ void plain_attention(const py::object& out, const py::object& q, const py::objec
 
 void bind_cuda_kernels(py::module_& module) {
   using py::arg;
+  module.def(
+      "skinny_fits",
+      [](int64_t rows, int64_t k) { return k % 8 == 0 && k > 0 && cuda::skinny_plan(rows, 1, k, 1).fits; },
+      "Whether skinny_matmul takes so many rows of this inner dimension.", arg("rows"), arg("k"));
   module.def("skinny_matmul", &skinny_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
              arg("activation"), arg("gated"), arg("norm_weight"), arg("norm_bias"), arg("norm"), arg("eps"),
              arg("multiprocessors"), arg("overlapped"), arg("stream"));

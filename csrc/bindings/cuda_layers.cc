@@ -1,5 +1,6 @@
 // The launchers of csrc/cuda/layers.h and sampling.h: every argument is checked here, and every launch's error raised.
 #include "bindings/cuda_launch.h"
+#include "cuda/advance.h"
 #include "cuda/layers.h"
 #include "cuda/sampling.h"
 
@@ -267,6 +268,24 @@ void logprobs(const py::object& chosen, const py::object& ranks, const py::objec
   raise(cuda::logprobs(a, stream_of(stream)), "logprobs");
 }
 
+void advance(const py::object& tokens, const py::object& positions, const py::object& slots, const py::object& lengths,
+             const py::object& rows, const py::object& chosen, uintptr_t stream) {
+  const auto& ids = device_array(chosen, "chosen", "int32", {-1});
+  cuda::AdvanceArgs a{};
+  a.count = ids.dim(0);
+  a.chosen = static_cast<const int32_t*>(ids.data);
+  a.tokens = static_cast<int32_t*>(device_array(tokens, "tokens", "int32", {a.count}).data);
+  a.positions = static_cast<int32_t*>(device_array(positions, "positions", "int32", {a.count}).data);
+  a.slots = static_cast<int64_t*>(device_array(slots, "slots", "int64", {a.count}).data);
+  a.lengths = static_cast<int32_t*>(device_array(lengths, "lengths", "int32", {a.count}).data);
+  const auto& draws = device_array(rows, "rows", "uint8", {a.count, int64_t(sizeof(SampleRow))});
+  check_aligned(draws, "rows");
+  a.rows = static_cast<SampleRow*>(draws.data);
+  check_range(a.count, 0, kMaxRows, "chosen");
+  py::gil_scoped_release release;
+  raise(cuda::advance(a, stream_of(stream)), "advance");
+}
+
 }  // namespace
 
 void bind_cuda_layers(py::module_& module) {
@@ -286,6 +305,8 @@ void bind_cuda_layers(py::module_& module) {
              arg("allowed_ids"), arg("workspace"), arg("stream"));
   module.def("logprobs", &logprobs, arg("chosen"), arg("ranks"), arg("top"), arg("top_ids"), arg("logits"), arg("ids"),
              arg("stream"));
+  module.def("advance", &advance, arg("tokens"), arg("positions"), arg("slots"), arg("lengths"), arg("rows"),
+             arg("chosen"), arg("stream"));
 }
 
 }  // namespace pyllm::bindings

@@ -19,6 +19,7 @@ PYBIND11_MODULE(_cuda, module) {
   bind_cuda_arrays(module);
   bind_cuda_kernels(module);
   bind_cuda_layers(module);
+  bind_cuda_memory(module);
 }
 
 }  // namespace pyllm::bindings
