@@ -51,6 +51,8 @@ RULES = (
     Rule("rope_kernel", 64),
     Rule("kv_write_kernel", 64),
     Rule("advance_kernel", 64),
+    Rule("read_probe_kernel", 64),
+    Rule("empty_probe_kernel", 64),
     Rule("sample_kernel", 64, ("ATOMS",)),
     Rule("logprobs_kernel", 64, ("ATOMS",)),
 )

@@ -81,8 +81,8 @@ def agreeing(cpu, gpu):
     return compared
 
 
-def test_what_runs_is_the_gpu(pair):
-    assert (pair[0].device, pair[1].device, pair[0].plan.gpu) == ("cuda", "cpu", "Emulated GPU")
+def test_what_runs_is_the_gpu(gpu, pair):
+    assert (pair[0].device, pair[1].device, pair[0].plan.gpu) == ("cuda", "cpu", gpu.name)
 
 
 def test_logits_are_the_cpus_within_rounding(pair, exact):

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "bindings/cuda_launch.h"
+#include "cuda/probes.h"
 
 namespace pyllm::bindings {
 namespace {
@@ -106,6 +107,24 @@ std::unique_ptr<DeviceArray> from_dlpack(const py::object& capsule, int kind, in
   return a;
 }
 
+void read_probe(const py::object& out, const py::object& x, uintptr_t stream) {
+  const auto& blocks = device_array(out, "out", "uint32", {-1});
+  const auto& bytes = device_array(x, "x", "uint8", {-1});
+  check_aligned(bytes, "x");
+  if (bytes.dim(0) % 16)
+    throw py::value_error("x: expected a multiple of 16 bytes, got " + std::to_string(bytes.dim(0)));
+  check_range(blocks.dim(0), 0, kMaxRows, "out");
+  py::gil_scoped_release release;
+  raise(cuda::read_probe({static_cast<uint32_t*>(blocks.data), bytes.data, bytes.dim(0), blocks.dim(0)},
+                         stream_of(stream)),
+        "read_probe");
+}
+
+void empty_probe(bool overlapped, uintptr_t stream) {
+  py::gil_scoped_release release;
+  raise(cuda::empty_probe(overlapped, stream_of(stream)), "empty_probe");
+}
+
 }  // namespace
 
 void bind_cuda_memory(py::module_& module) {
@@ -117,6 +136,8 @@ void bind_cuda_memory(py::module_& module) {
         return std::make_pair(free, total);
       },
       "Bytes of the current GPU that are free, and all.");
+  module.def("read_probe", &read_probe, py::arg("out"), py::arg("x"), py::arg("stream"));
+  module.def("empty_probe", &empty_probe, py::arg("overlapped"), py::arg("stream"));
   module.def("to_dlpack", &to_dlpack, py::arg("array"), py::arg("kind"), py::arg("device"));
   module.def("from_dlpack", &from_dlpack, py::arg("capsule"), py::arg("kind"), py::arg("device"));
 }
