@@ -80,6 +80,7 @@ def plain_matmul(
 ) -> None: ...
 def prompt_attention(
     out: Array,
+    lse: Array | None,
     q: Array,
     cache: Array,
     starts: Array,
@@ -87,12 +88,19 @@ def prompt_attention(
     tables: Array,
     head_size: int,
     scale: float,
+    causal: bool,
+    prefix: Array | None,
     window: int,
+    sinks: int,
+    bias: Array | None,
+    slopes: Array | None,
+    softcap: float,
     most_queries: int,
     stream: int,
 ) -> None: ...
 def split_attention(
     out: Array,
+    lse: Array | None,
     q: Array,
     cache: Array,
     starts: Array,
@@ -100,7 +108,13 @@ def split_attention(
     tables: Array,
     head_size: int,
     scale: float,
+    causal: bool,
+    prefix: Array | None,
     window: int,
+    sinks: int,
+    bias: Array | None,
+    slopes: Array | None,
+    softcap: float,
     most_queries: int,
     split_blocks: int,
     partial: Array,
@@ -109,6 +123,7 @@ def split_attention(
 ) -> None: ...
 def plain_attention(
     out: Array,
+    lse: Array | None,
     q: Array,
     cache: Array,
     starts: Array,
@@ -116,7 +131,13 @@ def plain_attention(
     tables: Array,
     head_size: int,
     scale: float,
+    causal: bool,
+    prefix: Array | None,
     window: int,
+    sinks: int,
+    bias: Array | None,
+    slopes: Array | None,
+    softcap: float,
     most_queries: int,
     stream: int,
 ) -> None: ...

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pyllm.device import Device
 from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage
+from pyllm.position_bias import Buckets
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
 from pyllm.spec import Activation, ModelSpec, NormKind, Placement
 from pyllm.tensor import DTYPES, DeviceArray
@@ -140,6 +141,7 @@ class CudaOps(Ops):
         self.kernels = device.kernels
         self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
         self._slot = 0
+        self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
 
@@ -310,12 +312,12 @@ class CudaOps(Ops):
         self, positions: Any, inv_freq: Any, table: Any = None, scaling: float = 1.0, out: Any = None
     ) -> tuple[Any, Any]:
         """As :meth:`Ops.rope_angles`."""
-        positions, inv_freq = self._on_gpu(positions), self._on_gpu(inv_freq)
+        positions = self._on_gpu(positions)
         shape = positions.shape[0], inv_freq.shape[1]
         cos, sin = (self.empty(*shape), self.empty(*shape)) if out is None else out
         places = None if table is None else self._on_gpu(table)
         self.kernels.rope_angles(
-            cos.raw, sin.raw, positions.raw, inv_freq.raw, _raw(places), scaling, self.device.stream
+            cos.raw, sin.raw, positions.raw, self._constant(inv_freq), _raw(places), scaling, self.device.stream
         )
         return cos, sin
 
@@ -348,14 +350,13 @@ class CudaOps(Ops):
         out: Any = None,
         **rule: Any,
     ) -> Any:
-        """As :meth:`Ops.attention`, causal with or without a window; the result is of the cache's dtype.
+        """As :meth:`Ops.attention`, without dropout; the result is of the cache's dtype.
 
-        The longest row count of a sequence is read from where `starts` comes from on the host.
+        How many rows a sequence has at most is read from where `starts` comes from on the host. Slopes and a bias of
+        numpy are copied to the GPU once.
         """
-        window = rule.pop("window", None)
-        causal = rule.pop("causal", True) and lse is None and dropout is None and not rule.pop("sinks", 0)
-        if not causal or any(value is not None for value in rule.values()):
-            raise TypeError("attention: expected causal attention with at most a window on a GPU, got another rule")
+        if dropout is not None:
+            raise TypeError("dropout: expected None on a GPU: there is no training on it")
         paged = _paged(cache, head_size)
         heads = q.shape[1] // head_size
         out = self.empty(*q.shape, dtype=cache.dtype) if out is None else out
@@ -364,8 +365,10 @@ class CudaOps(Ops):
         mark = self.mark()
         queries = self._as(q, cache.dtype).reshape(-1, heads, head_size)
         arguments = (
-            out.reshape(-1, heads, head_size).raw, queries.raw, paged.raw, starts.raw, lengths.raw, tables.raw,
-            head_size, scale, window or 0, most,
+            out.reshape(-1, heads, head_size).raw, _raw(lse), queries.raw, paged.raw, starts.raw, lengths.raw,
+            tables.raw, head_size, scale, rule.get("causal", True), self._raw_of(rule.get("prefix")),
+            rule.get("window") or 0, rule.get("sinks", 0), self._constant(rule.get("bias")),
+            self._constant(rule.get("slopes")), rule.get("softcap") or 0.0, most,
         )  # fmt: skip
         group, kv_heads = heads // paged.shape[1], paged.shape[1]
         if cache.dtype == FLOAT32:
@@ -422,6 +425,17 @@ class CudaOps(Ops):
         arrays = (tokens, positions, slots, lengths, rows, chosen)
         self.kernels.advance(*(array.raw for array in arrays), self.device.stream)
 
+    def _raw_of(self, array: Any) -> Any:
+        return None if array is None else self._on_gpu(array).raw
+
+    def _constant(self, array: Any) -> Any:
+        """A model's array, copied to the GPU once: nothing can be copied while a step is recorded."""
+        if array is None or isinstance(array, DeviceArray):
+            return _raw(array)
+        if id(array) not in self._constants:
+            self._constants[id(array)] = array, self.device.upload(array)
+        return self._constants[id(array)][1].raw
+
     def _workspace(self, floats: int, tickets: int) -> None:
         if floats > self._partial.size:
             self._partial = self.device.empty([floats], np.float32)
@@ -463,8 +477,9 @@ def refusal(
     attentions, embedding, head = [block.attention for block in spec.blocks], spec.embedding, spec.head
     missing = {
         "bidirectional prefixes": prefix or spec.prefix is not None,
-        "biases of attention scores": any(a.bias is not None for a in attentions),
-        "soft caps": head.softcap is not None or any(a.softcap is not None for a in attentions),
+        "learned biases of attention scores": any(isinstance(a.bias, Buckets) for a in attentions),
+        "norms of q and k with weights of each head": any(a.qk_norm_each for a in attentions),
+        "a soft cap of logits": head.softcap is not None,
         "scaled embeddings or logits": embedding.scale != 1 or head.scale != 1,
         "norms behind a block's parts": any(block.placement not in PLACEMENTS for block in spec.blocks),
         "its activation": any(block.mlp.activation not in FUSED_ACTIVATIONS for block in spec.blocks),

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import difflib
 import secrets
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import get_ident
-from types import FrameType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +27,7 @@ from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
 from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
+from pyllm.interrupts import Interrupts
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
@@ -469,7 +467,7 @@ class LLM:
         requests: list[Request],
         prompt: tuple[str | None, list[int]],
         params: SamplingParams,
-        interrupts: _Interrupts,
+        interrupts: Interrupts,
         pooling: Pooling | None = None,
         prefix: int | None = None,
     ) -> None:
@@ -482,9 +480,9 @@ class LLM:
             requests.append(self.engine.add(*prompt, params, seed, pooling=pooling, prefix=prefix))
 
     @contextmanager
-    def _ended(self, requests: list[Request]) -> Iterator[_Interrupts]:
+    def _ended(self, requests: list[Request]) -> Iterator[Interrupts]:
         """Whatever happens inside, nothing of these requests stays in the engine."""
-        interrupts = _Interrupts()
+        interrupts = Interrupts()
         try:
             yield interrupts
         finally:
@@ -496,7 +494,7 @@ class LLM:
                 interrupts.remove()
 
     def _run(
-        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: _Interrupts
+        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: Interrupts
     ) -> None:
         finished, left = -1, list(requests)
         while left:
@@ -579,45 +577,6 @@ def _generation_end_ids(folder: Path) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
         raise ConfigError(f"{path}: eos_token_id: expected an integer or a list of integers, found {shown(ids)}")
     return listed
-
-
-class _Interrupts:
-    """Ctrl-C while requests are in the engine: inside ``with interrupts``, where bookkeeping must not stop halfway, it
-    waits for the end of the block; a second one comes through at once.
-
-    Until `remove` its handler stands where Python's own did, in the main thread: other handlers are their owner's
-    business. Outside the blocks it does what Python's own does.
-    """
-
-    def __init__(self) -> None:
-        self._pending = self._held = False
-        self._before = signal.getsignal(signal.SIGINT)
-        replaceable = self._before is signal.default_int_handler or isinstance(
-            getattr(self._before, "__self__", None), _Interrupts
-        )
-        self._thread = None
-        if replaceable and threading.current_thread() is threading.main_thread():
-            self._thread = threading.get_ident()
-            signal.signal(signal.SIGINT, self._note)
-
-    def remove(self) -> None:
-        """Put the handler back that was there before."""
-        if self._thread == threading.get_ident() and signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, self._before)
-
-    def __enter__(self) -> None:
-        self._held = self._thread == get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._held = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._pending or not self._held:
-            raise KeyboardInterrupt
-        self._pending = True
 
 
 def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:

@@ -42,7 +42,7 @@ RULES = (
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
     Rule("plain_attention_kernel", 128, ("FFMA",)),
-    Rule("split_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("split_attention_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
     Rule("prompt_attention_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("norm_kernel", 64),
     Rule("activation_kernel", 64),

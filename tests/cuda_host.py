@@ -56,16 +56,42 @@ class CacheView(ctypes.Structure):
     ]
 
 
+class AttentionRule(ctypes.Structure):
+    """AttentionRule of core/args.h."""
+
+    _fields_ = [
+        ("prefix", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+        ("sinks", ctypes.c_int64),
+        ("causal", ctypes.c_bool),
+    ]
+
+
+class AttentionScores(ctypes.Structure):
+    """AttentionScores of core/args.h."""
+
+    _fields_ = [
+        ("bias", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("reach", ctypes.c_int64),
+        ("softcap", ctypes.c_float),
+    ]
+
+
 class AttentionArgs(ctypes.Structure):
     """AttentionArgs of cuda/attention.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "q")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "q")),
         ("cache", CacheView),
         *((name, ctypes.c_void_p) for name in ("starts", "lengths", "tables")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "table_width", "q_stride", "out_stride", "window")),
+        ("rule", AttentionRule),
+        ("scores", AttentionScores),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "table_width", "q_stride", "out_stride")),
         ("most_queries", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("q_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
         ("split_blocks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("partial", "tickets")),
     ]

@@ -16,7 +16,7 @@ Sources = Mapping[str, str]
 # below.
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
-    {"isa", "system"},
+    {"isa", "system", "interrupts"},
     {"position_bias", "prefix", "rope"},
     {"detokenizer", "sentencepiece", "wordpiece", "tokenizer_backend"},
     {"tokenizer_library", "tokenizer_pieces"},

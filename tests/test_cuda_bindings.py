@@ -68,8 +68,10 @@ def attention_args(**changed):
     args = {
         "out": array(3, 8, 64), "q": array(3, 8, 64), "cache": array(5, 2, 2, 64, 64),
         "starts": array(3, dtype="int32"), "lengths": array(2, dtype="int32"), "tables": array(2, 3, dtype="int32"),
+        "head_size": 64, "scale": 1.0, "causal": True, "prefix": None, "window": 0, "sinks": 0, "bias": None,
+        "slopes": None, "softcap": 0.0, "lse": None, "most_queries": 2, "stream": 0,
     }  # fmt: skip
-    return {**args, "head_size": 64, "scale": 1.0, "window": 0, "most_queries": 2, "stream": 0, **changed}
+    return {**args, **changed}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,14 @@ def attention_args(**changed):
         ({"starts": array(2, dtype="int32")}, r"starts: expected shape \[3\]"),
         ({"most_queries": 4}, "most_queries: expected 0 to 3"),
         ({"q": array(3, 8, 64, pointer=2)}, "q: expected an address"),
-        ({"q": array(3, 8, 64, dtype="float32")}, "q: expected bfloat16"),
+        ({"q": array(3, 8, 64, dtype="int32")}, "q: expected float32"),
+        ({"cache": array(5, 2, 2, 64, 64, dtype="float32")}, "cache: expected bfloat16, got float32"),
+        ({"lse": array(3, 2, dtype="float32")}, r"lse: expected shape \[3, 8\]"),
+        ({"prefix": array(2, dtype="int32"), "causal": False}, "None where causal is False"),
+        ({"sinks": -1}, "sinks: expected 0"),
+        ({"bias": array(8, 4, dtype="float32")}, "each distance from -reach to reach, got 4"),
+        ({"slopes": array(2, dtype="float32")}, r"slopes: expected shape \[8\]"),
+        ({"softcap": -1.0}, "softcap: expected at least 0"),
         ({"window": -1}, "window: expected 0"),
     ],
 )

@@ -138,16 +138,16 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, window):
             cache[block, :, :, : part.shape[1], :head_size] = part.transpose(2, 0, 1, 3)
     q = (2 * rng.standard_normal((starts[-1], heads, head_size))).astype(dtype)
     arrays = [gpu.upload(a) for a in (q, cache, starts, np.array(lengths, np.int32), tables)]
-    tail = (head_size, head_size**-0.5, window, max(queries))
+    tail = (head_size, head_size**-0.5, True, None, window, 0, None, None, 0.0, max(queries))
     splits = -(-tables.shape[1] // 2)
     partial = gpu.upload(np.full((len(lengths), kv_heads, splits, 16, head_size + 2), np.nan, "f4"))
     tickets = gpu.upload(np.zeros((len(lengths), kv_heads), np.uint32))
 
     def launch(out):
         if kernel == "split":
-            kernels.split_attention(out, *arrays, *tail, 2, partial, tickets, gpu.stream)
+            kernels.split_attention(out, None, *arrays, *tail, 2, partial, tickets, gpu.stream)
         else:
-            getattr(kernels, f"{kernel}_attention")(out, *arrays, *tail, gpu.stream)
+            getattr(kernels, f"{kernel}_attention")(out, None, *arrays, *tail, gpu.stream)
 
     expected = np.zeros(q.shape)
     for b, (keys, values) in enumerate(contents):

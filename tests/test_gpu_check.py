@@ -38,7 +38,8 @@ def test_every_step_runs_on_the_emulated_gpu(check, tmp_path, capsys):
 
 
 def test_a_step_that_hangs_or_fails_stops_no_other(check, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(check.STEPS, "facts", replace(check.STEPS["facts"], seconds=0.01))
+    monkeypatch.setitem(check.STEPS, "facts", replace(check.STEPS["facts"], seconds=0.001))
+    monkeypatch.setattr(check, "PATIENCE", 1)
     monkeypatch.setattr(check, "__file__", str(tmp_path / "missing.py"))
     assert check.main([str(tmp_path), "--emulated", "--only", "facts,roofs"]) == 1
     states = [json.loads((tmp_path / f"{name}.json").read_text())["state"] for name in ("facts", "roofs")]

@@ -38,7 +38,8 @@ void* device_data(const py::object& object, const char* name, const char* dtypes
 void check_aligned(const DeviceArray& a, const char* name);
 
 void bind_cuda_arrays(py::module_& module);
-void bind_cuda_kernels(py::module_& module);
+void bind_cuda_matmul(py::module_& module);
+void bind_cuda_attention(py::module_& module);
 void bind_cuda_layers(py::module_& module);
 void bind_cuda_memory(py::module_& module);
 

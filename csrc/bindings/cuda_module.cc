@@ -17,7 +17,8 @@ PYBIND11_MODULE(_cuda, module) {
       },
       "The CUDA version that the driver supports, 1000 * major + 10 * minor; 0 where there is no driver.");
   bind_cuda_arrays(module);
-  bind_cuda_kernels(module);
+  bind_cuda_matmul(module);
+  bind_cuda_attention(module);
   bind_cuda_layers(module);
   bind_cuda_memory(module);
 }

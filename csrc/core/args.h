@@ -240,7 +240,7 @@ struct AttentionScores {
   int64_t reach;
   float softcap;
 
-  bool changed() const { return bias || slopes || softcap > 0; }
+  constexpr bool changed() const { return bias || slopes || softcap > 0; }
 };
 
 // Attention of a ragged batch over the paged cache, which already holds this step's keys and values.

@@ -72,23 +72,29 @@ __device__ Mass total_mass(int64_t n, Fn mass, SelectScratch& s) {
   return block_sum(sum, s);
 }
 
-// The largest of x[0, n) and its first place; -1 where one is NaN or +inf, or all are -inf.
+// A logit and its place as an integer: the largest is that of the largest logit, of equal ones the first, or of one that is NaN or +inf.
+__device__ __forceinline__ Mass peak_key(float v, int64_t place) {
+  return v < INFINITY ? Mass(order_key(v)) << 32 | (0xffffffffu - uint32_t(place)) : ~Mass(0);
+}
+
+// The largest logit and its first place; -1 where one is NaN or +inf, or all are -inf.
 struct Peak {
   float value;
   int32_t index;
 };
+__device__ __forceinline__ Peak peak_of(Mass key) {
+  const float value = key_value(uint32_t(key >> 32));
+  if (key == ~Mass(0) || value == -INFINITY) return {value, -1};
+  return {value, int32_t(0xffffffffu - uint32_t(key))};
+}
 __device__ inline Peak find_peak(const float* x, int64_t n, SelectScratch& s) {
-  Mass best = 0;  // key, then places falling; all ones for what must not be
+  Mass best = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < n; i += kSelectThreads) {
-    const float v = x[i];
-    const Mass mine = v < INFINITY ? Mass(order_key(v)) << 32 | (0xffffffffu - uint32_t(i)) : ~Mass(0);
+    const Mass mine = peak_key(x[i], i);
     best = mine > best ? mine : best;
   }
-  best = block_reduce(best, [](Mass a, Mass b) { return a > b ? a : b; }, s);
-  const float value = key_value(uint32_t(best >> 32));
-  if (best == ~Mass(0) || n == 0 || value == -INFINITY) return {value, -1};
-  return {value, int32_t(0xffffffffu - uint32_t(best))};
+  return peak_of(block_reduce(best, [](Mass a, Mass b) { return a > b ? a : b; }, s));
 }
 
 // Walking [0, n) by falling keys: the last key before which less than `needed` mass has been passed, and how much lies above it.

@@ -293,7 +293,7 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         attention = padded((a.heads + 2 * a.kv_heads) * a.head_dim) + padded(a.heads * a.head_dim)
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
-    angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
+    angles = sum(2 * padded(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)
     projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
     if spec.embedding.scale != 1 and spec.embedding.positions:
         projected += padded(spec.hidden)

@@ -35,7 +35,8 @@ def forward(
         x = normalise(x, spec.embedding.norm, weights, "embed.norm")
     hidden = [x]
     for index, block in enumerate(spec.blocks):
-        x = run_block(x, block, spec.rope, weights, f"blocks.{index}", prefix)
+        rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
+        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix)
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")

@@ -1,0 +1,107 @@
+// The launchers of csrc/cuda/matmul.h: every argument is checked here, and every launch's error raised.
+#include "bindings/cuda_launch.h"
+#include "cuda/matmul.h"
+
+namespace pyllm::bindings {
+namespace {
+
+cuda::MatmulArgs matmul_args(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                             const py::object& residual, int activation, bool gated) {
+  cuda::MatmulArgs a{};
+  const auto& weights = device_array(w, "w", kFloats, {-1, -1});
+  a.n = weights.dim(0);
+  a.k = weights.dim(1);
+  if (gated && a.n % 2)
+    throw py::value_error("w: expected an even number of rows of gate and up in turn, got " + std::to_string(a.n));
+  const int64_t columns = gated ? a.n / 2 : a.n;
+  const auto& input = device_array(x, "x", kFloats, {-1, a.k}, false);
+  a.rows = input.dim(0);
+  const auto& output = device_array(y, "y", kFloats, {a.rows, columns}, false);
+  a.y = output.data;
+  a.x = input.data;
+  a.w = weights.data;
+  a.bias = static_cast<const float*>(device_data(bias, "bias", "float32", {a.n}));
+  if (!residual.is_none()) {
+    const auto& r = device_array(residual, "residual", "float32", {a.rows, columns}, false);
+    a.residual = static_cast<const float*>(r.data);
+    a.residual_stride = r.row_stride();
+  }
+  a.x_stride = input.row_stride();
+  a.y_stride = output.row_stride();
+  check_range(activation, 0, int(Activation::relu), "activation");
+  a.activation = Activation(activation);
+  a.gated = gated;
+  a.x_dtype = float_dtype(input, "x");
+  a.w_dtype = float_dtype(weights, "w");
+  a.y_dtype = float_dtype(output, "y");
+  return a;
+}
+
+// What the tensor cores' kernels ask of w and x.
+void check_pieces(const cuda::MatmulArgs& a, const py::object& x, const py::object& w) {
+  check_aligned(w.cast<const DeviceArray&>(), "w");
+  if (a.w_dtype != DType::bf16) throw py::type_error("w: expected bfloat16, got float32");
+  if (a.k % 8) throw py::value_error("w: expected a number of columns that 8 divides, got " + std::to_string(a.k));
+  check_aligned(x.cast<const DeviceArray&>(), "x");
+}
+
+void skinny_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                   const py::object& residual, int activation, bool gated, const py::object& norm_weight,
+                   const py::object& norm_bias, int norm, float eps, int64_t multiprocessors, bool overlapped,
+                   uintptr_t stream) {
+  cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
+  check_pieces(a, x, w);
+  a.norm_weight = static_cast<const float*>(device_data(norm_weight, "norm_weight", "float32", {a.k}));
+  a.norm_bias = static_cast<const float*>(device_data(norm_bias, "norm_bias", "float32", {a.k}));
+  if (a.norm_bias && !a.norm_weight) throw py::value_error("norm_bias: expected None where norm_weight is None");
+  check_range(norm, 0, int(NormKind::rms), "norm");
+  check_range(multiprocessors, 1, 1 << 16, "multiprocessors");
+  a.norm = NormKind(norm);
+  a.eps = eps;
+  const cuda::SkinnyPlan plan = cuda::skinny_plan(a.rows, a.n, a.k, multiprocessors);
+  if (a.rows > 0 && a.n > 0 && (!plan.fits || a.k == 0))
+    throw py::value_error("x: expected at most 16 rows, of which a block's shared memory holds all, got " +
+                          std::to_string(a.rows) + " of " + std::to_string(a.k));
+  py::gil_scoped_release release;
+  raise(cuda::skinny_matmul(a, multiprocessors, overlapped, stream_of(stream)), "skinny_matmul");
+}
+
+void mma_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                const py::object& residual, int activation, bool gated, uintptr_t stream) {
+  const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
+  check_pieces(a, x, w);
+  if (a.x_dtype != DType::bf16) throw py::type_error("x: expected bfloat16, got float32");
+  if (a.rows > 1 && a.x_stride % 8)
+    throw py::value_error("x: expected rows that lie a multiple of 8 elements apart, got " +
+                          std::to_string(a.x_stride));
+  py::gil_scoped_release release;
+  raise(cuda::mma_matmul(a, stream_of(stream)), "mma_matmul");
+}
+
+void plain_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                  const py::object& residual, int activation, bool gated, uintptr_t stream) {
+  const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
+  if (a.x_dtype != a.w_dtype) throw py::type_error("x: expected the dtype of w, got another");
+  check_range(a.rows, 0, kMaxGrid * 16, "x: rows");
+  py::gil_scoped_release release;
+  raise(cuda::plain_matmul(a, stream_of(stream)), "plain_matmul");
+}
+
+}  // namespace
+
+void bind_cuda_matmul(py::module_& module) {
+  using py::arg;
+  module.def(
+      "skinny_fits",
+      [](int64_t rows, int64_t k) { return k % 8 == 0 && k > 0 && cuda::skinny_plan(rows, 1, k, 1).fits; },
+      "Whether skinny_matmul takes so many rows of this inner dimension.", arg("rows"), arg("k"));
+  module.def("skinny_matmul", &skinny_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
+             arg("activation"), arg("gated"), arg("norm_weight"), arg("norm_bias"), arg("norm"), arg("eps"),
+             arg("multiprocessors"), arg("overlapped"), arg("stream"));
+  module.def("mma_matmul", &mma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"), arg("activation"),
+             arg("gated"), arg("stream"));
+  module.def("plain_matmul", &plain_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
+             arg("activation"), arg("gated"), arg("stream"));
+}
+
+}  // namespace pyllm::bindings

@@ -1,0 +1,156 @@
+// What the attention kernels share: which keys a row sees, what becomes of its scores, and how pages come into shared memory.
+//
+// The rows of a key/value head are its queries times the heads of its group: row r is query r / group, head r % group. A page is a block of
+// the cache, 64 keys. In shared memory rows of queries, keys and values have a pitch of the head size plus 8, so that the 8 rows
+// of a matrix lie in different banks.
+#pragma once
+#include "cuda/attention.h"
+#include "cuda/ptx.cuh"
+
+namespace pyllm::cuda {
+
+constexpr int kPage = int(kBlockTokens);
+constexpr int kAttentionThreads = 128;
+constexpr float kLog2E = 1.44269504f;
+
+// One sequence and key/value head of a launch.
+struct Group {
+  int sequence, kv_head, size;      // size: heads that share the key/value head
+  int start, rows, length, offset;  // first row of q; rows; keys; position of the first query
+  int prefix, window, sinks;        // window 0: none
+  bool causal;
+};
+
+__device__ __forceinline__ Group find_group(const AttentionArgs& a, int sequence, int kv_head) {
+  Group g;
+  g.sequence = sequence;
+  g.kv_head = kv_head;
+  g.size = int(a.heads / a.cache.kv_heads);
+  g.start = a.starts[sequence];
+  const int queries = a.starts[sequence + 1] - g.start;
+  g.rows = queries * g.size;
+  g.length = a.lengths[sequence];
+  g.offset = g.length - queries;
+  g.prefix = a.rule.prefix ? a.rule.prefix[sequence] : 0;
+  g.window = a.rule.window < (1 << 30) ? int(a.rule.window) : 1 << 30;
+  g.sinks = a.rule.sinks < g.length ? int(a.rule.sinks) : g.length;
+  g.causal = a.rule.causal;
+  return g;
+}
+
+// A query sees the keys of [low, high), and those below `sinks`.
+struct Seen {
+  int low, high, sinks;
+  __device__ __forceinline__ bool operator()(int key) const { return (key >= low && key < high) || key < sinks; }
+};
+__device__ __forceinline__ Seen seen_from(const Group& g, int position) {
+  Seen s{0, g.length, 0};
+  if (g.causal) s.high = position + 1 > g.prefix ? position + 1 : g.prefix;
+  if (g.window > 0) {
+    s.low = position - g.window + 1 > 0 ? position - g.window + 1 : 0;
+    s.sinks = g.causal && s.high < g.sinks ? s.high : g.sinks;
+    if (!g.causal && position + g.window < s.high) s.high = position + g.window;
+  }
+  return s;
+}
+
+// A score of query and key as the softmax takes it, of a head and at a distance key - query.
+__device__ __forceinline__ float changed_score(const AttentionArgs& a, float score, int head, int distance) {
+  score *= a.scale;
+  if (a.scores.softcap > 0.0f) score = a.scores.softcap * tanhf(score / a.scores.softcap);
+  if (a.scores.bias) {
+    const int reach = int(a.scores.reach);
+    const int column = distance < -reach ? 0 : distance > reach ? 2 * reach : distance + reach;
+    score += a.scores.bias[int64_t(head) * (2 * reach + 1) + column];
+  }
+  if (a.scores.slopes) score += a.scores.slopes[head] * float(distance);
+  return score;
+}
+
+// The pages that some of rows [row0, end) see: [0, sink_end), then [first, last).
+struct Pages {
+  int sink_first, sink_end, first, last;
+  __device__ __forceinline__ int count() const { return sink_end - sink_first + last - first; }
+  __device__ __forceinline__ int operator[](int i) const {
+    return i < sink_end - sink_first ? sink_first + i : first + i - (sink_end - sink_first);
+  }
+};
+__device__ __forceinline__ Pages find_pages(const Group& g, int row0, int end) {
+  const Seen from = seen_from(g, g.offset + row0 / g.size), to = seen_from(g, g.offset + (end - 1) / g.size);
+  Pages p{0, 0, from.low / kPage, (to.high + kPage - 1) / kPage};
+  if (p.last < p.first) p.last = p.first;
+  p.sink_end = (to.sinks + kPage - 1) / kPage;
+  if (p.sink_end > p.first) p.sink_end = p.first;
+  return p;
+}
+
+// One page's keys and values [2][64][kHead + 8], zeros past what is written and up to kHead; not yet a group of copies.
+template <int kHead>
+__device__ __forceinline__ void fetch_page(bf16* to, const AttentionArgs& a, const Group& g, int page) {
+  const int pitch = int(a.cache.padded_head()), size = int(a.cache.head_size);
+  const int64_t half = a.cache.half_elements(), block = a.tables[g.sequence * a.table_width + page];
+  const bf16* keys = static_cast<const bf16*>(a.cache.data) + block * a.cache.block_elements() + g.kv_head * 2 * half;
+#pragma unroll(kHead > 128 ? 2 : 4)
+  for (int i = threadIdx.x; i < 2 * kPage * (kHead / 8); i += kAttentionThreads) {
+    const int r = i / (kHead / 8), c = i % (kHead / 8) * 8;
+    const bool valid = page * kPage + r % kPage < g.length && c < size;
+    copy16_async(to + r * (kHead + 8) + c, valid ? keys + r / kPage * half + r % kPage * pitch + c : keys, valid);
+  }
+}
+
+// Queries [rows][kHead + 8] as bf16, zeros past the last row and up to kHead; bf16 ones as copies of the next group.
+template <int kHead>
+__device__ __forceinline__ void fetch_queries(bf16* to, int rows, const AttentionArgs& a, const Group& g, int row0) {
+  const int size = int(a.cache.head_size);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * (kHead / 8); i += kAttentionThreads) {
+    const int r = i / (kHead / 8), c = i % (kHead / 8) * 8, row = row0 + r;
+    const bool valid = row < g.rows && c < size;
+    const int64_t from =
+        valid ? (g.start + row / g.size) * a.q_stride + (g.kv_head * g.size + row % g.size) * size + c : 0;
+    if (a.q_dtype == DType::bf16) {
+      copy16_async(to + r * (kHead + 8) + c, static_cast<const bf16*>(a.q) + from, valid);
+      continue;
+    }
+    const float* q = static_cast<const float*>(a.q) + from;
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to + r * (kHead + 8) + c);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pairs[j] = valid ? pack_bf16(q[2 * j], q[2 * j + 1]) : 0u;
+  }
+}
+
+__device__ __forceinline__ int64_t out_place(const AttentionArgs& a, const Group& g, int row) {
+  return (g.start + row / g.size) * a.out_stride + (g.kv_head * g.size + row % g.size) * a.cache.head_size;
+}
+__device__ __forceinline__ void store_out(const AttentionArgs& a, int64_t place, float v) {
+  if (a.out_dtype == DType::bf16) {
+    static_cast<bf16*>(a.out)[place] = bf16(pack_bf16(v, 0.0f));
+  } else {
+    static_cast<float*>(a.out)[place] = v;
+  }
+}
+
+// `most` in units of 1 / scale of the softmax's scores.
+__device__ __forceinline__ void store_lse(const AttentionArgs& a, const Group& g, int row, float most, float scale,
+                                          float total) {
+  if (!a.lse) return;
+  a.lse[(g.start + row / g.size) * a.heads + g.kv_head * g.size + row % g.size] =
+      total > 0.0f ? most * scale + logf(total) : -INFINITY;
+}
+
+// Over the four lanes that share a row of a product.
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+inline bool usable(const AttentionArgs& a) {
+  return a.cache.dtype == DType::bf16 && a.cache.head_size % 8 == 0 && a.cache.head_size <= kMaxHead &&
+         a.q_stride % 8 == 0 && a.heads % a.cache.kv_heads == 0;
+}
+
+}  // namespace pyllm::cuda
