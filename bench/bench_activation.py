@@ -18,8 +18,16 @@ DIM = sized(8192, 200)
 def numpy_activation(x: np.ndarray, kind: Activation) -> np.ndarray:
     if kind is Activation.SILU:
         return np.asarray(x / (1 + np.exp(-x)))
+    if kind is Activation.QUICK_GELU:
+        return np.asarray(x / (1 + np.exp(-1.702 * x)))
+    if kind is Activation.SIGMOID:
+        return np.asarray(1 / (1 + np.exp(-x)))
+    if kind is Activation.TANH:
+        return np.tanh(x)
     if kind is Activation.RELU:
         return np.maximum(x, 0)
+    if kind is Activation.RELU_SQUARED:
+        return np.asarray(np.maximum(x, 0) ** 2)
     if kind is Activation.GELU_TANH:
         return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
     erf = np.vectorize(math.erf, otypes=[x.dtype])
@@ -45,8 +53,17 @@ def test_gated_activation(
         torch = pytest.importorskip("torch")
         torch.set_num_threads(threads)
         f = torch.nn.functional
-        functions = {Activation.SILU: f.silu, Activation.RELU: f.relu, Activation.GELU_ERF: f.gelu}
-        function = functions.get(kind, lambda v: f.gelu(v, approximate="tanh"))
+        functions = {
+            Activation.SILU: f.silu,
+            Activation.RELU: f.relu,
+            Activation.GELU_ERF: f.gelu,
+            Activation.GELU_TANH: lambda v: f.gelu(v, approximate="tanh"),
+            Activation.TANH: torch.tanh,
+            Activation.SIGMOID: torch.sigmoid,
+            Activation.QUICK_GELU: lambda v: v * torch.sigmoid(1.702 * v),
+            Activation.RELU_SQUARED: lambda v: f.relu(v).square(),
+        }
+        function = functions[kind]
         a, b = torch.from_numpy(x), torch.from_numpy(up)
         y = benchmark(lambda: function(a) * b).numpy()
     record(bytes=3 * x.nbytes, elements=x.size)

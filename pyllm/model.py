@@ -14,18 +14,21 @@ from pyllm.batch import I32, Batch
 from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
 from pyllm.packed import ModelWeights, NormWeights
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2]."""
+    """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2], `bias` [H, 2n + 1] is that
+    of distances from -n to n, where it is learned."""
 
     ops: Ops | Tape
     batch: Batch
     cache: KVCache
     angles: tuple[F32, F32] | tuple[None, None]
+    bias: F32 | None
 
 
 class Model:
@@ -38,6 +41,11 @@ class Model:
     def __init__(self, spec: ModelSpec, weights: ModelWeights) -> None:
         self.spec = spec
         self.weights = weights
+        shared = spec.relative_bias
+        self._buckets = None if shared is None else shared[1].of_distances(two_sided=False)
+        self._slopes = [
+            a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
+        ]
 
     def forward(self, ops: Ops | Tape, batch: Batch, cache: KVCache, trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
@@ -45,7 +53,7 @@ class Model:
         `trace` collects a copy of the residual stream before the first block and after each one.
         """
         x = self._embed(ops, batch)
-        this = _Pass(ops, batch, cache, self._angles(ops, batch))
+        this = _Pass(ops, batch, cache, self._angles(ops, batch), self._relative_bias(ops))
         for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
@@ -57,28 +65,45 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with: the residual stream x [R, D], normed and projected -> [R, W]."""
-        x, project = self.final_norm(ops, x), self.weights.head_project
-        return x if project is None else ops.matmul(x, project)
+        """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, projected, and scaled
+        -> [R, W]."""
+        x, project, scale = self.final_norm(ops, x), self.weights.head_project, self.spec.head.scale
+        x = x if project is None else ops.matmul(x, project)
+        return x if scale == 1 else ops.axpby(x, scale)
+
+    def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
+        """Logits [R, V] of what :meth:`head_input` gives."""
+        logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
+        return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """Logits [R, V] of these rows of the residual stream x [T, D]."""
-        x = self.head_input(ops, ops.gather(x, rows))
-        return ops.matmul(x, self.weights.head, self.weights.head_bias, out=out)
+        return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
-        embed, project, table = self.weights.embed, self.weights.embed_project, self.weights.positions
-        if project is None:
-            return ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
-        places = None if table is None else ops.embedding(batch.positions, table)
-        return ops.matmul(ops.embedding(batch.tokens, embed), project, residual=places, out=places)
+        spec, weights = self.spec.embedding, self.weights
+        embed, project, table = weights.embed, weights.embed_project, weights.positions
+        if project is None and spec.scale == 1:
+            x = ops.embedding(batch.tokens, embed, batch.positions if table is not None else None, table)
+        else:
+            places = None if table is None else ops.embedding(batch.positions, table)
+            x = ops.embedding(batch.tokens, embed)
+            if spec.scale != 1:
+                x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
+            if project is not None:
+                x = ops.matmul(x, project, residual=places, out=places)
+        return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> tuple[F32, F32] | tuple[None, None]:
         rope = self.spec.rope
         if rope is None or batch.inv_freq is None:
             return None, None
         return ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+
+    def _relative_bias(self, ops: Ops | Tape) -> F32 | None:
+        table = self.weights.relative_bias
+        return None if table is None or self._buckets is None else ops.gather_columns(table, self._buckets)
 
     def _block(self, this: _Pass, layer: int, x: F32) -> F32:
         """The residual stream after a block, from that before it."""
@@ -91,16 +116,29 @@ class Model:
             x = self._mlp(this, layer, second, x)
             ops.release(mark)
             return x
-        for part, norm in ((self._attention, weights.attn_norm), (self._mlp, weights.mlp_norm)):
+        for part, norm, post_norm in (
+            (self._attention, weights.attn_norm, weights.attn_post_norm),
+            (self._mlp, weights.mlp_norm, weights.mlp_post_norm),
+        ):
+            if spec.placement is Placement.NORMED:
+                x = _norm(ops, x, spec.norm, norm, out=x)
             mark = ops.mark()
-            x = part(this, layer, x if spec.placement is Placement.POST else _norm(ops, x, spec.norm, norm), x)
+            if spec.placement is Placement.POST:
+                x = part(this, layer, x, x)
+            elif spec.placement is Placement.NORMED:
+                x = ops.add(x, part(this, layer, x), spec.residual_scale, out=x)
+            elif spec.placement is Placement.SANDWICH:
+                branch = part(this, layer, _norm(ops, x, spec.norm, norm))
+                x = ops.add(x, _norm(ops, branch, spec.norm, post_norm, out=branch), out=x)
+            else:
+                x = part(this, layer, _norm(ops, x, spec.norm, norm), x)
             ops.release(mark)
             if spec.placement is Placement.POST:
                 x = _norm(ops, x, spec.norm, norm, out=x)
         return x
 
-    def _attention(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:
-        """residual + out(attention(x)), in place of the residual where it may be."""
+    def _attention(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
+        """out(attention(x)), plus the residual in its place where it is given and may be overwritten."""
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
         qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
@@ -113,12 +151,13 @@ class Model:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
-            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window
-        )
+            q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
+            bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer], softcap=a.softcap,
+        )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
-    def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32) -> F32:
-        """residual + down(act(gate(x)) * up(x)), without a gate down(act(up(x))), in place where it may be."""
+    def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
+        """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""
         spec, weights = self.spec.blocks[layer].mlp, self.weights.blocks[layer]
         bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.gated else (weights.up_bias, None)
         inner = this.ops.matmul(x, weights.up, bias, bias_up, spec.activation)

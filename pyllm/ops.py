@@ -36,23 +36,40 @@ F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
 Dropout: TypeAlias = tuple[float, NDArray[np.uint64], int]  # rate, seed [1], read when a kernel runs, and site
 
-ACTIVATIONS = {None: 0, Activation.GELU_ERF: 1, Activation.GELU_TANH: 2, Activation.SILU: 3, Activation.RELU: 4}
+ACTIVATIONS = {
+    None: 0,
+    Activation.GELU_ERF: 1,
+    Activation.GELU_TANH: 2,
+    Activation.SILU: 3,
+    Activation.RELU: 4,
+    Activation.TANH: 5,
+    Activation.SIGMOID: 6,
+    Activation.QUICK_GELU: 7,
+    Activation.RELU_SQUARED: 8,
+}
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
 
 
 class AttentionRule(TypedDict, total=False):
-    """Which keys a query sees. A query stands at position p, its sequence's rows being the last of its keys.
+    """Which keys a query sees, and what becomes of its scores. A query stands at position p, its sequence's rows being
+    the last of its keys.
 
     It sees key j of its sequence where both hold: ``j <= p``, or ``j < prefix``, or attention is not causal; and ``p -
     j < window``, without causal ``|p - j| < window``, or ``j < sinks``, or there is no window. Where neither causal nor
     a window is wanted, queries and keys need not be those of one sequence: that is cross-attention.
+
+    A score becomes ``softcap * tanh(score / softcap)`` and then receives ``bias[h, j - p] + slopes[h] * (j - p)``. The
+    bias has a column for each distance from -n to n, in order, of which the outer ones stand for those beyond.
     """
 
     causal: bool  # default True
     prefix: NDArray[np.int32] | None  # [B], read when the kernel runs; at most lengths; causal only
     window: int | None
     sinks: int  # first keys that every later query sees, besides its window
+    bias: F32 | None  # [H, 2n + 1]
+    slopes: F32 | None  # [H]
+    softcap: float | None  # above 0
 
 
 class Ops:
@@ -226,6 +243,26 @@ class Ops:
         self.context.activation(out, x, up, ACTIVATIONS[activation])
         return out
 
+    def axpby(self, x: F32, a: float, y: F32 | None = None, b: float = 1.0, out: F32 | None = None) -> F32:
+        """``a * x + b * y``, without y ``a * x``: x and y [R, D] -> [R, D]. `out` may be x or y."""
+        out = self.empty(*x.shape) if out is None else out
+        self.context.axpby(out, x, a, y, b)
+        return out
+
+    def softcap(self, x: F32, cap: float, pre: F32 | None = None, out: F32 | None = None) -> F32:
+        """``cap * tanh(x / cap)``: x [R, D] -> [R, D]. `out` may be x.
+
+        For a backward pass `pre` receives x / cap; else that stands in `out` meanwhile.
+        """
+        out = self.empty(*x.shape) if out is None else out
+        pre = self.axpby(x, 1 / cap, out=out if pre is None else pre)
+        self.activation(pre, Activation.TANH, out=out)
+        return self.axpby(out, cap, out=out)
+
+    def add(self, x: F32, branch: F32, scale: float = 1.0, out: F32 | None = None) -> F32:
+        """``scale * x + branch``, what a part of a block adds to the residual stream: [T, D] each; `out` may be x."""
+        return self.axpby(x, scale, branch, out=out)
+
     def embedding(
         self,
         tokens: NDArray[np.int32],
@@ -243,6 +280,12 @@ class Ops:
         """``x[index]``: x [T, D], index int32 [R] -> [R, D]."""
         out = self.empty(index.shape[0], x.shape[1])
         self.context.gather(out, x, index)
+        return out
+
+    def gather_columns(self, x: F32, index: NDArray[np.int32], out: F32 | None = None) -> F32:
+        """``x[:, index]``: x [R, D], index int32 [N] -> [R, N]."""
+        out = self.empty(x.shape[0], index.shape[0]) if out is None else out
+        self.context.gather_columns(out, x, index)
         return out
 
     def rope_angles(
@@ -311,7 +354,7 @@ class Ops:
         E]. A query sees keys up to its own position, or what `rule` says, see :class:`AttentionRule`; one that sees no
         key gives 0.
 
-        For a backward pass `lse` [T, H] receives the log of the sum of exponentials of the scaled scores. `dropout`
+        For a backward pass `lse` [T, H] receives the log of the sum of exponentials of scores. `dropout`
         (rate, seed, site), the site being the layer, sets weights to 0 and divides the others by 1 - rate; which is a
         function of seed, site, head, row of q and position of the key.
         """

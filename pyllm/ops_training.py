@@ -130,6 +130,10 @@ class TrainingOps(Ops):
         self.context.gather_backward(dx, dy, index)
         return dx
 
+    def gather_columns_backward(self, dx: F32, dy: F32, index: NDArray[np.int32]) -> None:
+        """``dx[:, index] += dy``, the gradient of :meth:`gather_columns`, column after column: dx [R, D], dy [R, N]."""
+        self.context.gather_columns_backward(dx, dy, index)
+
     def attention_backward(
         self,
         dout: F32,
@@ -145,6 +149,8 @@ class TrainingOps(Ops):
         scale: float,
         dropout: Dropout | None = None,
         gradients: tuple[F32, F32, F32] | None = None,
+        dbias: F32 | None = None,
+        add_dbias: bool = False,
         **rule: Unpack[AttentionRule],
     ) -> tuple[F32, F32, F32]:
         """Gradients of :meth:`attention` with respect to q, keys and values: dout [T, H * E] -> dq, dk, dv.
@@ -153,13 +159,15 @@ class TrainingOps(Ops):
         [S, G * E], of the S keys of all sequences in turn, belong to keys as they stand in the cache, rotated.
         `gradients` (dq, dk, dv) may be slices of one array; they are overwritten; where None, S are the present
         lengths. A sequence's gradients depend on nothing in other sequences; with dropout, on its place among the rows.
+        `dbias`, like the rule's bias, is overwritten too, or added to with `add_dbias`.
         """
         if gradients is None:
             shape = int(lengths.sum()), cache.shape[1] * head_size
             gradients = self.empty(*q.shape), self.empty(*shape), self.empty(*shape)
         self.context.attention_backward(
-            *gradients, dout, out, q, cache, lse, starts, lengths, tables, head_size, scale, dropout=dropout, **rule
-        )
+            *gradients, dout, out, q, cache, lse, starts, lengths, tables, head_size, scale, dropout=dropout,
+            dbias=dbias, add_dbias=add_dbias, **rule,
+        )  # fmt: skip
         return gradients
 
     def dropout(

@@ -76,6 +76,7 @@ class BlockWeights:
     """One block: `qkv` [(H + 2G) E, D], `out` [D, H E], `up` [F, D] (gated: with its gate), `down` [D, F]."""
 
     attn_norm: NormWeights
+    attn_post_norm: NormWeights | None
     qkv: _cpu.PackedMatrix
     qkv_bias: F32 | None
     q_norm: F32 | None
@@ -83,6 +84,7 @@ class BlockWeights:
     out: _cpu.PackedMatrix
     out_bias: F32 | None
     mlp_norm: NormWeights | None
+    mlp_post_norm: NormWeights | None
     up: _cpu.PackedMatrix
     gate_bias: F32 | None
     up_bias: F32 | None
@@ -94,7 +96,8 @@ class BlockWeights:
 class ModelWeights:
     """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as.
 
-    `positions` [P, D] begins at the row of position 0. `matrices` are all of them, by the names of :func:`matrices_of`.
+    `positions` [P, D] begins at the row of position 0; `relative_bias` [H, buckets] belongs to attention scores.
+    `matrices` are all of them, by the names of :func:`matrices_of`.
     """
 
     dtype: str
@@ -102,6 +105,8 @@ class ModelWeights:
     embed: _cpu.PackedMatrix
     embed_project: _cpu.PackedMatrix | None
     positions: F32 | None
+    embed_norm: NormWeights | None
+    relative_bias: F32 | None
     blocks: tuple[BlockWeights, ...]
     final_norm: NormWeights | None
     head_project: _cpu.PackedMatrix | None
@@ -179,6 +184,7 @@ def assemble(
         assert first is not None
         return BlockWeights(
             attn_norm=first,
+            attn_post_norm=norm(f"{at}.attn_post_norm"),
             qkv=found[f"{at}.qkv"],
             qkv_bias=vector(*(f"{at}.attn.{name}.bias" for name in "qkv")),
             q_norm=vector(f"{at}.attn.q_norm.weight"),
@@ -186,6 +192,7 @@ def assemble(
             out=found[f"{at}.out"],
             out_bias=vector(f"{at}.attn.o.bias"),
             mlp_norm=norm(f"{at}.mlp_norm"),
+            mlp_post_norm=norm(f"{at}.mlp_post_norm"),
             up=found[f"{at}.up"],
             gate_bias=vector(f"{at}.mlp.gate.bias"),
             up_bias=vector(f"{at}.mlp.up.bias"),
@@ -200,6 +207,8 @@ def assemble(
         embed=found["embed"],
         embed_project=found.get("embed.project"),
         positions=None if positions is None else positions[spec.embedding.position_offset :],
+        embed_norm=norm("embed.norm"),
+        relative_bias=vector("relative_bias.weight"),
         blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),
         final_norm=norm("final_norm"),
         head_project=found.get("head.project"),

@@ -13,6 +13,7 @@ from enum import Enum
 from functools import cached_property
 
 from pyllm.errors import require
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
 
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
@@ -26,12 +27,16 @@ class NormKind(str, Enum):
 
 
 class Activation(str, Enum):
-    """Pointwise function of the feed-forward part."""
+    """Pointwise function of a feed-forward part or a head."""
 
     GELU_ERF = "gelu_erf"
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
     RELU = "relu"
+    TANH = "tanh"
+    SIGMOID = "sigmoid"
+    QUICK_GELU = "quick_gelu"  # x sigmoid(1.702 x)
+    RELU_SQUARED = "relu_squared"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class AttentionSpec:
     """Causal attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
 
     `qk_norm` normalises each head of q and k before the rotation. With a `window` of W, token i sees keys i-W+1 .. i.
+    Scores s become `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
     """
 
     heads: int
@@ -62,6 +68,8 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: NormSpec | None = None
     window: int | None = None
+    bias: Alibi | Buckets | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -71,6 +79,8 @@ class AttentionSpec:
         require(0 < self.head_dim <= MAX_HEAD_DIM, "head size", f"1 to {MAX_HEAD_DIM}", self.head_dim)
         require(math.isfinite(self.scale) and self.scale > 0, "attention scale", "a finite number above 0", self.scale)
         require(self.window is None or self.window > 0, "attention window", "at least 1, or None", self.window)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of scores",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
         require(self.qk_norm is None or not self.qk_norm.bias, "q/k norm", "a norm without bias", self.qk_norm)
 
 
@@ -95,6 +105,8 @@ class Placement(str, Enum):
     POST = "post"  # x = N1(x + A x), then x = N2(x + M x)
     PARALLEL = "parallel"  # x += A(N1 x) + M(N2 x)
     SHARED = "shared"  # x += A(N1 x) + M(N1 x)
+    SANDWICH = "sandwich"  # x += N1b(A(N1 x)), then x += N2b(M(N2 x))
+    NORMED = "normed"  # x = s N1(x) + A(N1 x), then x = s N2(x) + M(N2 x), s being the residual scale
 
     @property
     def is_parallel(self) -> bool:
@@ -104,17 +116,27 @@ class Placement(str, Enum):
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """An attention and a feed-forward part, added to the residual stream; all norms are of one spec."""
+    """An attention and a feed-forward part, added to the residual stream; all norms are of one spec.
+
+    `residual_scale` is what a NORMED block multiplies the residual stream by.
+    """
 
     norm: NormSpec
     attention: AttentionSpec
     mlp: MlpSpec
     placement: Placement = Placement.PRE
+    residual_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        allowed = self.placement is Placement.NORMED or self.residual_scale == 1
+        require(allowed and math.isfinite(self.residual_scale), "residual scale",
+                "a finite number, and 1 unless the residual stream is normed", self.residual_scale)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: project(table[token]) + positions[position + offset].
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset]).
 
     `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
     position table, 0 for none; the first `position_offset` of them belong to no position.
@@ -123,23 +145,35 @@ class EmbeddingSpec:
     width: int | None = None
     positions: int = 0
     position_offset: int = 0
+    scale: float = 1.0
+    norm: NormSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         require(self.width is None or self.width > 0, "embedding width", "at least 1", self.width)
         require(0 <= self.position_offset <= self.positions, "offset in the position table",
                 f"0 to its {self.positions} rows", self.position_offset)  # fmt: skip
+        require(math.isfinite(self.scale), "embedding scale", "a finite number", self.scale)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How the residual stream becomes logits: project(final norm(x)) head^T + bias.
+    """How the residual stream becomes logits: scale * project(final norm(x)) head^T + bias.
 
-    A `tied` head is the embedding table. It projects where the table is not as wide as the model.
+    A `tied` head is the embedding table. It projects where the table is not as wide as the model. With a `softcap` c
+    logits l become c * tanh(l / c).
     """
 
     tied: bool = False
     bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
+        require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
+                "a finite number above 0, or None", self.softcap)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,6 +208,9 @@ class ModelSpec:
         require(e.positions == 0 or e.positions - e.position_offset >= self.max_positions,
                 "rows of the position table", f"0, or at least the context of {self.max_positions} beyond the offset "
                 f"of {e.position_offset}", e.positions)  # fmt: skip
+        biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
+        require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
+                "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
         if self.rope is not None:
             smallest = min(block.attention.head_dim for block in self.blocks)
             require(self.rope.dim <= smallest, "rotated channels of a head", f"at most the head size of {smallest}",
@@ -183,6 +220,14 @@ class ModelSpec:
     def table_width(self) -> int:
         """Columns of the embedding table and of the head."""
         return self.embedding.width or self.hidden
+
+    @property
+    def relative_bias(self) -> tuple[int, Buckets] | None:
+        """Heads and buckets of the table of learned biases that layers share; None where no layer has them."""
+        for attention in (block.attention for block in self.blocks):
+            if isinstance(attention.bias, Buckets):
+                return attention.heads, attention.bias
+        return None
 
     def untied(self) -> ModelSpec:
         """The same model with a head of its own."""
@@ -199,6 +244,11 @@ class ModelSpec:
             shapes["embed.project.weight"] = (self.hidden, self.table_width)
         if self.embedding.positions:
             shapes["positions.weight"] = (self.embedding.positions, self.hidden)
+        if self.embedding.norm is not None:
+            shapes.update(_norm_slots("embed.norm", self.embedding.norm, self.hidden))
+        if self.relative_bias is not None:
+            heads, buckets = self.relative_bias
+            shapes["relative_bias.weight"] = (heads, buckets.count)
         for index, block in enumerate(self.blocks):
             shapes.update(self._block_slots(f"blocks.{index}", block))
         if self.final_norm is not None:
@@ -240,6 +290,9 @@ class ModelSpec:
             for name in ("q_norm", "k_norm"):
                 shapes.update(_norm_slots(f"{at}.attn.{name}", attention.qk_norm, attention.head_dim))
         shapes.update(_linear_slots(f"{at}.attn.o", self.hidden, rows, attention.out_bias))
+        if block.placement is Placement.SANDWICH:
+            for name in ("attn_post_norm", "mlp_post_norm"):
+                shapes.update(_norm_slots(f"{at}.{name}", block.norm, self.hidden))
         if block.placement is not Placement.SHARED:
             shapes.update(_norm_slots(f"{at}.mlp_norm", block.norm, self.hidden))
         for name in ("gate", "up") if mlp.gated else ("up",):

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pyllm.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 1 << 16  # of a schema, regular expression, grammar, or all choices together
-# What a grammar may cost: building it and a step of it stay in the tens of milliseconds.
+# What a grammar may cost: common ones take milliseconds to build and a fraction of one a step, hostile ones a second.
 _PARSER_LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
+    "step_max_items": 20_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,
@@ -98,7 +98,7 @@ class Matcher:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             return np.full(self._vocabulary, -np.inf, np.float32)
-        return _CEILINGS[mask].reshape(-1)[: self._vocabulary]
+        return np.take(_CEILINGS, mask, axis=0).reshape(-1)[: self._vocabulary]
 
     def append(self, token: int) -> None:
         """The token was chosen."""

@@ -127,6 +127,19 @@ class Tape:
         self.ops.rope_angles(positions, inv_freq, table, scaling, out=(cos, sin))
         return cos, sin
 
+    def gather_columns(self, x: F32, index: I32) -> F32:
+        """See :meth:`pyllm.ops.Ops.gather_columns`; x is a parameter. The result may be used in every block."""
+        out = self._new((x.shape[0], index.shape[0]), kept=True)
+        ops, y, gradient = self.ops, self._view(out), self._gradient(x)
+        y.value.gradient = self._memory.gradients.take(out.shape)  # outlives the part of the block that writes it first
+
+        def backward() -> None:
+            if gradient is not None:
+                ops.gather_columns_backward(gradient, self._incoming(y), index)
+
+        self._run(lambda: ops.gather_columns(x, index, out=out), backward, again=False)
+        return out
+
     def norm(
         self, x: F32, weight: F32 | None, bias: F32 | None = None, *, kind: NormKind, eps: float, out: F32 | None = None
     ) -> F32:
@@ -150,6 +163,59 @@ class Tape:
             )
 
         self._run(forward, backward)
+        return out
+
+    def axpby(self, x: F32, a: float, y: F32 | None = None, b: float = 1.0, out: F32 | None = None) -> F32:
+        """See :meth:`pyllm.ops.Ops.axpby`. Where `out` is x or y, the result is another array all the same."""
+        out = self._new(x.shape)
+        ops, first, result = self.ops, self._view(x), self._view(out)
+        second = None if y is None else self._view(y)
+
+        def forward() -> None:
+            ops.axpby(x, a, y, b, out=out)
+
+        def backward() -> None:
+            dout = self._incoming(result)
+            if second is not None:
+                dy, add = self._target(second)
+                ops.axpby(dout, b, dy if add else None, out=dy)
+            if first.is_whole and first.value.gradient is None:  # in place: nothing else needs dout
+                self._hand_on(result, first)
+                dx, add = dout, False
+            else:
+                dx, add = self._target(first)
+            ops.axpby(dout, a, dx if add else None, out=dx)
+
+        self._run(forward, backward)
+        return out
+
+    def add(self, x: F32, branch: F32, scale: float = 1.0, out: F32 | None = None) -> F32:
+        """See :meth:`pyllm.ops.Ops.add`. Where `out` is x, the result is another array all the same.
+
+        As the residual stream it outlives the part of the block.
+        """
+        out = self._new(x.shape, kept=True)
+        ops, stream, added, y = self.ops, self._view(x), self._view(branch), self._view(out)
+        dropped = self._site()
+
+        def forward() -> None:
+            if dropped is not None:
+                ops.dropout(branch, *dropped, out=branch)
+            ops.axpby(x, scale, branch, out=out)
+
+        def backward() -> None:
+            dy = self._incoming(y)
+            dbranch, again = self._target(added)
+            assert not again, "a branch has one use"
+            if dropped is not None:
+                ops.dropout(dy, *dropped, out=dbranch)
+            else:
+                ops.axpby(dy, 1.0, out=dbranch)
+            self._hand_on(y, stream)
+            if scale != 1:
+                ops.axpby(dy, scale, out=dy)
+
+        self._run(forward, backward, again=False)
         return out
 
     def matmul(
@@ -247,6 +313,8 @@ class Tape:
         lse = self._new((q.shape[0], heads))
         ops, queries, y = self.ops, self._view(q), self._view(out)
         keys, values, cos, sin = self._written[id(cache)]
+        bias = rule.get("bias")
+        biases = None if bias is None else self._view(bias)
         dropped = self._site()
 
         def forward() -> None:
@@ -259,9 +327,10 @@ class Tape:
             targets = [self._target(view) for view in (queries, keys, values)]
             assert not any(add for _, add in targets), "q, k and v have one use"
             dq, dk, dv = (target for target, _ in targets)
+            dbias, add_dbias = (None, False) if biases is None else self._target(biases)
             ops.attention_backward(
                 self._incoming(y), out, q, cache, lse, starts, lengths, tables, head_size=head_size, scale=scale,
-                dropout=dropped, gradients=(dq, dk, dv), **rule,
+                dropout=dropped, gradients=(dq, dk, dv), dbias=dbias, add_dbias=add_dbias, **rule,
             )  # fmt: skip
             if cos is not None and sin is not None:
                 ops.rope(dk, cos, sin, head_size, inverse=True)
@@ -281,10 +350,12 @@ class Tape:
         *,
         rows: int,
         bias: F32 | None = None,
+        softcap: float | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        """Cross entropy of the head's logits ``x w^T + bias``, `rows` rows at a time, with its gradients.
+        """Cross entropy of the head's logits ``x w^T + bias``, soft-capped or not, `rows` rows at a time, with its
+        gradients.
 
         x [T, D]; labels int32 [T], -100 where a row does not count; losses float32 [T] is written; scale float32 [1]
         multiplies the gradient, not the losses. Logits never stand in memory beyond `rows` rows.
@@ -294,14 +365,18 @@ class Tape:
         assert not add, "the head is the last to use its input"
         dw, db = self._gradient(w), self._gradient(bias)
         mark = self._memory.gradients.used
-        memory = self._memory.gradients.take((min(rows, total), w.shape[0]))
+        memory = self._memory.gradients.take((1 if softcap is None else 2, min(rows, total), w.shape[0]))
         for first in range(0, total, rows):
             span = slice(first, min(first + rows, total))
-            logits = memory[: span.stop - first]
+            logits, pre = memory[0, : span.stop - first], memory[-1, : span.stop - first]
             ops.matmul(x[span], w, bias, out=logits)
+            if softcap is not None:
+                ops.softcap(logits, softcap, pre=pre, out=logits)
             ops.cross_entropy(
                 logits, labels[span], scale, z_loss=z_loss, label_smoothing=label_smoothing, loss=losses[span]
             )
+            if softcap is not None:
+                ops.activation_backward(logits, pre, Activation.TANH, out=logits)
             if db is not None:
                 ops.column_sum(db, logits)
             if dw is not None:

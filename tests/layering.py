@@ -17,7 +17,7 @@ Sources = Mapping[str, str]
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
     {"isa", "system"},
-    {"rope"},
+    {"rope", "position_bias"},
     {"detokenizer", "sentencepiece", "wordpiece", "tokenizer_backend"},
     {"tokenizer_library", "tokenizer_pieces"},
     {"spec", "sampling", "structured", "chat_template", "tokenizer"},
@@ -74,7 +74,17 @@ PYTHON_OWNERS: dict[str, set[str]] = {
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile"}
 PRINTERS = {"cli", "__main__"}  # the only place that prints or ends the process
-MODELS_MAY_IMPORT = {"errors", "rope", "spec", "quantization", "weight_names", "weights", "folder", "models"}
+MODELS_MAY_IMPORT = {
+    "errors",
+    "folder",
+    "models",
+    "position_bias",
+    "quantization",
+    "rope",
+    "spec",
+    "weight_names",
+    "weights",
+}
 
 CPU_HEADERS = ("cpu/cores.h", "cpu/kernels.h", "cpu/dispatch.h", "cpu/graph.h", "cpu/memory.h", "cpu/parallel.h")
 CPU_SIZES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ JSON = {"Content-Type": "application/json"}
 class Running:
     """A server that runs in a thread; `log` has the lines of its access log."""
 
-    def __init__(self, llm: LLM, limits: Limits, keys: tuple[str, ...]) -> None:
+    def __init__(self, llm: LLM, limits: Limits, keys: tuple[str, ...], hosts: tuple[str, ...] = ()) -> None:
         self.llm = llm
         self.log: list[dict[str, Any]] = []
-        self.service = Service(llm, "tiny", limits, keys, self.log.append)
+        self.service = Service(llm, "tiny", limits, keys, self.log.append, hosts=hosts)
         self.server = Server(self.service)
         self._listener = listen("127.0.0.1", 0)
         self.port = self._listener.getsockname()[1]
@@ -66,15 +67,24 @@ class Running:
 
 
 @contextmanager
-def running(llm: LLM, limits: Limits | None = None, keys: tuple[str, ...] = ()) -> Iterator[Running]:
+def running(
+    llm: LLM, limits: Limits | None = None, keys: tuple[str, ...] = (), hosts: tuple[str, ...] = ()
+) -> Iterator[Running]:
     """A server of `llm` while this lasts; everything must be free at its end."""
-    server = Running(llm, limits or Limits(), keys)
+    server = Running(llm, limits or Limits(), keys, hosts)
     server.start()
     try:
         yield server
         server.assert_idle()
     finally:
         server.stop()
+
+
+def raw_request(body: dict[str, Any], of: float = 1.0) -> bytes:
+    """A request of completions as it goes over the network, cut to its head and that share `of` its body."""
+    raw = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw[: int(len(raw) * of)]
 
 
 def until(holds: Any, seconds: float = 10) -> None:

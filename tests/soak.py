@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serving import JSON, Running, running
+from serving import JSON, Running, raw_request, running
 
 from pyllm import LLM
+from pyllm.sampling import MAX_N
 from pyllm.server.limits import Limits
 
 # Requests that are wrong, and the status that says so.
@@ -34,7 +35,21 @@ BAD: list[tuple[bytes, int]] = [
     (b'{"prompt": "' + b"x" * 70000 + b'"}', 413),
     (b'{"prompt": "' + b"word " * 200 + b'"}', 400),
     (b'{"prompt": "x", "model": "../../etc/passwd"}', 404),
+    (b'{"prompt": "x", "structured_outputs": {"regex": "' + b"(" * 3000 + b'"}}', 400),
+    (b'{"prompt": "x", "structured_outputs": {"json": ' + b'{"allOf": [' * 90 + b"3" + b"]}" * 90 + b"}}", 400),
+    (b'{"prompt": "x", "structured_outputs": {"grammar": "start: ' + b"(" * 9000 + b'"}}', 400),
+    (b'{"prompt": "x", "structured_outputs": {"choice": []}}', 400),
+    (b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}}', 400),
 ]
+# Costly to match: each is refused, ends when it grows too large, or goes on to the end; nobody else waits for it.
+HOSTILE: list[dict[str, Any]] = [
+    {"regex": "((((.{0,99}){0,99}){0,99}){0,99})x"},
+    {"regex": "(.*a.{40}b){40}"},
+    {"json": {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": ".*a.{30}"} for i in range(99)}}},
+    {"json": {"type": "string", "minLength": 50000}},
+    {"grammar": 'start: e\ne: e e | e e e | "a" | ""'},
+]
+PROMPT_TOKENS = 120  # of long prompts, which take several steps
 
 
 @dataclass
@@ -87,39 +102,51 @@ def soak(folder: Path, requests: int, warm_up: int = 0) -> Report:
 
 def _request(server: Running, rng: random.Random) -> bool:
     """One request of a random kind; whether it got what it should."""
-    kind = rng.randrange(6)
+    kind = rng.randrange(10)
     body: dict[str, Any] = {"prompt": "word " * rng.randint(1, 30), "max_tokens": rng.randint(1, 40), "seed": 1}
     if kind == 0:
         raw, status = rng.choice(BAD)
         return server.client.post("/v1/completions", content=raw, headers=JSON).status_code == status
-    if kind == 1:
-        return _leave(server, body, rng.random() * 0.05)
+    if kind == 1:  # while it waits, or is decoded
+        return _leave(server, {**body, "max_tokens": 100, "ignore_eos": True, "stream": rng.random() < 0.5}, rng)
     if kind == 2:
         return _read_slowly(server, {**body, "stream": True})
     if kind == 3:
         with server.client.stream("POST", "/v1/completions", json={**body, "stream": True, "n": 2}) as response:
             return response.status_code == 429 or [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+    if kind == 4:  # in the middle of its prompt
+        return _leave(server, {**body, "prompt": [rng.randrange(9, 99) for _ in range(PROMPT_TOKENS)]}, rng)
+    if kind == 5:  # in the middle of its body
+        with _connected(server) as client:
+            client.sendall(raw_request(body, rng.random()))
+        return True
+    if kind == 6:
+        answer = server.client.post("/v1/completions", json={**body, "structured_outputs": rng.choice(HOSTILE)})
+        return answer.status_code in (200, 400, 429)
+    if kind == 7:
+        wanted = {"temperature": 1, "max_tokens": 40, "structured_outputs": {"regex": "[a-d]{3}"}}
+        answer = server.client.post("/v1/completions", json={**body, **wanted})
+        found = [choice["text"] for choice in answer.json().get("choices", ())]
+        return answer.status_code == 429 or re.fullmatch("[a-d]{3}", *found) is not None
+    if kind == 8:
+        return server.client.post("/v1/completions", json={**body, "n": MAX_N}).status_code in (200, 429)
     return server.client.post("/v1/completions", json={**body, "logprobs": 1}).status_code in (200, 429)
 
 
-def _send(server: Running, body: dict[str, Any]) -> socket.socket:
-    raw = json.dumps(body).encode()
-    client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-    client.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    )
-    client.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw))
-    return client
+def _connected(server: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
 
 
-def _leave(server: Running, body: dict[str, Any], seconds: float) -> bool:
-    with _send(server, {**body, "max_tokens": 100, "ignore_eos": True, "stream": seconds > 0.02}):
-        time.sleep(seconds)
+def _leave(server: Running, body: dict[str, Any], rng: random.Random) -> bool:
+    with _connected(server) as client:
+        client.sendall(raw_request(body))
+        time.sleep(rng.random() * 0.05)
     return True
 
 
 def _read_slowly(server: Running, body: dict[str, Any]) -> bool:
-    with _send(server, body) as client:
+    with _connected(server) as client:
+        client.sendall(raw_request(body))
         received = b""
         while piece := client.recv(2000):
             received += piece

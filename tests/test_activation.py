@@ -14,6 +14,12 @@ from pyllm.spec import Activation
 OPS = TrainingOps(threads=2)
 RNG = np.random.default_rng(6)
 KINDS = list(Activation)
+# What each is at infinity and minus infinity, and its slope at infinity; at minus infinity that is 0.
+LIMITS = {
+    Activation.TANH: (1, -1, 0),
+    Activation.SIGMOID: (1, 0, 0),
+    Activation.RELU_SQUARED: (np.inf, 0, np.inf),
+}
 
 
 def values(*shape: int) -> np.ndarray:
@@ -49,24 +55,29 @@ def test_whole_range(isa: str, kind: Activation) -> None:
     x = x.astype(np.float32)[None]
     with at_isa(isa):
         y = OPS.activation(x, kind)
-    oracle = activation(np.maximum(x.astype(np.float64), -200), kind.value)  # held where the function is 0 in float32
-    near = x > -5
-    assert np.all(np.abs(y - oracle)[near] <= 2.5e-6 * np.abs(oracle)[near] + 1e-44)
-    assert np.abs(y - oracle)[~near].max() < 2e-7
+    # Held where the function is 0 in float32.
+    oracle = activation(np.maximum(x.astype(np.float64), -200), kind.value)
+    finite = np.abs(oracle) <= np.finfo(np.float32).max
+    assert np.array_equal(np.isfinite(y), finite)
+    near, far = finite & (x > -5), x <= -5
+    assert np.all(np.abs(y[near] - oracle[near]) <= 2.5e-6 * np.abs(oracle[near]) + 1e-44)
+    assert np.abs(y[far] - oracle[far]).max() < 2e-7
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_values(isa: str, kind: Activation) -> None:
-    x = np.array([[np.nan, np.inf, -np.inf, 0.0, -0.0, 89.0, -89.0, 3e38, -3e38]], np.float32)
+    x = np.array([[np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0, -0.0, 89.0, -89.0]], np.float32)
     with at_isa(isa):
         y = OPS.activation(x, kind)[0]
+    high, low, _ = LIMITS.get(kind, (np.inf, 0, 1))
     assert np.isnan(y[0])
-    assert y[1] == np.inf
-    assert y[2] == y[3] == y[4] == y[8] == 0
-    assert y[5] == 89
-    assert abs(y[6]) < 1e-36
-    assert y[7] == np.float32(3e38)
+    assert y[1] == high
+    assert y[3] == (np.float32(3e38) if kind not in LIMITS else high)
+    assert y[2] == y[4] == low
+    assert y[5] == y[6] == (0.5 if kind is Activation.SIGMOID else 0)
+    assert y[7] == {Activation.RELU_SQUARED: 89**2}.get(kind, min(high, 89))
+    assert abs(y[8] - low) < 1e-36
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -138,17 +149,21 @@ def test_slope_over_the_whole_range(isa: str, kind: Activation) -> None:
     x = x.astype(np.float32)[None]
     with at_isa(isa):
         got = OPS.activation_backward(np.ones_like(x), x, kind)
-    want = slope(np.clip(x.astype(np.float64), -200, 200), kind.value)
-    assert np.abs(got - want).max() < 1e-6
+    wide = x.astype(np.float64)
+    want = slope(wide if kind is Activation.RELU_SQUARED else np.clip(wide, -200, 200), kind.value)
+    finite = np.abs(want) <= np.finfo(np.float32).max
+    assert np.array_equal(np.isfinite(got), finite)
+    assert (np.abs(got[finite] - want[finite]) / np.maximum(np.abs(want[finite]), 1)).max() < 1e-6
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_slope_of_special_values(isa: str, kind: Activation) -> None:
-    x = np.array([[np.inf, -np.inf, 89.0, -120.0, 3e38, -3e38, np.nan]], np.float32)
+    x = np.array([[np.inf, -np.inf, 120.0, -120.0, 3e38, -3e38, np.nan]], np.float32)
     with at_isa(isa):
         got = OPS.activation_backward(np.ones_like(x), x, kind)[0]
-    assert got[:6].tolist() == [1, 0, 1, 0, 1, 0]
+    high = LIMITS.get(kind, (np.inf, 0, 1))[2]
+    assert got[:6].tolist() == [high, 0, min(high, 240), 0, high, 0]
     assert kind is Activation.RELU or np.isnan(got[6])
 
 
@@ -170,7 +185,7 @@ def test_bad_arguments() -> None:
         OPS.activation(x, Activation.SILU, up=values(3, 7))
     with pytest.raises(TypeError, match="x: expected float32"):
         OPS.activation(x.astype(np.float16), Activation.SILU)
-    with pytest.raises(ValueError, match="activation: expected 0 to 4, got 9"):
+    with pytest.raises(ValueError, match="activation: expected 0 to 8, got 9"):
         OPS.context.activation(x, x, None, 9)
     with pytest.raises(ValueError, match=r"pre: expected float32\[3, 16\], got float32\[3, 8\]"):
         OPS.activation_backward(x, x, Activation.SILU, gated=True)

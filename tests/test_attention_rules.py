@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle import attention as formulas
-from oracle.attention import DTYPES, Rule, put, rounded_queries
+from oracle.attention import DTYPES, UNCHANGED, Rule, Scores, put, rounded_queries
 from oracle.harness import ISAS, assert_close, at_isa
 from test_attention import PAGE, Case, make, multiplies_bf16
 
@@ -42,7 +42,14 @@ def attend(case: Case, ops: TrainingOps, rule: Rule, *ranges: tuple[int, int, in
     return ops.attention(q, case.cache, starts, lengths, tables, head_size=size, scale=size**-0.5, **given)
 
 
-def formula(case: Case, rule: Rule, dots: bool, *ranges: tuple[int, int, int], dtype: type = np.float64) -> np.ndarray:
+def formula(
+    case: Case,
+    rule: Rule,
+    dots: bool,
+    *ranges: tuple[int, int, int],
+    dtype: type = np.float64,
+    scores: Scores = UNCHANGED,
+) -> np.ndarray:
     q = np.concatenate([case.queries[b][i:j] for b, i, j in ranges])
     scale = case.head_size**-0.5
     q = rounded_queries(q, scale, case.cache.dtype, dots).astype(dtype)
@@ -50,7 +57,7 @@ def formula(case: Case, rule: Rule, dots: bool, *ranges: tuple[int, int, int], d
         rule = replace(rule, prefix=tuple(rule.prefix[b] for b, _, _ in ranges))
     starts = np.cumsum([0] + [j - i for _, i, j in ranges])
     keys, values = ([part[b][:j] for b, _, j in ranges] for part in (case.keys, case.values))
-    return formulas.attention(q, keys, values, starts, scale, rule).reshape(len(q), -1)
+    return formulas.attention(q, keys, values, starts, scale, rule, scores).reshape(len(q), -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Any
 import pytest
 from serving import Running, running, slowed
 from test_cli import pyllm, refused
+from test_compare import TINY
 
 from pyllm import LLM
-from pyllm.server.load import Address, Answer, Job, jobs, send, summary
+from pyllm.cli import main
+from pyllm.compare import llama_cpp_server, shapes
+from pyllm.server.load import IDS, Address, Answer, Job, jobs, send, summary
+from pyllm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,39 @@ def test_command_starts_a_server_and_ends_it(tiny_folder: Path) -> None:
     assert b"nowhere" in failed.stderr and b"exit code" in failed.stderr
 
 
+def test_an_answer_may_be_read_whole(server: Running) -> None:
+    plain = Address("127.0.0.1", server.port, "secret", text=True)
+    [job] = jobs(1, 8, 6, None, 1, "run")
+    _, [answer] = send(plain, [job], 1, lambda done: None)
+    assert answer.error is None and answer.tokens == job.tokens and answer.first == answer.total > 0
+    _, [refused] = send(plain, [Job((120,) * 5000, 2)], 1, lambda done: None)
+    assert refused.error is not None and "status 400" in refused.error
+
+
+def test_command_takes_turns_with_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if missing := llama_cpp_server.missing():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY | {"vocab_size": 4000})  # few of which are mere bytes
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few = ("--requests", "3", "--concurrency", "2", "--prompt-tokens", "8", "-n", "5", "--rounds", "2")
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "serve", "--compare", "tiny", *few])
+    shown = capsys.readouterr()
+    assert "llama-cpp-python: " in shown.out and " x llama-cpp-python, median of 2 rounds" in shown.out
+    assert shown.err.count("round 2 of 2: ") == 2  # of each one
+    folder, gguf = llama_cpp_server.prepare("tiny", tmp_path / "pyllm" / "compare")
+    text = "".join(map(chr, IDS))
+    tokenize = "import sys, llama_cpp; print(llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)"
+    found = subprocess.run(
+        [sys.executable, "-c", f"{tokenize}.tokenize(sys.argv[2].encode()))", str(gguf), text],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(found.stdout) == Tokenizer.load(folder).encode(text) == list(IDS)
+
+
 @pytest.mark.parametrize(
     ("given", "fragment"),
     [
@@ -132,6 +171,9 @@ def test_command_starts_a_server_and_ends_it(tiny_folder: Path) -> None:
         (("serve", "--url", "http://127.0.0.1:99999"), "this machine"),
         (("serve", "--url", "http://127.0.0.1:8000", "--", "--threads", "1"), "either"),
         (("--repeat", "2", "serve"), "--repeat: only without serve"),
+        (("serve", "--rounds", "2"), "only with --compare"),
+        (("serve", "--compare", "gpt2", "--rate", "2"), "only without --compare"),
+        (("serve", "--compare", "gpt3"), "expected one of"),
     ],
 )
 def test_command_lines_that_are_wrong(given: tuple[str, ...], fragment: str) -> None:

@@ -152,6 +152,22 @@ def test_gather_backward(isa: str) -> None:
                 assert np.array_equal(dx.array, added(np.zeros((20, dim), np.float32), dy, index))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_columns_both_ways(isa: str) -> None:
+    for dim, count in ((1, 0), (1, 7), (32, 257), (5, 2053)):
+        x, index = Framed(table(dim, np.float32, 3)).array, RNG.integers(0, dim, count).astype(np.int32)
+        out = Framed(np.zeros((3, count), np.float32), offset=2)
+        dx, dy = Framed(table(dim, np.float32, 3), gap=5), table(count, np.float32, 3)
+        expected = added(dx.array.T.copy(), dy.T, index).T
+        with at_isa(isa):
+            OPS.gather_columns(x, index, out=out.array)
+            OPS.gather_columns_backward(dx.array, dy, index)
+        out.check()
+        dx.check()
+        assert np.array_equal(out.array, x[:, index])
+        assert np.array_equal(dx.array, expected)
+
+
 def test_backward_in_a_graph() -> None:
     tokens, dy, dtable, dx = (
         ids(40),
@@ -192,3 +208,7 @@ def test_backward_bad_arguments() -> None:
             OPS.embedding_backward(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"index\[1\]: expected a row of dx in \[0, 5\)"):
         OPS.gather_backward(np.zeros((5, 8), np.float32), dy, np.array([0, 5, 1], np.int32))
+    with pytest.raises(ValueError, match=r"index\[1\]: expected a column of x in \[0, 8\), got 8"):
+        OPS.gather_columns(dy, np.array([0, 8], np.int32))
+    with pytest.raises(ValueError, match=r"index\[0\]: expected a column of dx in \[0, 8\), got -1"):
+        OPS.gather_columns_backward(np.zeros((3, 8), np.float32), dy, np.array([-1] * 8, np.int32))

@@ -274,7 +274,7 @@ def test_bad_arguments(ops: Ops, rng: np.random.Generator) -> None:
         ops.matmul(shared[:24].reshape(3, 8), w, out=shared[20:35].reshape(3, 5))
     with pytest.raises(ValueError, match=r"out: .*overlaps residual"):
         ops.matmul(x, w, residual=shared[:15].reshape(3, 5), out=shared[1:16].reshape(3, 5))
-    with pytest.raises(ValueError, match="activation: expected 0 to 4, got 9"):
+    with pytest.raises(ValueError, match="activation: expected 0 to 8, got 9"):
         ops.context.matmul(np.zeros((3, 5), np.float32), x, w, None, None, None, 9, None)
     with pytest.raises(ValueError, match="rows 3 to 6 lie outside"):
         ops.context.pack(w, normal(rng, 3, 8), 3, 0)

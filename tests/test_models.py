@@ -59,7 +59,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 20
+    assert len(GOLDEN_NAMES) == 23
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:
@@ -108,9 +108,13 @@ def test_gpt2_scales() -> None:
         ("gelu_new", Activation.GELU_TANH),
         ("gelu_pytorch_tanh", Activation.GELU_TANH),
         ("gelu", Activation.GELU_ERF),
+        ("quick_gelu", Activation.QUICK_GELU),
         ("relu", Activation.RELU),
+        ("relu2", Activation.RELU_SQUARED),
+        ("sigmoid", Activation.SIGMOID),
         ("silu", Activation.SILU),
         ("swish", Activation.SILU),
+        ("tanh", Activation.TANH),
     ],
 )
 def test_activations(word: str, activation: Activation) -> None:
@@ -263,6 +267,69 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # a config as its file has
         },
         596_049_920,
     ),
+    "chatglm3-6b": (
+        {
+            "add_bias_linear": False,
+            "add_qkv_bias": True,
+            "apply_query_key_layer_scaling": True,
+            "apply_residual_connection_post_layernorm": False,
+            "architectures": ["ChatGLMModel"],
+            "attention_dropout": 0.0,
+            "attention_softmax_in_fp32": True,
+            "bias_dropout_fusion": True,
+            "eos_token_id": 2,
+            "ffn_hidden_size": 13696,
+            "fp32_residual_connection": False,
+            "hidden_dropout": 0.0,
+            "hidden_size": 4096,
+            "kv_channels": 128,
+            "layernorm_epsilon": 1e-05,
+            "model_type": "chatglm",
+            "multi_query_attention": True,
+            "multi_query_group_num": 2,
+            "num_attention_heads": 32,
+            "num_layers": 28,
+            "original_rope": True,
+            "pad_token_id": 0,
+            "padded_vocab_size": 65024,
+            "post_layer_norm": True,
+            "rmsnorm": True,
+            "seq_length": 8192,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "transformers_version": "4.27.1",
+            "use_cache": True,
+        },
+        6_243_584_000,
+    ),
+    "glm-4-9b-chat-hf": (
+        {
+            "architectures": ["GlmForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "eos_token_id": [151329, 151336, 151338],
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 13696,
+            "max_position_embeddings": 131072,
+            "model_type": "glm",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "pad_token_id": 151329,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1.5625e-07,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.47.0.dev0",
+            "use_cache": True,
+            "vocab_size": 151552,
+        },
+        9_399_951_360,
+    ),
     "gpt2": (
         {
             "activation_function": "gelu_new",
@@ -297,6 +364,24 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # a config as its file has
 def test_published_configs(name: str) -> None:
     config, parameters = PUBLISHED[name]
     assert read(config).num_parameters() == parameters
+
+
+def test_chatglm2_config() -> None:
+    config = {**PUBLISHED["chatglm3-6b"][0], "rope_ratio": 50}
+    spec = read(config)
+    assert spec.rope is not None
+    assert (spec.rope.dim, spec.rope.theta) == (64, 500_000)
+    for change in (
+        {"multi_query_attention": False},
+        {"multi_query_group_num": 3},
+        {"rmsnorm": False},
+        {"post_layer_norm": False},
+        {"apply_residual_connection_post_layernorm": True},
+        {"quantization_bit": 4},
+        {"pre_seq_len": 128},
+        {"kv_channels": 6},
+    ):
+        assert next(iter(change)) in refusal({**config, **change})
 
 
 def test_rope_spellings_agree() -> None:
@@ -426,7 +511,7 @@ def test_bad_llama_configs(change: dict[str, Any], named: str) -> None:
         ({"n_head": 5}, "n_head"),
         ({"n_inner": 0}, "n_inner"),
         ({"scale_attn_weights": 1}, "scale_attn_weights"),
-        ({"activation_function": "tanh"}, "gelu_new"),
+        ({"activation_function": "softplus"}, "gelu_new"),
         ({"rope_theta": 10000.0}, "rope_theta"),
     ],
 )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 import tiny_model
-from serving import JSON, Running, running, slowed, until
+from serving import JSON, Running, raw_request, running, slowed, until
 
-from pyllm import LLM
+from pyllm import LLM, SamplingParams
 from pyllm.cli import main
 from pyllm.server.app import ROUTES
 from pyllm.server.limits import Limits
@@ -150,8 +149,7 @@ def test_bodies_too_large_and_too_slow(server: Running) -> None:
     pieces = (b"x" * 1000 for _ in range(10))  # of no length told beforehand
     assert server.client.post("/v1/completions", content=pieces, headers=JSON).status_code == 413
     with socket.create_connection(("127.0.0.1", server.port)) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-        slow.sendall(b"Content-Length: 20\r\n\r\n{")
+        slow.sendall(raw_request({"prompt": "once"}, of=0.5))
         assert slow.recv(4096).startswith(b"HTTP/1.1 408")
 
 
@@ -246,12 +244,10 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(tiny_folder: Path, 
     """`generated` 0: it leaves in the middle of its prompt, which takes 40 steps."""
     llm = LLM(tiny_folder, threads=2, max_num_seqs=2, max_num_batched_tokens=2 if generated == 0 else 512)
     body = {"prompt": "word " * 40, "max_tokens": 60, "ignore_eos": True, "stream": stream}
-    raw = json.dumps(body).encode()
     with running(llm) as server, slowed(llm, 0.02):
         engine = server.service.engine
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-            client.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw))
+            client.sendall(raw_request(body))
             until(lambda: engine.steps >= 2 and llm.stats.generated_tokens >= generated)
             assert llm.engine.scheduler.pool.free < llm.engine.scheduler.pool.size
         steps = engine.steps
@@ -322,62 +318,6 @@ def test_templates_do_not_escape_their_sandbox(server: Running, llm: LLM, templa
         llm.chat_template = None
 
 
-def test_a_soak_leaves_nothing_behind(tiny_folder: Path) -> None:
-    """PYLLM_SOAK=1000 for a long one."""
-    from soak import soak
-
-    requests = int(os.environ.get("PYLLM_SOAK", "100"))
-    report = soak(tiny_folder, requests, warm_up=2000 if requests >= 1000 else 0)
-    assert report.answered == report.sent and report.health_failures == 0 and report.tasks <= 2
-    if report.sent >= 1000:
-        assert report.slope_kib < 0.5, report.memory  # for each request, over the second half: noise
-
-
-def serve_process(folder: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
-    """`pyllm serve` as a process of its own, and its port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pyllm", "serve", "-m", str(folder), "--port", "0", "--threads", "1", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("serving"):
-            return process, int(line.rsplit(":", 1)[1])
-    raise AssertionError(f"it ended with {process.wait()}")
-
-
-def test_sigterm_lets_requests_finish_or_ends_them_cleanly(tmp_path: Path) -> None:
-    folder = tiny_model.make(tmp_path / "model", max_position_embeddings=200_000)
-    process, port = serve_process(folder, "--drain-seconds", "4", "--kv-cache-bytes", "300000000")
-    lengths = 2000, 2000, 190_000  # two that end within the drain's seconds even on a busy machine, one that does not
-    bodies = [{"prompt": "once", "max_tokens": n, "ignore_eos": True, "stream": True} for n in lengths]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client, ThreadPoolExecutor(3) as crowd:
-        answers = [crowd.submit(client.post, "/v1/completions", json=body) for body in bodies]
-        until(lambda: 'pyllm:num_requests_running{model_name="model"} 3' in client.get("/metrics").text)
-        process.send_signal(signal.SIGTERM)
-        texts = [answer.result().text for answer in answers]
-    assert all(text.endswith("data: [DONE]\n\n") for text in texts)
-    assert all('"finish_reason":"length"' in text for text in texts[:2])
-    assert '"code":"shutting_down"' in texts[2]
-    assert process.wait(10) == 0
-    assert process.stderr is not None
-    lines = [json.loads(line) for line in process.stderr if line.startswith("{")]
-    assert {line["event"] for line in lines} == {"request"}
-
-
-def test_an_address_in_use_and_a_wide_one_are_told(tiny_folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "pyllm", "serve", "-m", str(tiny_folder)]
-        ended = subprocess.run(
-            [*command, "--port", str(taken.getsockname()[1])], capture_output=True, text=True, timeout=60
-        )
-    assert ended.returncode == 1 and "in use" in ended.stderr.lower() and "Traceback" not in ended.stderr
-    process, _ = serve_process_with_warning(tiny_folder)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
-
-
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(SystemExit) as ended:
@@ -407,17 +347,67 @@ def test_every_limit_is_a_flag(tiny_folder: Path, monkeypatch: pytest.MonkeyPatc
     assert service.engine.capacity == 3 + 8
 
 
-def serve_process_with_warning(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:
-    command = [sys.executable, "-m", "pyllm", "serve", "-m", str(folder), "--host", "0.0.0.0", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("serving"):
-            break
-    assert any("no --api-key" in line for line in lines)
-    return process, lines
+@pytest.mark.parametrize("keys", [(), ("right",)])
+def test_requests_that_name_another_host_are_refused(llm: LLM, keys: tuple[str, ...]) -> None:
+    with running(llm, hosts=("localhost", "127.0.0.1", "[::1]", "My.Host"), keys=keys) as server:
+        for name in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "[::1]", "my.host", "localhost:"):
+            assert server.client.get("/version", headers={"Host": name}).status_code == 200, name
+        for name in (
+            "evil.example",
+            "127.0.0.1.evil.example:8000",
+            "evil.example:80",
+            "localhost:80:80",
+            "::1",
+            "[::1",
+        ):
+            for path in ("/", "/health", "/v1/models", "/nothing"):
+                answer = server.client.get(path, headers={"Host": name})
+                assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
+        body = {"prompt": "once", "max_tokens": 1}
+        evil = server.client.post("/v1/completions", json=body, headers={"Host": "evil.example"})
+        assert evil.status_code == 403 and "--allowed-hosts" in evil.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts"),
+    [
+        ((), {"localhost", "127.0.0.1", "[::1]"}),
+        (("--host", "127.0.0.2"), {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}),
+        (("--api-key", "k"), set()),
+        (("--host", "0.0.0.0"), set()),
+        (("--allowed-hosts", "a.example"), {"localhost", "127.0.0.1", "[::1]", "a.example"}),
+        (("--api-key", "k", "--allowed-hosts", "a.example"), {"localhost", "127.0.0.1", "[::1]", "a.example"}),
+        (("--allowed-hosts", "*"), set()),
+    ],
+)
+def test_hosts_are_checked_where_a_page_could_reach_the_server(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], hosts: set[str]
+) -> None:
+    made = []
+    monkeypatch.setattr("pyllm.server.run.serve", lambda service, *_: made.append(service) or signal.SIGTERM)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "-m", str(tiny_folder), *options])
+    assert set(made[0].hosts) == hosts
+
+
+def test_a_grammar_that_takes_long_holds_nobody_up(server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    gate, make = threading.Event(), llm.engine.matcher
+
+    def slow(params: SamplingParams) -> Any:
+        assert params.structured_outputs is None or gate.wait(10)
+        return make(params)
+
+    monkeypatch.setattr(llm.engine, "matcher", slow)
+    with ThreadPoolExecutor(1) as crowd:
+        body = {"prompt": "once", "structured_outputs": {"choice": ["yes"]}}
+        held = crowd.submit(server.post, "/v1/completions", **body)
+        for _ in range(3):
+            assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
+        assert not held.done()
+        gate.set()
+        assert held.result(10)["choices"][0]["text"] == "yes"
 
 
 def test_no_answer_repeats_the_host_header(server: Running) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle.harness import ISAS, at_isa
-from training import GOLDEN, at_hand, gradients, make_batch, oracle_loss, step_of, values
+from training import (
+    GOLDEN,
+    assert_gradients_of_float64,
+    assert_takes_what_is_laid_out,
+    at_hand,
+    gradients,
+    make_batch,
+    step_of,
+)
 
 from pyllm import _cpu
 from pyllm.batch import Batch
@@ -17,7 +25,6 @@ from pyllm.model import Model
 from pyllm.ops import Arena
 from pyllm.ops_training import TrainingOps
 from pyllm.tape import Tape, TapeMemory
-from pyllm.train import step as step_module
 from pyllm.train.step import IGNORED
 
 MODELS = ["gpt2", "gpt2-scaled-relu", "llama", "llama-tied-biased", "llama-yarn", "mistral", "qwen2", "qwen3"]
@@ -31,23 +38,7 @@ def batch_for(seed: int = 0, tokens: int = 90, sequences: int = 4) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_float64(name: str) -> None:
     """Of every weight, along random directions: by central differences of the float64 model."""
-    parameters, batch = at_hand(name, TrainingOps(threads=2)), batch_for()
-    loss, found = gradients(parameters, batch)
-    weights, spec = values(parameters), parameters.spec
-    expected = oracle_loss(spec, weights, batch)
-    assert abs(loss - expected) <= 1e-6 * abs(expected)
-    rng = np.random.default_rng(1)
-    # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
-    rounding = 1e-7 * float(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in found.values())))
-    for slot, gradient in found.items():
-        norm = float(np.linalg.norm(gradient.astype(np.float64)))
-        for _ in range(2):
-            direction = rng.normal(size=gradient.shape)
-            width = 1e-5
-            up = oracle_loss(spec, weights | {slot: weights[slot] + width * direction}, batch)
-            down = oracle_loss(spec, weights | {slot: weights[slot] - width * direction}, batch)
-            slope = (up - down) / (2 * width)
-            assert abs(float((gradient * direction).sum()) - slope) <= 1e-4 * norm + rounding, slot
+    assert_gradients_of_float64(at_hand(name, TrainingOps(threads=2)), batch_for())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -85,7 +76,7 @@ def test_a_tape_computes_the_bits_of_inference(name: str) -> None:
     assert model.final_norm(ops, prompt).tobytes() == taped[first:end].tobytes()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["glm4", "gpt2", "qwen3"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_computing_again_gives_the_same_gradients(name: str, dropout: float) -> None:
     batch = batch_for(1)
@@ -147,29 +138,13 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         assert np.linalg.norm(summed[slot] - value) <= 1e-5 * np.linalg.norm(value) + 1e-9, slot
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "llama-dynamic"])
+@pytest.mark.parametrize("name", ["glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"checkpoint_activations": True}])
 def test_a_step_takes_the_memory_that_was_laid_out(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arenas = []
-
-    class Watched(Arena):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.most = 0
-            arenas.append(self)
-
-        def take(self, shape: Any) -> Any:
-            array = super().take(shape)
-            self.most = max(self.most, self.used)
-            return array
-
-    monkeypatch.setattr(step_module, "Arena", Watched)
-    step_of(at_hand(name, TrainingOps(threads=1)), make_batch(VOCAB, 37, 3, 0, longest=20), **options)
-    training = arenas[: len(arenas) // 2 - 1]  # a step is recorded twice, and each time an evaluation after it
-    assert [arena.most for arena in training] == [arena.memory.size for arena in training]
-    assert arenas[len(training)].most <= arenas[len(training)].memory.size
+    batch = make_batch(VOCAB, 37, 3, 0, longest=20)
+    assert_takes_what_is_laid_out(at_hand(name, TrainingOps(threads=1)), batch, monkeypatch, **options)
 
 
 def test_golden_models_are_at_hand() -> None:

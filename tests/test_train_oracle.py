@@ -40,8 +40,7 @@ def random_model(name: str, folder: Path, seed: int = 0) -> None:
     """A model with all parameters at random, in `folder`."""
     model = goldens._random_model(goldens.variants()[name].config, seed)
     folder.mkdir(exist_ok=True)
-    model.config.to_json_file(folder / "config.json", use_diff=False)
-    goldens._save_weights(model, folder / "model.safetensors")
+    goldens.save_model(model, folder)
 
 
 def torch_loss(model: Any, batch: Batch) -> Any:
@@ -86,7 +85,7 @@ def parameters_of(folder: Path, dtype: str = "float32") -> Parameters:
     return parameters
 
 
-@pytest.mark.parametrize("name", [*MODELS, "gpt_neox", "gptj", "opt", "opt-post", "phi3"])
+@pytest.mark.parametrize("name", [*MODELS, "glm", "glm4", "gpt_neox", "gptj", "opt", "opt-post", "phi3"])
 def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     random_model(name, tmp_path)
     batch = make_batch(VOCAB, 90, 4, 0)

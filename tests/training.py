@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from oracle import transformer
 
 from pyllm.errors import CheckpointError
 from pyllm.models import open_checkpoint
+from pyllm.ops import Arena
 from pyllm.ops_training import TrainingOps
 from pyllm.spec import ModelSpec
+from pyllm.train import step as step_module
 from pyllm.train.memory import StepShape
 from pyllm.train.parameters import Parameters, load_values
 from pyllm.train.step import IGNORED, Step
@@ -123,3 +126,47 @@ def oracle_loss(spec: ModelSpec, weights: Mapping[str, Any], batch: Batch) -> fl
         total += float((lse - logits[np.arange(len(rows)), labels[first:end][rows]]).sum())
         counted += len(rows)
     return total / counted
+
+
+def assert_gradients_of_float64(parameters: Parameters, batch: Batch) -> None:
+    """The loss, and the gradient of every slot along random directions: by central differences of the float64 model."""
+    loss, found = gradients(parameters, batch)
+    weights, spec = values(parameters), parameters.spec
+    expected = oracle_loss(spec, weights, batch)
+    assert abs(loss - expected) <= 1e-6 * abs(expected)
+    rng = np.random.default_rng(1)
+    # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
+    rounding = 1e-7 * float(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in found.values())))
+    for slot, gradient in found.items():
+        norm = float(np.linalg.norm(gradient.astype(np.float64)))
+        for _ in range(2):
+            direction = rng.normal(size=gradient.shape)
+            width = 1e-5
+            up = oracle_loss(spec, weights | {slot: weights[slot] + width * direction}, batch)
+            down = oracle_loss(spec, weights | {slot: weights[slot] - width * direction}, batch)
+            slope = (up - down) / (2 * width)
+            assert abs(float((gradient * direction).sum()) - slope) <= 1e-4 * norm + rounding, slot
+
+
+def assert_takes_what_is_laid_out(
+    parameters: Parameters, batch: Batch, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """The arenas of a training step are filled exactly, and that of an evaluation is not overfilled."""
+    arenas = []
+
+    class Watched(Arena):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.most = 0
+            arenas.append(self)
+
+        def take(self, shape: Any) -> Any:
+            array = super().take(shape)
+            self.most = max(self.most, self.used)
+            return array
+
+    monkeypatch.setattr(step_module, "Arena", Watched)
+    step_of(parameters, batch, **options)
+    training = arenas[: len(arenas) // 2 - 1]  # a step is recorded twice, and each time an evaluation after it
+    assert [arena.most for arena in training] == [arena.memory.size for arena in training]
+    assert arenas[len(training)].most <= arenas[len(training)].memory.size

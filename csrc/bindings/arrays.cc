@@ -50,6 +50,13 @@ void check_ids(const int32_t* ids, int64_t count, int64_t limit, const char* nam
                             std::to_string(limit) + "), got " + std::to_string(ids[i]));
 }
 
+Activation activation_of(int kind) {
+  if (kind < 0 || kind >= kActivations)
+    throw py::value_error("activation: expected 0 to " + std::to_string(kActivations - 1) + ", got " +
+                          std::to_string(kind));
+  return Activation(kind);
+}
+
 Dropout dropout_of(const py::object& object) {
   if (object.is_none()) return {nullptr, 0, 0};
   if (!py::isinstance<py::tuple>(object) || py::len(object) != 3)

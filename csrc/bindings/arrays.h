@@ -77,6 +77,8 @@ bool overlap(const Rows<A>& a, const Rows<B>& b) {
 // Every value of ids lies in [0, limit), else ValueError naming the first that does not.
 void check_ids(const int32_t* ids, int64_t count, int64_t limit, const char* name, const char* what);
 
+Activation activation_of(int kind);  // the enum's value, else ValueError
+
 // (rate, seed uint64 [1], site) as attention and dropout take it; None or a rate of 0: none.
 Dropout dropout_of(const py::object& object);
 

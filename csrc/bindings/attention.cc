@@ -135,7 +135,8 @@ void kv_write(Context& context, const py::object& cache, const py::object& k, co
 template <class Args>
 void check_sequences(const Args& a) {
   if (a.starts[0] != 0) throw py::value_error("starts[0]: expected 0, got " + std::to_string(a.starts[0]));
-  const bool places = a.rule.causal || a.rule.window > 0;  // whether it matters where a query stands
+  const bool places = a.rule.causal || a.rule.window > 0 || a.scores.bias ||
+                      a.scores.slopes;  // whether it matters where a query stands
   for (int64_t b = 0; b < a.sequences; ++b) {
     const int64_t rows = int64_t(a.starts[b + 1]) - a.starts[b], length = a.lengths[b];
     if (rows < 0)
@@ -193,6 +194,23 @@ AttentionRule rule_of(int64_t sequences, std::optional<int64_t> window, bool cau
   return rule;
 }
 
+AttentionScores scores_of(int64_t heads, const py::object& bias, const py::object& slopes,
+                          std::optional<float> softcap) {
+  AttentionScores scores{};
+  if (!bias.is_none()) {
+    const auto table = dense_rows_of<const float>(bias, "bias", heads, -1);
+    if (table.cols % 2 == 0)
+      throw py::value_error("bias: expected an odd number of columns, for the distances from -n to n, got " +
+                            std::to_string(table.cols));
+    scores.bias = table.data, scores.reach = table.cols / 2;
+  }
+  scores.slopes = vector_of<const float>(slopes, "slopes", heads, true);
+  scores.softcap = softcap.value_or(0.0f);
+  if (softcap && !(*softcap > 0 && std::isfinite(*softcap)))
+    throw py::value_error("softcap: expected a finite number above 0, or None, got " + std::to_string(*softcap));
+  return scores;
+}
+
 // The arguments that forward and backward have in common.
 template <class Args>
 void set_sequences(Args& args, const py::object& q, const py::object& cache, const py::object& starts,
@@ -218,15 +236,17 @@ void set_sequences(Args& args, const py::object& q, const py::object& cache, con
 void attention(Context& context, const py::object& out, const py::object& q, const py::object& cache,
                const py::object& starts, const py::object& lengths, const py::object& tables, int64_t head_size,
                float scale, std::optional<int64_t> window, const py::object& lse, const py::object& dropout,
-               std::optional<bool> bf16_dots, bool causal, const py::object& prefix, int64_t sinks) {
+               std::optional<bool> bf16_dots, bool causal, const py::object& prefix, int64_t sinks,
+               const py::object& bias, const py::object& slopes, std::optional<float> softcap) {
   AttentionArgs args{};
   set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, dropout, bf16_dots);
   args.rule = rule_of(args.sequences, window, causal, prefix, sinks);
+  args.scores = scores_of(args.heads, bias, slopes, softcap);
   const auto result = rows_of<float>(out, "out", args.rows, args.heads * head_size);
   args.out = result.data, args.out_stride = result.stride;
   if (!lse.is_none()) args.lse = dense_rows_of<float>(lse, "lse", args.rows, args.heads).data;
-  context.submit(&cpu::KernelTable::attention, args, {out, q, cache, starts, lengths, tables, lse, dropout, prefix},
-                 &check_values);
+  context.submit(&cpu::KernelTable::attention, args,
+                 {out, q, cache, starts, lengths, tables, lse, dropout, prefix, bias, slopes}, &check_values);
 }
 
 void attention_backward(Context& context, const py::object& dq, const py::object& dk, const py::object& dv,
@@ -234,10 +254,17 @@ void attention_backward(Context& context, const py::object& dq, const py::object
                         const py::object& lse, const py::object& starts, const py::object& lengths,
                         const py::object& tables, int64_t head_size, float scale, std::optional<int64_t> window,
                         const py::object& dropout, std::optional<bool> bf16_dots, bool causal, const py::object& prefix,
-                        int64_t sinks) {
+                        int64_t sinks, const py::object& bias, const py::object& slopes, std::optional<float> softcap,
+                        const py::object& dbias, bool add_dbias) {
   AttentionBackwardArgs args{};
   set_sequences(args, q, cache, starts, lengths, tables, head_size, scale, dropout, bf16_dots);
   args.rule = rule_of(args.sequences, window, causal, prefix, sinks);
+  args.scores = scores_of(args.heads, bias, slopes, softcap);
+  if (!dbias.is_none()) {
+    if (!args.scores.bias) throw py::value_error("dbias: expected None, as there is no bias");
+    args.dbias = dense_rows_of<float>(dbias, "dbias", args.heads, 2 * args.scores.reach + 1).data;
+  }
+  args.add_dbias = add_dbias;
   if (args.cache.dtype == DType::i8)
     throw py::type_error("cache: expected float32 or bfloat16, as int8 has no gradient, got int8");
   const int64_t columns = args.heads * head_size, key_columns = args.cache.kv_heads * head_size;
@@ -261,7 +288,8 @@ void attention_backward(Context& context, const py::object& dq, const py::object
   args.out = result.data, args.out_stride = result.stride;
   args.lse = dense_rows_of<const float>(lse, "lse", args.rows, args.heads).data;
   context.submit(&cpu::KernelTable::attention_backward, args,
-                 {dq, dk, dv, dout, out, q, cache, lse, starts, lengths, tables, dropout, prefix}, &check_values);
+                 {dq, dk, dv, dout, out, q, cache, lse, starts, lengths, tables, dropout, prefix, bias, slopes, dbias},
+                 &check_values);
 }
 
 }  // namespace
@@ -278,12 +306,15 @@ void bind_attention(py::module_&, ContextClass& context) {
            py::arg("lengths"), py::arg("tables"), py::arg("head_size"), py::arg("scale"),
            py::arg("window") = py::none(), py::arg("lse") = py::none(), py::arg("dropout") = py::none(),
            py::arg("bf16_dots") = py::none(), py::arg("causal") = true, py::arg("prefix") = py::none(),
-           py::arg("sinks") = 0)
+           py::arg("sinks") = 0, py::arg("bias") = py::none(), py::arg("slopes") = py::none(),
+           py::arg("softcap") = py::none())
       .def("attention_backward", &attention_backward, py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dout"),
            py::arg("out"), py::arg("q"), py::arg("cache"), py::arg("lse"), py::arg("starts"), py::arg("lengths"),
            py::arg("tables"), py::arg("head_size"), py::arg("scale"), py::arg("window") = py::none(),
            py::arg("dropout") = py::none(), py::arg("bf16_dots") = py::none(), py::arg("causal") = true,
-           py::arg("prefix") = py::none(), py::arg("sinks") = 0);
+           py::arg("prefix") = py::none(), py::arg("sinks") = 0, py::arg("bias") = py::none(),
+           py::arg("slopes") = py::none(), py::arg("softcap") = py::none(), py::arg("dbias") = py::none(),
+           py::arg("add_dbias") = false);
 }
 
 }  // namespace pyllm::bindings

@@ -1,4 +1,4 @@
-// norm, activation, embedding and gather, and the backward passes of norm, embedding and gather.
+// norm, activation, axpby, embedding and gather, and the backward passes of norm, embedding and gather.
 #include <cmath>
 
 #include "bindings/arrays.h"
@@ -104,16 +104,39 @@ void norm_backward(Context& context, const py::object& dx, const py::object& dwe
 }
 
 void activation(Context& context, const py::object& y, const py::object& x, const py::object& up, int kind) {
-  if (kind < int(Activation::none) || kind > int(Activation::relu))
-    throw py::value_error("activation: expected 0 to 4, got " + std::to_string(kind));
   const auto in = rows_of<const float>(x, "x", -1, -1);
   const auto out = rows_of<float>(y, "out", in.rows, in.cols);
-  ActivationArgs args{out.data, in.data, nullptr, in.rows, in.cols, in.stride, 0, out.stride, Activation(kind)};
+  ActivationArgs args{out.data, in.data, nullptr, in.rows, in.cols, in.stride, 0, out.stride, activation_of(kind)};
   if (!up.is_none()) {
     const auto view = rows_of<const float>(up, "up", in.rows, in.cols);
     args.up = view.data, args.up_stride = view.stride;
   }
   context.submit(&cpu::KernelTable::activation, args, {y, x, up});
+}
+
+void axpby(Context& context, const py::object& out, const py::object& x, float a, const py::object& y, float b) {
+  const auto in = rows_of<const float>(x, "x", -1, -1);
+  const auto result = rows_of<float>(out, "out", in.rows, in.cols);
+  const auto check = [&](const auto& view, const char* name) {
+    if (overlap(result, view) && !same(result, view))
+      throw py::value_error(std::string("out: expected ") + name +
+                            " itself or memory of its own, got an array that overlaps " + name + " in part");
+  };
+  check(in, "x");
+  for (const auto& [value, name] : {std::pair{a, "a"}, std::pair{b, "b"}})
+    if (!std::isfinite(value))
+      throw py::value_error(std::string(name) + ": expected a finite number, got " + std::to_string(value));
+  AxpbyArgs args{};
+  if (!y.is_none()) {
+    const auto view = rows_of<const float>(y, "y", in.rows, in.cols);
+    check(view, "y");
+    args.y = view.data, args.y_stride = view.stride;
+  }
+  args.out = result.data, args.out_stride = result.stride;
+  args.x = in.data, args.x_stride = in.stride;
+  args.rows = in.rows, args.dim = in.cols;
+  args.a = a, args.b = b;
+  context.submit(&cpu::KernelTable::axpby, args, {out, x, y});
 }
 
 // The table of embedding: a packed matrix, or an array whose rows are contiguous but may lie at any address.
@@ -155,6 +178,12 @@ void check_values(const EmbeddingBackwardArgs& a) {
 }
 
 void check_values(const GatherBackwardArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of dx"); }
+
+void check_values(const GatherColumnsArgs& a) { check_ids(a.index, a.columns, a.x_columns, "index", "a column of x"); }
+
+void check_values(const GatherColumnsBackwardArgs& a) {
+  check_ids(a.index, a.columns, a.x_columns, "index", "a column of dx");
+}
 
 void check_values(const GatherArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of x"); }
 
@@ -216,6 +245,22 @@ void gather_backward(Context& context, const py::object& dx, const py::object& d
   context.submit(&cpu::KernelTable::gather_backward, args, {dx, dy, index}, &check_values);
 }
 
+void gather_columns(Context& context, const py::object& y, const py::object& x, const py::object& index) {
+  const auto in = rows_of<const float>(x, "x", -1, -1);
+  const auto out = rows_of<float>(y, "y", in.rows, -1);
+  const int32_t* columns = vector_of<const int32_t>(index, "index", out.cols);
+  GatherColumnsArgs args{out.data, in.data, columns, in.rows, out.cols, in.cols, out.stride, in.stride};
+  context.submit(&cpu::KernelTable::gather_columns, args, {y, x, index}, &check_values);
+}
+
+void gather_columns_backward(Context& context, const py::object& dx, const py::object& dy, const py::object& index) {
+  const auto in = rows_of<const float>(dy, "dy", -1, -1);
+  const auto out = rows_of<float>(dx, "dx", in.rows, -1);
+  const int32_t* columns = vector_of<const int32_t>(index, "index", in.cols);
+  GatherColumnsBackwardArgs args{out.data, in.data, columns, in.rows, in.cols, out.cols, out.stride, in.stride};
+  context.submit(&cpu::KernelTable::gather_columns_backward, args, {dx, dy, index}, &check_values);
+}
+
 }  // namespace
 
 void bind_layers(py::module_&, ContextClass& context) {
@@ -224,12 +269,15 @@ void bind_layers(py::module_&, ContextClass& context) {
   context.def("norm_backward", &norm_backward, py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dy"),
               py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"), py::arg("kind"));
   context.def("activation", &activation, py::arg("y"), py::arg("x"), py::arg("up"), py::arg("activation"));
+  context.def("axpby", &axpby, py::arg("out"), py::arg("x"), py::arg("a"), py::arg("y"), py::arg("b"));
   context.def("embedding", &embedding, py::arg("y"), py::arg("tokens"), py::arg("table"), py::arg("positions"),
               py::arg("position_table"));
   context.def("embedding_backward", &embedding_backward, py::arg("dtable"), py::arg("dposition_table"), py::arg("dy"),
               py::arg("tokens"), py::arg("positions"));
   context.def("gather", &gather, py::arg("y"), py::arg("x"), py::arg("index"));
   context.def("gather_backward", &gather_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
+  context.def("gather_columns", &gather_columns, py::arg("y"), py::arg("x"), py::arg("index"));
+  context.def("gather_columns_backward", &gather_columns_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
 }
 
 }  // namespace pyllm::bindings

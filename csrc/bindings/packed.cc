@@ -145,8 +145,6 @@ void matmul(Context& context, const py::object& y, const py::object& x, const py
                                         : rows_of<const float>(residual, "residual", in.rows, packed.n);
   const auto stored =
       pre.is_none() ? Rows<float>{nullptr, 0, 0, 0} : rows_of<float>(pre, "pre", in.rows, packed.n * packed.parts);
-  if (activation < int(Activation::none) || activation > int(Activation::relu))
-    throw py::value_error("activation: expected 0 to 4, got " + std::to_string(activation));
   if (!bias_up.is_none() && packed.parts != 2) throw py::value_error("bias_up: expected None, as w is not gated");
   if (overlap(out, in)) throw py::value_error("out: expected memory of its own, got an array that overlaps x");
   if (overlap(out, added) && (out.data != added.data || (in.rows > 1 && out.stride != added.stride)))
@@ -166,7 +164,7 @@ void matmul(Context& context, const py::object& y, const py::object& x, const py
                   out.stride,
                   added.stride,
                   stored.stride,
-                  Activation(activation),
+                  activation_of(activation),
                   nullptr};
   context.submit(&cpu::KernelTable::matmul, args, {y, x, w, bias, bias_up, residual, pre});
 }

@@ -37,8 +37,6 @@ void column_sum(Context& context, const py::object& out, const py::object& x) {
 
 void activation_backward(Context& context, const py::object& dpre, const py::object& dy, const py::object& pre,
                          int kind, bool gated) {
-  if (kind < int(Activation::none) || kind > int(Activation::relu))
-    throw py::value_error("activation: expected 0 to 4, got " + std::to_string(kind));
   const auto gradient = rows_of<const float>(dy, "dy", -1, -1);
   const int64_t width = gradient.cols * (gated ? 2 : 1);
   const auto in = rows_of<const float>(pre, "pre", gradient.rows, width);
@@ -48,8 +46,8 @@ void activation_backward(Context& context, const py::object& dpre, const py::obj
   if (overlap(out, gradient) && (gated || !same(out, gradient)))
     throw py::value_error("out: expected memory that is not that of dy" + std::string(gated ? "" : ", or dy itself") +
                           ", got an array that overlaps it");
-  ActivationBackwardArgs args{out.data,   gradient.data,   in.data,   gradient.rows,    gradient.cols,
-                              out.stride, gradient.stride, in.stride, Activation(kind), gated};
+  ActivationBackwardArgs args{out.data,   gradient.data,   in.data,   gradient.rows,       gradient.cols,
+                              out.stride, gradient.stride, in.stride, activation_of(kind), gated};
   context.submit(&cpu::KernelTable::activation_backward, args, {dpre, dy, pre});
 }
 

@@ -95,6 +95,15 @@ struct ActivationArgs {
   Activation activation;
 };
 
+// out = a x + b y, one multiply-add on b y; a x where y is null.
+struct AxpbyArgs {
+  float* out;      // [R, D], may be x or y
+  const float* x;  // [R, D]
+  const float* y;  // [R, D] or null
+  int64_t rows, dim, out_stride, x_stride, y_stride;
+  float a, b;
+};
+
 // y[t] = table[tokens[t]] + position_table[positions[t]]; ids are checked by the caller.
 struct EmbeddingArgs {
   float* y;                  // [T, D]
@@ -159,6 +168,22 @@ struct CrossEntropyArgs {
   const float* scale;     // [1] or null
   int64_t rows, vocab, stride;
   float z_loss, label_smoothing;
+};
+
+// y[r, i] = x[r, index[i]]
+struct GatherColumnsArgs {
+  float* y;                                              // [R, N]
+  const float* x;                                        // [R, D]
+  const int32_t* index;                                  // [N]
+  int64_t rows, columns, x_columns, y_stride, x_stride;  // N, D
+};
+
+// dx[r, index[i]] += dy[r, i], in rising i.
+struct GatherColumnsBackwardArgs {
+  float* dx;             // [R, D]
+  const float* dy;       // [R, N]
+  const int32_t* index;  // [N]
+  int64_t rows, columns, x_columns, dx_stride, dy_stride;
 };
 
 // cos/sin[t, i] = scaling * cos/sin(positions[t] * inv_freq[table[t], i]), angles in float32 as the published models compute them.
@@ -226,13 +251,14 @@ struct AttentionScores {
 constexpr int64_t kKeyBlock = 256;
 struct AttentionArgs {
   float* out;      // [T, H, E]
-  float* lse;      // [T, H] log of the sum of exponentials of scaled scores, or null
+  float* lse;      // [T, H] log of the sum of exponentials of scores, or null
   const float* q;  // [T, H, E], already rotated
   CacheView cache;
   const int32_t* starts;   // [B + 1] first row of each sequence
   const int32_t* lengths;  // [B] keys in the cache, this step's included
   const int32_t* tables;   // [B, table_width] block numbers
   AttentionRule rule;
+  AttentionScores scores;
   int64_t sequences, rows, heads, table_width;
   int64_t q_stride, out_stride;
   float scale;
@@ -242,14 +268,16 @@ struct AttentionArgs {
 };
 
 // Gradients of attention. dk and dv have a row for each of the S keys: those of sequence 0, then those of sequence 1, and
-// so on. With P = exp(scale q k - lse), D = sum over channels of dout * out and m the dropout's factors:
-//   dv += (m P)^T dout    dS = P (m (dout v^T) - D)    dq += scale dS k    dk += scale dS^T q
-// Keys are taken in fixed pages, queries in fixed blocks, both of their sequence, in rising order; heads of a group are
-// added in rising order. So a sequence's gradients depend neither on the others nor on how work is split.
+// so on. With P = exp(score - lse), D = sum over channels of dout * out and m the dropout's factors:
+//   dv += (m P)^T dout    dS = P (m (dout v^T) - D)    dq += scale dS' k    dk += scale dS'^T q    dbias[j - p] += dS
+// where dS' is dS times the slope of softcap. Keys are taken in fixed pages, queries in fixed blocks, both of their
+// sequence, in rising order; heads of a group are added in rising order. So a sequence's gradients depend neither on the
+// others nor on how work is split. dbias is summed over each sequence by itself, then over sequences in rising order.
 struct AttentionBackwardArgs {
   float* dq;          // [T, H, E]
   float* dk;          // [S, G, E]
   float* dv;          // [S, G, E]
+  float* dbias;       // [H, 2 * reach + 1] or null; added to where add_dbias
   const float* dout;  // [T, H, E]
   const float* out;   // [T, H, E]
   const float* q;     // [T, H, E]
@@ -259,10 +287,12 @@ struct AttentionBackwardArgs {
   const int32_t* lengths;  // [B], S in all
   const int32_t* tables;
   AttentionRule rule;
+  AttentionScores scores;
   int64_t sequences, rows, keys, heads, table_width;  // keys: S
   int64_t dq_stride, dk_stride, dv_stride, dout_stride, out_stride, q_stride;
   float scale;
   bool bf16_dots;  // of the forward pass
+  bool add_dbias;
   Dropout dropout;
   void* workspace;
 };

@@ -8,7 +8,18 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, i8 = 3, i4 = 4 };
 constexpr int64_t dtype_bits(DType t) { return t == DType::f32 ? 32 : t == DType::i8 ? 8 : t == DType::i4 ? 4 : 16; }
 constexpr int64_t dtype_bytes(DType t) { return dtype_bits(t) / 8; }  // of those that have whole bytes
 
-enum class Activation : int32_t { none = 0, gelu_erf = 1, gelu_tanh = 2, silu = 3, relu = 4 };
+enum class Activation : int32_t {
+  none = 0,
+  gelu_erf = 1,
+  gelu_tanh = 2,
+  silu = 3,
+  relu = 4,
+  tanh = 5,
+  sigmoid = 6,
+  quick_gelu = 7,  // x sigmoid(1.702 x)
+  relu_squared = 8
+};
+constexpr int32_t kActivations = 9;
 enum class NormKind : int32_t { layer = 0, rms = 1 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -49,7 +49,7 @@ class Graph {
     void (*call)(const Node&, Parallel&);
     void (*check_values)() = nullptr;
     void (*check)(const Node&) = nullptr;
-    alignas(16) unsigned char args[288];
+    alignas(16) unsigned char args[320];
   };
   std::vector<Node> nodes_;
 };

@@ -8,33 +8,36 @@
 #include "core/training.h"
 #include "cpu/parallel.h"
 
-#define PYLLM_CPU_KERNELS(X)                     \
-  X(pack, PackArgs)                              \
-  X(pack_quantized, PackQuantizedArgs)           \
-  X(matmul, MatmulArgs)                          \
-  X(norm, NormArgs)                              \
-  X(activation, ActivationArgs)                  \
-  X(embedding, EmbeddingArgs)                    \
-  X(gather, GatherArgs)                          \
-  X(rope_angles, RopeAnglesArgs)                 \
-  X(rope, RopeArgs)                              \
-  X(kv_write, KvWriteArgs)                       \
-  X(attention, AttentionArgs)                    \
-  X(sample, SampleArgs)                          \
-  X(logprobs, LogprobsArgs)                      \
-  X(unpack, UnpackArgs)                          \
-  X(matmul_dx, MatmulDxArgs)                     \
-  X(matmul_dw, MatmulDwArgs)                     \
-  X(column_sum, ColumnSumArgs)                   \
-  X(activation_backward, ActivationBackwardArgs) \
-  X(adamw, AdamWArgs)                            \
-  X(square_norm, SquareNormArgs)                 \
-  X(norm_backward, NormBackwardArgs)             \
-  X(embedding_backward, EmbeddingBackwardArgs)   \
-  X(gather_backward, GatherBackwardArgs)         \
-  X(attention_backward, AttentionBackwardArgs)   \
-  X(dropout, DropoutArgs)                        \
-  X(cross_entropy, CrossEntropyArgs)             \
+#define PYLLM_CPU_KERNELS(X)                            \
+  X(pack, PackArgs)                                     \
+  X(pack_quantized, PackQuantizedArgs)                  \
+  X(matmul, MatmulArgs)                                 \
+  X(norm, NormArgs)                                     \
+  X(activation, ActivationArgs)                         \
+  X(axpby, AxpbyArgs)                                   \
+  X(embedding, EmbeddingArgs)                           \
+  X(gather, GatherArgs)                                 \
+  X(gather_columns, GatherColumnsArgs)                  \
+  X(rope_angles, RopeAnglesArgs)                        \
+  X(rope, RopeArgs)                                     \
+  X(kv_write, KvWriteArgs)                              \
+  X(attention, AttentionArgs)                           \
+  X(sample, SampleArgs)                                 \
+  X(logprobs, LogprobsArgs)                             \
+  X(unpack, UnpackArgs)                                 \
+  X(matmul_dx, MatmulDxArgs)                            \
+  X(matmul_dw, MatmulDwArgs)                            \
+  X(column_sum, ColumnSumArgs)                          \
+  X(activation_backward, ActivationBackwardArgs)        \
+  X(adamw, AdamWArgs)                                   \
+  X(square_norm, SquareNormArgs)                        \
+  X(norm_backward, NormBackwardArgs)                    \
+  X(embedding_backward, EmbeddingBackwardArgs)          \
+  X(gather_backward, GatherBackwardArgs)                \
+  X(gather_columns_backward, GatherColumnsBackwardArgs) \
+  X(attention_backward, AttentionBackwardArgs)          \
+  X(dropout, DropoutArgs)                               \
+  X(cross_entropy, CrossEntropyArgs)                    \
   X(limits, LimitsArgs)
 
 namespace pyllm::cpu {

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from pyllm.cli import FAILED, OK
 from pyllm.cli import options as o
-from pyllm.cli.output import be_quiet, complain, progress_bar, write, write_json
+from pyllm.cli.compare import models_folder
+from pyllm.cli.output import be_quiet, complain, note, progress_bar, write, write_json
 from pyllm.cli.serve import is_loopback, missing_extra
 
 if TYPE_CHECKING:
@@ -60,6 +64,13 @@ def bench_serve(
         int, o.option("--max-tokens", "-n", min=2, help="Longest completion; the shortest is a quarter; default 64.")
     ] = 64,
     seed: Annotated[int, o.option("--seed", "-s", min=0, help="Of lengths, prompts and arrivals; default 0.")] = 0,
+    compare: Annotated[
+        str | None,
+        o.option("--compare", help="In turns with llama-cpp-python's server, on random weights: llama-1b, gpt2, ..."),
+    ] = None,
+    rounds: Annotated[
+        int | None, o.option("--rounds", min=1, max=100, help="--compare: turns, medians count; default 3.")
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
@@ -71,10 +82,18 @@ def bench_serve(
         return FAILED
     if url is not None and server:
         raise typer.BadParameter("give either --url or options of a server to start.")
+    if compare is None and rounds is not None:
+        raise typer.BadParameter("--rounds: only with --compare.")
+    if compare is not None:
+        if url is not None or rate is not None or sequential is not None:
+            raise typer.BadParameter("--url, --rate, --sequential: only without --compare.")
+        return _compare(
+            compare, server or (), requests, concurrency, prompt_tokens, max_tokens, seed, rounds or 3, json
+        )
     from pyllm.server.load import Address, jobs, summary
 
     alone = min(requests, 16) if sequential is None else sequential
-    with _started(server or ()) if url is None else _running(url) as (host, port):
+    with _pyllm(server or ()) if url is None else _running(url) as (host, port):
         address = Address(host, port, api_key)
         first = _sent(address, jobs(1, prompt_tokens, max_tokens, None, seed, "first"), 1, "warming up")
         if (error := _error(first[1])) is not None:
@@ -132,6 +151,62 @@ def _show(facts: dict[str, Any], how: str) -> None:
         write(f"together {ratio:.2f} x the tokens per second of one at a time", end="\n")
 
 
+def _compare(
+    shape: str,
+    options: Sequence[str],
+    requests: int,
+    concurrency: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    seed: int,
+    rounds: int,
+    json: bool,
+) -> int:
+    """Both servers on the same weights and requests, in turns; each is stopped while the other has its turn."""
+    from pyllm.compare import llama_cpp_server as other
+    from pyllm.compare.shapes import SHAPES
+    from pyllm.isa import default_threads
+    from pyllm.server.load import Address, jobs
+
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"--compare: expected one of {', '.join(SHAPES)}, got {shape!r}.")
+    if missing := other.missing():
+        complain(f"--compare needs {', '.join(missing)}: pip install 'pyllm[compare]'")
+        return FAILED
+    threads, length = default_threads(), -(-(prompt_tokens + max_tokens) // 256) * 256
+    folder, gguf = other.prepare(shape, models_folder())
+    shared = ("-m", str(folder), "--threads", str(threads), "--ctx-size", str(length))
+    speeds: dict[str, list[float]] = {"pyllm": [], "llama-cpp-python": []}
+    with (
+        tempfile.TemporaryFile() as log,
+        _started("pyllm serve", _our_command([*shared, *options]), "/health") as ours,
+        _started("llama-cpp-python", other.command(gguf, threads, length), "/v1/models", log) as theirs,
+    ):
+        servers = dict(zip(speeds, (ours, theirs), strict=True))
+        for process, _ in servers.values():
+            process.send_signal(signal.SIGSTOP)
+        for number in range(-1, rounds):  # the first time to warm up
+            listed = jobs(requests if number >= 0 else 1, prompt_tokens, max_tokens, None, seed, f"round {number}")
+            for name, (process, port) in servers.items():
+                note(f"round {number + 1} of {rounds}: {name}")
+                process.send_signal(signal.SIGCONT)
+                seconds, answers = _sent(Address("127.0.0.1", port, text=True), listed, concurrency, name)
+                process.send_signal(signal.SIGSTOP)
+                if (error := _error(answers)) is not None:
+                    complain(f"{name}: a request failed: {error}")
+                    return FAILED
+                if number >= 0:
+                    speeds[name].append(sum(answer.tokens for answer in answers) / seconds)
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(*speeds.values(), strict=True))
+    if json:
+        write_json({"tokens_per_second": speeds, "ratio": ratio, "concurrency": concurrency, "threads": threads})
+        return OK
+    for name, found in speeds.items():
+        write(f"{name}: {statistics.median(found):.1f} tok/s, {concurrency} clients at a time", end="\n")
+    write(f"pyllm {ratio:.2f} x llama-cpp-python, median of {rounds} rounds", end="\n")
+    return OK
+
+
 @contextmanager
 def _running(url: str) -> Iterator[tuple[str, int]]:
     """Host and port of a URL of this machine."""
@@ -146,23 +221,38 @@ def _running(url: str) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _started(options: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Host and port of a server that runs while this lasts. What it complains of goes to stderr.
+def _pyllm(options: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Host and port of a `pyllm serve` that runs while this lasts. What it complains of goes to stderr."""
+    with _started("pyllm serve", _our_command(options), "/health") as (_, port):
+        yield "127.0.0.1", port
 
-    Raises `OSError` where it ends before it serves.
+
+def _our_command(options: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "pyllm", "serve", "--host", "127.0.0.1", "--quiet", *options]
+
+
+@contextmanager
+def _started(
+    name: str, command: Sequence[str], path: str, log: IO[bytes] | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A server, and its port, that runs while this lasts and answers GET `path` with 200 once it serves.
+
+    `command` starts it, but for its port. Raises `OSError` where it ends before it serves.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pyllm", "serve", *options, "--host", "127.0.0.1", "--port", str(port), "--quiet"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=dict(os.environ))
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ)
+    )
     try:
-        while not _healthy(port):
+        while not _answers(port, path):
             if (code := process.poll()) is not None:
-                raise OSError(0, f"it ended with exit code {code} before it served", "pyllm serve")
+                raise OSError(0, f"it ended with exit code {code} before it served{_last_line(log)}", name)
             time.sleep(0.05)
-        yield "127.0.0.1", port
+        yield process, port
     finally:
+        process.send_signal(signal.SIGCONT)
         process.terminate()
         try:
             process.wait(END_SECONDS)
@@ -171,12 +261,20 @@ def _started(options: Sequence[str]) -> Iterator[tuple[str, int]]:
             process.wait()
 
 
-def _healthy(port: int) -> bool:
+def _last_line(log: IO[bytes] | None) -> str:
+    if log is None:
+        return ""
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return f": {lines[-1][:500]}" if lines else ""
+
+
+def _answers(port: int, path: str) -> bool:
     from pyllm.server.load import Address
 
     client = Address("127.0.0.1", port).connect()
     try:
-        client.request("GET", "/health")
+        client.request("GET", path)
         return client.getresponse().status == 200
     except OSError:
         return False

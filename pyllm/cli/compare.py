@@ -80,7 +80,7 @@ def _plan(
         peers=_names(peers, PEERS),
         threads=threads if threads is not None else default_threads(),
         rounds=rounds if rounds is not None else 2 if quick else 5,
-        folder=(folder or _cache()).expanduser().resolve(),
+        folder=(folder.expanduser() if folder is not None else models_folder()).resolve(),
     )
     try:
         plan.check()
@@ -95,9 +95,9 @@ def _names(given: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
 
 
-def _cache() -> Path:
+def models_folder() -> Path:
     """Where made models are kept: tens of gigabytes for all of them."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyllm" / "compare"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyllm" / "compare"
 
 
 def _need_matplotlib() -> None:

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,10 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         _limit("--api-key", help="Clients must send it (Bearer); may be given several times. PYLLM_API_KEY hides it."),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        _limit("--allowed-hosts", help="Name that requests may call this server by; several times; *: any (403)."),
     ] = None,
     served_model_name: o.ServedName = None,
     max_num_seqs: o.MaxSequences = 32,
@@ -167,7 +172,15 @@ def serve(
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that go away are in the log already
     ended_by = run(
-        Service(llm, name, limits, keys, log_json, embedding_of(llm.folder, pooling, normalize)),
+        Service(
+            llm,
+            name,
+            limits,
+            keys,
+            log_json,
+            embedding_of(llm.folder, pooling, normalize),
+            _hosts(allowed_hosts or (), host, bool(keys)),
+        ),
         host,
         port,
         lambda at, number: note(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{number}"),
@@ -185,6 +198,17 @@ def embedding_of(folder: Path, pooling: str | None, normalize: bool | None) -> E
     from pyllm.pooling import embedding_rule, says_how
 
     return embedding_rule(folder, pooling, normalize) if pooling is not None or says_how(folder) else None
+
+
+def _hosts(given: Sequence[str], host: str, keys: bool) -> tuple[str, ...]:
+    """Names by which requests may call a server at `host`; none where any will do.
+
+    Without keys, one that only this machine reaches must be called so: pages of others could reach it through a browser
+    here by a name of their own.
+    """
+    if "*" in given or (not given and (keys or not is_loopback(host))):
+        return ()
+    return ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *given)
 
 
 def missing_extra() -> str | None:

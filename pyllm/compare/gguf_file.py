@@ -1,9 +1,10 @@
-"""A checkpoint in the Hugging Face layout as a GGUF file, without a vocabulary, for llama.cpp: LLaMA and GPT-2."""
+"""A checkpoint in the Hugging Face layout as a GGUF file for llama.cpp: LLaMA and GPT-2."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,12 @@ OUTER_NAMES = {
 }
 
 
-def write_gguf(folder: Path, path: Path) -> Path:
-    """Write the model in `folder` to `path`, unless it is there; returns the path."""
+def write_gguf(folder: Path, path: Path, tokens: Sequence[str] | None = None) -> Path:
+    """Write the model in `folder` to `path`, unless it is there; returns the path.
+
+    `tokens` are the vocabulary, None for none: an unknown, a begin and an end token, and among the others those of
+    bytes, as <0x41>.
+    """
     if path.exists():
         return path
     config = json.loads((folder / "config.json").read_text())
@@ -54,8 +59,11 @@ def write_gguf(folder: Path, path: Path) -> Path:
     [block, *_] = spec.blocks
     llama = config["model_type"] == "llama"
     writer = gguf.GGUFWriter(f"{path}.part", "llama" if llama else "gpt2")
-    writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(spec.vocab_size)
+    if tokens is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_vocabulary(writer, tokens)
     writer.add_context_length(spec.max_positions)
     writer.add_embedding_length(spec.hidden)
     writer.add_block_count(len(spec.blocks))
@@ -93,6 +101,24 @@ def write_gguf(folder: Path, path: Path) -> Path:
     writer.close()
     Path(f"{path}.part").rename(path)
     return path
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, tokens: Sequence[str]) -> None:
+    """A vocabulary of SentencePiece's kind whose texts are given as they are, without a begin token or a space."""
+    kinds = gguf.TokenType
+    special = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(
+        special
+        + [gguf.TokenType.BYTE if t.startswith("<0x") else gguf.TokenType.NORMAL for t in tokens[len(special) :]]
+    )
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
 
 
 def gguf_name(name: str, blocks: dict[str, str]) -> str:

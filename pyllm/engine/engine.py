@@ -96,17 +96,19 @@ class Engine:
         seed: int,
         salt: bytes = b"",
         pooling: Pooling | None = None,
+        matcher: Matcher | None = None,
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
         grammar that cannot.
 
         Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
-        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`.
+        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`. `matcher` is
+        what `matcher()` gave for the parameters; None: it is made here.
         """
         self.check_prompt(prompt_ids)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
-        matcher = self._matcher(params)
+        matcher = self.matcher(params) if matcher is None else matcher
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
         request.drafts = DraftCounts() if self.speculation is not None else None
         request.pool = None if pooling is None else Pool(pooling)
@@ -137,7 +139,12 @@ class Engine:
             self.scheduler.add(completion.sequence)
         return request
 
-    def _matcher(self, params: SamplingParams) -> Matcher | None:
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """At the beginning of the grammar that parameters ask for; None where they ask for none.
+
+        Takes its time, the first one for the model's vocabulary too, and may run in a thread of its own, beside steps.
+        Raises `ValueError` for a grammar that cannot be used, `RequestError` where none can.
+        """
         if params.structured_outputs is None:
             return None
         if self._grammars is None:

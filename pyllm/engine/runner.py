@@ -242,8 +242,12 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
 
     angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
     projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
-    head = 2 * padded(spec.hidden, rows)
-    return padded(spec.hidden) + projected + angles + max(block(b) for b in spec.blocks) + head
+    if spec.embedding.scale != 1 and spec.embedding.positions:
+        projected += padded(spec.hidden)
+    head = 2 * padded(spec.hidden, rows) + (padded(spec.table_width, rows) if spec.head.scale != 1 else 0)
+    biases = spec.relative_bias
+    distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
+    return padded(spec.hidden) + projected + angles + distances + max(block(b) for b in spec.blocks) + head
 
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.family import Family
+from pyllm.models.glm import GLM
+from pyllm.models.glm4 import GLM4
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.gpt_neox import GPT_NEOX
 from pyllm.models.gptj import GPTJ
@@ -25,7 +28,21 @@ from pyllm.weights import Checkpoint, load, read_config
 __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, GPT_NEOX, GPTJ, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+    family.model_type: family
+    for family in (
+        CHATGLM2,
+        GLM,
+        GLM4,
+        GPT2,
+        GPT_NEOX,
+        GPTJ,
+        LLAMA,
+        MISTRAL,
+        OPT,
+        PHI3,
+        QWEN2,
+        QWEN3,
+    )
 }
 
 

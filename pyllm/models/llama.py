@@ -20,7 +20,17 @@ from pyllm.models.shared import (
     read_rope,
     read_special_tokens,
 )
-from pyllm.spec import MAX_HEAD_DIM, AttentionSpec, BlockSpec, HeadSpec, MlpSpec, ModelSpec, NormKind, NormSpec
+from pyllm.spec import (
+    MAX_HEAD_DIM,
+    AttentionSpec,
+    BlockSpec,
+    HeadSpec,
+    MlpSpec,
+    ModelSpec,
+    NormKind,
+    NormSpec,
+    Placement,
+)
 from pyllm.weight_names import NameTable, Row, linear
 
 _LINEARS = {
@@ -79,8 +89,11 @@ class Variant:
     head_dim: int | None = None  # None: hidden / heads
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    rotated_part: float = 1.0  # of a head's channels
+    placement: Placement = Placement.PRE
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
     names: NameTable = NAMES
 
 
@@ -113,7 +126,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
     )
     windows = variant.windows(reader, layers)
     tied = reader.boolean("tie_word_embeddings", default=False)
-    tokens = read_special_tokens(reader, vocab_size, variant.bos_token_id, variant.eos_token_ids)
+    tokens = read_special_tokens(reader, vocab_size, variant.bos_token_id, variant.eos_token_ids, variant.pad_token_id)
     dtype = reader.dtype()
     if not reader.has("head_dim") and variant.head_dim is None and hidden % heads:
         reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size = {hidden}, or head_dim beside it")
@@ -121,7 +134,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         reader.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     if head_dim > MAX_HEAD_DIM:
         reader.refuse("head_dim", head_dim, f"at most {MAX_HEAD_DIM}")
-    rope = read_rope(reader, head_dim, max_positions)
+    rope = read_rope(reader, head_dim, max_positions, variant.rotated_part)
     reader.finish()
 
     def block(window: int | None) -> BlockSpec:
@@ -138,6 +151,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
                 window=window,
             ),
             mlp=mlp,
+            placement=variant.placement,
         )
 
     return ModelSpec(
@@ -159,7 +173,8 @@ def _llama_biases(reader: ConfigReader) -> Biases:
     return Biases(qkv=attention, out=attention, mlp=reader.boolean("mlp_bias", default=False))
 
 
-def _no_windows(reader: ConfigReader, layers: int) -> list[int | None]:
+def no_windows(reader: ConfigReader, layers: int) -> list[int | None]:
+    """The windows of a family that has none: the config may say so."""
     reader.only("sliding_window", None)
     return read_layer_windows(reader, layers, None)
 
@@ -171,7 +186,7 @@ LLAMA = llama_like(
         intermediate_size=11008,
         max_positions=2048,
         biases=_llama_biases,
-        windows=_no_windows,
+        windows=no_windows,
         bos_token_id=1,
         eos_token_ids=(2,),
     )

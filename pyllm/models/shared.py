@@ -22,9 +22,13 @@ ACTIVATIONS = {
     "gelu_fast": Activation.GELU_TANH,
     "gelu_new": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "quick_gelu": Activation.QUICK_GELU,
     "relu": Activation.RELU,
+    "relu2": Activation.RELU_SQUARED,
+    "sigmoid": Activation.SIGMOID,
     "silu": Activation.SILU,
     "swish": Activation.SILU,
+    "tanh": Activation.TANH,
 }
 ROPE_KINDS = {kind.value: kind for kind in RopeKind}
 NEEDED = {  # parameters without which a scaling kind is not defined

@@ -17,7 +17,7 @@ from pyllm.server.completions import completions
 from pyllm.server.connection import error_reply
 from pyllm.server.embeddings import embeddings
 from pyllm.server.errors import ApiError
-from pyllm.server.middleware import Crowd, Front, Keys
+from pyllm.server.middleware import Crowd, Front, Hosts, Keys
 from pyllm.server.page import page
 from pyllm.server.service import Service
 from pyllm.server.texts import detokenize, health, metrics, model, models, tokenize, version
@@ -48,7 +48,7 @@ def make_app(service: Service) -> Starlette:
 
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(layer, service=service) for layer in (Front, Keys, Crowd)],
+        middleware=[Middleware(layer, service=service) for layer in (Front, Hosts, Keys, Crowd)],
         exception_handlers={HTTPException: _no_route, ApiError: _error},
         lifespan=lifespan,
     )

@@ -35,7 +35,7 @@ async def chat(request: Request) -> Response:
     params = body.sampling_params(service.limits)
     tools = body.offered_tools()
     prompt = await service.chat_prompt(body.conversation(), tools)
-    generation = service.submit(
+    generation = await service.submit(
         [prompt],
         params,
         streamed=bool(body.stream),

@@ -33,7 +33,7 @@ async def completions(request: Request) -> Response:
     service.check_model(body.model)
     params = body.sampling_params(service.limits)
     prompts = [await service.prompt(given) for given in body.prompts()]
-    generation = service.submit(
+    generation = await service.submit(
         prompts,
         params,
         streamed=bool(body.stream),

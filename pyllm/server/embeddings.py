@@ -31,7 +31,7 @@ async def embeddings(request: Request) -> Response:
             rule.check(len(prompt.ids))
         except RequestError as error:
             raise refused("input", str(error)) from error
-    generation = service.submit(
+    generation = await service.submit(
         prompts,
         SamplingParams(max_tokens=0, detokenize=False),
         streamed=False,

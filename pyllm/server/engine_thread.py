@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from traceback import format_exception
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
@@ -24,6 +24,7 @@ from pyllm.llm import LLM
 from pyllm.pooling import Pooling
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error, internal_error
+from pyllm.structured import Matcher
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class Generation:
         salt: bytes,
         deadline: float,
         pooling: Pooling | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
-        self.prompts, self.params, self.streamed, self.pooling = prompts, params, streamed, pooling
+        self.prompts, self.params, self.streamed = prompts, params, streamed
+        self.pooling, self.matcher = pooling, matcher
         self.salt, self.deadline = salt, deadline
         self.requests: list[Request] = []  # the engine's, once it took them in
         self.times = [Times(time.monotonic()) for _ in prompts]
@@ -116,16 +119,25 @@ class Generation:
         if not self.ended:
             self._thread.command(lambda: self._thread.cancel(self))
 
-    def deliver(self, pieces: Sequence[tuple[int, StreamOutput]], ended: bool) -> None:
+    def deliver(self, news: News) -> None:
         """What a step gave it."""
-        self._pieces.extend(pieces)
+        self._pieces.extend(news.pieces)
         self.taken = True
-        self.ended = self.ended or ended
+        self.ended, self.error = news.ended, news.error
         self._news.set()
 
     async def _wait(self) -> None:
         await self._news.wait()
         self._news.clear()
+
+
+class News(NamedTuple):
+    """What became of a generation: its new pieces (prompt, piece), whether it ended, and the error it ended with."""
+
+    generation: Generation
+    pieces: Sequence[tuple[int, StreamOutput]] = ()
+    ended: bool = False
+    error: ApiError | None = None
 
 
 class EngineThread:
@@ -145,14 +157,14 @@ class EngineThread:
     ) -> None:
         self.llm = llm
         self.capacity = llm.engine.scheduler.max_sequences + max_waiting
-        self.open = 0  # completions admitted and not ended; the event loop's
+        self._open: set[Generation] = set()  # admitted and not ended; the event loop's
         self.steps = 0
         self._on_end, self._log = on_end, log
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._live: set[Generation] = set()  # the thread's
-        self._news: list[tuple[Generation, list[tuple[int, StreamOutput]], bool]] = []
+        self._news: list[News] = []
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pyllm-engine", daemon=True)
 
@@ -168,6 +180,11 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join)
 
     @property
+    def open(self) -> int:
+        """Completions admitted and not ended."""
+        return sum(generation.completions for generation in self._open)
+
+    @property
     def ready(self) -> bool:
         """Whether it takes requests."""
         return self._thread.is_alive() and not (self._draining or self._stopping)
@@ -181,6 +198,7 @@ class EngineThread:
         seconds: float,
         salt: bytes = b"",
         pooling: Pooling | None = None,
+        matcher: Matcher | None = None,
     ) -> Generation:
         """Queue prompts, which end after so many `seconds` at the latest. Raises `ApiError` 429 where too many wait."""
         generation = Generation(
@@ -191,17 +209,18 @@ class EngineThread:
             salt=salt,
             deadline=time.monotonic() + seconds,
             pooling=pooling,
+            matcher=matcher,
         )
         count = generation.completions
         if not self.ready:
-            raise _stopped()
+            raise stopped()
         if count > self.capacity:
             raise ApiError(400, f"{count} completions are more than this server takes ({self.capacity}): ask for fewer")
         if self.open + count > self.capacity:
             raise ApiError(
                 429, "too many requests are waiting: try again later", code="queue_full", retry_after=RETRY_SECONDS
             )
-        self.open += count
+        self._open.add(generation)
         self.command(lambda: self._begin(generation))
         return generation
 
@@ -221,17 +240,23 @@ class EngineThread:
 
         self.command(shorten)
 
+    def end_all(self) -> None:
+        """Take no more requests, and end all with an error at once: nobody waits for the step that is computed."""
+        self.drain(0)
+        for generation in list(self._open):
+            generation.close()
+            self._deliver([News(generation, ended=True, error=stopped())])
+
     # In the thread
 
     def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
         """End a generation, and say why."""
         if generation not in self._live:
             return
-        generation.error = error
         with self.llm.lock:
             for request in generation.requests:
                 self.llm.engine.abort(request)
-        self._end(generation)
+        self._end(generation, error=error)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -240,7 +265,7 @@ class EngineThread:
             except Exception as error:
                 self._fail(error)
         for generation in list(self._live):
-            self.cancel(generation, _stopped())
+            self.cancel(generation, stopped())
         while self._commands:  # requests that came too late are told so
             self._commands.popleft()()
         self._tell()
@@ -266,17 +291,16 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._log, line)
         answer = internal_error(error)
         for generation in list(self._live):
-            generation.error = answer
             with suppress(Exception), self.llm.lock:
                 for request in generation.requests:
                     self.llm.engine.abort(request)
-            self._end(generation)
+            self._end(generation, error=answer)
         self._tell()
 
     def _begin(self, generation: Generation) -> None:
         self._live.add(generation)
         if self._stopping:
-            self.cancel(generation, _stopped())
+            self.cancel(generation, stopped())
             return
         llm, params = self.llm, generation.params
         seed = params.seed if params.seed is not None else llm.seed
@@ -286,7 +310,15 @@ class EngineThread:
                 for prompt in generation.prompts:
                     each = secrets.randbits(63) if seed is None else seed
                     requests.append(
-                        llm.engine.add(prompt.text, prompt.ids, params, each, generation.salt, generation.pooling)
+                        llm.engine.add(
+                            prompt.text,
+                            prompt.ids,
+                            params,
+                            each,
+                            generation.salt,
+                            generation.pooling,
+                            generation.matcher,
+                        )
                     )
                     requests[-1].streamed = generation.streamed
         except Exception as error:
@@ -294,7 +326,7 @@ class EngineThread:
             self.cancel(generation, api_error(error))
             return
         generation.requests = requests
-        self._news.append((generation, [], False))
+        self._news.append(News(generation))
 
     def _collect(self) -> None:
         """What the last step gave, for everyone; generations whose time is up end."""
@@ -314,17 +346,18 @@ class EngineThread:
                     pieces.append((index, request.pieces.popleft()))
             if not running:
                 failed = next((r.error for r in generation.requests if r.error is not None), None)
-                generation.error = None if failed is None else api_error(failed)
-                self._end(generation, pieces)
+                self._end(generation, pieces, None if failed is None else api_error(failed))
                 continue
             if pieces:
-                self._news.append((generation, pieces, False))
+                self._news.append(News(generation, pieces))
             if now > generation.deadline:
-                self.cancel(generation, _stopped() if self._draining else _late())
+                self.cancel(generation, stopped() if self._draining else _late())
 
-    def _end(self, generation: Generation, pieces: Sequence[tuple[int, StreamOutput]] = ()) -> None:
+    def _end(
+        self, generation: Generation, pieces: Sequence[tuple[int, StreamOutput]] = (), error: ApiError | None = None
+    ) -> None:
         self._live.remove(generation)
-        self._news.append((generation, list(pieces), True))
+        self._news.append(News(generation, pieces, True, error))
 
     def _tell(self) -> None:
         if self._news:
@@ -334,13 +367,16 @@ class EngineThread:
 
     # In the event loop again
 
-    def _deliver(self, news: Sequence[tuple[Generation, list[tuple[int, StreamOutput]], bool]]) -> None:
-        for generation, pieces, ended in news:
-            if ended:
-                self.open -= generation.completions
+    def _deliver(self, news: Sequence[News]) -> None:
+        for each in news:
+            generation = each.generation
+            if generation.ended:  # by `end_all`, while the step was computed
+                continue
+            if each.ended:
+                self._open.remove(generation)
                 if self._on_end is not None:
                     self._on_end(generation)
-            generation.deliver(pieces, ended)
+            generation.deliver(each)
 
 
 def _late() -> ApiError:
@@ -349,5 +385,6 @@ def _late() -> ApiError:
     )
 
 
-def _stopped() -> ApiError:
+def stopped() -> ApiError:
+    """The answer to requests that a server which is told to end does not run."""
     return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=RETRY_SECONDS)

@@ -8,7 +8,7 @@ from pyllm.errors import InsufficientMemoryError, NonFiniteError, PyllmError
 
 RETRY_SECONDS = 1
 MAX_MESSAGE = 1000  # characters; messages may quote the request
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):

@@ -19,17 +19,22 @@ from typing import Any
 
 import numpy as np
 
-IDS = range(2, 256)  # of prompts: every vocabulary has them
+IDS = range(33, 127)  # of prompts: every vocabulary has them, and each is the code of a character
 SECONDS = 600  # that a client waits for a server that sends nothing
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens, and the key it wants, if any."""
+    """Where the server listens, and the key it wants, if any.
+
+    One of `text` is sent prompts as text, the characters of its ids, and answers at once: more is not known to every
+    server of OpenAI's interface.
+    """
 
     host: str
     port: int
     key: str | None = None
+    text: bool = False
 
     def connect(self) -> http.client.HTTPConnection:
         """A connection that is made with the first request."""
@@ -103,41 +108,49 @@ def send(
 
 
 def ask(address: Address, job: Job, since: float) -> Answer:
-    """Send one request, streamed, and measure from `since`, a time of `time.perf_counter`."""
-    body = {
-        "prompt": job.prompt,
-        "max_tokens": job.tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    """Send one request, and measure from `since`, a time of `time.perf_counter`."""
+    body: dict[str, Any] = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0, "ignore_eos": True}
+    if address.text:
+        body["prompt"] = "".join(map(chr, job.prompt))
+    else:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
     client = address.connect()
-    first = last = None
-    tokens = 0
     try:
         client.request("POST", "/v1/completions", json.dumps(body), address.headers)
         response = client.getresponse()
         if response.status != 200:
             return Answer(error=f"status {response.status}: {response.read(1000).decode('utf-8', 'replace')}")
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            event: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-            if "error" in event:
-                return Answer(error=str(event["error"]))
-            if event["choices"]:
-                last = time.perf_counter() - since
-                first = last if first is None else first
-            if event.get("usage") is not None:
-                tokens = event["usage"]["completion_tokens"]
+        answer = _whole(response, since) if address.text else _streamed(response, since)
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         return Answer(error=f"{type(error).__name__}: {error}")
     finally:
         client.close()
-    if first is None or last is None or tokens != job.tokens:
-        return Answer(error=f"the stream ended after {tokens} of {job.tokens} tokens")
+    if answer.error is None and answer.tokens != job.tokens:
+        return Answer(error=f"the answer ended after {answer.tokens} of {job.tokens} tokens")
+    return answer
+
+
+def _streamed(response: http.client.HTTPResponse, since: float) -> Answer:
+    first = last = 0.0
+    tokens = 0
+    for line in response:
+        if not line.startswith(b"data: {"):
+            continue
+        event: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+        if "error" in event:
+            return Answer(error=str(event["error"]))
+        if event["choices"]:
+            last = time.perf_counter() - since
+            first = first or last
+        if event.get("usage") is not None:
+            tokens = event["usage"]["completion_tokens"]
     return Answer(first, last, tokens)
+
+
+def _whole(response: http.client.HTTPResponse, since: float) -> Answer:
+    tokens = json.load(response)["usage"]["completion_tokens"]
+    seconds = time.perf_counter() - since
+    return Answer(seconds, seconds, tokens)
 
 
 def summary(seconds: float, answers: Sequence[Answer]) -> dict[str, Any]:

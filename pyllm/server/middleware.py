@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: ids, the log, keys, the number of requests at a time."""
+"""What happens to every request before and after its route: ids, the log, hosts, keys, how many there are at a time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error
 from pyllm.server.service import Service
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_PORT = re.compile(rb":[0-9]*\Z")
 CLIENT_GONE = 499  # only ever in the log
 OPEN_PATH = "/health"  # needs no key, and is answered however many requests there are
 
@@ -84,6 +85,29 @@ def _line(scope: Scope, name: bytes, status: int, seconds: float) -> dict[str, A
         # Those of a client that is gone end before the next step, which may be after this line.
         line["finish_reasons"] = [one.output.finish_reason or "abort" for one in completions]
     return line
+
+
+class Hosts:
+    """Answers 403 to requests that name a host which is not this one, where `hosts` of the service says which are.
+
+    A page of a stranger can point its own name at 127.0.0.1 (DNS rebinding): its browser then lets it read what this
+    server answers, but names the stranger's host.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.hosts = {host.lower().encode() for host in service.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and self.hosts:
+            given = next((value for name, value in scope["headers"] if name == b"host"), b"")
+            if _PORT.sub(b"", given.lower()) not in self.hosts:
+                shown = given[:100].decode("latin-1")
+                message = f"Host: {shown!r} is no name of this server: start it with --allowed-hosts to give it names"
+                await error_reply(ApiError(403, message, code="host_not_allowed"))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Keys:

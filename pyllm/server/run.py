@@ -14,10 +14,13 @@ from pyllm.server.app import make_app
 from pyllm.server.service import Service
 
 BACKLOG = 2048  # connections that wait to be accepted
+LAST_WORDS_SECONDS = 1.0  # to send the last events in, once a second signal came
 
 
 class Server(uvicorn.Server):
-    """SIGTERM or SIGINT: take nothing new, let what runs finish within the drain's seconds, leave. A second one: now.
+    """SIGTERM or SIGINT: take nothing new, let what runs finish within the drain's seconds, leave.
+
+    A second one: what runs ends with an error now; the server leaves once those are sent and its step is computed.
 
     `stopped_by` is the first signal, None before it. `ready` is called once requests and signals are taken.
     """
@@ -51,8 +54,21 @@ class Server(uvicorn.Server):
         again, self.stopped_by = self.should_exit, self.stopped_by or sig
         self.should_exit = True
         if self._loop is not None:
-            seconds = 0 if again else self.service.limits.drain_seconds
-            self._loop.call_soon_threadsafe(self.service.engine.drain, seconds)
+            self._loop.call_soon_threadsafe(self._end_now if again else self._drain)
+
+    def _drain(self) -> None:
+        self.service.engine.drain(self.service.limits.drain_seconds)
+
+    def _end_now(self) -> None:
+        self.service.engine.end_all()
+        assert self._loop is not None
+        self._loop.call_later(LAST_WORDS_SECONDS, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """On clients that have not read to their end."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 def listen(host: str, port: int) -> socket.socket:

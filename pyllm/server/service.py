@@ -7,17 +7,19 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pyllm.errors import PyllmError
 from pyllm.llm import LLM
 from pyllm.pooling import EmbeddingRule, Pooling
 from pyllm.sampling import SamplingParams
-from pyllm.server.engine_thread import EngineThread, Generation, Prompt
+from pyllm.server.engine_thread import EngineThread, Generation, Prompt, stopped
 from pyllm.server.errors import ApiError, api_error, refused
 from pyllm.server.limits import Limits
 from pyllm.server.metrics import Metrics
 from pyllm.server.tools import format_of
+from pyllm.structured import Matcher
 
 T = TypeVar("T")
 Log = Callable[[dict[str, Any]], None]
@@ -25,7 +27,10 @@ _AT_ONCE = 4096  # characters or tokens that are worked on in the event loop its
 
 
 class Service:
-    """A model being served under the name `model` to whoever has one of `keys` (to everyone where there are none)."""
+    """A model being served under the name `model` to whoever has one of `keys` (to everyone where there are none).
+
+    `hosts` are the names, without ports, by which requests may call this server; none: whatever they call it.
+    """
 
     def __init__(
         self,
@@ -35,8 +40,10 @@ class Service:
         keys: Sequence[str],
         log: Log,
         embedding: EmbeddingRule | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.llm, self.model, self.limits, self.log = llm, model, limits, log
+        self.hosts = tuple(hosts)
         self.keys = [key.encode() for key in keys]
         self.embedding = embedding  # None: the model is not for embeddings
         self.created = int(time.time())
@@ -46,6 +53,7 @@ class Service:
         self.template = llm.chat_template if llm.chat_template is not None else own
         self.tool_format = format_of(self.template)
         self._secret = secrets.token_bytes(32)
+        self._grammars = ThreadPoolExecutor(1, "pyllm-grammars")  # costly ones hold up each other, and no step
 
     def check_model(self, model: str | None) -> None:
         """Raise `ApiError` 404 where a request asks for another model."""
@@ -95,7 +103,7 @@ class Service:
             raise api_error(error) from error
         return self._checked("messages", Prompt(made["prompt_token_ids"], made["prompt"]))
 
-    def submit(
+    async def submit(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
@@ -105,7 +113,13 @@ class Service:
         salt: str | None,
         pooling: Pooling | None = None,
     ) -> Generation:
-        """Queue prompts of the client with this API key. Raises `ApiError` 429 or 503."""
+        """Queue prompts of the client with this API key. Raises `ApiError` 429 or 503, and 400 for a grammar."""
+        matcher = None
+        if params.structured_outputs is not None:
+            try:
+                matcher = await asyncio.wrap_future(self._grammars.submit(self._matcher, params))
+            except Exception as error:
+                raise api_error(error) from error
         return self.engine.submit(
             prompts,
             params,
@@ -113,7 +127,13 @@ class Service:
             seconds=self.limits.max_seconds,
             salt=self._salt(key, salt or ""),
             pooling=pooling,
+            matcher=matcher,
         )
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if not self.engine.ready:  # however many wait, the server's end does not wait for them
+            raise stopped()
+        return self.llm.engine.matcher(params)
 
     def _salt(self, key: bytes, salt: str) -> bytes:
         """What begins the hash chains of a client's cached prompts: others neither share nor guess them."""

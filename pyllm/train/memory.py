@@ -153,17 +153,22 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
         normed = floats(queries) + floats(keys) if a.qk_norm is not None else 0
         qkv = floats(queries + 2 * keys)
         return _Part(
-            qkv + normed + floats(queries) + floats(a.heads) + branch,
-            branch + floats(queries) + qkv + normed,
+            qkv + normed + floats(queries) + floats(a.heads),
+            floats(queries) + qkv + normed,
         )
 
     def mlp(b: BlockSpec) -> _Part:
         inner, pre = floats(b.mlp.hidden), floats(b.mlp.hidden * (2 if b.mlp.gated else 1))
-        return _Part(inner + pre + branch, branch + inner)
+        return _Part(inner + pre, inner)
 
     def parts(b: BlockSpec) -> list[_Part]:
-        """With the norms before them."""
+        """With the norms before them, and what is added to the residual stream where it stands by itself."""
         norm, first, second = _Part(width, width), attention(b), mlp(b)
+        if b.placement is Placement.NORMED:
+            return [_Part(width, width) + part for part in (first, second)]
+        if b.placement is Placement.SANDWICH:
+            return [_Part(3 * width, 2 * width) + part for part in (first, second)]
+        first, second = first + _Part(branch, branch), second + _Part(branch, branch)
         if b.placement is Placement.POST:
             return [first, second]
         if b.placement is Placement.SHARED:
@@ -174,23 +179,33 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
 
     def streams(b: BlockSpec) -> int:
         """States of the residual stream that it makes, norms behind its parts included."""
-        return 4 if b.placement is Placement.POST else 2
+        return 4 if b.placement in (Placement.POST, Placement.NORMED) else 2
 
     each = [part for b in spec.blocks for part in parts(b)]
     table = floats(spec.table_width)
     projected = spec.embedding.width is not None
     angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
-    embedded = width + (table + branch + (width if spec.embedding.positions else 0) if projected else 0)
+    biases = spec.relative_bias
+    distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
+    places = width if spec.embedding.positions else 0  # where they are looked up by themselves
+    scaled = spec.embedding.scale != 1
+    embedded = width * (1 if spec.embedding.norm is None else 2)
+    if projected:
+        embedded += places + table * (2 if scaled else 1) + branch
+    elif scaled:
+        embedded += places + width
     head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
-    kept = embedded + angles + width * sum(streams(b) for b in spec.blocks) + head
+    head += table if spec.head.scale != 1 else 0
+    kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head
     rows = head_rows(spec, tokens)
-    logits = floats(spec.vocab_size, rows)
+    logits, capped = floats(spec.vocab_size, rows), spec.head.softcap is not None
     stream = table + (width if projected else 0)  # the gradient of the stream, and of what the head is given
-    inside = max(max(part.gradients for part in each), table + branch if projected else 0)
+    before = table + branch if projected else places if scaled else 0
+    inside = max(max(part.gradients for part in each), before)
     return StepFloats(
         kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
         part=max(part.values for part in each) if shape.checkpoint_activations else 0,
-        gradients=max(table + logits, stream + inside),
+        gradients=distances + max(table + (floats(2 * spec.vocab_size, rows) if capped else logits), stream + inside),
         evaluation=arena_floats(spec, tokens, tokens) + logits,
     )
 

@@ -162,6 +162,7 @@ class Step:
             self.losses,
             rows=head_rows(self.parameters.spec, self.shape.tokens),
             bias=weights.head_bias,
+            softcap=self.parameters.spec.head.softcap,
             z_loss=self.loss.z_loss,
             label_smoothing=self.loss.label_smoothing,
         )
@@ -170,11 +171,11 @@ class Step:
     def _evaluate(self) -> None:
         self.ops.use_arena(Arena(self._floats.total, self._memory))
         x = self.model.head_input(self.ops, self.model.forward(self.ops, self.batch, self._cache))
-        weights, rows = self.parameters.model_weights, head_rows(self.parameters.spec, self.shape.tokens)
+        rows = head_rows(self.parameters.spec, self.shape.tokens)
         logits = self.ops.empty(rows, self.parameters.spec.vocab_size)
         for first in range(0, self.shape.tokens, rows):
             span = slice(first, min(first + rows, self.shape.tokens))
-            piece = self.ops.matmul(x[span], weights.head, weights.head_bias, out=logits[: span.stop - first])
+            piece = self.model.head(self.ops, x[span], out=logits[: span.stop - first])
             self.ops.cross_entropy(piece, self.labels[span], None, loss=self.losses[span])
 
     def _record(self, calls: Any) -> _cpu.Graph:

@@ -10,7 +10,9 @@ expected.npz. Needs the `oracle` extra; reading the goldens needs only numpy.
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ NEW_TOKENS = 64
 DISTINCT_IDS = 10  # at least so many in a greedy continuation: a model that repeats itself tests little
 SMALLEST_GAP = 2e-3  # between the best two logits of a greedy step; float32 noise is about a thousandth of it
 
+Rewrite = Callable[[dict[str, Any], dict[str, np.ndarray]], tuple[dict[str, Any], dict[str, np.ndarray]]]
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -30,6 +34,7 @@ class Variant:
     config: dict[str, Any]
     prompt: int = 32
     seed: int = 0
+    rewrite: Rewrite | None = None  # to config and tensors as another layout has them
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,19 @@ def variants() -> dict[str, Variant]:
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
 
+    glm = {
+        **base,
+        "model_type": "glm",
+        "head_dim": 12,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        **rope("default", theta=500.0, partial_rotary_factor=0.5),
+    }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
     return {
+        "chatglm2": Variant(glm, rewrite=_as_chatglm2),
+        "glm": Variant({**glm, "tie_word_embeddings": True}),
+        "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
         "gpt2": Variant(gpt2),
         "gpt2-scaled-relu": Variant(
             {**gpt2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "n_inner": 52}
@@ -172,8 +188,7 @@ def build(name: str, folder: Path) -> Expected:
     else:
         raise RuntimeError(f"{name}: no seed gives a varied continuation with a clear winner at each step")
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.to_json_file(folder / "config.json", use_diff=False)
-    _save_weights(model, folder / "model.safetensors")
+    save_model(model, folder, variant.rewrite)
     return expected
 
 
@@ -240,14 +255,69 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
     return expected, float((best[..., 0] - best[..., 1]).min())
 
 
-def _save_weights(model: Any, path: Path) -> None:
+def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None:
+    """Write the model's config.json and model.safetensors."""
     from safetensors.numpy import save_file
 
-    tied = model.config.tie_word_embeddings
     tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    if tied:
+    if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    save_file(tensors, path, metadata={"format": "pt"})
+    if rewrite is None:
+        model.config.to_json_file(folder / "config.json", use_diff=False)
+    else:
+        config, tensors = rewrite(model.config.to_dict(), tensors)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _as_chatglm2(
+    config: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A GLM-4 model in the layout of ChatGLM2."""
+    written = {
+        "model_type": "chatglm",
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "apply_query_key_layer_scaling": True,
+        "ffn_hidden_size": config["intermediate_size"],
+        "hidden_size": config["hidden_size"],
+        "kv_channels": config["head_dim"],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "multi_query_attention": True,
+        "multi_query_group_num": config["num_key_value_heads"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_layers": config["num_hidden_layers"],
+        "padded_vocab_size": config["vocab_size"],
+        "rmsnorm": True,
+        "rope_ratio": config["rope_parameters"]["rope_theta"] / 10000,
+        "seq_length": config["max_position_embeddings"],
+        "tie_word_embeddings": False,
+        "eos_token_id": config["eos_token_id"],
+        "pad_token_id": config["pad_token_id"],
+    }
+    renamed = {
+        "model.embed_tokens.weight": "transformer.embedding.word_embeddings.weight",
+        "model.norm.weight": "transformer.encoder.final_layernorm.weight",
+        "lm_head.weight": "transformer.output_layer.weight",
+    }
+    parts = {
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+    found = {}
+    for name, value in tensors.items():
+        if "model.layers." not in name:
+            found[renamed[name]] = value
+        elif ".q_proj." in name:
+            joined = np.concatenate([tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            name = name.replace("self_attn.q_proj", "self_attention.query_key_value")
+            found[name.replace("model.layers", "transformer.encoder.layers")] = joined
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            for part, other in parts.items():
+                name = name.replace(part, other)
+            found[name.replace("model.layers", "transformer.encoder.layers")] = value
+    return written, found
 
 
 def main(names: list[str]) -> None:

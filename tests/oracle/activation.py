@@ -25,8 +25,17 @@ def activation(x: Array, name: str) -> Array:
             return np.asarray(half * x * (one + np.tanh(inner)))
         if name == "silu":
             return np.asarray(x / (one + np.exp(-x)))
+        if name == "quick_gelu":
+            return np.asarray(x / (one + np.exp(-x.dtype.type(1.702) * x)))
+        if name == "sigmoid":
+            return np.asarray(one / (one + np.exp(-x)))
+        if name == "tanh":
+            return np.tanh(x)
+        positive = np.maximum(x, x.dtype.type(0))
+        if name == "relu_squared":
+            return np.asarray(positive * positive)
     assert name == "relu"
-    return np.maximum(x, x.dtype.type(0))
+    return positive
 
 
 def slope(x: Array, name: str) -> Array:
@@ -46,5 +55,15 @@ def slope(x: Array, name: str) -> Array:
         if name == "silu":
             logistic = one / (one + np.exp(-x))
             return np.asarray(logistic * (one + x * (one - logistic)))
+        if name == "quick_gelu":
+            steep = x.dtype.type(1.702)
+            logistic = one / (one + np.exp(-steep * x))
+            return np.asarray(logistic * (one + steep * x * (one - logistic)))
+        if name == "sigmoid":
+            return np.asarray(one / (one + np.exp(-x)) / (one + np.exp(x)))
+        if name == "tanh":
+            return np.asarray(one / np.cosh(x) ** 2)
+        if name == "relu_squared":
+            return np.asarray(x.dtype.type(2) * np.maximum(x, x.dtype.type(0)))
     assert name == "relu"
     return (x > 0).astype(x.dtype)

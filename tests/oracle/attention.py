@@ -35,6 +35,50 @@ class Rule:
         return before & ((near < self.window) | (j < self.sinks) | (self.window == 0))
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of scores: bias [H, 2n + 1] by the distance of the key from -n to n, slopes [H]."""
+
+    bias: Array | None = None
+    slopes: Array | None = None
+    softcap: float | None = None
+
+    def changed(self, score: Array) -> Array:
+        """Scores [H, rows, length] as they enter the softmax, the rows being the last positions."""
+        if self.softcap is not None:
+            score = np.tanh(score / score.dtype.type(self.softcap)) * score.dtype.type(self.softcap)
+        distance = self.distance(score)
+        if self.bias is not None:
+            score = score + self.bias.astype(score.dtype)[:, self.column(distance)]
+        if self.slopes is not None:
+            score = score + self.slopes.astype(score.dtype)[:, None, None] * distance.astype(score.dtype)
+        return score
+
+    def gradients(self, score: Array, dscore: Array) -> tuple[Array, Array | None]:
+        """Those of scores and of the bias [H, 2n + 1], from that of changed scores [H, rows, length]."""
+        dbias = None
+        if self.bias is not None:
+            dbias = np.zeros(self.bias.shape, score.dtype)
+            column = self.column(self.distance(score))
+            for at in range(self.bias.shape[1]):
+                dbias[:, at] = dscore[:, column == at].sum(axis=1)
+        if self.softcap is not None:
+            dscore = dscore * (1 - np.tanh(score / score.dtype.type(self.softcap)) ** 2)
+        return dscore, dbias
+
+    def distance(self, score: Array) -> Array:
+        rows, length = score.shape[1:]
+        return np.arange(length)[None, :] - np.arange(length - rows, length)[:, None]
+
+    def column(self, distance: Array) -> Array:
+        assert self.bias is not None
+        reach = self.bias.shape[1] // 2
+        return np.clip(distance, -reach, reach) + reach
+
+
+UNCHANGED = Scores()
+
+
 def softmax(score: Array, seen: Array) -> tuple[Array, Array]:
     """Weights and lse [..., 1] of scores [..., keys]; 0 and -inf in rows that see nothing."""
     score = np.where(seen, score, -np.inf)
@@ -47,7 +91,13 @@ def softmax(score: Array, seen: Array) -> tuple[Array, Array]:
 
 
 def attention(
-    q: Array, keys: Sequence[Array], values: Sequence[Array], starts: Array, scale: float, rule: Rule
+    q: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    starts: Array,
+    scale: float,
+    rule: Rule,
+    scores: Scores = UNCHANGED,
 ) -> Array:
     """Softmax attention in the dtype of q [T, H, E]; keys[b] and values[b] are [length, G, E] of sequence b.
 
@@ -58,7 +108,7 @@ def attention(
         rows = q[starts[b] : starts[b + 1]]
         group = q.shape[1] // k.shape[1]
         k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
-        score = np.einsum("the,she->hts", rows, k) * q.dtype.type(scale)
+        score = scores.changed(np.einsum("the,she->hts", rows, k) * q.dtype.type(scale))
         weight, _ = softmax(score, rule.seen(b, len(rows), len(k)))
         out[starts[b] : starts[b + 1]] = np.einsum("hts,she->the", weight, v)
     return out
@@ -95,8 +145,10 @@ def attention_backward(
     rule: Rule,
     factors: Callable[[int, int, int], Array] | None = None,
     given: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Gradients dq [T, H, E], dk and dv [S, G, E] of the keys in turn, in the dtype of q; then out and lse [T, H].
+    scores: Scores = UNCHANGED,
+) -> tuple[Array, ...]:
+    """Gradients dq [T, H, E], dk and dv [S, G, E] of the keys in turn, in the dtype of q; then out and lse [T, H], and
+    dbias [H, 2n + 1] where there is a bias.
 
     factors(row, head, length) are what dropout multiplies a row's weights with; out and lse may be `given`.
     """
@@ -106,13 +158,15 @@ def attention_backward(
     dk, dv = (np.empty((ends[-1], groups, q.shape[2]), q.dtype) for _ in range(2))
     log_sums = np.empty(q.shape[:2], q.dtype)
     group = q.shape[1] // groups
+    dbias: Array | None = None
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):
         rows = slice(starts[b], starts[b + 1])
         n = len(k)
         k, v = (np.repeat(a.astype(q.dtype), group, axis=1) for a in (k, v))
         count = starts[b + 1] - starts[b]
         seen = rule.seen(b, count, n)
-        score = scores(q[rows], k) * q.dtype.type(scale)
+        plain = products(q[rows], k) * q.dtype.type(scale)
+        score = scores.changed(plain)
         p, lse = softmax(score, seen)
         if given is not None:
             lse = given[1][rows].T[..., None]
@@ -125,17 +179,20 @@ def attention_backward(
         out[rows] = mix(p * m, v) if given is None else given[0][rows]
         log_sums[rows] = lse[..., 0].T
         delta = (dout[rows] * out[rows]).sum(-1).T[..., None]
-        ds = p * (m * scores(dout[rows], v) - delta) * q.dtype.type(scale)
+        ds, grown_bias = scores.gradients(plain, p * (m * products(dout[rows], v) - delta))
+        dbias = grown_bias if dbias is None or grown_bias is None else dbias + grown_bias
+        ds = ds * q.dtype.type(scale)
         dq[rows] = mix(ds, k)
         for to, grown in (
             (dk, mix(ds.transpose(0, 2, 1), q[rows])),
             (dv, mix((p * m).transpose(0, 2, 1), dout[rows])),
         ):
             to[ends[b] : ends[b + 1]] = grown.reshape(n, groups, group, q.shape[2]).sum(axis=2)
-    return dq, dk, dv, out, log_sums
+    results = dq, dk, dv, out, log_sums
+    return results if dbias is None else (*results, dbias)
 
 
-def scores(a: Array, b: Array) -> Array:
+def products(a: Array, b: Array) -> Array:
     """[T, H, E] and [S, H, E] -> [H, T, S]: products over E; in float32 summed plainly, one after the other."""
     if a.dtype == np.float64:
         return np.asarray(a.transpose(1, 0, 2) @ b.transpose(1, 2, 0))
@@ -143,7 +200,7 @@ def scores(a: Array, b: Array) -> Array:
 
 
 def mix(weights: Array, values: Array) -> Array:
-    """[H, T, S] and [S, H, E] -> [T, H, E]: sums over S, as in `scores`."""
+    """[H, T, S] and [S, H, E] -> [T, H, E]: sums over S, as in `products`."""
     if weights.dtype == np.float64:
         return np.asarray((weights @ values.transpose(1, 0, 2)).transpose(1, 0, 2))
     return np.asarray(np.einsum("hts,she->the", weights, values))

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from oracle.activation import activation as activated
 
 Array = NDArray[Any]
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
-    None: lambda v: v,
-    "gelu_erf": lambda v: v * 0.5 * (1.0 + _erf(v / math.sqrt(2.0))),
-    "gelu_tanh": lambda v: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
-    "silu": lambda v: v / (1.0 + np.exp(-v)),
-    "relu": lambda v: np.maximum(v, 0.0),
-}
 
 
 def matmul(
@@ -41,7 +30,8 @@ def matmul(
     """
     x = (x.astype(ml_dtypes.bfloat16) if round_x else x).astype(np.float64)
     first = x @ (w if gate is None else gate).astype(np.float64).T
-    y = ACTIVATIONS[activation](first if bias is None else first + bias)
+    first = first if bias is None else first + bias
+    y = first if activation is None else activated(first, activation)
     if gate is not None:
         up = x @ w.astype(np.float64).T
         y = y * (up if bias_up is None else up + bias_up)

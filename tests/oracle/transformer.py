@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from oracle.activation import activation
+from oracle.attention import Scores, softmax
 
+from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
-from pyllm.spec import Activation, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
+from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
@@ -24,8 +26,11 @@ def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) 
         if spec.embedding.width
         else weights["embed.weight"][ids]
     )
+    x = spec.embedding.scale * x
     if spec.embedding.positions:
         x = x + weights["positions.weight"][spec.embedding.position_offset :][: len(ids)]
+    if spec.embedding.norm is not None:
+        x = normalise(x, spec.embedding.norm, weights, "embed.norm")
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         x = run_block(x, block, spec.rope, weights, f"blocks.{index}")
@@ -33,7 +38,11 @@ def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) 
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
     x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
-    return x @ weights["embed.weight" if spec.head.tied else "head.weight"].T + weights.get("head.bias", 0.0), hidden
+    head = weights["embed.weight" if spec.head.tied else "head.weight"]
+    logits = spec.head.scale * (x @ head.T) + weights.get("head.bias", 0.0)
+    if spec.head.softcap is not None:
+        logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
+    return logits, hidden
 
 
 def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
@@ -53,6 +62,14 @@ def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mappin
         case Placement.POST:
             x = norm(x + attention(x), "attn_norm")
             return norm(x + mlp(x), "mlp_norm")
+        case Placement.SANDWICH:
+            x = x + norm(attention(norm(x, "attn_norm")), "attn_post_norm")
+            return x + norm(mlp(norm(x, "mlp_norm")), "mlp_post_norm")
+        case Placement.NORMED:
+            x = norm(x, "attn_norm")
+            x = block.residual_scale * x + attention(x)
+            x = norm(x, "mlp_norm")
+            return block.residual_scale * x + mlp(x)
         case Placement.PARALLEL:
             return x + attention(norm(x, "attn_norm")) + mlp(norm(x, "mlp_norm"))
         case Placement.SHARED:
@@ -82,13 +99,20 @@ def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mappin
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
     visible = (distance >= 0) & (distance < (spec.window or length))
-    out = np.empty((length, spec.heads, spec.head_dim))
-    for head in range(spec.heads):
-        group = head // (spec.heads // spec.kv_heads)
-        scores = np.where(visible, spec.scale * heads["q"][:, head] @ heads["k"][:, group].T, -np.inf)
-        weight = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = weight / weight.sum(-1, keepdims=True) @ heads["v"][:, group]
+    k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
+    scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
+    weight, _ = softmax(scores, visible)
+    out = np.einsum("hts,she->the", weight, v)
     return linear(out.reshape(length, -1), weights, f"{at}.attn.o")
+
+
+def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
+    bias = slopes = None
+    if isinstance(spec.bias, Alibi):
+        slopes = spec.bias.slopes(spec.heads).astype(np.float64)
+    elif isinstance(spec.bias, Buckets):
+        bias = weights["relative_bias.weight"][:, spec.bias.of_distances(two_sided=False)]
+    return Scores(bias, slopes, spec.softcap)
 
 
 def rotate(x: Array, rope: RopeSpec) -> Array:
@@ -102,17 +126,7 @@ def rotate(x: Array, rope: RopeSpec) -> Array:
 def feed_forward(x: Array, spec: MlpSpec, weights: Mapping[str, Array], at: str) -> Array:
     up = linear(x, weights, f"{at}.mlp.up")
     if spec.gated:
-        inner = activate(linear(x, weights, f"{at}.mlp.gate"), spec.activation) * up
+        inner = activation(linear(x, weights, f"{at}.mlp.gate"), spec.activation.value) * up
     else:
-        inner = activate(up, spec.activation)
+        inner = activation(up, spec.activation.value)
     return linear(inner, weights, f"{at}.mlp.down")
-
-
-def activate(x: Array, kind: Activation) -> Array:
-    if kind is Activation.GELU_ERF:
-        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    if kind is Activation.GELU_TANH:
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    if kind is Activation.SILU:
-        return x / (1 + np.exp(-x))
-    return np.maximum(x, 0)

@@ -17,7 +17,7 @@
 #include "cpu/kernels/attention_amx.h"
 #include "cpu/kernels/attention_page.h"
 #include "cpu/kernels/attention_plan.h"
-#include "cpu/kernels/attention_softmax.h"
+#include "cpu/kernels/attention_scores.h"
 #include "cpu/kernels/dropout.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -55,6 +55,8 @@ struct Scratch {
   float* weight_unit;   // of the current page
   Seen* seen;           // [rows]
   DropoutRow* dropout;  // [rows]
+  int32_t* position;    // [rows] of the query
+  int32_t* head;        // [rows]
   float* keys;          // a page of one head widened to float32
   float* values;
   float* seen_values;  // what one row sees of a page
@@ -73,6 +75,8 @@ Scratch scratch_of(float* memory, int64_t Ep) {
   s.weight_unit = s.query_unit + kQueryRows;
   s.seen = reinterpret_cast<Seen*>(s.weight_unit + kQueryRows);
   s.dropout = reinterpret_cast<DropoutRow*>(s.seen + kQueryRows);
+  s.position = reinterpret_cast<int32_t*>(s.dropout + kQueryRows);
+  s.head = s.position + kQueryRows;
   s.keys = memory + kQueryRows * (3 * Ep + cpu::kSumLanes + cpu::kRowVectors);
   s.values = s.keys + kBlockTokens * Ep;
   s.seen_values = s.values + kBlockTokens * Ep;
@@ -95,6 +99,7 @@ class Attention {
         q_pairs(round_up(Ep, 32) / 2),
         group(args.heads / args.cache.kv_heads),
         weights(weights_for(args)),
+        general(args.dropout.seed || args.scores.changed()),
         plan(args, static_cast<SequencePlan*>(args.workspace), workspace.slots),
         partials(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes)),
         threads(reinterpret_cast<float*>(static_cast<char*>(args.workspace) + workspace.plan_bytes +
@@ -114,7 +119,10 @@ class Attention {
     const int64_t rows = t.rows * t.heads;
     for (int64_t i = 0; i < rows; ++i) {
       take_query(s, i, query(t, i));
-      s.seen[i] = rule.seen((t.row + i % t.rows) / group);
+      const int64_t token = (t.row + i % t.rows) / group;
+      s.seen[i] = rule.seen(token);
+      s.position[i] = int32_t(rule.position(token));
+      s.head[i] = int32_t(head_of(t, i));
       if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, row_of(t, i), head_of(t, i) + 1);
       s.total_max[i] = -kInfinity;
       s.total_sum[i] = 0;
@@ -388,17 +396,20 @@ class Attention {
       const RowState state{s.max + row,        s.lanes + row * cpu::kSumLanes, s.o + row * Ep, Ep, s.query_unit[row],
                            s.weight_unit + row};
       const Places places{seen, strip.first, strip.last};
-      if (a.dropout.seed) {
+      if (general) {
+        const ScoreChange change(a.scores, s.head[row], key - s.position[row]);
         const DropoutRule rule(a.dropout, 1.0f);
-        weigh_scores<kWeights, false>(state, p, narrow, places, scales, [&](int v, F weight) {
-          return rule.keep(s.dropout[row], key + v * F::N, weight);
-        });
+        weigh_scores<kWeights, false>(
+            state, p, narrow, places, scales, [&](int v, F score) { return change(v * F::N, score); },
+            [&](int v, F weight) {
+              return a.dropout.seed ? rule.keep(s.dropout[row], key + v * F::N, weight) : weight;
+            });
       } else {
-        const auto all = [](int, F weight) { return weight; };
+        const Unchanged all;
         if (whole)
-          weigh_scores<kWeights, true>(state, p, narrow, places, scales, all);
+          weigh_scores<kWeights, true>(state, p, narrow, places, scales, all, all);
         else
-          weigh_scores<kWeights, false>(state, p, narrow, places, scales, all);
+          weigh_scores<kWeights, false>(state, p, narrow, places, scales, all, all);
       }
       return;
     }
@@ -480,6 +491,7 @@ class Attention {
   const AttentionWorkspace& w;
   const int64_t E, Ep, q_pairs, group;
   const Weights weights;
+  const bool general;  // scores are changed, or weights dropped
   AttentionPlan plan;
   float* partials;
   float* threads;

@@ -8,7 +8,7 @@
 // Queries are rounded to bf16 where the forward pass does so, for the weights to be the same ones; else all is float32.
 #include "cpu/kernels/attention_page.h"
 #include "cpu/kernels/attention_plan.h"
-#include "cpu/kernels/attention_softmax.h"
+#include "cpu/kernels/attention_scores.h"
 #include "cpu/kernels/dropout.h"
 #include "cpu/kernels/transpose.h"
 
@@ -134,14 +134,17 @@ class AttentionBackward {
         group(args.heads / args.cache.kv_heads),
         key_group(kKeyGroup * (args.cache.dtype == DType::f32 ? E : Ep)),
         rounds(PYLLM_HAS_BF16_DOT && args.cache.dtype == DType::bf16 && args.bf16_dots),
+        general(args.dropout.seed || args.scores.changed()),
         partials(static_cast<float*>(args.workspace)),
-        threads(partials + 2 * workspace.partial_floats) {}
+        biases(partials + 2 * workspace.partial_floats),
+        threads(biases + workspace.bias_floats) {}
 
   void run(Parallel& pool) const {
     parallel_for(pool, a.sequences * a.heads, [&](int64_t i, int worker) {
       differentiate(i / a.heads, i % a.heads, scratch_of(threads + worker * w.thread_floats, Ep));
     });
     if (group > 1) parallel_for(pool, a.keys, [&](int64_t t, int) { add_heads(t); });
+    if (a.dbias) parallel_for(pool, a.heads, [&](int64_t head, int) { add_sequences(head); });
   }
 
  private:
@@ -152,6 +155,7 @@ class AttentionBackward {
 
   void differentiate(int64_t sequence, int64_t head, Scratch s) const {
     const SequenceRule rule(a, sequence);
+    BiasGradient dbias(dbias_of(sequence, head), a.scores.reach);
     int64_t first_key = 0;  // the sequence's first row of dk and dv
     for (int64_t b = 0; b < sequence; ++b) first_key += a.lengths[b];
     for (int64_t key = 0; key < rule.length; key += kSpan) {
@@ -166,7 +170,7 @@ class AttentionBackward {
         if (!sees(rule, block, key, key + keys)) continue;
         take_queries(s, rule.start + row, block);
         for (int64_t page = 0; page * kBlockTokens < keys; ++page)
-          take_products(s, rule, block, page, key + page * kBlockTokens,
+          take_products(s, rule, block, dbias, page, key + page * kBlockTokens,
                         min_of(kBlockTokens, keys - page * kBlockTokens));
         const Seen seen = rule.seen(row);
         give_dq(s, rule.start + row, block, (seen.sinks > 0 ? 0 : seen.first) / kSpan == key / kSpan);
@@ -176,6 +180,7 @@ class AttentionBackward {
         write_row(dv_of(first_key + key + j, head), s.dv + j * Ep, 1.0f);
       }
     }
+    dbias.finish();
     for (int64_t row = 0; rule.length == 0 && row < rule.rows; ++row)
       std::memset(a.dq + (rule.start + row) * a.dq_stride + head * E, 0, size_t(E) * sizeof(float));
   }
@@ -191,6 +196,10 @@ class AttentionBackward {
   }
   float* dv_of(int64_t t, int64_t head) const {
     return group > 1 ? partials + w.partial_floats + (t * a.heads + head) * E : a.dv + t * a.dv_stride + head * E;
+  }
+
+  float* dbias_of(int64_t sequence, int64_t head) const {
+    return a.dbias ? biases + (sequence * a.heads + head) * (2 * a.scores.reach + 1) : nullptr;
   }
 
   // One head's page as the products want it.
@@ -246,8 +255,8 @@ class AttentionBackward {
   }
 
   // What a block's queries and `count` keys of a page, which starts at `key`, add to the gradients.
-  void take_products(const Scratch& s, const SequenceRule& rule, Block block, int64_t page, int64_t key,
-                     int64_t count) const {
+  void take_products(const Scratch& s, const SequenceRule& rule, Block block, BiasGradient& dbias, int64_t page,
+                     int64_t key, int64_t count) const {
     if (!sees(rule, block, key, key + kBlockTokens)) return;
     const int64_t at = page * kBlockTokens * Ep;
     const PageOperand<float> key_columns{s.page_keys[page], key_group, kKeyGroup};
@@ -266,10 +275,11 @@ class AttentionBackward {
       product(n, p, kBlockTokens, {s.q + r * Ep, Ep, 1}, key_columns, first, end, E, true);
       product(n, ds, kBlockTokens, {s.dout + r * Ep, Ep, 1}, value_columns, first, end, E, true);
       for (int64_t i = 0; i < n; ++i) {
-        if (a.dropout.seed)
-          weigh<true>(s, r + i, key, seen_of(r + i), first, end);
+        const Row row{r + i, block.head, key, key - rule.position(block.row + r + i)};
+        if (general)
+          weigh<true>(s, row, seen_of(r + i), first, end, dbias);
         else
-          weigh<false>(s, r + i, key, seen_of(r + i), first, end);
+          weigh<false>(s, row, seen_of(r + i), first, end, dbias);
       }
       if (low < high)
         product(n, s.dq + r * Ep, Ep, {ds + low, kBlockTokens, 1}, {s.keys + at + low * Ep, kKeyGroup, Ep}, 0,
@@ -287,23 +297,35 @@ class AttentionBackward {
     });
   }
 
+  // A row of a block and a page's first key, which is `distance` from its position.
+  struct Row {
+    int64_t index, head, key, distance;
+  };
+
   // Scores into weights, and their gradients dP into dS; 0 for keys that are not `seen`. Vectors [first, end) have been
-  // computed.
-  template <bool kDropout>
-  void weigh(const Scratch& s, int64_t r, int64_t key, Seen seen, int first, int end) const {
-    float *p = s.p + r * kBlockTokens, *ds = s.ds + r * kBlockTokens;
-    const F lse = set(s.lse[r]), delta = set(s.delta[r]);
+  // computed. kGeneral: scores are changed, or weights dropped.
+  template <bool kGeneral>
+  void weigh(const Scratch& s, Row row, Seen seen, int first, int end, BiasGradient& dbias) const {
+    float *p = s.p + row.index * kBlockTokens, *ds = s.ds + row.index * kBlockTokens;
+    const F lse = set(s.lse[row.index]), delta = set(s.delta[row.index]);
     const DropoutRule rule(a.dropout, 1.0f / (1.0f - a.dropout.rate));
+    const ScoreChange change(a.scores, row.head, row.distance);
     const auto differentiate = [&](int v, const auto& where_seen) {
       const int64_t j = v * F::N;
-      const F weight = where_seen(weight_of<false>(load(p + j) - lse));
+      const F score = load(p + j);
+      const F weight = where_seen(weight_of<false>((kGeneral ? change(j, score) : score) - lse));
       F dp = load(ds + j), kept = weight;
-      if (kDropout) {
-        kept = rule.keep(s.dropout[r], key + j, weight);
-        dp = rule.keep(s.dropout[r], key + j, dp);
+      if (kGeneral && a.dropout.seed) {
+        kept = rule.keep(s.dropout[row.index], row.key + j, weight);
+        dp = rule.keep(s.dropout[row.index], row.key + j, dp);
       }
       store(p + j, kept);
-      store(ds + j, where_seen(weight * (dp - delta)));
+      F dscore = where_seen(weight * (dp - delta));
+      if (kGeneral) {
+        dbias.add(row.distance + j, dscore);
+        if (change.capped()) dscore = where_seen(dscore * change.slope(score));
+      }
+      store(ds + j, dscore);
     };
     if (seen.first == 0 && seen.last == kBlockTokens) {
       for (int v = 0; v < int(kBlockTokens / F::N); ++v) differentiate(v, [](F x) { return x; });
@@ -357,11 +379,24 @@ class AttentionBackward {
     }
   }
 
+  // A head's dbias: the sum over sequences.
+  void add_sequences(int64_t head) const {
+    const int64_t columns = 2 * a.scores.reach + 1;
+    float* to = a.dbias + head * columns;
+    for (int64_t i = 0; i < columns; i += F::N) {
+      const int n = int(min_of(F::N, columns - i));
+      F sum = a.add_dbias ? load_n(to + i, n) : zero();
+      for (int64_t b = 0; b < a.sequences; ++b) sum = sum + load_n(dbias_of(b, head) + i, n);
+      store_n(to + i, sum, n);
+    }
+  }
+
   const AttentionBackwardArgs& a;
   const AttentionBackwardWorkspace& w;
   const int64_t E, Ep, group, key_group;
-  const bool rounds;
+  const bool rounds, general;
   float* partials;
+  float* biases;
   float* threads;
 };
 

@@ -2,6 +2,8 @@
 //
 // Scores are in units of ln 2 (queries are scaled by log2 e), so that a weight is 2^(score - max).
 #pragma once
+#include <type_traits>
+
 #include "cpu/attention_workspace.h"
 #include "cpu/kernels/attention_rule.h"
 
@@ -79,13 +81,19 @@ struct Places {
   int first, last;
 };
 
+struct Unchanged {
+  simd::F operator()(int, simd::F x) const { return x; }
+};
+
 // Turns a row's scores of one page into weights, 0 where it does not see: into p, or as pairs or words into `narrow`.
-// kWhole: it sees the whole page. `scales`, words only: what the page's keys and values are to be multiplied with. keep(v, weights) gives what is left of
-// the weights of a vector, after they have been added to the sum.
-template <Weights kWeights, bool kWhole, class Keep>
-inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, PageScales scales, const Keep& keep) {
+// kWhole: it sees the whole page. `scales`, words only: what the page's keys and values are to be multiplied with.
+// change(v, scores) gives what becomes of the scores of a vector, keep(v, weights) what is left of its weights after they
+// have been added to the sum.
+template <Weights kWeights, bool kWhole, class Change, class Keep>
+inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, PageScales scales, const Change& change,
+                         const Keep& keep) {
   using namespace simd;
-  constexpr bool kWords = kWeights == Weights::words;
+  constexpr bool kWords = kWeights == Weights::words, kChanged = !std::is_same<Change, Unchanged>::value;
   alignas(64) static const float kPlaces[kBlockTokens] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
@@ -98,10 +106,11 @@ inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, Pa
     return select_gt(sinks, place, x, select_gt(place, begin, inside, otherwise));
   };
   F largest = set(-kInfinity);
-  if (partial || kWords) {
+  if (partial || kWords || kChanged) {
     for (int v = at.first; v < at.last; ++v) {
       F score = load(p + v * F::N);
       if (kWords) score = score * (load_bf16(scales.keys + v * F::N) * set(row.query_unit));
+      score = change(v, score);
       if (partial) score = where_seen(v, score, set(-kInfinity));
       store(p + v * F::N, score);
       largest = simd::max(largest, score);

@@ -123,4 +123,20 @@ void gather_backward(const GatherBackwardArgs& a, Parallel& pool) {
   });
 }
 
+void gather_columns(const GatherColumnsArgs& a, Parallel& pool) {
+  for_rows(pool, a.rows, a.columns, [&](int64_t r) {
+    float* y = a.y + r * a.y_stride;
+    const float* x = a.x + r * a.x_stride;
+    for (int64_t i = 0; i < a.columns; ++i) y[i] = x[a.index[i]];
+  });
+}
+
+void gather_columns_backward(const GatherColumnsBackwardArgs& a, Parallel& pool) {
+  for_rows(pool, a.rows, a.columns, [&](int64_t r) {
+    float* dx = a.dx + r * a.dx_stride;
+    const float* dy = a.dy + r * a.dy_stride;
+    for (int64_t i = 0; i < a.columns; ++i) dx[a.index[i]] += dy[i];
+  });
+}
+
 }  // namespace pyllm::PYLLM_ISA

@@ -18,11 +18,12 @@ constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static_assert(F::N <= 16);
 static inline F ones(int n) { return simd::load_n(kOnes, n); }
 
-// e^x within about 1 ulp; exact 0 below -104, denormals above it, inf above 88.73, NaN stays.
-// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q of degree 4 (3.1e-9).
-static inline F exp(F x) {
-  x = max(simd::set(-105.0f),
-          min(simd::set(89.0f), x));  // constants first: min and max return the second operand for NaN
+// e^x = 2^n (1 + rest): n = round(x / ln 2), rest = e^r - 1 for |r| <= ln 2 / 2, of small relative error itself;
+// e^r = 1 + r + r^2 q(r), q of degree 4 (3.1e-9).
+struct SplitExp {
+  F n, rest;
+};
+static inline SplitExp split_exp(F x) {
   const F n = round(x * simd::set(1.44269504f));
   // ln 2 in two parts, the first short enough that n times it is exact.
   const F r = fma(n, simd::set(2.12194440e-4f), fma(n, simd::set(-0.693359375f), x));
@@ -31,7 +32,15 @@ static inline F exp(F x) {
   q = fma(q, r, simd::set(0x1.5558f2p-5f));
   q = fma(q, r, simd::set(0x1.555492p-3f));
   q = fma(q, r, simd::set(0x1.fffffcp-2f));
-  const F e = fma(r * r, q, r) + simd::set(1.0f);
+  return {n, fma(r * r, q, r)};
+}
+
+// e^x within about 1 ulp; exact 0 below -104, denormals above it, inf above 88.73, NaN stays.
+static inline F exp(F x) {
+  x = max(simd::set(-105.0f),
+          min(simd::set(89.0f), x));  // constants first: min and max return the second operand for NaN
+  const auto [n, rest] = split_exp(x);
+  const F e = rest + simd::set(1.0f);
   // 2^n in two steps, for n runs from -151 to 128: past the exponents of float32 at both ends.
   const F half = round(n * simd::set(0.5f));
   return ldexp(ldexp(e, half), n - half);
@@ -79,7 +88,24 @@ static inline F silu(F x) {
   return logistic_times(x, x);
 }
 
+static inline F quick_gelu(F x) {
+  x = max(simd::set(-120.0f), x);
+  return logistic_times(x, x * simd::set(1.702f));
+}
+
 static inline F relu(F x) { return max(simd::zero(), x); }
+
+static inline F relu_squared(F x) { return relu(x) * relu(x); }
+
+static inline F sigmoid(F x) { return logistic_times(simd::set(1.0f), x); }
+
+// With d = e^-2|x| - 1, whose relative error is small: -d / (2 + d), and the sign of x. It is 1 from 12 on.
+static inline F tanh(F x) {
+  const auto [n, rest] = split_exp(min(simd::set(12.0f), abs(x)) * simd::set(-2.0f));
+  const F power = ldexp(simd::set(1.0f), n), d = fma(power, rest, power - simd::set(1.0f));
+  const F t = d / (simd::set(2.0f) + d);
+  return select_gt(x, simd::zero(), simd::zero() - t, t);
+}
 
 // For inner loops; with_activation below turns the argument into the parameter.
 template <Activation activation>
@@ -88,6 +114,10 @@ static inline F apply(F x) {
   if constexpr (activation == Activation::gelu_tanh) return gelu_tanh(x);
   if constexpr (activation == Activation::silu) return silu(x);
   if constexpr (activation == Activation::relu) return relu(x);
+  if constexpr (activation == Activation::tanh) return tanh(x);
+  if constexpr (activation == Activation::sigmoid) return sigmoid(x);
+  if constexpr (activation == Activation::quick_gelu) return quick_gelu(x);
+  if constexpr (activation == Activation::relu_squared) return relu_squared(x);
   return x;
 }
 
@@ -101,6 +131,14 @@ static inline F apply(Activation activation, F x) {
       return silu(x);
     case Activation::relu:
       return relu(x);
+    case Activation::tanh:
+      return tanh(x);
+    case Activation::sigmoid:
+      return sigmoid(x);
+    case Activation::quick_gelu:
+      return quick_gelu(x);
+    case Activation::relu_squared:
+      return relu_squared(x);
     case Activation::none:
       break;
   }
@@ -120,20 +158,31 @@ static inline Slope apply_with_slope(F x) {
     const Normal n = normal(held);
     return {held * n.cdf, fma(inside * set(0.398942280f), n.bell, n.cdf)};  // 1 / sqrt(2 pi)
   }
-  if constexpr (activation == Activation::gelu_tanh || activation == Activation::silu) {
-    constexpr bool silu = activation == Activation::silu;
-    const F held = max(set(silu ? -120.0f : -30.0f), x), inside = min(set(silu ? 120.0f : 30.0f), held);
+  if constexpr (activation == Activation::gelu_tanh || activation == Activation::silu ||
+                activation == Activation::quick_gelu) {
+    constexpr bool cubic = activation == Activation::gelu_tanh;
+    const F held = max(set(cubic ? -30.0f : -120.0f), x), inside = min(set(cubic ? 30.0f : 120.0f), held);
     // y = x s(z) with the logistic function s: y' = s (1 + x s(-z) z').
     F z = held, slope = set(1.0f);
-    if constexpr (!silu) {
+    if constexpr (cubic) {
       z = held * fma(held * held, set(0.0713548163f), set(1.59576912f));
       slope = fma(inside * inside, set(0.214064449f), set(1.59576912f));
+    } else if constexpr (activation == Activation::quick_gelu) {
+      slope = set(1.702f);
+      z = held * slope;
     }
     const F e = exp(zero() - abs(z)), all = set(1.0f) + e;
     const F near = select_gt(zero(), z, e, set(1.0f)) / all, far = select_gt(zero(), z, set(1.0f), e) / all;
     return {select_gt(zero(), z, held * e, held) / all, near * fma(inside * slope, far, set(1.0f))};
   }
+  if constexpr (activation == Activation::sigmoid || activation == Activation::tanh) {
+    // s' = e^-|x| / (1 + e^-|x|)^2, and tanh x = 2 s(2x) - 1.
+    constexpr bool is_tanh = activation == Activation::tanh;
+    const F e = exp(abs(x) * set(is_tanh ? -2.0f : -1.0f)), all = set(1.0f) + e;
+    return {apply<activation>(x), set(is_tanh ? 4.0f : 1.0f) * e / (all * all)};
+  }
   if constexpr (activation == Activation::relu) return {relu(x), select_gt(x, zero(), set(1.0f), zero())};
+  if constexpr (activation == Activation::relu_squared) return {relu_squared(x), relu(x) + relu(x)};
   return {x, set(1.0f)};
 }
 
@@ -154,6 +203,14 @@ static inline void with_activation(Activation activation, Fn&& fn) {
       return fn(ActivationTag<Activation::silu>{});
     case Activation::relu:
       return fn(ActivationTag<Activation::relu>{});
+    case Activation::tanh:
+      return fn(ActivationTag<Activation::tanh>{});
+    case Activation::sigmoid:
+      return fn(ActivationTag<Activation::sigmoid>{});
+    case Activation::quick_gelu:
+      return fn(ActivationTag<Activation::quick_gelu>{});
+    case Activation::relu_squared:
+      return fn(ActivationTag<Activation::relu_squared>{});
     case Activation::none:
       return fn(ActivationTag<Activation::none>{});
   }
