@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.ops import F32
-from pyllm.rope import RopeSpec
+from pyllm.spec import ModelSpec
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -26,10 +26,15 @@ class Batch:
     tables: I32  # [B, width] block numbers
     rope_rows: I32 | None  # [T] row of inv_freq for each token; None: row 0
     inv_freq: F32 | None  # [C, R / 2]
+    prefix: I32 | None  # [B] first tokens of each sequence that all of its tokens see; None: each sees those before it
 
     @classmethod
-    def empty(cls, tokens: int, sequences: int, width: int, rope: RopeSpec | None) -> Batch:
-        """Arrays for a step of this shape. Where frequencies depend on the length, each token has a row of its own."""
+    def empty(cls, tokens: int, sequences: int, width: int, spec: ModelSpec, prefix: bool = False) -> Batch:
+        """Arrays for a step of this shape, with those of a `prefix` or not.
+
+        Where frequencies depend on the length, each token has a row of its own.
+        """
+        rope = spec.rope
         varies = rope is not None and rope.length_class(1) is not None
         rows = tokens if varies else 1
         return cls(
@@ -41,4 +46,5 @@ class Batch:
             tables=np.zeros((sequences, width), np.int32),
             rope_rows=np.arange(tokens, dtype=np.int32) if varies else None,
             inv_freq=None if rope is None else np.tile(rope.inv_freq(1), (rows, 1)),
+            prefix=np.zeros(sequences, np.int32) if prefix else None,
         )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import difflib
 import secrets
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import get_ident
-from types import FrameType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +26,7 @@ from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
 from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
+from pyllm.interrupts import Interrupts
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
@@ -75,6 +73,9 @@ class LLM:
         max_num_seqs: completions that run together.
         max_num_batched_tokens: tokens of one step; longer prompts are taken in chunks of it.
         enable_prefix_caching: share the keys and values of equal prompt beginnings.
+        prefix: run a causal decoder with a bidirectional prefix: the tokens of a prompt see all of it, those generated
+            what is before them. A prompt is then computed in one step, which has room for 2048 tokens, or
+            `max_num_batched_tokens` where that is more. Models that were made so need not be told.
         speculative: "ngram" guesses tokens from what the sequence holds already and checks several in one step; the
             output is the same. None: off.
         draft_model: folder or hub name of a smaller model with the same vocabulary, which guesses instead; it is
@@ -106,6 +107,7 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
+        prefix: bool = False,
         speculative: str | None = None,
         draft_model: str | Path | None = None,
         num_speculative_tokens: int | None = None,
@@ -131,7 +133,6 @@ class LLM:
             draft = None
             if draft_model is not None:
                 draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
-            self.spec = checkpoint.spec
             self.plan: Plan = plan_memory(
                 checkpoint,
                 draft,
@@ -143,16 +144,16 @@ class LLM:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                prefix=prefix,
                 speculative=speculative,
                 num_speculative_tokens=num_speculative_tokens,
             )
             self.plan.check()
+            self.spec = self.plan.spec
             weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
             proposer: Proposer | None = NgramProposer() if speculative is not None else None
             if draft is not None:
-                proposer = _load_draft(
-                    draft, self.plan, self.ops, max_num_batched_tokens, max_num_seqs, enable_prefix_caching
-                )
+                proposer = _load_draft(draft, self.plan, self.ops, max_num_seqs, enable_prefix_caching)
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
         cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
@@ -160,7 +161,7 @@ class LLM:
             self.model,
             self.ops,
             cache,
-            max_num_batched_tokens,
+            self.plan.step_tokens,
             max_num_seqs,
             self.max_model_len,
             self.plan.drafts,
@@ -173,7 +174,7 @@ class LLM:
             self.tokenizer,
             sorted(i for i in end_ids if 0 <= i < self.spec.vocab_size),
             max_sequences=max_num_seqs,
-            max_tokens=max_num_batched_tokens,
+            max_tokens=self.plan.step_tokens,
             max_length=self.max_model_len,
             share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
             speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
@@ -246,7 +247,10 @@ class LLM:
         """The prompt that the chat template makes of a conversation; special tokens are the template's own."""
         tokenizer = self._need_tokenizer()
         text = tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tools=tools)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if self.spec.prefix is not None:
+            ids = self.spec.prefix.completed(ids)
+        return {"prompt": text, "prompt_token_ids": ids}
 
     # Scoring
 
@@ -260,16 +264,23 @@ class LLM:
 
         An item is a text, ``{"prompt_token_ids": [...]}``, or a pair (context, continuation) of which only the tokens
         of the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
+
+        With a bidirectional prefix the context of a pair is the prefix, and a text by itself is read without one. A
+        model that fills blanks is given the context as a prompt, and scores what stands in the blank.
         """
         if isinstance(texts, (str, Mapping, tuple)):
             raise TypeError("score: expected a list of texts and of (context, continuation) pairs, got one by itself")
         items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
-        prompts: list[Prompt] = ["".join(item) if isinstance(item, tuple) else item for item in items]
-        outputs = self.generate(prompts, params, progress=progress)
+        given = [self._scored(item) for item in items]
+        requests: list[Request] = []
+        with self._ended(requests) as interrupts:
+            for prompt, start in given:
+                self._add(requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start)
+            self._run(requests, progress, interrupts)
         scores = []
-        for item, output in zip(items, outputs, strict=True):
-            start = max(1, len(self.encode(item[0])) if isinstance(item, tuple) else 1)
+        for request, (_, start) in zip(requests, given, strict=True):
+            output = self._result(request)
             ids = output.prompt_token_ids
             entries = output.prompt_logprobs or []
             values = [entry[token].logprob for token, entry in zip(ids[start:], entries[start:], strict=True) if entry]
@@ -345,13 +356,19 @@ class LLM:
             vector[:] = rule.vector(request.pool)
         return vectors
 
-    def forward(self, token_ids: Sequence[int], *, output_hidden_states: bool = False) -> ForwardOutput:
-        """Logits of every token, and what transformers calls hidden states; memory grows with T x V."""
+    def forward(
+        self, token_ids: Sequence[int], *, output_hidden_states: bool = False, prefix: int | None = None
+    ) -> ForwardOutput:
+        """Logits of every token, and what transformers calls hidden states; memory grows with T x V.
+
+        The first `prefix` tokens see one another; None: as the model takes a prompt.
+        """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         with self._lock:
             self.engine.check_prompt(token_ids)
+            length = self.engine.prefix_length(token_ids, prefix)
             pool = self.engine.scheduler.pool
-            sequence = EngineSequence(token_ids, 0, share_prefix=False)
+            sequence = EngineSequence(token_ids, 0, share_prefix=False, prefix=length)
             if not sequence.reserve(pool, len(sequence.tokens)):
                 raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
             try:
@@ -362,8 +379,11 @@ class LLM:
     # Text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        return self._need_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+        """Token ids of a text; its special tokens are what the tokenizer adds, and the start of a blank to fill."""
+        ids = self._need_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+        if not add_special_tokens or self.spec.prefix is None:
+            return ids
+        return self.spec.prefix.completed(ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -388,6 +408,30 @@ class LLM:
 
     # Inside
 
+    @property
+    def _fills_blanks(self) -> bool:
+        return self.spec.prefix is not None and self.spec.prefix.start_id is not None
+
+    def _scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[tuple[str | None, list[int]], int]:
+        """A text to score with its tokens, and the first of these that counts."""
+        if isinstance(item, tuple):
+            text = "".join(item)
+            if not self._fills_blanks:
+                return (text, self.encode(text)), max(1, len(self.encode(item[0])))
+            context = self.encode(item[0])
+            return (text, context + self.encode(item[1], add_special_tokens=False)), len(context)
+        prompt = self._encode_prompt(item)
+        if not self._fills_blanks:
+            return prompt, 1
+        assert self.spec.prefix is not None
+        start = self.spec.prefix.length(prompt[1]) + 1
+        if start >= len(prompt[1]):
+            raise RequestError(
+                f"score: this model predicts what stands behind its start token (id {self.spec.prefix.start_id}), and "
+                "nothing does here: give a pair (context, continuation), or token ids with a start token"
+            )
+        return prompt, start
+
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
@@ -409,8 +453,9 @@ class LLM:
         requests: list[Request],
         prompt: tuple[str | None, list[int]],
         params: SamplingParams,
-        interrupts: _Interrupts,
+        interrupts: Interrupts,
         pooling: Pooling | None = None,
+        prefix: int | None = None,
     ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
@@ -418,12 +463,12 @@ class LLM:
         seed = params.seed if params.seed is not None else self.seed
         with self._lock, interrupts:
             seed = secrets.randbits(63) if seed is None else seed
-            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling))
+            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling, prefix=prefix))
 
     @contextmanager
-    def _ended(self, requests: list[Request]) -> Iterator[_Interrupts]:
+    def _ended(self, requests: list[Request]) -> Iterator[Interrupts]:
         """Whatever happens inside, nothing of these requests stays in the engine."""
-        interrupts = _Interrupts()
+        interrupts = Interrupts()
         try:
             yield interrupts
         finally:
@@ -435,7 +480,7 @@ class LLM:
                 interrupts.remove()
 
     def _run(
-        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: _Interrupts
+        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: Interrupts
     ) -> None:
         finished, left = -1, list(requests)
         while left:
@@ -493,13 +538,13 @@ class LLM:
         return self.tokenizer
 
 
-def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, tokens: int, sequences: int, share: bool) -> DraftModel:
-    """The draft model that was planned for, with steps of so many tokens and sequences."""
+def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, sequences: int, share: bool) -> DraftModel:
+    """The draft model that was planned for, with steps of so many sequences."""
     spec, planned = checkpoint.spec, plan.draft_model
     assert planned is not None
     model = Model(spec, pack_weights(checkpoint, ops, planned.precision))
     cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype)
-    runner = Runner(model, ops, cache, tokens, sequences, planned.max_length, CATCH_UP)
+    runner = Runner(model, ops, cache, plan.step_tokens, sequences, planned.max_length, CATCH_UP)
     return DraftModel(runner, cache.blocks, planned.max_length, share and not _rope_varies(spec))
 
 
@@ -518,45 +563,6 @@ def _generation_end_ids(folder: Path) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
         raise ConfigError(f"{path}: eos_token_id: expected an integer or a list of integers, found {shown(ids)}")
     return listed
-
-
-class _Interrupts:
-    """Ctrl-C while requests are in the engine: inside ``with interrupts``, where bookkeeping must not stop halfway, it
-    waits for the end of the block; a second one comes through at once.
-
-    Until `remove` its handler stands where Python's own did, in the main thread: other handlers are their owner's
-    business. Outside the blocks it does what Python's own does.
-    """
-
-    def __init__(self) -> None:
-        self._pending = self._held = False
-        self._before = signal.getsignal(signal.SIGINT)
-        replaceable = self._before is signal.default_int_handler or isinstance(
-            getattr(self._before, "__self__", None), _Interrupts
-        )
-        self._thread = None
-        if replaceable and threading.current_thread() is threading.main_thread():
-            self._thread = threading.get_ident()
-            signal.signal(signal.SIGINT, self._note)
-
-    def remove(self) -> None:
-        """Put the handler back that was there before."""
-        if self._thread == threading.get_ident() and signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, self._before)
-
-    def __enter__(self) -> None:
-        self._held = self._thread == get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._held = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._pending or not self._held:
-            raise KeyboardInterrupt
-        self._pending = True
 
 
 def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:

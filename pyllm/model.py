@@ -7,6 +7,7 @@ of the embedding table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,16 +19,19 @@ from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
+Angles: TypeAlias = tuple[F32, F32] | tuple[None, None]  # cosines and sines [T, R / 2]
+
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the blocks of one forward pass share; `angles` are cosines and sines [T, R / 2], `bias` [H, 2n + 1] is that
-    of distances from -n to n, where it is learned."""
+    """What the blocks of one forward pass share; `local_angles` are those of layers with a window, `bias` [H, 2n + 1]
+    is that of distances from -n to n, where it is learned."""
 
     ops: Ops | Tape
     batch: Batch
     cache: KVCache
-    angles: tuple[F32, F32] | tuple[None, None]
+    angles: Angles
+    local_angles: Angles
     bias: F32 | None
 
 
@@ -42,6 +46,7 @@ class Model:
         self.spec = spec
         self.weights = weights
         shared = spec.relative_bias
+        self._local_inv_freq = None if spec.local_rope is None else spec.local_rope.inv_freq(1)[None]
         self._buckets = None if shared is None else shared[1].of_distances(two_sided=False)
         self._slopes = [
             a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
@@ -53,7 +58,8 @@ class Model:
         `trace` collects a copy of the residual stream before the first block and after each one.
         """
         x = self._embed(ops, batch)
-        this = _Pass(ops, batch, cache, self._angles(ops, batch), self._relative_bias(ops))
+        angles = self._angles(ops, batch)
+        this = _Pass(ops, batch, cache, angles, self._local_angles(ops, batch) or angles, self._relative_bias(ops))
         for layer in range(len(self.spec.blocks)):
             if trace is not None:
                 trace.append(x.copy())
@@ -95,11 +101,17 @@ class Model:
                 x = ops.matmul(x, project, residual=places, out=places)
         return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
 
-    def _angles(self, ops: Ops | Tape, batch: Batch) -> tuple[F32, F32] | tuple[None, None]:
+    def _angles(self, ops: Ops | Tape, batch: Batch) -> Angles:
         rope = self.spec.rope
         if rope is None or batch.inv_freq is None:
             return None, None
         return ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+
+    def _local_angles(self, ops: Ops | Tape, batch: Batch) -> Angles | None:
+        rope = self.spec.local_rope
+        if rope is None or self._local_inv_freq is None:
+            return None
+        return ops.rope_angles(batch.positions, self._local_inv_freq, None, rope.attention_scaling)
 
     def _relative_bias(self, ops: Ops | Tape) -> F32 | None:
         table = self.weights.relative_bias
@@ -146,13 +158,14 @@ class Model:
         if a.qk_norm is not None:
             q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
             k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
-        cos, sin = this.angles
+        cos, sin = this.angles if a.window is None else this.local_angles
         if cos is not None and sin is not None:
             ops.rope(q, cos, sin, size)
         ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         mixed = ops.attention(
             q, cache, batch.starts, batch.lengths, batch.tables, head_size=size, scale=a.scale, window=a.window,
-            bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer], softcap=a.softcap,
+            prefix=batch.prefix, bias=this.bias if isinstance(a.bias, Buckets) else None, slopes=self._slopes[layer],
+            softcap=a.softcap,
         )  # fmt: skip
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 

@@ -230,10 +230,16 @@ class Ops:
         """Layer norm or RMS norm of ``x + residual`` over the last dimension: x [R, D], weight and bias [D] -> [R, D].
 
         x [T, H, E] with adjacent heads has each of its heads normalised, with one weight [E]; tokens may stand apart.
+        With a weight [H, E] each head has its own, and there is neither bias nor residual.
 
         The sum itself is also written to `sum_out` [R, D] where given (it may be x); `out` may be x.
         """
         out = self.empty(*x.shape) if out is None else out
+        if weight is not None and weight.ndim == 2:
+            check_weights_of_heads(x, weight)
+            for head in range(len(weight)):
+                self.context.norm(out[:, head], x[:, head], weight[head], bias, residual, sum_out, eps, NORMS[kind])
+            return out
         self.context.norm(out, x, weight, bias, residual, sum_out, eps, NORMS[kind])
         return out
 
@@ -389,6 +395,12 @@ class Ops:
         top, top_ids = np.empty((rows, top_n), np.float32), np.empty((rows, top_n), np.int32)
         self.context.logprobs(chosen, ranks, top, top_ids, logits, ids)
         return chosen, ranks, top, top_ids
+
+
+def check_weights_of_heads(x: F32, weight: F32) -> None:
+    """Raise ``ValueError`` where the weights [H, E] of a norm are not those of the heads of x [T, H, E]."""
+    if x.shape[1:] != weight.shape:
+        raise ValueError(f"weight: expected {list(x.shape[1:])}, a row for each head of x, got {list(weight.shape)}")
 
 
 class Arena:

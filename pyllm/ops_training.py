@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import ACTIVATIONS, F32, F64, NORMS, Array, AttentionRule, Dropout, Ops
+from pyllm.ops import (
+    ACTIVATIONS,
+    F32,
+    F64,
+    NORMS,
+    Array,
+    AttentionRule,
+    Dropout,
+    Ops,
+    check_weights_of_heads,
+)
 from pyllm.spec import Activation, NormKind
 
 if TYPE_CHECKING:
@@ -104,9 +114,18 @@ class TrainingOps(Ops):
         """Gradient of :meth:`norm` with respect to x, plus `residual`: dy and x [R, D], or [T, H, E] -> the same.
 
         `x` is what was normalised, the sum where there was a residual; its statistics are computed anew. `dweight` and
-        `dbias` [D] accumulate, in an order of their own that depends on R alone. `out` may be dy or residual.
+        `dbias` [D] accumulate, in an order of their own that depends on R alone. `out` may be dy or residual. Weights
+        of each head [H, E] are as in :meth:`norm`, with a `dweight` like them.
         """
         out = self.empty(*dy.shape) if out is None else out
+        if weight is not None and weight.ndim == 2:
+            check_weights_of_heads(x, weight)
+            for head in range(len(weight)):
+                added, total = (None if a is None else a[at] for a, at in ((residual, np.s_[:, head]), (dweight, head)))
+                self.context.norm_backward(
+                    out[:, head], total, dbias, dy[:, head], x[:, head], weight[head], added, eps, NORMS[kind]
+                )
+            return out
         self.context.norm_backward(out, dweight, dbias, dy, x, weight, residual, eps, NORMS[kind])
         return out
 

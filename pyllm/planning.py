@@ -13,12 +13,14 @@ from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
 from pyllm.packed import Precision, packed_bytes, precision_of
+from pyllm.prefix import PrefixSpec
 from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
 
 GB = 1e9
 SPARE = 200_000_000  # left to the interpreter and its libraries
+PREFIX_TOKENS = 2048  # of a bidirectional prefix that every step has room for, where the context is as long
 
 
 CATCH_UP = 1  # tokens that a draft model has to take in beside the newest, after a step whose drafts were all right
@@ -45,13 +47,15 @@ class DraftPlan:
 class Plan:
     """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits.
 
-    `drafts` is the number of tokens guessed for a sequence in a step, 0 without speculative decoding.
+    `step_tokens` is what a step computes at most. `drafts` is the number of tokens guessed for a sequence in a step, 0
+    without speculative decoding.
     """
 
     spec: ModelSpec
     precision: Precision
     cache_dtype: str
     max_model_len: int
+    step_tokens: int
     cache_blocks: int
     weights: int
     cache: int
@@ -126,11 +130,14 @@ def plan_memory(
     max_model_len: int | None = None,
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 512,
+    prefix: bool = False,
     speculative: str | None = None,
     num_speculative_tokens: int | None = None,
 ) -> Plan:
     """Plan for an open checkpoint, with a draft model's or not; `ValueError` for arguments out of range."""
     spec = checkpoint.spec
+    if prefix and spec.prefix is None:
+        spec = replace(spec, prefix=PrefixSpec())
     drafts = drafts_per_step(speculative, draft, num_speculative_tokens)
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
@@ -139,7 +146,10 @@ def plan_memory(
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
     available = available_memory()
     weights = packed_bytes(checkpoint, precision)
-    workspace = _workspace(spec, max_num_seqs, max_num_batched_tokens, drafts)
+    step_tokens = max_num_batched_tokens
+    if spec.prefix is not None:
+        step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
+    workspace = _workspace(spec, max_num_seqs, step_tokens, drafts)
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     if draft is not None:
         guessing = _draft_plan(
@@ -148,7 +158,7 @@ def plan_memory(
             precision_of(draft, dtype, quantization, quantization_skip),
             kv_cache_dtype,
             max_num_seqs,
-            max_num_batched_tokens,
+            step_tokens,
         )
     length, blocks = _cache_size(
         spec,
@@ -165,6 +175,7 @@ def plan_memory(
         precision=precision,
         cache_dtype=cache_as,
         max_model_len=length,
+        step_tokens=step_tokens,
         cache_blocks=blocks,
         weights=weights,
         cache=blocks * block,

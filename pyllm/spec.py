@@ -14,6 +14,7 @@ from functools import cached_property
 
 from pyllm.errors import require
 from pyllm.position_bias import Alibi, Buckets
+from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
@@ -56,8 +57,9 @@ class NormSpec:
 class AttentionSpec:
     """Causal attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
 
-    `qk_norm` normalises each head of q and k before the rotation. With a `window` of W, token i sees keys i-W+1 .. i.
-    Scores s become `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
+    `qk_norm` normalises each head of q and k before the rotation, with weights that all heads share or, where
+    `qk_norm_each`, have of their own. With a `window` of W, token i sees keys i-W+1 .. i. Scores s become
+    `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
     """
 
     heads: int
@@ -67,6 +69,7 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: NormSpec | None = None
+    qk_norm_each: bool = False
     window: int | None = None
     bias: Alibi | Buckets | None = None
     softcap: float | None = None
@@ -180,6 +183,10 @@ class HeadSpec:
 class ModelSpec:
     """A decoder: embedding, blocks, final norm, head.
 
+    With a `prefix` the first tokens of a sequence see one another.
+
+    Layers that have a window rotate by `local_rope` where there is one, and all others by `rope`.
+
     `family` is for messages only. `max_positions` is the longest context that the checkpoint is made for, rope scaling
     included. `dtype` is the checkpoint's declared one ("float32", "float16" or "bfloat16"), if any.
     """
@@ -192,7 +199,9 @@ class ModelSpec:
     max_positions: int
     embedding: EmbeddingSpec = EmbeddingSpec()
     rope: RopeSpec | None = None
+    local_rope: RopeSpec | None = None
     head: HeadSpec = HeadSpec()
+    prefix: PrefixSpec | None = None
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -211,10 +220,13 @@ class ModelSpec:
         biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
         require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
                 "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
-        if self.rope is not None:
-            smallest = min(block.attention.head_dim for block in self.blocks)
-            require(self.rope.dim <= smallest, "rotated channels of a head", f"at most the head size of {smallest}",
-                    self.rope.dim)  # fmt: skip
+        smallest = min(block.attention.head_dim for block in self.blocks)
+        for rope in filter(None, (self.rope, self.local_rope)):
+            require(rope.dim <= smallest, "rotated channels of a head", f"at most the head size of {smallest}",
+                    rope.dim)  # fmt: skip
+        require(self.local_rope is None or (self.rope is not None and self.local_rope.length_class(1) is None),
+                "rotary embedding of layers with a window", "one whose frequencies do not depend on the length, beside "
+                "that of the other layers", self.local_rope)  # fmt: skip
 
     @property
     def table_width(self) -> int:
@@ -269,7 +281,7 @@ class ModelSpec:
     def block_weights(self) -> int:
         """Numbers in the matrices of all blocks: what every token is multiplied with."""
         slots = self.slots().items()
-        return sum(math.prod(shape) for name, shape in slots if name.startswith("blocks.") and len(shape) == 2)
+        return sum(math.prod(shape) for name, shape in slots if name.startswith("blocks.") and is_matrix(name, shape))
 
     def operations(self, tokens: int, past: int = 0) -> int:
         """Multiplications and additions of `tokens` tokens that follow `past` others, with the head for the last one.
@@ -287,8 +299,9 @@ class ModelSpec:
         for name, out in (("q", rows), ("k", kv_rows), ("v", kv_rows)):
             shapes.update(_linear_slots(f"{at}.attn.{name}", out, self.hidden, attention.qkv_bias))
         if attention.qk_norm is not None:
-            for name in ("q_norm", "k_norm"):
-                shapes.update(_norm_slots(f"{at}.attn.{name}", attention.qk_norm, attention.head_dim))
+            for name, heads in (("q_norm", attention.heads), ("k_norm", attention.kv_heads)):
+                each = (heads, attention.head_dim) if attention.qk_norm_each else (attention.head_dim,)
+                shapes[f"{at}.attn.{name}.weight"] = each
         shapes.update(_linear_slots(f"{at}.attn.o", self.hidden, rows, attention.out_bias))
         if block.placement is Placement.SANDWICH:
             for name in ("attn_post_norm", "mlp_post_norm"):
@@ -299,6 +312,11 @@ class ModelSpec:
             shapes.update(_linear_slots(f"{at}.mlp.{name}", mlp.hidden, self.hidden, mlp.bias))
         shapes.update(_linear_slots(f"{at}.mlp.down", self.hidden, mlp.hidden, mlp.bias))
         return shapes
+
+
+def is_matrix(slot: str, shape: tuple[int, ...]) -> bool:
+    """Whether a slot is a matrix: a norm's weights are none, even if each head has some of its own."""
+    return len(shape) == 2 and not slot.endswith("norm.weight")
 
 
 def _norm_slots(name: str, norm: NormSpec, size: int) -> dict[str, tuple[int, ...]]:

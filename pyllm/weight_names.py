@@ -27,6 +27,8 @@ class Transform(Flag):
     TRANSPOSED = auto()  # stored [in, out], as GPT-2's Conv1D does
     PER_HEAD = auto()  # q, k and v of the first head, then those of the second: [heads, 3, head size, in]
     INTERLEAVED = auto()  # in q and k, channels (2k, 2k + 1) of a head are rotated together; ours are (k, k + R/2)
+    INTERLEAVED_NORMS = auto()  # so are the weights of norms on heads of q and k: [heads, head size], all rotated
+    LESS_ONE = auto()  # the weights of a norm are stored less 1, as Gemma has them
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,21 @@ class Row:
     def oriented(self, tensor: NDArray[Any]) -> NDArray[Any]:
         """A view of the stored tensor as [out, in], or the other way around."""
         return tensor.T if Transform.TRANSPOSED in self.transform else tensor
+
+    def read(self, tensor: NDArray[Any]) -> NDArray[Any]:
+        """The values of the stored tensor as [out, in]: a view, or float32 where they are stored in another form."""
+        if Transform.INTERLEAVED_NORMS in self.transform:
+            return np.concatenate([tensor[:, 0::2], tensor[:, 1::2]], axis=1)
+        if Transform.LESS_ONE in self.transform:
+            return np.asarray(tensor.astype(np.float32) + np.float32(1))
+        return self.oriented(tensor)
+
+    def written(self, values: NDArray[Any]) -> NDArray[Any]:
+        """What is stored for these values [out, in]: the inverse of `read`."""
+        if Transform.INTERLEAVED_NORMS in self.transform:
+            halves = np.split(values, 2, axis=1)
+            return np.stack(halves, axis=2).reshape(values.shape)
+        return values - np.float32(1) if Transform.LESS_ONE in self.transform else self.oriented(values)
 
     def shape(self, spec: ModelSpec) -> tuple[int, ...]:
         """The shape of all slots together, as [out, in]."""

@@ -37,7 +37,8 @@ class Checkpoint:
     """Weights of one model: every slot of `spec` is either in `tensors`, as a read-only view of a mapped file, or in
     `quantized`, as integers and scales.
 
-    Views are float32, float16 or ml_dtypes.bfloat16, may be strided or transposed, and their base may be unaligned.
+    Views are float32, float16 or ml_dtypes.bfloat16, may be strided or transposed, and their base may be unaligned;
+    what is stored in another form (`Transform.LESS_ONE`) is converted at each access.
     Quantized weights are unpacked anew at each access, parts of them still views.
     `spec` is the one given to `load`, except that it is untied when the file holds a head of its own. Use it as a
     context manager, or `close` it, when the weights have been packed.
@@ -114,7 +115,7 @@ class _Source:
     place: Place
 
     def read(self) -> Array:
-        return self.row.oriented(self.tensor.view())[self.place]
+        return self.row.read(self.tensor.view())[self.place]
 
     def release(self) -> None:
         self.tensor.file.release(self.tensor.name)

@@ -16,8 +16,8 @@ Sources = Mapping[str, str]
 # below.
 PYTHON_LAYERS: list[set[str]] = [
     {"_cpu", "_cuda", "errors", ""},
-    {"isa", "system"},
-    {"rope", "position_bias"},
+    {"isa", "system", "interrupts"},
+    {"position_bias", "prefix", "rope"},
     {"detokenizer", "sentencepiece", "wordpiece", "tokenizer_backend"},
     {"tokenizer_library", "tokenizer_pieces"},
     {"spec", "sampling", "structured", "chat_template", "tokenizer"},
@@ -79,6 +79,7 @@ MODELS_MAY_IMPORT = {
     "folder",
     "models",
     "position_bias",
+    "prefix",
     "quantization",
     "rope",
     "spec",

@@ -76,19 +76,19 @@ def soak(folder: Path, requests: int, warm_up: int = 0) -> Report:
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(server, done, report))
         watcher.start()
-        lock = threading.Lock()
-
-        def one(index: int) -> None:
-            answered = _request(server, random.Random(index))
-            with lock:
-                report.sent += 1
-                report.answered += answered
-                if report.sent % max(1, requests // 20) == 0:
-                    report.memory.append((report.sent, _resident_kib()))
-
         with ThreadPoolExecutor(16) as crowd:
-            list(crowd.map(lambda index: _request(server, random.Random(index)), range(warm_up)))
-            list(crowd.map(one, range(warm_up, warm_up + requests)))
+
+            def send(first: int, last: int) -> int:
+                return sum(crowd.map(lambda index: _request(server, random.Random(index)), range(first, last)))
+
+            send(0, warm_up)
+            part = max(1, requests // 20)
+            for first in range(warm_up, warm_up + requests, part):
+                last = min(first + part, warm_up + requests)
+                report.answered += send(first, last)
+                report.sent += last - first
+                server.assert_idle()  # what requests hold while they run is no growth
+                report.memory.append((report.sent, _resident_kib()))
         done.set()
         watcher.join()
         server.assert_idle()

@@ -16,7 +16,7 @@ from pyllm.models import read_spec
 from pyllm.sampling import SamplingState
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-MODELS = ["glm4", "gpt2", "llama", "llama-tied-biased", "mistral", "qwen3"]
+MODELS = ["bloom", "gemma3", "glm4", "gpt2", "llama", "llama-tied-biased", "mistral", "qwen3"]
 SHARED = np.random.default_rng(0).integers(0, 60, 130).tolist()  # a beginning of more than two cache blocks
 
 

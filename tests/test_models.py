@@ -12,11 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle.transformer import forward
+from safetensors import safe_open
 
 from pyllm.errors import ConfigError
+from pyllm.folder import read_config
 from pyllm.models import FAMILIES, family_of, open_checkpoint, read_spec
+from pyllm.ops_training import TrainingOps
+from pyllm.position_bias import Alibi
 from pyllm.rope import RopeKind
 from pyllm.spec import Activation, ModelSpec, NormKind
+from pyllm.train.checkpoint import save_model
+from pyllm.train.parameters import Parameters, load_values
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 GOLDEN_NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -59,7 +65,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 23
+    assert len(GOLDEN_NAMES) == 30
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:
@@ -573,3 +579,90 @@ def test_any_json_gives_a_spec_or_a_config_error(family: str, changes: dict[str,
 def test_read_spec_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_spec(tmp_path) == read(LLAMA)
+
+
+def test_bloom_and_mpt_configs() -> None:
+    bloom = read({"model_type": "bloom", "n_embed": 48, "n_layer": 3, "num_attention_heads": 12, "seq_length": 99})
+    assert (bloom.hidden, len(bloom.blocks), bloom.max_positions, bloom.head.tied) == (48, 3, 99, True)
+    assert bloom.blocks[0].attention.bias == Alibi()
+    assert bloom.blocks[0].attention.scale == 0.5
+    assert bloom.blocks[0].mlp.hidden == 192
+    assert bloom.embedding.norm == bloom.final_norm
+    mpt = read({"model_type": "mpt", "d_model": 48, "n_heads": 3, "attn_config": {"alibi_bias_max": 4}, "verbose": 0})
+    assert (mpt.blocks[0].attention.bias, mpt.blocks[0].attention.scale) == (Alibi(4.0), 0.25)
+    assert not mpt.blocks[0].norm.bias
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bloom", "n_head": 7}, "n_head"),
+        ({"model_type": "bloom", "n_inner": 100}, "n_inner"),
+        ({"model_type": "mpt", "expansion_ratio": 2}, "expansion_ratio"),
+        ({"model_type": "mpt", "attn_config": {"clip_qkv": 6}}, "attn_config.clip_qkv = 6: expected null"),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, "attn_config.alibi"),
+        ({"model_type": "mpt", "attn_config": {"attn_types": 1}}, "did you mean attn_type?"),
+        ({"model_type": "mpt", "attn_config": 3}, "attn_config = 3: expected an object or null"),
+        ({"model_type": "mpt", "no_bias": False}, "no_bias"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else None,
+)
+def test_bad_bloom_and_mpt_configs(config: dict[str, Any], words: str) -> None:
+    assert words in refusal(config)
+
+
+GEMMA: dict[str, Any] = {"model_type": "gemma2", "num_hidden_layers": 5, "sliding_window": 7}
+GEMMA3: dict[str, Any] = {**GEMMA, "model_type": "gemma3_text"}
+
+
+def test_gemma_configs() -> None:
+    gemma2 = read(GEMMA)
+    assert [block.attention.window for block in gemma2.blocks] == [7, None, 7, None, 7]
+    attention = gemma2.blocks[0].attention
+    assert (attention.scale, attention.softcap, gemma2.head.softcap) == (256**-0.5, 50.0, 30.0)
+    assert (attention.heads, attention.kv_heads, attention.head_dim, gemma2.embedding.scale) == (8, 4, 256, 2304**0.5)
+    assert read({**GEMMA, "attn_logit_softcapping": None}).blocks[0].attention.softcap is None
+    assert gemma2.local_rope is None
+    gemma3 = read({**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 4})
+    assert [block.attention.window for block in gemma3.blocks] == [7, 7, 7, None, 7]
+    assert (gemma3.blocks[0].attention.softcap, gemma3.head.softcap) == (None, None)
+    assert gemma3.rope is not None
+    assert gemma3.local_rope is not None
+    assert (gemma3.rope.theta, gemma3.rope.kind, gemma3.rope.factor) == (1e6, RopeKind.LINEAR, 8.0)
+    assert (gemma3.local_rope.theta, gemma3.local_rope.kind) == (1e4, RopeKind.DEFAULT)
+    each = {"full_attention": {"rope_theta": 50.0}, "sliding_attention": {"rope_theta": 20.0}}
+    nested = read({**GEMMA3, "rope_parameters": each})
+    assert nested.rope is not None
+    assert nested.local_rope is not None
+    assert (nested.rope.theta, nested.local_rope.theta) == (50.0, 20.0)
+    dynamic = {"sliding_attention": {"rope_type": "dynamic", "factor": 2.0}, "full_attention": {}}
+    assert "rotary embedding of layers with a window" in refusal({**GEMMA3, "rope_parameters": dynamic})
+    assert "attn_logit_softcapping" in refusal({**GEMMA3, "attn_logit_softcapping": 50.0})
+    assert "use_bidirectional_attention" in refusal({**GEMMA3, "use_bidirectional_attention": True})
+    assert "rope_parameters" in refusal({**GEMMA, "rope_parameters": each}), "one base for all layers"
+
+
+def test_norms_stored_less_one_go_back_as_they_came(tmp_path: Path) -> None:
+    with open_checkpoint(GOLDEN / "gemma3") as model:
+        parameters = Parameters(model.spec, TrainingOps(threads=1))
+        load_values(parameters, model.tensors)
+        before = {slot: np.array(model.tensors[slot]) for slot in model.spec.slots()}
+        name = "model.layers.1.self_attn.q_norm.weight"
+        stored = model.stored("blocks.1.attn.q_norm.weight").copy()
+    assert np.allclose(before["blocks.1.attn.q_norm.weight"], stored + 1, rtol=1e-6)
+    save_model(tmp_path, parameters, read_config(GOLDEN / "gemma3"), None)
+    with open_checkpoint(tmp_path) as model, safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert np.allclose(file.get_tensor(name), stored, atol=2e-7)
+        for slot, values in before.items():
+            assert np.allclose(model.tensors[slot], values, rtol=0, atol=1e-7), slot
+
+
+def test_cohere_configs() -> None:
+    spec = read({"model_type": "cohere", "num_hidden_layers": 2, "use_qk_norm": True, "num_key_value_heads": 8})
+    assert (spec.hidden, spec.head.tied, spec.head.scale, spec.rope and spec.rope.theta) == (8192, True, 0.0625, 5e5)
+    slots = spec.slots()
+    assert slots["blocks.1.attn.q_norm.weight"] == (64, 128)
+    assert slots["blocks.1.attn.k_norm.weight"] == (8, 128)
+    assert "blocks.1.mlp_norm.weight" not in slots
+    assert spec.block_weights == 2 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 22528)
+    assert "logit_scale" in refusal({"model_type": "cohere", "logit_scale": "x"})

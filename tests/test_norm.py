@@ -253,3 +253,26 @@ def test_backward_bad_arguments() -> None:
         arguments = {"dy": x.copy(), "x": x, "weight": None, "kind": NormKind.RMS, "eps": 1e-5} | changes
         with pytest.raises(error, match=message):
             OPS.norm_backward(**arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_each_head(kind: NormKind) -> None:
+    """A row of weights for each head, both ways: what heads by themselves give, in columns of a wider array."""
+    wide, weight, dweight = random(7, 90), random(5, 12), random(5, 12)
+    x, dy, residual = wide[:, 20:80].reshape(7, 5, 12), random(7, 5, 12), random(7, 5, 12)
+    arguments = {"kind": kind, "eps": 1e-5}
+    sums, out = dweight.copy(), np.zeros_like(dy)
+    y = OPS.norm(x, weight, **arguments)
+    OPS.norm_backward(dy, x, weight, dweight=sums, residual=residual, out=out, **arguments)
+    for head in range(5):
+        alone, sums_of_head = np.ascontiguousarray(x[:, head]), dweight[head].copy()
+        assert np.array_equal(y[:, head], OPS.norm(alone, weight[head], **arguments))
+        given = np.ascontiguousarray(dy[:, head]), alone, weight[head]
+        dx = OPS.norm_backward(
+            *given, dweight=sums_of_head, residual=np.ascontiguousarray(residual[:, head]), **arguments
+        )
+        assert np.array_equal(out[:, head], dx)
+        assert np.array_equal(sums[head], sums_of_head)
+    for call in (lambda: OPS.norm(x, weight[:4], **arguments), lambda: OPS.norm(x[:, 0], weight, **arguments)):
+        with pytest.raises(ValueError, match=r"weight: expected .*a row for each head of x"):
+            call()

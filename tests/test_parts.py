@@ -73,7 +73,7 @@ def test_logits_are_those_of_float64(name: str) -> None:
     model, ids = Model(parameters.spec, parameters.model_weights), np.arange(3, 3 + length) % VOCAB
 
     def run(cache: KVCache, first: int, end: int) -> np.ndarray:
-        batch = Batch.empty(end - first, 1, 1, None)
+        batch = Batch.empty(end - first, 1, 1, parameters.spec)
         batch.tokens[:] = ids[first:end]
         batch.positions[:] = batch.slots[:] = np.arange(first, end)
         batch.starts[:], batch.lengths[:] = [0, end - first], end

@@ -16,6 +16,7 @@ import pytest
 import tiny_model
 
 from pyllm import LLM, SamplingParams, StructuredOutputs
+from pyllm.cache import KVCache
 from pyllm.cli import main
 from pyllm.errors import RequestError
 from pyllm.structured import MAX_GRAMMAR_BYTES
@@ -97,6 +98,20 @@ def test_others_in_the_batch_do_not_notice(llm: LLM) -> None:
     together = llm.generate(PROMPTS, [*plain, wanted])
     assert [result.outputs[0].token_ids for result in together[:2]] == alone
     assert [together[2].outputs[0].text] == own
+
+
+def test_put_back_and_behind_shared_beginnings_they_give_the_same(llm: LLM, tmp_path: Path) -> None:
+    folder = tiny_model.make(tmp_path / "m", max_position_embeddings=256)
+    block = KVCache.block_bytes(llm.spec, "float32")
+    beginning = "Once upon a time there was a little girl. " * 4
+    prompts = [beginning + word for word in ("She", "He", "The dog", "A fox")]
+    wanted = [params(seed=i, regex="[a-z]{90}") for i in range(4)]
+    expected = texts(llm, prompts, wanted)
+    tight = LLM(folder, threads=2, max_num_seqs=8, max_num_batched_tokens=32, kv_cache_bytes=8 * block)
+    assert texts(tight, prompts, wanted) == expected
+    assert tight.stats.preemptions > 0 and tight.stats.cached_tokens > 0
+    before = tight.stats.cached_tokens
+    assert texts(tight, prompts[:1], wanted[0]) == expected[:1] and tight.stats.cached_tokens > before
 
 
 def test_a_speculating_engine_gives_the_same(llm: LLM, tmp_path: Path) -> None:
@@ -194,6 +209,16 @@ def test_server(tiny_chat_folder: Path) -> None:
         jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), SCHEMAS[0])
         answer = server.post(plain, prompt="x", max_tokens=60, structured_outputs={"choice": ["yes"]})
         assert answer["choices"][0]["text"] == "yes"
+        several = {"prompt": "x", "n": 3, "seed": 1, "max_tokens": 60, "stop": "8"}
+        several["structured_outputs"] = {"regex": "([a-e]{2}[0-9]){9}"}
+        choices = server.post(plain, **several)["choices"]
+        assert all(re.fullmatch("([a-e]{2}[0-79]){0,8}[a-e]{2}|([a-e]{2}[0-79]){9}", c["text"]) for c in choices)
+        assert any(len(choice["text"]) < 27 for choice in choices)
+        with server.client.stream("POST", plain, json={**several, "stream": True}) as response:
+            lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+        pieces = [json.loads(line[6:])["choices"][0] for line in lines]
+        for choice in choices:
+            assert "".join(p["text"] for p in pieces if p["index"] == choice["index"]) == choice["text"]
         for body in (
             {"response_format": {"type": "xml"}},
             {"response_format": {"type": "json_schema"}},

@@ -27,7 +27,18 @@ from pyllm.ops_training import TrainingOps
 from pyllm.tape import Tape, TapeMemory
 from pyllm.train.step import IGNORED
 
-MODELS = ["gpt2", "gpt2-scaled-relu", "llama", "llama-tied-biased", "llama-yarn", "mistral", "qwen2", "qwen3"]
+MODELS = [
+    "bloom-normed",
+    "gemma3",
+    "gpt2",
+    "gpt2-scaled-relu",
+    "llama",
+    "llama-tied-biased",
+    "llama-yarn",
+    "mistral",
+    "qwen2",
+    "qwen3",
+]
 VOCAB = 67
 
 
@@ -67,7 +78,7 @@ def test_a_tape_computes_the_bits_of_inference(name: str) -> None:
 
     ids, _, starts = batch
     first, end = int(starts[0]), int(starts[1])
-    alone = Batch.empty(end - first, 1, 1, parameters.spec.rope)  # as a prompt by itself
+    alone = Batch.empty(end - first, 1, 1, parameters.spec)  # as a prompt by itself
     alone.tokens[:] = ids[first:end]
     alone.positions[:] = np.arange(end - first)
     alone.slots[:] = np.arange(end - first)
@@ -138,7 +149,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         assert np.linalg.norm(summed[slot] - value) <= 1e-5 * np.linalg.norm(value) + 1e-9, slot
 
 
-@pytest.mark.parametrize("name", ["glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
+@pytest.mark.parametrize("name", ["gemma3", "glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"checkpoint_activations": True}])
 def test_a_step_takes_the_memory_that_was_laid_out(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,9 @@ ContextSize = Annotated[
         "--ctx-size", "-c", env="CTX_SIZE", min=1, help="Most tokens of prompt and completion; default the model's."
     ),
 ]
+Prefix = Annotated[
+    bool, option("--prefix", env="PREFIX", help="The tokens of a prompt see all of it, not only what is before them.")
+]
 Speculative = Annotated[
     str | None,
     option(

@@ -12,7 +12,7 @@ from pyllm.cli.inputs import present
 from pyllm.cli.output import progress_bar, write, write_json
 
 GENERATION_OPTIONS = (
-    "quantization", "quantization_skip", "kv_cache_dtype", "max_num_seqs", "speculative", "draft_model",
+    "quantization", "quantization_skip", "kv_cache_dtype", "prefix", "max_num_seqs", "speculative", "draft_model",
     "num_speculative_tokens", "revision", "offline",
 )  # fmt: skip
 TRAINING_OPTIONS = ("config", "batch_tokens", "checkpoint_activations")
@@ -31,6 +31,7 @@ def plan(
     quantization_skip: o.QuantizationSkip = None,
     kv_cache_dtype: o.CacheDtype = None,
     ctx_size: o.ContextSize = None,
+    prefix: o.Prefix = False,
     max_num_seqs: Annotated[
         int | None, o.option("--max-num-seqs", env="MAX_NUM_SEQS", min=1, help="Completions that run together.")
     ] = None,
@@ -78,6 +79,7 @@ def plan(
                 "kv_cache_dtype": kv_cache_dtype,
                 "max_model_len": ctx_size,
                 "max_num_seqs": max_num_seqs,
+                "prefix": prefix or None,
                 "speculative": speculative,
                 "draft_model": draft_model,
                 "num_speculative_tokens": num_speculative_tokens,

@@ -59,7 +59,8 @@ def mean_squares(
     runner = Runner(Model(checkpoint.spec, weights), ops, cache, window, 1, window)
     pool = BlockPool(cache.blocks)
     for at in range(0, len(tokens), window):
-        sequence = EngineSequence(tokens[at : at + window], 0, share_prefix=False)
+        rule, ids = checkpoint.spec.prefix, tokens[at : at + window]
+        sequence = EngineSequence(ids, 0, share_prefix=False, prefix=0 if rule is None else rule.length(ids))
         assert sequence.reserve(pool, len(sequence.tokens))
         runner.forward([Work(sequence, 0, len(sequence.tokens), False)])
         sequence.leave(pool)

@@ -97,6 +97,7 @@ class Engine:
         salt: bytes = b"",
         pooling: Pooling | None = None,
         matcher: Matcher | None = None,
+        prefix: int | None = None,
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
         grammar that cannot.
@@ -104,21 +105,30 @@ class Engine:
         Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
         hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`. `matcher` is
         what `matcher()` gave for the parameters; None: it is made here.
+
+        Where the model has a bidirectional prefix, its length is `prefix`, or by default what the model says of the
+        prompt. Its tokens have no log-probabilities: what they are computed from holds them.
         """
         self.check_prompt(prompt_ids)
+        rule = self.runner.model.spec.prefix
+        seen = 0 if rule is None else self.prefix_length(prompt_ids, prefix)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
         matcher = self.matcher(params) if matcher is None else matcher
         request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs *= max(1, seen)
         request.drafts = DraftCounts() if self.speculation is not None else None
         request.pool = None if pooling is None else Pool(pooling)
         vocabulary = self.runner.model.spec.vocab_size
         room = self.max_length - len(prompt_ids)
         limit = min(room, params.max_tokens if params.max_tokens is not None else room)
+        if rule is not None:
+            rule.check(prompt_ids, generates=limit > 0)
         ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
             share = params.prompt_logprobs is None and pooling is None and self.scheduler.share_prefixes
-            sequence = Sequence(prompt_ids, limit, share, salt)
+            sequence = Sequence(prompt_ids, limit, share, salt, seen)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
@@ -463,6 +473,20 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
             )
+
+    def prefix_length(self, prompt_ids: Seq[int], length: int | None = None) -> int:
+        """Tokens of a prompt that see one another: `length`, or what the model says; `RequestError` for too many."""
+        rule = self.runner.model.spec.prefix
+        if length is None:
+            length = 0 if rule is None else rule.length(prompt_ids)
+        if not 0 <= length <= len(prompt_ids):
+            raise RequestError(f"prefix: expected 0 to the {len(prompt_ids)} tokens of the prompt, got {length}")
+        if length > self.scheduler.max_tokens:
+            raise RequestError(
+                f"the prompt's bidirectional prefix has {length} tokens, which one step must hold, and a step has "
+                f"{self.scheduler.max_tokens}: shorten it, or raise max_num_batched_tokens"
+            )
+        return length
 
     def _count_drafts(self, completion: Completion, *, drafted: int = 0, accepted: int = 0) -> None:
         self.stats.drafted_tokens += drafted

@@ -124,7 +124,8 @@ class Runner:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
-        batch = Batch.empty(tokens, len(plan), width, self.model.spec.rope)
+        prefix = any(work.start < work.sequence.prefix for work in plan)  # those behind it see no more than before
+        batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix)
         self._fill(batch, plan)
         self.ops.use_arena(self._arena)
         self.ops.release(0)
@@ -186,6 +187,8 @@ class Runner:
             )
             batch.tables[i, : len(sequence.blocks)] = sequence.blocks
             batch.lengths[i] = end
+            if batch.prefix is not None:
+                batch.prefix[i] = work.sequence.prefix
             if batch.rope_rows is not None:
                 for j in range(work.rows):
                     self._fill_rope(batch, at + j, sequence, work.start + j)
@@ -207,7 +210,7 @@ class Runner:
     def _record(self, sequences: int, tokens: int) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
         spec = self.model.spec
-        batch = Batch.empty(tokens, sequences, self.table_width, spec.rope)
+        batch = Batch.empty(tokens, sequences, self.table_width, spec)
         batch.starts[:] = [*range(sequences), tokens]
         rows = np.arange(tokens, dtype=np.int32)
         draws = np.repeat(GREEDY_ROW, tokens)
@@ -240,7 +243,7 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         attention = padded((a.heads + 2 * a.kv_heads) * a.head_dim) + padded(a.heads * a.head_dim)
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
-    angles = 2 * padded(spec.rope.dim // 2) if spec.rope else 0
+    angles = sum(2 * padded(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)
     projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
     if spec.embedding.scale != 1 and spec.embedding.positions:
         projected += padded(spec.hidden)

@@ -31,6 +31,7 @@ class Work:
 
 class Scheduler:
     """Running sequences come first, oldest first; what is left of a step's token budget admits waiting ones in order.
+    A bidirectional prefix is not cut: its sequence waits for a step that has room for all of it.
 
     When blocks run out the youngest running sequence gives its blocks back and waits again; it is recomputed later, to
     the same bits.
@@ -119,7 +120,8 @@ class Scheduler:
             sequence = self.waiting[0]
             sequence.adopt_prefix(self.pool)
             count = min(len(sequence.tokens) - sequence.computed, budget)
-            if not sequence.reserve(self.pool, sequence.computed + count):
+            whole = sequence.computed + count >= sequence.prefix
+            if not whole or not sequence.reserve(self.pool, sequence.computed + count):
                 sequence.leave(self.pool)
                 break
             self.running.append(self.waiting.popleft())

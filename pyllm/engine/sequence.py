@@ -12,14 +12,22 @@ from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
 
 
 class Sequence:
-    """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`."""
+    """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`.
 
-    def __init__(self, prompt: Seq[int], max_tokens: int, share_prefix: bool, salt: bytes = b"") -> None:
+    The first `prefix` tokens, part of the prompt, see one another: they are computed in one step, and shared only with
+    sequences that have the same ones.
+    """
+
+    def __init__(
+        self, prompt: Seq[int], max_tokens: int, share_prefix: bool, salt: bytes = b"", prefix: int = 0
+    ) -> None:
         self.tokens = list(prompt)
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed
         self.salt = salt  # 0 or 16 bytes
+        self.prefix = prefix
+        self.origin = chain_hash(salt, self.tokens[:prefix]) if prefix else salt  # what hashes begin with
         self.draftable = True  # False with a grammar: what it forbids would be drafted in vain
         self.computed = 0
         self.cached = 0  # of the prompt, taken from the prefix cache when it first got blocks
@@ -122,5 +130,5 @@ class Sequence:
     def _hash_until(self, full: int) -> None:
         while len(self._hashes) < full:
             start = len(self._hashes) * BLOCK_TOKENS
-            parent = self._hashes[-1] if self._hashes else self.salt
+            parent = self._hashes[-1] if self._hashes else self.origin
             self._hashes.append(chain_hash(parent, self.tokens[start : start + BLOCK_TOKENS]))

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm2 import CHATGLM2
+from pyllm.models.cohere import COHERE
 from pyllm.models.family import Family
+from pyllm.models.gemma2 import GEMMA2
+from pyllm.models.gemma3 import GEMMA3_TEXT
 from pyllm.models.glm import GLM
 from pyllm.models.glm4 import GLM4
 from pyllm.models.gpt2 import GPT2
@@ -17,6 +21,7 @@ from pyllm.models.gpt_neox import GPT_NEOX
 from pyllm.models.gptj import GPTJ
 from pyllm.models.llama import LLAMA
 from pyllm.models.mistral import MISTRAL
+from pyllm.models.mpt import MPT
 from pyllm.models.opt import OPT
 from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
@@ -30,7 +35,11 @@ __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        BLOOM,
         CHATGLM2,
+        COHERE,
+        GEMMA2,
+        GEMMA3_TEXT,
         GLM,
         GLM4,
         GPT2,
@@ -38,6 +47,7 @@ FAMILIES: dict[str, Family] = {
         GPTJ,
         LLAMA,
         MISTRAL,
+        MPT,
         OPT,
         PHI3,
         QWEN2,

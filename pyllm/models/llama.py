@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyllm.models.config_reader import ConfigReader
@@ -17,6 +17,7 @@ from pyllm.models.shared import (
     NORM_EPS,
     POSITIONS,
     read_layer_windows,
+    read_local_rope,
     read_rope,
     read_special_tokens,
 )
@@ -24,6 +25,7 @@ from pyllm.spec import (
     MAX_HEAD_DIM,
     AttentionSpec,
     BlockSpec,
+    EmbeddingSpec,
     HeadSpec,
     MlpSpec,
     ModelSpec,
@@ -75,6 +77,17 @@ class Biases:
 
 
 @dataclass(frozen=True)
+class Others:
+    """What LLaMA has no word for."""
+
+    embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
+    attention: Mapping[str, Any] = field(default_factory=dict)  # fields of AttentionSpec
+    head: Mapping[str, Any] = field(default_factory=dict)  # fields of HeadSpec
+    qk_norm_each: bool = False  # heads of q and k have norms with weights of their own
+    local_rope: bool = False  # layers with a window rotate by parameters of their own
+
+
+@dataclass(frozen=True)
 class Variant:
     """Where a descendant of LLaMA differs: the defaults of its config class, and the parts that it reads itself."""
 
@@ -91,6 +104,13 @@ class Variant:
     norm_eps: float = 1e-6
     rotated_part: float = 1.0  # of a head's channels
     placement: Placement = Placement.PRE
+    layers: int = 32
+    heads: int = 32
+    norm_kind: NormKind = NormKind.RMS
+    activation: tuple[str, str] = ("hidden_act", "silu")  # the key, and its default
+    theta: float = 10000.0
+    tied: bool = False
+    others: Callable[[ConfigReader, int], Others] = lambda reader, hidden: Others()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -110,22 +130,22 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
     reader = ConfigReader(config, variant.model_type)
     vocab_size = reader.integer("vocab_size", default=variant.vocab_size)
     hidden = reader.integer(*HIDDEN, default=variant.hidden)
-    layers = reader.integer(*LAYERS, default=32, maximum=10_000)
-    heads = reader.integer(*HEADS, default=32)
+    layers = reader.integer(*LAYERS, default=variant.layers, maximum=10_000)
+    heads = reader.integer(*HEADS, default=variant.heads)
     kv_default = variant.kv_heads if variant.kv_heads and not reader.has("num_key_value_heads") else heads
     kv_heads = reader.integer("num_key_value_heads", default=kv_default)
     head_dim = reader.integer("head_dim", default=variant.head_dim or max(hidden // heads, 1))
     max_positions = reader.integer(*POSITIONS, default=variant.max_positions)
-    norm = NormSpec(NormKind.RMS, reader.number(*NORM_EPS, default=variant.norm_eps, maximum=0.1), bias=False)
+    norm = NormSpec(variant.norm_kind, reader.number(*NORM_EPS, default=variant.norm_eps, maximum=0.1), bias=False)
     biases = variant.biases(reader)
     mlp = MlpSpec(
         hidden=reader.integer(*MLP_HIDDEN, default=variant.intermediate_size),
-        activation=reader.choice("hidden_act", options=ACTIVATIONS, default="silu"),
+        activation=reader.choice(variant.activation[0], options=ACTIVATIONS, default=variant.activation[1]),
         gated=True,
         bias=biases.mlp,
     )
     windows = variant.windows(reader, layers)
-    tied = reader.boolean("tie_word_embeddings", default=False)
+    tied = reader.boolean("tie_word_embeddings", default=variant.tied)
     tokens = read_special_tokens(reader, vocab_size, variant.bos_token_id, variant.eos_token_ids, variant.pad_token_id)
     dtype = reader.dtype()
     if not reader.has("head_dim") and variant.head_dim is None and hidden % heads:
@@ -134,25 +154,28 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         reader.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     if head_dim > MAX_HEAD_DIM:
         reader.refuse("head_dim", head_dim, f"at most {MAX_HEAD_DIM}")
-    rope = read_rope(reader, head_dim, max_positions, variant.rotated_part)
+    others = variant.others(reader, hidden)
+    layer_type = "full_attention" if others.local_rope else None
+    rope = read_rope(reader, head_dim, max_positions, variant.rotated_part, variant.theta, layer_type)
+    local_rope = read_local_rope(reader, head_dim, max_positions) if others.local_rope else None
     reader.finish()
 
+    attention = AttentionSpec(
+        **{
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "scale": head_dim**-0.5,
+            "qkv_bias": biases.qkv,
+            "out_bias": biases.out,
+            "qk_norm": norm if variant.qk_norm or others.qk_norm_each else None,
+            "qk_norm_each": others.qk_norm_each,
+            **others.attention,
+        }
+    )
+
     def block(window: int | None) -> BlockSpec:
-        return BlockSpec(
-            norm=norm,
-            attention=AttentionSpec(
-                heads=heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                scale=head_dim**-0.5,
-                qkv_bias=biases.qkv,
-                out_bias=biases.out,
-                qk_norm=norm if variant.qk_norm else None,
-                window=window,
-            ),
-            mlp=mlp,
-            placement=variant.placement,
-        )
+        return BlockSpec(norm, replace(attention, window=window), mlp, variant.placement)
 
     return ModelSpec(
         family=variant.model_type,
@@ -161,8 +184,10 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         blocks=tuple(block(window) for window in windows),
         final_norm=norm,
         max_positions=rope.stretched_positions,
+        embedding=others.embedding,
         rope=rope,
-        head=HeadSpec(tied=tied),
+        local_rope=local_rope,
+        head=HeadSpec(tied=tied, **others.head),
         dtype=dtype,
         **tokens,
     )

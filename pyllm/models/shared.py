@@ -55,14 +55,22 @@ def read_special_tokens(
     }
 
 
-def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_part: float = 1.0) -> RopeSpec:
+def read_rope(
+    reader: ConfigReader,
+    head_dim: int,
+    max_positions: int,
+    default_part: float = 1.0,
+    default_theta: float = 10000.0,
+    layer_type: str | None = None,
+) -> RopeSpec:
     """Rotary parameters, spelled as `rope_theta` + `rope_scaling` (older files) or all in `rope_parameters`.
 
-    `default_part` of a head's channels are rotated where nothing else is said.
+    `default_part` of a head's channels are rotated, from `default_theta` on, where nothing else is said. Those of one
+    layer type are read where `rope_parameters` has some for each; they have to be equal where it is None.
     """
-    parameters = _rope_parameters(reader)
+    parameters = _rope_parameters(reader, layer_type)
     inner = reader.nested("rope_parameters" if reader.has("rope_parameters") else "rope_scaling", parameters)
-    theta = reader.number("rope_theta", "rotary_emb_base", default=10000.0, minimum=1.0000001)
+    theta = reader.number("rope_theta", "rotary_emb_base", default=default_theta, minimum=1.0000001)
     theta = inner.number("rope_theta", default=theta, minimum=1.0000001)
     partial = reader.number("partial_rotary_factor", "rotary_pct", default=default_part, minimum=1e-6, maximum=1.0)
     partial = inner.number("partial_rotary_factor", default=partial, minimum=1e-6, maximum=1.0)
@@ -88,6 +96,16 @@ def read_rope(reader: ConfigReader, head_dim: int, max_positions: int, default_p
         return RopeSpec(dim=2)
 
 
+def read_local_rope(reader: ConfigReader, head_dim: int, max_positions: int) -> RopeSpec:
+    """Rotary parameters of layers with a window: those of their type in `rope_parameters`, or a base in
+    `rope_local_base_freq`."""
+    theta = reader.number("rope_local_base_freq", default=10000.0, minimum=1.0000001)
+    parameters = reader.get("rope_parameters")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("sliding_attention"), dict):
+        return RopeSpec(head_dim, theta, max_positions=max_positions)
+    return read_rope(reader, head_dim, max_positions, default_theta=theta, layer_type="sliding_attention")
+
+
 def read_window(reader: ConfigReader, default: int | None) -> int | None:
     """`sliding_window`: null means none, absent means the default of the family."""
     if reader.has("sliding_window") and reader.get("sliding_window") is None:
@@ -111,7 +129,7 @@ def read_layer_windows(reader: ConfigReader, layers: int, window: int | None, fi
     return [window if LAYER_TYPES[name] else None for name in types]
 
 
-def _rope_parameters(reader: ConfigReader) -> dict[str, Any]:
+def _rope_parameters(reader: ConfigReader, layer_type: str | None) -> dict[str, Any]:
     value = reader.get("rope_parameters", "rope_scaling")
     if value is None:
         return {}
@@ -121,6 +139,8 @@ def _rope_parameters(reader: ConfigReader) -> dict[str, Any]:
         )
         return {}
     if value and all(isinstance(inner, dict) for inner in value.values()):  # one object per layer type
+        if layer_type in value:
+            return dict(value[layer_type])
         variants = list(value.values())
         if any(variant != variants[0] for variant in variants):
             reader.refuse("rope_parameters", value, "the same parameters for every layer type")

@@ -64,7 +64,7 @@ def save_model(
     with SafetensorsWriter(folder / SINGLE_FILE, shapes) as writer:
         for row in rows:
             values = row.join([parameters.get(slot) for slot in row.slots], spec)
-            writer.write(row.name, row.oriented(values).astype(dtype))
+            writer.write(row.name, row.written(values).astype(dtype))
     for path in sorted(tokenizer.iterdir()) if tokenizer is not None else []:
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FROM_TOKENIZER):
             shutil.copyfile(path, folder / path.name)

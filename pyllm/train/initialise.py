@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.errors import ConfigError, shown
-from pyllm.spec import ModelSpec
+from pyllm.spec import ModelSpec, is_matrix
 from pyllm.train.parameters import Parameters
 
 # Families whose projections into the residual stream begin smaller, by the root of their number: GPT-2 (Radford et al.
@@ -32,7 +32,7 @@ def initialise(parameters: Parameters, config: Mapping[str, Any], seed: int) -> 
     memory = _cpu.allocate(4 * largest).view(np.float32)  # goes back to the system as a whole
 
     def values(slot: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        if len(shape) == 1:
+        if not is_matrix(slot, shape):
             return np.full(shape, 0 if slot.endswith(".bias") else 1, np.float32)
         drawn: NDArray[np.float32] = memory[: prod(shape)].reshape(shape)
         generator.standard_normal(shape, np.float32, out=drawn)

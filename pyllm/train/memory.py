@@ -184,7 +184,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     each = [part for b in spec.blocks for part in parts(b)]
     table = floats(spec.table_width)
     projected = spec.embedding.width is not None
-    angles = 2 * floats(spec.rope.dim // 2) if spec.rope is not None else 0
+    angles = sum(2 * floats(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)
     biases = spec.relative_bias
     distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
     places = width if spec.embedding.positions else 0  # where they are looked up by themselves

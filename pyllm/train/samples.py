@@ -12,7 +12,7 @@ from pyllm.ops import Ops
 from pyllm.sampling import SamplingParams
 from pyllm.tokenizer import Tokenizer
 
-MAX_TOKENS = 256  # of one step
+MAX_TOKENS = 256  # of one step; a bidirectional prefix is not cut
 MAX_SEQUENCES = 8
 
 
@@ -26,16 +26,19 @@ class Sampler:
         """How each prompt goes on; an empty prompt is the start token of the model."""
         spec = self.model.spec
         encoded = [self._encode(prompt) for prompt in prompts]
+        if spec.prefix is not None:
+            encoded = [spec.prefix.completed(ids) for ids in encoded]
         length = min(spec.max_positions, max(map(len, encoded), default=1) + max_tokens)
+        most = MAX_TOKENS if spec.prefix is None else max(MAX_TOKENS, length)
         blocks = blocks_for(length) * min(len(prompts), MAX_SEQUENCES)
         cache = KVCache(spec, max(blocks, 1), self.model.weights.dtype)
         engine = Engine(
-            Runner(self.model, self.ops, cache, MAX_TOKENS, MAX_SEQUENCES, length),
+            Runner(self.model, self.ops, cache, most, MAX_SEQUENCES, length),
             BlockPool(cache.blocks),
             self.tokenizer,
             sorted({*spec.eos_token_ids, *self.tokenizer.eos_token_ids}),
             max_sequences=MAX_SEQUENCES,
-            max_tokens=MAX_TOKENS,
+            max_tokens=most,
             max_length=length,
             share_prefixes=False,
         )

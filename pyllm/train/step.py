@@ -58,7 +58,7 @@ class Step:
         self.loss, self.optimizer = loss, optimizer
         spec = parameters.spec
         self.model = Model(spec, parameters.model_weights)
-        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec.rope)
+        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec)
         self.labels: I32 = np.full(shape.tokens, IGNORED, np.int32)
         self.losses: F32 = np.zeros(shape.tokens, np.float32)
         self._scale: F32 = np.zeros(1, np.float32)

@@ -35,6 +35,7 @@ class Variant:
     prompt: int = 32
     seed: int = 0
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
+    gain: float = 1.0  # of matrices and norms within blocks: a model that holds to its last token tests little
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,63 @@ def variants() -> dict[str, Variant]:
         **rope("default", theta=500.0, partial_rotary_factor=0.5),
     }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
+    cohere = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "tie_word_embeddings")},
+        "model_type": "cohere",
+        "layer_norm_eps": 2e-3,
+        "pad_token_id": 0,
+    }
+    gemma = {
+        **base,
+        "head_dim": 10,
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 9,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    }
+    bloom = {
+        "model_type": "bloom",
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "layer_norm_epsilon": 2e-3,
+    }
+    mpt = {
+        "model_type": "mpt",
+        "vocab_size": 67,
+        "d_model": 30,
+        "n_layers": 2,
+        "n_heads": 5,
+        "max_seq_len": 128,
+        "layer_norm_epsilon": 2e-3,
+        "attn_config": {"softmax_scale": 0.5},
+    }
     return {
+        "bloom": Variant(bloom, gain=1.5),
+        "bloom-normed": Variant(
+            {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
+        ),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
+        "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
+        "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
+        "gemma2": Variant(
+            {**gemma, "model_type": "gemma2", "attn_logit_softcapping": 4.0, "tie_word_embeddings": False}
+        ),
+        "gemma3": Variant(
+            {
+                **gemma,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 3,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                },
+            },
+            gain=2.0,
+        ),
         "glm": Variant({**glm, "tie_word_embeddings": True}),
         "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
         "gpt2": Variant(gpt2),
@@ -160,6 +216,7 @@ def variants() -> dict[str, Variant]:
                 "original_max_position_embeddings": 20,
             }
         ),
+        "mpt": Variant(mpt),
         "opt": Variant(opt),
         "opt-post": Variant({**opt, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
         "qwen2": Variant({**base, "model_type": "qwen2"}),
@@ -181,7 +238,7 @@ def build(name: str, folder: Path) -> Expected:
     """Write the variant's model folder and return what transformers computes for it."""
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
-        model = _random_model(variant.config, seed)
+        model = _random_model(variant, seed)
         expected, gap = _run(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
@@ -198,10 +255,11 @@ def read_expected(folder: Path) -> Expected:
         return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
 
 
-def _random_model(config: dict[str, Any], seed: int) -> Any:
+def _random_model(variant: Variant, seed: int) -> Any:
     import torch
     import transformers
 
+    config = variant.config
     fields = {name: value for name, value in config.items() if name != "model_type"}
     # transformers completes the nested rope parameters in place
     if "rope_parameters" in fields:
@@ -216,11 +274,11 @@ def _random_model(config: dict[str, Any], seed: int) -> Any:
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.copy_((variant.gain if "post_" in name else 1) + 0.3 * noise)
             elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
             else:
-                parameter.copy_(1.5 * noise / hf_config.hidden_size**0.5)
+                parameter.copy_(1.5 * variant.gain * noise / hf_config.hidden_size**0.5)
     return model
 
 

@@ -17,9 +17,11 @@ from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, N
 Array = npt.NDArray[np.float64]
 
 
-def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) -> tuple[Array, list[Array]]:
+def forward(
+    spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any], prefix: int = 0
+) -> tuple[Array, list[Array]]:
     """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
-    last one after the final norm."""
+    last one after the final norm. The first `prefix` tokens are seen by all."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
     x = (
         linear(weights["embed.weight"][ids], weights, "embed.project")
@@ -33,7 +35,8 @@ def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) 
         x = normalise(x, spec.embedding.norm, weights, "embed.norm")
     hidden = [x]
     for index, block in enumerate(spec.blocks):
-        x = run_block(x, block, spec.rope, weights, f"blocks.{index}")
+        rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
+        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix)
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
@@ -45,12 +48,14 @@ def forward(spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any]) 
     return logits, hidden
 
 
-def run_block(x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
+def run_block(
+    x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+) -> Array:
     def norm(x: Array, name: str) -> Array:
         return normalise(x, block.norm, weights, f"{at}.{name}")
 
     def attention(x: Array) -> Array:
-        return attend(x, block.attention, rope, weights, at)
+        return attend(x, block.attention, rope, weights, at, prefix)
 
     def mlp(x: Array) -> Array:
         return feed_forward(x, block.mlp, weights, at)
@@ -87,7 +92,9 @@ def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
     return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", np.zeros(1))
 
 
-def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str) -> Array:
+def attend(
+    x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+) -> Array:
     length = len(x)
     heads = {}
     for name, count in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads)):
@@ -98,7 +105,7 @@ def attend(x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mappin
             projected = rotate(projected, rope)
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-    visible = (distance >= 0) & (distance < (spec.window or length))
+    visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
     k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
     scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
     weight, _ = softmax(scores, visible)
