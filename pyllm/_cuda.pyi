@@ -58,6 +58,39 @@ def skinny_matmul(
     overlapped: bool,
     stream: int,
 ) -> None: ...
+def skinny_qkv(
+    q: Array,
+    cache: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    cos: Array | None,
+    sin: Array | None,
+    slots: Array,
+    head_size: int,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    norm: int,
+    eps: float,
+    multiprocessors: int,
+    overlapped: bool,
+    stream: int,
+) -> None: ...
+def skinny_argmax(
+    tokens: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    norm: int,
+    eps: float,
+    partial: Array,
+    ticket: Array,
+    multiprocessors: int,
+    overlapped: bool,
+    stream: int,
+) -> None: ...
 def mma_matmul(
     y: Array,
     x: Array,
@@ -153,6 +186,8 @@ def norm(
     stream: int,
 ) -> None: ...
 def activation(y: Array, x: Array, up: Array | None, activation: int, stream: int) -> None: ...
+def axpby(out: Array, x: Array, a: float, y: Array | None, b: float, stream: int) -> None: ...
+def gather_columns(y: Array, x: Array, index: Array, stream: int) -> None: ...
 def embedding(
     y: Array, tokens: Array, table: Array, positions: Array | None, position_table: Array | None, stream: int
 ) -> None: ...

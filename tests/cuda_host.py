@@ -17,10 +17,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pyllm import ops
+
 ROOT = Path(__file__).resolve().parents[1]
 HOST = ROOT / "tests" / "cuda_host"
 DTYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 2}  # DType of core/types.h
-ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+ACTIVATIONS = {"none": 0, **{kind.value: number for kind, number in ops.ACTIVATIONS.items() if kind is not None}}
 
 
 class MatmulArgs(ctypes.Structure):
@@ -97,6 +99,23 @@ class AttentionArgs(ctypes.Structure):
     ]
 
 
+class QkvArgs(ctypes.Structure):
+    """QkvArgs of cuda/matmul.h."""
+
+    _fields_ = [
+        ("matmul", MatmulArgs),
+        ("cache", CacheView),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots")),
+        *((name, ctypes.c_int64) for name in ("heads", "half")),
+    ]
+
+
+class ArgmaxArgs(ctypes.Structure):
+    """ArgmaxArgs of cuda/matmul.h."""
+
+    _fields_ = [("matmul", MatmulArgs), *((name, ctypes.c_void_p) for name in ("tokens", "partial", "ticket"))]
+
+
 class RowLists(ctypes.Structure):
     """RowLists of core/sampling.h."""
 
@@ -150,6 +169,26 @@ class ActivationArgs(ctypes.Structure):
     ]
 
 
+class AxpbyArgs(ctypes.Structure):
+    """AxpbyArgs of core/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "x", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "dim", "out_stride", "x_stride", "y_stride")),
+        ("a", ctypes.c_float),
+        ("b", ctypes.c_float),
+    ]
+
+
+class GatherColumnsArgs(ctypes.Structure):
+    """GatherColumnsArgs of core/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("y", "x", "index")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "x_columns", "y_stride", "x_stride")),
+    ]
+
+
 class EmbeddingArgs(ctypes.Structure):
     """EmbeddingArgs of cuda/layers.h."""
 
@@ -189,6 +228,11 @@ class KvWriteArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k", "v", "cos", "sin", "slots")),
         *((name, ctypes.c_int64) for name in ("rows", "half", "k_stride", "v_stride")),
     ]
+
+
+LAYERS = (
+    NormArgs, ActivationArgs, AxpbyArgs, EmbeddingArgs, GatherColumnsArgs, RopeAnglesArgs, RopeArgs, KvWriteArgs,
+)  # fmt: skip
 
 
 @functools.cache
@@ -241,20 +285,13 @@ def build() -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(library()))
     arguments, number = ctypes.POINTER(MatmulArgs), ctypes.c_int64
     kernels.host_skinny_matmul.argtypes = [arguments, number]
+    kernels.host_skinny_qkv.argtypes = [ctypes.POINTER(QkvArgs), number]
+    kernels.host_skinny_argmax.argtypes = [ctypes.POINTER(ArgmaxArgs), number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
     for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]
-    for args in (
-        NormArgs,
-        ActivationArgs,
-        EmbeddingArgs,
-        RopeAnglesArgs,
-        RopeArgs,
-        KvWriteArgs,
-        SampleArgs,
-        LogprobsArgs,
-    ):
+    for args in (*LAYERS, SampleArgs, LogprobsArgs):
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in args.__name__.removesuffix("Args"))
         getattr(kernels, f"host{name}").argtypes = [ctypes.POINTER(args)]
     return kernels
