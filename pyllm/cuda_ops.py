@@ -17,17 +17,14 @@ from numpy.typing import NDArray
 
 from pyllm.device import Device
 from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage
-from pyllm.position_bias import Buckets
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
-from pyllm.spec import Activation, ModelSpec, NormKind, Placement
+from pyllm.spec import Activation, ModelSpec, NormKind
 from pyllm.tensor import DTYPES, DeviceArray
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
-PLACEMENTS = (Placement.PRE, Placement.POST, Placement.PARALLEL, Placement.SHARED)
-FUSED_ACTIVATIONS = (Activation.GELU_ERF, Activation.GELU_TANH, Activation.SILU, Activation.RELU)
 TOP_TOKENS = 256  # that its log-probabilities list at most
 SLOTS, SLOT_BYTES = 32, 4096  # of small arrays on their way to the host
 PIECE = 256  # bytes that arrays in one block of memory begin at
@@ -293,6 +290,13 @@ class CudaOps(Ops):
         self.kernels.activation(out.raw, x.raw, _raw(up), ACTIVATIONS[activation], self.device.stream)
         return out
 
+    def axpby(self, x: Any, a: float, y: Any = None, b: float = 1.0, out: Any = None) -> Any:
+        """As :meth:`Ops.axpby`."""
+        out = self.empty(*x.shape) if out is None else out
+        x, y = self._as(x, FLOAT32), None if y is None else self._as(y, FLOAT32)
+        self.kernels.axpby(out.raw, x.raw, a, _raw(y), b, self.device.stream)
+        return out
+
     def embedding(
         self, tokens: Any, table: Any, positions: Any = None, position_table: Any = None, out: Any = None
     ) -> Any:
@@ -307,6 +311,12 @@ class CudaOps(Ops):
     def gather(self, x: Any, index: Any) -> Any:
         """As :meth:`Ops.gather`."""
         return self.embedding(index, x)
+
+    def gather_columns(self, x: Any, index: Any, out: Any = None) -> Any:
+        """As :meth:`Ops.gather_columns`; an index of numpy is copied to the GPU once."""
+        out = self.empty(x.shape[0], index.shape[0]) if out is None else out
+        self.kernels.gather_columns(out.raw, x.raw, self._constant(index), self.device.stream)
+        return out
 
     def rope_angles(
         self, positions: Any, inv_freq: Any, table: Any = None, scaling: float = 1.0, out: Any = None
@@ -474,15 +484,9 @@ def refusal(
         return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
-    attentions, embedding, head = [block.attention for block in spec.blocks], spec.embedding, spec.head
     missing = {
         "bidirectional prefixes": prefix or spec.prefix is not None,
-        "learned biases of attention scores": any(isinstance(a.bias, Buckets) for a in attentions),
-        "norms of q and k with weights of each head": any(a.qk_norm_each for a in attentions),
-        "a soft cap of logits": head.softcap is not None,
-        "scaled embeddings or logits": embedding.scale != 1 or head.scale != 1,
-        "norms behind a block's parts": any(block.placement not in PLACEMENTS for block in spec.blocks),
-        "its activation": any(block.mlp.activation not in FUSED_ACTIVATIONS for block in spec.blocks),
+        "norms of q and k with weights of each head": any(block.attention.qk_norm_each for block in spec.blocks),
     }
     named = [what for what, needed in missing.items() if needed]
     return f"device: {spec.family} needs {', '.join(named)}, for which there is no CUDA kernel yet" if named else None
