@@ -629,6 +629,7 @@ def test_gemma_configs() -> None:
     assert gemma3.rope is not None
     assert gemma3.local_rope is not None
     assert (gemma3.rope.theta, gemma3.rope.kind, gemma3.rope.factor) == (1e6, RopeKind.LINEAR, 8.0)
+    assert gemma3.max_positions == 131072
     assert (gemma3.local_rope.theta, gemma3.local_rope.kind) == (1e4, RopeKind.DEFAULT)
     each = {"full_attention": {"rope_theta": 50.0}, "sliding_attention": {"rope_theta": 20.0}}
     nested = read({**GEMMA3, "rope_parameters": each})
