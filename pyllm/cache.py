@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pyllm import _cpu
-from pyllm.ops import Array
+from pyllm.ops import Array, host_memory
 from pyllm.spec import ModelSpec
 
 BLOCK_TOKENS: int = _cpu.BLOCK_TOKENS
@@ -26,22 +27,29 @@ CACHE_DTYPES = {
 
 
 class KVCache:
-    """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written.
+    """`blocks` blocks for every layer of a model, in memory that ``allocate(shape, dtype)`` gives.
 
     With `shared`, layers of one shape have the same memory: for models that read keys and values only in the step that
     wrote them, layer after layer. With `cross` they hold what cross attention makes of a source, once for each source.
     """
 
-    def __init__(self, spec: ModelSpec, blocks: int, dtype: str, shared: bool = False, *, cross: bool = False) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: int,
+        dtype: str,
+        allocate: Callable[[Sequence[int], np.dtype[Any]], Array] = host_memory,
+        shared: bool = False,
+        *,
+        cross: bool = False,
+    ) -> None:
         self.dtype = dtype
         self.blocks = blocks
         self.layers: list[Array] = []
         known: dict[tuple[int, ...], Array] = {}
         for block in _block_shapes(spec, dtype, cross):
             if not shared or block not in known:
-                shape = (blocks, *block)
-                memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
-                known[block] = memory.view(CACHE_DTYPES[dtype]).reshape(shape)
+                known[block] = allocate((blocks, *block), CACHE_DTYPES[dtype])
             self.layers.append(known[block])
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

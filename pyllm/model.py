@@ -110,9 +110,9 @@ class Model:
             self._write_cross(ops, layer, source, cross)
             ops.release(mark)
 
-    def final_norm(self, ops: Ops | Tape, x: F32) -> F32:
+    def final_norm(self, ops: Ops | Tape, x: F32, out: F32 | None = None) -> F32:
         """Norm before the head: x [R, D] -> [R, D]; x itself where the model has none."""
-        return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
+        return _norm(ops, x, self.spec.final_norm, self.weights.final_norm, out)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
         """What the head's matrix is multiplied with, from the residual stream x [R, D]."""
@@ -140,30 +140,33 @@ class Model:
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
         spec, weights = self.spec.embedding, self.weights
-        embed, project, bias, table = (
-            weights.embed,
-            weights.embed_project,
-            weights.embed_project_bias,
-            weights.positions,
-        )
+        embed, table = weights.embed, weights.positions
+        project, bias = weights.embed_project, weights.embed_project_bias
         positions = None if table is None else batch.positions
         if spec.scale == 1 and (project is None or spec.projects_sum):
-            x = ops.embedding(batch.tokens, embed, positions, table, batch.types, weights.types)
-            x = _norm(ops, x, spec.norm, weights.embed_norm, out=x)
-            return x if project is None else ops.matmul(x, project, bias)
-        places = None if table is None else ops.embedding(batch.positions, table)
-        x = ops.embedding(batch.tokens, embed)
-        if spec.scale != 1:
-            x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
-        if project is not None:
-            x = ops.matmul(x, project, bias, residual=places, out=places)
-        return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
+            if batch.types is None:
+                x = ops.embedding(batch.tokens, embed, positions, table)
+            else:
+                x = ops.embedding(batch.tokens, embed, positions, table, batch.types, weights.types)
+        else:
+            places = None if table is None else ops.embedding(batch.positions, table)
+            x = ops.embedding(batch.tokens, embed)
+            if spec.scale != 1:
+                x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
+            if project is not None:
+                x = ops.matmul(x, project, bias, residual=places, out=places)
+        if weights.second_positions is not None and batch.second_positions is not None:
+            x = ops.axpby(x, 1.0, ops.embedding(batch.second_positions, weights.second_positions), out=x)
+        x = _norm(ops, x, spec.norm, weights.embed_norm, out=x)
+        return ops.matmul(x, project, bias) if project is not None and spec.projects_sum else x
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> Angles:
         rope = self.spec.rope
         if rope is None or batch.inv_freq is None:
             return None, None
-        return ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+        positions = batch.positions if batch.pairs is None else batch.pairs.reshape(-1)
+        cos, sin = ops.rope_angles(positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+        return cos.reshape(len(batch.tokens), -1), sin.reshape(len(batch.tokens), -1)
 
     def _local_angles(self, ops: Ops | Tape, batch: Batch) -> Angles | None:
         rope = self.spec.local_rope
@@ -215,7 +218,8 @@ class Model:
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
         qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
-        q, k, v = np.split(qkv, [a.heads * size, (a.heads + a.kv_heads) * size], axis=1)
+        ends = a.heads * size, (a.heads + a.kv_heads) * size
+        q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
         if a.qk_norm is not None:
             q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
             k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
@@ -283,7 +287,7 @@ class Model:
 def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:
     """Weights [H, T, T] of all keys for each query: what attention gives where keys have unit vectors for values, as
     many of them at a time as a head has channels."""
-    weights = np.empty((spec.heads, tokens, tokens), np.float32)
+    weights: F32 = np.empty((spec.heads, tokens, tokens), np.float32)
     for first in range(0, tokens, spec.head_dim):
         count = min(spec.head_dim, tokens - first)
         values = np.zeros((tokens, spec.kv_heads, spec.head_dim), np.float32)

@@ -151,12 +151,13 @@ class BlockSpec:
 @dataclass(frozen=True)
 class EmbeddingSpec:
     """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset] +
-    types[type]).
+    second_positions[second position] + types[type]).
 
     `width` is that of the table where a projection brings it to that of the model; with `projects_sum` the other tables
     are as narrow, and it is the normed sum that is projected. `positions` is the rows of the position table, 0 for
-    none; the first `position_offset` of them belong to no position. `types` is the number of token types, which tell
-    the texts of a pair apart.
+    none; the first `position_offset` of them belong to no position. `second_positions` is that of the table of second
+    positions, see :class:`pyllm.prefix.PrefixSpec`. `types` is the number of token types, which tell the texts of a
+    pair apart.
     """
 
     width: int | None = None
@@ -164,6 +165,7 @@ class EmbeddingSpec:
     project_bias: bool = False
     positions: int = 0
     position_offset: int = 0
+    second_positions: int = 0
     types: int = 0
     scale: float = 1.0
     norm: NormSpec | None = None
@@ -309,6 +311,11 @@ class ModelSpec:
             bare = self.encoder.head == HeadSpec(tied=True) and self.encoder.encoder is None
             require(bare, "head of the encoder", "none: one that is tied and has no weights", self.encoder.head)
             require(self.encoder.is_encoder, "attention of the encoder", "one that is not causal", "a causal one")
+        require(e.second_positions == 0 or e.second_positions > self.max_positions, "rows of the second position table",
+                f"0, or more than the context of {self.max_positions}", e.second_positions)  # fmt: skip
+        start = None if self.prefix is None else self.prefix.start_id
+        require(start is not None or not self.counts_twice, "second positions", "a prefix with a start token, where "
+                "they begin", self.prefix)  # fmt: skip
         biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
         require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
                 "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
@@ -351,6 +358,11 @@ class ModelSpec:
         return not self.blocks[0].attention.causal
 
     @property
+    def counts_twice(self) -> bool:
+        """Whether tokens have two positions."""
+        return self.embedding.second_positions > 0 or (self.rope is not None and self.rope.sections == 2)
+
+    @property
     def relative_bias(self) -> tuple[int, Buckets] | None:
         """Heads and buckets of the table of learned biases that layers share; None where no layer has them."""
         for attention in (block.attention for block in self.blocks):
@@ -374,6 +386,8 @@ class ModelSpec:
             shapes.update(_linear_slots("embed.project", self.hidden, self.table_width, embedding.project_bias))
         if embedding.positions:
             shapes["positions.weight"] = (embedding.positions, self.stream_width)
+        if embedding.second_positions:
+            shapes["second_positions.weight"] = (embedding.second_positions, self.hidden)
         if embedding.types:
             shapes["types.weight"] = (embedding.types, self.stream_width)
         if embedding.norm is not None:

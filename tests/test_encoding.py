@@ -30,9 +30,8 @@ def loaded(name: str, tmp_path: Path, **changes: Any) -> LLM:
 
 def oracle(llm: LLM, ids: list[int], types: list[int] | None = None) -> np.ndarray:
     with open_checkpoint(llm.folder) as checkpoint:
-        return forward(checkpoint.spec, checkpoint.tensors, np.array(ids), None if types is None else np.array(types))[
-            0
-        ]
+        given = None if types is None else np.array(types)
+        return forward(checkpoint.spec, checkpoint.tensors, np.array(ids), types=given)[0]
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -279,15 +278,15 @@ def test_goes_on_training_on_masked_tokens(tmp_path: Path) -> None:
         "--quiet",
     )
     files = (tmp_path / "texts.jsonl", "--out", tmp_path / "run", "--data-cache", tmp_path / "cache")
-    trained = pyllm("train", "-m", folder, *files, *options, "--mask-share", "0.3")
+    trained = pyllm("train", "-m", folder, *files, *options, "--mask-share", "0.3", "--objective", "mlm")
     assert trained.returncode == 0, trained.stderr
     losses = [record["loss"] for record in read_log(tmp_path / "run") if record["kind"] == "step"]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
     llm = LLM(tmp_path / "run" / "last", threads=1)
     [[mask]] = llm.fill_mask(["the red dog ran fast [MASK] the mat"], top_k=1)
     assert mask[0].token == "on"
-    refused(pyllm("train", "-m", folder, *files[:1], "--out", tmp_path / "no", *options, "--objective", "causal"), 1,
+    refused(pyllm("train", "-m", folder, *files[:1], "--out", tmp_path / "no", *options), 1,
             "objective: expected mlm for this bert model")  # fmt: skip
     classifier = encoder_folder("bert-classifier", tmp_path / "classifier")
-    refused(pyllm("train", "-m", classifier, *files[:1], "--out", tmp_path / "no", *options), 1,
+    refused(pyllm("train", "-m", classifier, *files[:1], "--out", tmp_path / "no", *options, "--objective", "mlm"), 1,
             "expected one that predicts tokens")  # fmt: skip

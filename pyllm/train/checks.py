@@ -38,12 +38,12 @@ class RepeatedData:
     def __init__(self, data: Data, batches: int) -> None:
         self._data, self._at = data, 0
         state = data.state()
-        self._batches: list[MicroBatch] = [tuple(array.copy() for array in data.next_batch()) for _ in range(batches)]
+        self._batches: list[Any] = [tuple(array.copy() for array in data.next_batch()) for _ in range(batches)]
         data.load_state(state)
 
     def next_batch(self) -> MicroBatch:
         """See :class:`Data`."""
-        batch = self._batches[self._at % len(self._batches)]
+        batch: MicroBatch = self._batches[self._at % len(self._batches)]
         self._at += 1
         return batch
 

@@ -198,6 +198,8 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
             embedded += places + table * (2 if scaled else 1) + branch
         elif scaled:
             embedded += places + width
+    if spec.embedding.second_positions:
+        embedded += 2 * width  # what is looked up, and the sum
     scored = scored_rows(spec, shape)
     given, pooled = floats(spec.head_width, scored), floats(spec.hidden, scored)  # what the head's matrix and layer get
     layered = spec.head.transform is not None or spec.projects_to_head

@@ -31,7 +31,6 @@ class RunConfig:
     tokenizer: str | None = None  # folder; default `model`
     packing: str = "documents"
     mask_prompt: bool = False
-    objective: str | None = None  # "causal" or "mlm"; default: what the model predicts
     mask_share: float = 0.15  # of the tokens, hidden with mlm
     mask_rule: str = "bert"  # or "bernoulli": how they are chosen
     data_cache: str | None = None  # where tokens are kept; default: the user's cache folder

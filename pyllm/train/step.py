@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pyllm.ops import F32, Arena
 from pyllm.ops_training import TrainingOps
 from pyllm.spec import HeadKind, Pooling
 from pyllm.tape import Dropout, Tape, TapeMemory
-from pyllm.train.head_loss import HeadLoss, Labels, Loss
+from pyllm.train.head_loss import IGNORED, HeadLoss, Labels, Loss
 from pyllm.train.memory import (
     StepShape,
     cache_blocks,
@@ -58,7 +59,7 @@ class Step:
         self.optimizer = optimizer
         spec = parameters.spec
         self.model = Model(spec, parameters.model_weights)
-        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec)
+        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec, spec.prefix is not None)
         self.head_loss = HeadLoss(spec, shape, loss or Loss())
         self._scale: F32 = np.zeros(1, np.float32)
         self._seed = np.zeros(1, np.uint64)
@@ -77,9 +78,10 @@ class Step:
 
     # A step
 
-    def fill(self, tokens: I32, labels: Labels, starts: I32, types: I32 | None = None) -> None:
+    def fill(self, tokens: I32, labels: Labels, starts: I32, more: I32 | None = None) -> None:
         """Take in a micro-batch, as :class:`pyllm.train.Data` gives it; raises `RequestError` for one that is wrong."""
-        self._check(tokens, starts, types)
+        types, positions = (more, None) if self.parameters.spec.is_encoder else (None, more)
+        self._check(tokens, starts, types, positions)
         self.head_loss.check(labels)
         batch, lengths = self.batch, np.diff(starts)
         blocks = -(-lengths // BLOCK_TOKENS)
@@ -96,6 +98,8 @@ class Step:
         batch.tables[:] = np.minimum(first[:, None] + np.arange(width), self._cache.blocks - 1)
         if batch.rope_rows is not None:
             self._fill_rope(lengths)
+        if batch.prefix is not None:
+            self._fill_prefixes(tokens, labels, starts, positions)
 
     def accumulate(self, counted: int, seed: int) -> float:
         """Add the gradients of the micro-batch that was filled in, and give the sum of its losses.
@@ -195,11 +199,11 @@ class Step:
 
     # Inside
 
-    def _check(self, tokens: I32, starts: I32, types: I32 | None) -> None:
+    def _check(self, tokens: I32, starts: I32, types: I32 | None, positions: I32 | None) -> None:
         spec, shape = self.parameters.spec, self.shape
         arrays = [("tokens", tokens, shape.tokens), ("starts", starts, shape.sequences + 1)]
-        if types is not None:
-            arrays.append(("types", types, shape.tokens))
+        arrays += [("types", types, shape.tokens)] if types is not None else []
+        arrays += [("positions", positions, shape.tokens)] if positions is not None else []
         for name, array, size in arrays:
             if array.dtype != np.int32 or array.shape != (size,):
                 raise RequestError(
@@ -221,6 +225,26 @@ class Step:
                     f"micro-batch: {name} {outside[0]} lies outside the model's {count}: was the data tokenized for "
                     "another model?"
                 )
+
+    def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
+        """Where each sequence's bidirectional prefix ends: before its start token, or with the first label that counts,
+        as everything before is given."""
+        rule, batch = self.parameters.spec.prefix, self.batch
+        assert rule is not None and batch.prefix is not None
+        for i, (first, end) in enumerate(pairwise(starts.tolist())):
+            counted = np.flatnonzero(labels[first:end] != IGNORED)
+            if rule.start_id is None:
+                batch.prefix[i] = counted[0] + 1 if len(counted) else end - first
+                continue
+            ids = tokens[first:end]
+            batch.prefix[i] = rule.length(ids.tolist())
+            if len(counted) and counted[0] < batch.prefix[i]:
+                raise RequestError(
+                    f"micro-batch: sequence {i}: label {counted[0]} counts, but stands in the prefix, whose tokens see "
+                    f"it: expected labels from the start token (id {rule.start_id}) on"
+                )
+            places, second = rule.positions(ids)
+            batch.place(slice(first, end), places if positions is None else positions[first:end], second)
 
     def _fill_rope(self, lengths: NDArray[Any]) -> None:
         """Frequencies that depend on a sequence's length."""

@@ -21,13 +21,14 @@ def forward(
     spec: ModelSpec,
     tensors: Mapping[str, Any],
     ids: npt.NDArray[Any],
-    types: npt.NDArray[Any] | None = None,
     prefix: int = 0,
+    types: npt.NDArray[Any] | None = None,
     source: npt.NDArray[Any] | None = None,
 ) -> tuple[Array, list[Array]]:
     """Logits [T, V] (of a pooled head [1, N]; none without a head) and the hidden states that transformers reports:
     embeddings, then the output of each block, the last one after the final norm. The first `prefix` tokens are seen by
-    all; `source` is what an encoder beside the decoder reads."""
+    all; where a start token ends the prefix, by itself that says how many. `source` is what an encoder beside the
+    decoder reads."""
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
     states = None if source is None else encode(spec, weights, source)
     hidden = run_stack(spec, weights, ids, types, prefix, states)
@@ -64,26 +65,34 @@ def run_stack(
     prefix: int,
     states: Array | None,
 ) -> list[Array]:
-    x = embed(spec, weights, ids, np.zeros_like(ids) if types is None else types)
+    fills = spec.prefix is not None and spec.prefix.start_id is not None
+    first, second = blank_positions(spec, list(ids)) if fills else (np.arange(len(ids)), None)
+    if fills and prefix == 0:
+        prefix = list(ids).index(spec.prefix.start_id) if spec.prefix.start_id in ids else len(ids)
+    x = embed(spec, weights, ids, first, second, types)
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
-        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix, states)
+        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix, (first, second), states)
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
     return hidden
 
 
-def embed(spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], types: npt.NDArray[Any]) -> Array:
+def embed(
+    spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], first: Any, second: Any, types: Any
+) -> Array:
     embedding = spec.embedding
     x = embedding.scale * weights["embed.weight"][ids]
     if embedding.width and not embedding.projects_sum:
-        x = linear(x, weights, "embed.project")
+        x = embedding.scale * linear(weights["embed.weight"][ids], weights, "embed.project")
     if embedding.positions:
-        x = x + weights["positions.weight"][embedding.position_offset :][: len(ids)]
+        x = x + weights["positions.weight"][embedding.position_offset :][first]
+    if embedding.second_positions:
+        x = x + weights["second_positions.weight"][second]
     if embedding.types:
-        x = x + weights["types.weight"][types]
+        x = x + weights["types.weight"][0 if types is None else types]
     if embedding.norm is not None:
         x = normalise(x, embedding.norm, weights, "embed.norm")
     return linear(x, weights, "embed.project") if embedding.projects_sum else x
@@ -96,13 +105,14 @@ def run_block(
     weights: Mapping[str, Array],
     at: str,
     prefix: int,
+    places: Any,
     states: Array | None,
 ) -> Array:
     def norm(x: Array, name: str) -> Array:
         return normalise(x, block.norm, weights, f"{at}.{name}")
 
     def attention(x: Array) -> Array:
-        return attend(x, x, block.attention, rope, weights, f"{at}.attn", prefix)
+        return attend(x, x, block.attention, rope, weights, f"{at}.attn", prefix, places)
 
     def cross(x: Array) -> Array:
         assert block.cross is not None and states is not None
@@ -155,6 +165,7 @@ def attend(
     weights: Mapping[str, Array],
     at: str,
     prefix: int = 0,
+    places: Any = None,
 ) -> Array:
     """Attention of x [T, D] to keys and values made of `keys` [S, D]: of x itself, or of what an encoder gave."""
     length = len(keys)
@@ -164,16 +175,33 @@ def attend(
         if name != "v" and spec.qk_norm is not None:
             projected = normalise(projected, spec.qk_norm, weights, f"{at}.{name}_norm")
         if name != "v" and rope is not None:
-            projected = rotate(projected, rope)
+            projected = rotate(projected, rope, *places)
         heads[name] = projected
     distance = np.arange(len(x))[:, None] - np.arange(length)[None, :]
     seen = (distance >= 0) | (np.arange(length) < prefix) | (not spec.causal)
-    visible = seen & (np.abs(distance) < (spec.window or max(len(x), length)))
+    visible = seen & ((distance if spec.causal else np.abs(distance)) < (spec.window or max(len(x), length)))
     k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
     scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
     weight, _ = softmax(scores, visible)
     out = np.einsum("hts,she->the", weight, v)
     return linear(out.reshape(len(x), -1), weights, f"{at}.o")
+
+
+def blank_positions(spec: ModelSpec, tokens: list[int]) -> tuple[Any, Any]:
+    """First and second positions of tokens in a prefix with masks and in the blanks behind it."""
+    rule = spec.prefix
+    assert rule is not None
+    prefix = tokens.index(rule.start_id) if rule.start_id in tokens else len(tokens)
+    kinds = [[i for i in range(prefix) if tokens[i] in group] for group in rule.mask_ids]
+    masks = next((places for places in kinds if places), [])
+    first, second = list(range(prefix)), [0] * prefix
+    blank = -1
+    for token in tokens[prefix:]:
+        begins = token == rule.start_id and (blank < 0 or rule.restarts)
+        blank += begins
+        first.append(masks[min(blank, len(masks) - 1)])
+        second.append(1 if begins else second[-1] + 1)
+    return np.array(first), np.array(second)
 
 
 def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
@@ -185,8 +213,11 @@ def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
     return Scores(bias, slopes, spec.softcap)
 
 
-def rotate(x: Array, rope: RopeSpec) -> Array:
-    angles = np.arange(len(x))[:, None, None] * rope.inv_freq(len(x)).astype(np.float64)
+def rotate(x: Array, rope: RopeSpec, first: Any, second: Any) -> Array:
+    frequencies = rope.inv_freq(len(x)).astype(np.float64)
+    angles = first[:, None, None] * frequencies
+    if rope.sections == 2:
+        angles = np.concatenate([angles, second[:, None, None] * frequencies], -1)
     cos, sin = np.cos(angles) * rope.attention_scaling, np.sin(angles) * rope.attention_scaling
     half = rope.dim // 2
     a, b = x[..., :half], x[..., half : rope.dim]
