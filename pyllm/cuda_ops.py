@@ -136,6 +136,7 @@ class CudaOps(Ops):
         super().__init__(threads)
         self.device, self.dtype, self.invariant = device, np.dtype(dtype), invariant
         self.kernels = device.kernels
+        self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
         self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
         self._slot = 0
         self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
@@ -448,8 +449,10 @@ class CudaOps(Ops):
 
     def _workspace(self, floats: int, tickets: int) -> None:
         if floats > self._partial.size:
+            self._outgrown.append(self._partial)
             self._partial = self.device.empty([floats], np.float32)
         if tickets > self._tickets.size:
+            self._outgrown.append(self._tickets)
             self._tickets = self.device.zeros([tickets], np.uint32)
 
     def _on_gpu(self, array: Any) -> DeviceArray:

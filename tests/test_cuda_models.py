@@ -174,8 +174,8 @@ def test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch(gp
 
 
 def test_auto_takes_the_gpu_unless_it_cannot_do_what_is_asked(gpu, tiny_folder):
-    assert LLM(tiny_folder, **SMALL).device == "cuda"
-    assert LLM(tiny_folder, quantization="int8", **SMALL).device == "cpu"
+    assert LLM(tiny_folder, device="auto", **SMALL).device == "cuda"
+    assert LLM(tiny_folder, device="auto", quantization="int8", **SMALL).device == "cpu"
     for wrong in ({"quantization": "int8"}, {"dtype": "float16"}, {"kv_cache_dtype": "int8"}):
         with pytest.raises(ValueError, match=r"expected .* on a GPU.*, got .* use device='cpu'"):
             LLM(tiny_folder, device="cuda", **wrong)
