@@ -20,12 +20,14 @@ class Batch:
 
     tokens: I32  # [T]
     positions: I32  # [T]
+    second_positions: I32 | None  # [T] where there is a table of them
+    pairs: I32 | None  # [T, 2] first and second positions, where both turn channels
     slots: I64  # [T] where the cache takes each token: block * block tokens + offset
     starts: I32  # [B + 1] first token of each sequence
     lengths: I32  # [B] keys in the cache after this step
     tables: I32  # [B, width] block numbers
     rope_rows: I32 | None  # [T] row of inv_freq for each token; None: row 0
-    inv_freq: F32 | None  # [C, R / 2]
+    inv_freq: F32 | None  # [C, R / 2], or of one of two sections [C, R / 4]
     prefix: I32 | None  # [B] first tokens of each sequence that all of its tokens see; None: each sees those before it
 
     @classmethod
@@ -40,6 +42,8 @@ class Batch:
         return cls(
             tokens=np.zeros(tokens, np.int32),
             positions=np.zeros(tokens, np.int32),
+            second_positions=np.zeros(tokens, np.int32) if spec.embedding.second_positions else None,
+            pairs=np.zeros((tokens, 2), np.int32) if rope is not None and rope.sections == 2 else None,
             slots=np.full(tokens, -1, np.int64),
             starts=np.zeros(sequences + 1, np.int32),
             lengths=np.zeros(sequences, np.int32),
@@ -48,3 +52,11 @@ class Batch:
             inv_freq=None if rope is None else np.tile(rope.inv_freq(1), (rows, 1)),
             prefix=np.zeros(sequences, np.int32) if prefix else None,
         )
+
+    def place(self, rows: slice, first: I32, second: I32) -> None:
+        """Give these rows their first and second positions."""
+        self.positions[rows] = first
+        if self.second_positions is not None:
+            self.second_positions[rows] = second
+        if self.pairs is not None:
+            self.pairs[rows, 0], self.pairs[rows, 1] = first, second

@@ -97,13 +97,17 @@ class Model:
                 x = ops.axpby(x, spec.scale, places if project is None else None, out=x)
             if project is not None:
                 x = ops.matmul(x, project, residual=places, out=places)
+        if weights.second_positions is not None and batch.second_positions is not None:
+            x = ops.axpby(x, 1.0, ops.embedding(batch.second_positions, weights.second_positions), out=x)
         return _norm(ops, x, spec.norm, weights.embed_norm, out=x)
 
     def _angles(self, ops: Ops | Tape, batch: Batch) -> Angles:
         rope = self.spec.rope
         if rope is None or batch.inv_freq is None:
             return None, None
-        return ops.rope_angles(batch.positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+        positions = batch.positions if batch.pairs is None else batch.pairs.reshape(-1)
+        cos, sin = ops.rope_angles(positions, batch.inv_freq, batch.rope_rows, rope.attention_scaling)
+        return cos.reshape(len(batch.tokens), -1), sin.reshape(len(batch.tokens), -1)
 
     def _local_angles(self, ops: Ops | Tape, batch: Batch) -> Angles | None:
         rope = self.spec.local_rope

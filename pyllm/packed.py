@@ -105,6 +105,7 @@ class ModelWeights:
     embed: _cpu.PackedMatrix
     embed_project: _cpu.PackedMatrix | None
     positions: F32 | None
+    second_positions: F32 | None
     embed_norm: NormWeights | None
     relative_bias: F32 | None
     blocks: tuple[BlockWeights, ...]
@@ -209,6 +210,7 @@ def assemble(
         positions=None if positions is None else positions[spec.embedding.position_offset :],
         embed_norm=norm("embed.norm"),
         relative_bias=vector("relative_bias.weight"),
+        second_positions=vector("second_positions.weight"),
         blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),
         final_norm=norm("final_norm"),
         head_project=found.get("head.project"),

@@ -139,15 +139,18 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset]).
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset] +
+    second_positions[second position]).
 
     `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
-    position table, 0 for none; the first `position_offset` of them belong to no position.
+    position table, 0 for none; the first `position_offset` of them belong to no position. `second_positions` is that of
+    the table of second positions, see :class:`pyllm.prefix.PrefixSpec`.
     """
 
     width: int | None = None
     positions: int = 0
     position_offset: int = 0
+    second_positions: int = 0
     scale: float = 1.0
     norm: NormSpec | None = None
 
@@ -217,6 +220,11 @@ class ModelSpec:
         require(e.positions == 0 or e.positions - e.position_offset >= self.max_positions,
                 "rows of the position table", f"0, or at least the context of {self.max_positions} beyond the offset "
                 f"of {e.position_offset}", e.positions)  # fmt: skip
+        require(e.second_positions == 0 or e.second_positions > self.max_positions, "rows of the second position table",
+                f"0, or more than the context of {self.max_positions}", e.second_positions)  # fmt: skip
+        start = None if self.prefix is None else self.prefix.start_id
+        require(start is not None or not self.counts_twice, "second positions", "a prefix with a start token, where "
+                "they begin", self.prefix)  # fmt: skip
         biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
         require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
                 "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
@@ -232,6 +240,11 @@ class ModelSpec:
     def table_width(self) -> int:
         """Columns of the embedding table and of the head."""
         return self.embedding.width or self.hidden
+
+    @property
+    def counts_twice(self) -> bool:
+        """Whether tokens have two positions."""
+        return self.embedding.second_positions > 0 or (self.rope is not None and self.rope.sections == 2)
 
     @property
     def relative_bias(self) -> tuple[int, Buckets] | None:
@@ -256,6 +269,8 @@ class ModelSpec:
             shapes["embed.project.weight"] = (self.hidden, self.table_width)
         if self.embedding.positions:
             shapes["positions.weight"] = (self.embedding.positions, self.hidden)
+        if self.embedding.second_positions:
+            shapes["second_positions.weight"] = (self.embedding.second_positions, self.hidden)
         if self.embedding.norm is not None:
             shapes.update(_norm_slots("embed.norm", self.embedding.norm, self.hidden))
         if self.relative_bias is not None:

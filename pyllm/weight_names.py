@@ -27,6 +27,7 @@ class Transform(Flag):
     TRANSPOSED = auto()  # stored [in, out], as GPT-2's Conv1D does
     PER_HEAD = auto()  # q, k and v of the first head, then those of the second: [heads, 3, head size, in]
     INTERLEAVED = auto()  # in q and k, channels (2k, 2k + 1) of a head are rotated together; ours are (k, k + R/2)
+    SECTIONED = auto()  # in q and k, rotated pairs (k, k + R/4) of the first section stand before those of the second
     INTERLEAVED_NORMS = auto()  # so are the weights of norms on heads of q and k: [heads, head size], all rotated
     LESS_ONE = auto()  # the weights of a norm are stored less 1, as Gemma has them
 
@@ -85,8 +86,9 @@ class Row:
                 places[slot] = (blocks[:, None] * size + np.arange(size)).reshape(-1)
             else:
                 places[slot] = slice(start, start + rows)
-            if Transform.INTERLEAVED in self.transform and _is_rotated(slot):
-                places[slot] = _indices(places[slot])[_halves_first(spec, slot, rows)]
+            if self.transform & (Transform.INTERLEAVED | Transform.SECTIONED) and _is_rotated(slot):
+                groups = None if Transform.INTERLEAVED in self.transform else 2
+                places[slot] = _indices(places[slot])[_halves_first(spec, slot, rows, groups)]
             start += rows
         return places
 
@@ -155,13 +157,14 @@ def _is_rotated(slot: str) -> bool:
     return ".attn.q." in slot or ".attn.k." in slot
 
 
-def _halves_first(spec: ModelSpec, slot: str, rows: int) -> NDArray[np.intp]:
-    """Rows in which rotated pairs are neighbours, in the order that has the first of all pairs before the second."""
+def _halves_first(spec: ModelSpec, slot: str, rows: int, groups: int | None) -> NDArray[np.intp]:
+    """Rows of rotated pairs in the order that has the first of all pairs before the second; stored pairs stand so in
+    each of `groups`, or are neighbours where that is None."""
     heads = _attention_heads(spec, slot)
     order = np.arange(rows // heads)
     if spec.rope is not None:
         rotated = spec.rope.dim
-        order[:rotated] = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2)])
+        order[:rotated] = order[:rotated].reshape(groups or rotated // 2, 2, -1).swapaxes(0, 1).reshape(-1)
     return (np.arange(heads)[:, None] * len(order) + order).reshape(-1)
 
 

@@ -149,7 +149,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         assert np.linalg.norm(summed[slot] - value) <= 1e-5 * np.linalg.norm(value) + 1e-9, slot
 
 
-@pytest.mark.parametrize("name", ["gemma3", "glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
+@pytest.mark.parametrize("name", ["chatglm", "gemma3", "glm2021", "glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"checkpoint_activations": True}])
 def test_a_step_takes_the_memory_that_was_laid_out(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

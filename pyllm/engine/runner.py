@@ -85,6 +85,7 @@ class Runner:
         self._recorded: OrderedDict[tuple[int, int, int], _Recorded] = OrderedDict()  # by sequences, rows and width
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
+        self._counts_twice = model.spec.counts_twice
         self._last: _Recorded | None = None  # of the last `decode`
 
     def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
@@ -108,6 +109,8 @@ class Runner:
             sequence, position = work.sequence, work.start
             step.tokens[i] = sequence.tokens[position]
             step.positions[i] = position
+            if self._counts_twice:
+                self._place(step.batch, i, sequence.tokens, position)
             step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
             step.lengths[i] = position + 1
             count = len(sequence.blocks)
@@ -136,6 +139,8 @@ class Runner:
         for i, work in enumerate(plan):
             step.tokens[i] = step.drawn[i]
             step.positions[i] = work.start
+            if self._counts_twice:
+                self._place(step.batch, i, work.sequence.tokens, work.start)
             step.slots[i] += 1
             step.lengths[i] += 1
             step.draw_positions[i] += 1
@@ -216,6 +221,8 @@ class Runner:
             positions = np.arange(work.start, end)
             batch.tokens[span] = [*sequence.tokens[work.start : work.start + work.count], *work.drafts]
             batch.positions[span] = positions
+            if self._counts_twice:
+                self._place(batch, at, [*sequence.tokens[: work.start + work.count], *work.drafts], work.start)
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
             )
@@ -228,6 +235,13 @@ class Runner:
                     self._fill_rope(batch, at + j, sequence, work.start + j)
             at += work.rows
             batch.starts[i + 1] = at
+
+    def _place(self, batch: Batch, row: int, tokens: list[int], start: int) -> None:
+        """Both positions of the tokens from `start` on, in the rows from `row` on."""
+        rule = self.model.spec.prefix
+        assert rule is not None
+        first, second = rule.positions(tokens)
+        batch.place(slice(row, row + len(tokens) - start), first[start:], second[start:])
 
     def _fill_rope(self, batch: Batch, row: int, sequence: Sequence, position: int) -> None:
         """Frequencies that depend on the length: a prompt's are those of all of it, later tokens' of their own."""
@@ -300,7 +314,8 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
     head = 2 * padded(spec.hidden, rows) + (padded(spec.table_width, rows) if spec.head.scale != 1 else 0)
     biases = spec.relative_bias
     distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
-    return padded(spec.hidden) + projected + angles + distances + max(block(b) for b in spec.blocks) + head
+    embedded = padded(spec.hidden) * (2 if spec.embedding.second_positions else 1)
+    return embedded + projected + angles + distances + max(block(b) for b in spec.blocks) + head
 
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:

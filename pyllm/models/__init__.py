@@ -9,6 +9,7 @@ from typing import Any
 
 from pyllm.errors import ConfigError, shown
 from pyllm.models.bloom import BLOOM
+from pyllm.models.chatglm import CHATGLM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.cohere import COHERE
 from pyllm.models.family import Family
@@ -16,6 +17,7 @@ from pyllm.models.gemma2 import GEMMA2
 from pyllm.models.gemma3 import GEMMA3_TEXT
 from pyllm.models.glm import GLM
 from pyllm.models.glm4 import GLM4
+from pyllm.models.glm2021 import GLM2021
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.gpt_neox import GPT_NEOX
 from pyllm.models.gptj import GPTJ
@@ -54,11 +56,15 @@ FAMILIES: dict[str, Family] = {
         QWEN3,
     )
 }
+NAMESAKES = (CHATGLM, GLM2021)  # of others in FAMILIES
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a config names; raises `ConfigError` for one that is not supported."""
     name = config.get("model_type")
+    for family in NAMESAKES:
+        if name == family.model_type and config.get(family.key or "") is not None:
+            return family
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     near = get_close_matches(name, FAMILIES, n=1) if isinstance(name, str) else []

@@ -194,6 +194,8 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
         embedded += places + table * (2 if scaled else 1) + branch
     elif scaled:
         embedded += places + width
+    if spec.embedding.second_positions:
+        embedded += 2 * width  # what is looked up, and the sum
     head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
     head += table if spec.head.scale != 1 else 0
     kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head

@@ -14,6 +14,9 @@ from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
+from pyllm.train.objectives.blanks import BlankedTokens
+from pyllm.train.objectives.prefix import SplitTokens
+from pyllm.train.report import Data
 from pyllm.train.run_config import RunConfig, settings
 from pyllm.train.token_store import TokenStore, open_tokens
 
@@ -27,8 +30,9 @@ class Setup:
 
     model: Path | dict[str, Any]
     tokenizer: Path | None
-    train: PackedData
-    valid: PackedData | None
+    packed: PackedData  # what `train` is made of
+    train: Data
+    valid: Data | None
     notes: tuple[str, ...]
 
 
@@ -72,7 +76,9 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
     return values, tokenizer, context
 
 
-def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | None = None) -> Setup:
+def prepare(
+    config: RunConfig, seed: int, progress: Callable[[float], None] | None = None, objective: str = "causal"
+) -> Setup:
     """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit."""
     model, tokenizer, context = model_and_tokenizer(config)
     tokens = _batch_tokens(config, context)
@@ -108,7 +114,17 @@ def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | No
 
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
-    return Setup(model, tokenizer, train, valid, tuple(train.notes))
+
+    values = model if isinstance(model, dict) else read_config(model)
+    spec = family_of(values).read(values)
+
+    def aimed(data: PackedData) -> Data:
+        if objective == "blanks":
+            end = next(iter(spec.eos_token_ids), None)
+            return BlankedTokens(data, spec.prefix, end, context=context, positions=spec.max_positions, seed=seed)
+        return SplitTokens(data, seed) if objective == "prefix" else data
+
+    return Setup(model, tokenizer, train, aimed(train), None if valid is None else aimed(valid), tuple(train.notes))
 
 
 def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | None = None) -> TrainPlan:
@@ -119,7 +135,7 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     config_json = model if isinstance(model, dict) else read_config(model)
     tokens = _batch_tokens(config, context)
     if "data" in values:
-        sequences = prepare(config, theirs.seed, progress).train.sequences
+        sequences = prepare(config, theirs.seed, progress).packed.sequences
     else:
         sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
     shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)

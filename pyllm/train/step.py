@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Step:
         self.loss, self.optimizer = loss, optimizer
         spec = parameters.spec
         self.model = Model(spec, parameters.model_weights)
-        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec)
+        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec, spec.prefix is not None)
         self.labels: I32 = np.full(shape.tokens, IGNORED, np.int32)
         self.losses: F32 = np.zeros(shape.tokens, np.float32)
         self._scale: F32 = np.zeros(1, np.float32)
@@ -78,9 +79,9 @@ class Step:
 
     # A step
 
-    def fill(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def fill(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None = None) -> None:
         """Take in a micro-batch, as :class:`pyllm.train.Data` gives it; raises `RequestError` for one that is wrong."""
-        self._check(tokens, labels, starts)
+        self._check(tokens, labels, starts, positions)
         batch, lengths = self.batch, np.diff(starts)
         blocks = -(-lengths // BLOCK_TOKENS)
         first = np.cumsum(blocks) - blocks
@@ -94,6 +95,8 @@ class Step:
         batch.tables[:] = np.minimum(first[:, None] + np.arange(width), self._cache.blocks - 1)
         if batch.rope_rows is not None:
             self._fill_rope(lengths)
+        if batch.prefix is not None:
+            self._fill_prefixes(tokens, labels, starts, positions)
 
     def accumulate(self, counted: int, seed: int) -> float:
         """Add the gradients of the micro-batch that was filled in, and give the sum of its losses.
@@ -188,10 +191,12 @@ class Step:
 
     # Inside
 
-    def _check(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def _check(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
         spec, shape = self.parameters.spec, self.shape
-        for name, array, size in (("tokens", tokens, shape.tokens), ("labels", labels, shape.tokens),
-                                  ("starts", starts, shape.sequences + 1)):  # fmt: skip
+        expected = [("tokens", tokens, shape.tokens), ("labels", labels, shape.tokens)]
+        expected += [("starts", starts, shape.sequences + 1)]
+        expected += [("positions", positions, shape.tokens)] if positions is not None else []
+        for name, array, size in expected:
             if array.dtype != np.int32 or array.shape != (size,):
                 raise RequestError(
                     f"micro-batch: {name}: expected int32 [{size}], got {array.dtype} {list(array.shape)}"
@@ -210,6 +215,26 @@ class Step:
                     f"micro-batch: {name} {bad} lies outside the model's vocabulary of {spec.vocab_size}: was the data "
                     "tokenized for another model?"
                 )
+
+    def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
+        """Where each sequence's bidirectional prefix ends: before its start token, or with the first label that counts,
+        as everything before is given."""
+        rule, batch = self.parameters.spec.prefix, self.batch
+        assert rule is not None and batch.prefix is not None
+        for i, (first, end) in enumerate(pairwise(starts.tolist())):
+            counted = np.flatnonzero(labels[first:end] != IGNORED)
+            if rule.start_id is None:
+                batch.prefix[i] = counted[0] + 1 if len(counted) else end - first
+                continue
+            ids = tokens[first:end]
+            batch.prefix[i] = rule.length(ids.tolist())
+            if len(counted) and counted[0] < batch.prefix[i]:
+                raise RequestError(
+                    f"micro-batch: sequence {i}: label {counted[0]} counts, but stands in the prefix, whose tokens see "
+                    f"it: expected labels from the start token (id {rule.start_id}) on"
+                )
+            places, second = rule.positions(ids)
+            batch.place(slice(first, end), places if positions is None else positions[first:end], second)
 
     def _fill_rope(self, lengths: NDArray[Any]) -> None:
         """Frequencies that depend on a sequence's length."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # of the models that are written out for tests
 NEW_TOKENS = 64
 DISTINCT_IDS = 10  # at least so many in a greedy continuation: a model that repeats itself tests little
 SMALLEST_GAP = 2e-3  # between the best two logits of a greedy step; float32 noise is about a thousandth of it
@@ -105,6 +106,33 @@ def variants() -> dict[str, Variant]:
         "pad_token_id": 0,
         **rope("default", theta=500.0, partial_rotary_factor=0.5),
     }
+    blanks = {
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "layernorm_epsilon": 2e-3,
+        "mask_token_id": 60,
+        "gmask_token_id": 61,
+    }
+    chatglm = {
+        **blanks,
+        "model_type": "chatglm",
+        "bos_token_id": 62,
+        "eos_token_id": 63,
+        "inner_hidden_size": 44,
+        "max_sequence_length": 128,
+        "position_encoding_2d": True,
+    }
+    glm2021 = {
+        **blanks,
+        "model_type": "glm",
+        "block_position_encoding": True,
+        "eos_token_id": 63,
+        "max_sequence_length": 128,
+        "sop_token_id": 62,
+        "smask_token_id": 64,
+    }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
     cohere = {
         **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "tie_word_embeddings")},
@@ -144,6 +172,7 @@ def variants() -> dict[str, Variant]:
         "bloom-normed": Variant(
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
         ),
+        "chatglm": Variant(chatglm),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
         "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
         "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
@@ -164,6 +193,7 @@ def variants() -> dict[str, Variant]:
             gain=2.0,
         ),
         "glm": Variant({**glm, "tie_word_embeddings": True}),
+        "glm2021": Variant(glm2021),
         "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
         "gpt2": Variant(gpt2),
         "gpt2-scaled-relu": Variant(
@@ -239,7 +269,7 @@ def build(name: str, folder: Path) -> Expected:
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
         model = _random_model(variant, seed)
-        expected, gap = _run(model, variant, seed)
+        expected, gap = (_run if hasattr(model, "generate") else _run_reference)(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
     else:
@@ -256,16 +286,25 @@ def read_expected(folder: Path) -> Expected:
 
 
 def _random_model(variant: Variant, seed: int) -> Any:
-    import torch
+    config = variant.config
+    if "position_encoding_2d" in config or "block_position_encoding" in config:
+        from oracle.glm import Reference
+
+        return _randomised(Reference(config).eval(), config["hidden_size"], variant.gain, seed)
     import transformers
 
-    config = variant.config
     fields = {name: value for name, value in config.items() if name != "model_type"}
     # transformers completes the nested rope parameters in place
     if "rope_parameters" in fields:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
     model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    return _randomised(model, hf_config.hidden_size, variant.gain, seed)
+
+
+def _randomised(model: Any, hidden: int, gain: float, seed: int) -> Any:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -274,11 +313,11 @@ def _random_model(variant: Variant, seed: int) -> Any:
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
-                parameter.copy_((variant.gain if "post_" in name else 1) + 0.3 * noise)
+                parameter.copy_((gain if "post_" in name else 1) + 0.3 * noise)
             elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
+                parameter.copy_(2.0 * noise / hidden**0.5)
             else:
-                parameter.copy_(1.5 * variant.gain * noise / hf_config.hidden_size**0.5)
+                parameter.copy_(1.5 * gain * noise / hidden**0.5)
     return model
 
 
@@ -313,11 +352,38 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
     return expected, float((best[..., 0] - best[..., 1]).min())
 
 
+def blank_prompt(config: dict[str, Any], length: int, seed: int) -> np.ndarray:
+    """A text with a mask, then the start token and the first tokens of the blank, for a model that fills one."""
+    ids = np.random.default_rng(seed).integers(3, 60, length)
+    ids[length // 3] = config["mask_token_id"]
+    ids[-4] = config["bos_token_id" if "position_encoding_2d" in config else "sop_token_id"]
+    return ids
+
+
+def _run_reference(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
+    import torch
+
+    ids = blank_prompt(variant.config, variant.prompt, seed)
+    tokens, gap = torch.from_numpy(ids), float("inf")
+    with torch.no_grad():
+        logits, states = model(tokens)
+        for _ in range(NEW_TOKENS):
+            best = model(tokens)[0][-1].topk(2)
+            gap = min(gap, float(best.values[0] - best.values[1]))
+            tokens = torch.cat([tokens, best.indices[:1]])
+    hidden = torch.stack(states).numpy()
+    return Expected(ids, logits.numpy(), hidden, tokens[len(ids) :].numpy()), gap
+
+
 def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None:
     """Write the model's config.json and model.safetensors."""
     from safetensors.numpy import save_file
 
     tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    if isinstance(model.config, dict):
+        (folder / "config.json").write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     if rewrite is None:

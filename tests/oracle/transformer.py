@@ -21,7 +21,12 @@ def forward(
     spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any], prefix: int = 0
 ) -> tuple[Array, list[Array]]:
     """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
-    last one after the final norm. The first `prefix` tokens are seen by all."""
+    last one after the final norm. The first `prefix` tokens are seen by all; where a start token ends the prefix, by
+    itself that says how many."""
+    fills = spec.prefix is not None and spec.prefix.start_id is not None
+    first, second = blank_positions(spec, list(ids)) if fills else (np.arange(len(ids)), None)
+    if fills and prefix == 0:
+        prefix = list(ids).index(spec.prefix.start_id) if spec.prefix.start_id in ids else len(ids)
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
     x = (
         linear(weights["embed.weight"][ids], weights, "embed.project")
@@ -30,13 +35,15 @@ def forward(
     )
     x = spec.embedding.scale * x
     if spec.embedding.positions:
-        x = x + weights["positions.weight"][spec.embedding.position_offset :][: len(ids)]
+        x = x + weights["positions.weight"][spec.embedding.position_offset :][first]
+    if spec.embedding.second_positions:
+        x = x + weights["second_positions.weight"][second]
     if spec.embedding.norm is not None:
         x = normalise(x, spec.embedding.norm, weights, "embed.norm")
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
-        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix)
+        x = run_block(x, block, rope, weights, f"blocks.{index}", prefix, (first, second))
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
@@ -49,13 +56,13 @@ def forward(
 
 
 def run_block(
-    x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+    x: Array, block: BlockSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int, places: Any
 ) -> Array:
     def norm(x: Array, name: str) -> Array:
         return normalise(x, block.norm, weights, f"{at}.{name}")
 
     def attention(x: Array) -> Array:
-        return attend(x, block.attention, rope, weights, at, prefix)
+        return attend(x, block.attention, rope, weights, at, prefix, places)
 
     def mlp(x: Array) -> Array:
         return feed_forward(x, block.mlp, weights, at)
@@ -93,7 +100,13 @@ def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
 
 
 def attend(
-    x: Array, spec: AttentionSpec, rope: RopeSpec | None, weights: Mapping[str, Array], at: str, prefix: int
+    x: Array,
+    spec: AttentionSpec,
+    rope: RopeSpec | None,
+    weights: Mapping[str, Array],
+    at: str,
+    prefix: int,
+    places: Any,
 ) -> Array:
     length = len(x)
     heads = {}
@@ -102,7 +115,7 @@ def attend(
         if name != "v" and spec.qk_norm is not None:
             projected = normalise(projected, spec.qk_norm, weights, f"{at}.attn.{name}_norm")
         if name != "v" and rope is not None:
-            projected = rotate(projected, rope)
+            projected = rotate(projected, rope, *places)
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
     visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
@@ -111,6 +124,23 @@ def attend(
     weight, _ = softmax(scores, visible)
     out = np.einsum("hts,she->the", weight, v)
     return linear(out.reshape(length, -1), weights, f"{at}.attn.o")
+
+
+def blank_positions(spec: ModelSpec, tokens: list[int]) -> tuple[Any, Any]:
+    """First and second positions of tokens in a prefix with masks and in the blanks behind it."""
+    rule = spec.prefix
+    assert rule is not None
+    prefix = tokens.index(rule.start_id) if rule.start_id in tokens else len(tokens)
+    kinds = [[i for i in range(prefix) if tokens[i] in group] for group in rule.mask_ids]
+    masks = next((places for places in kinds if places), [])
+    first, second = list(range(prefix)), [0] * prefix
+    blank = -1
+    for token in tokens[prefix:]:
+        begins = token == rule.start_id and (blank < 0 or rule.restarts)
+        blank += begins
+        first.append(masks[min(blank, len(masks) - 1)])
+        second.append(1 if begins else second[-1] + 1)
+    return np.array(first), np.array(second)
 
 
 def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
@@ -122,8 +152,11 @@ def changes(spec: AttentionSpec, weights: Mapping[str, Array]) -> Scores:
     return Scores(bias, slopes, spec.softcap)
 
 
-def rotate(x: Array, rope: RopeSpec) -> Array:
-    angles = np.arange(len(x))[:, None, None] * rope.inv_freq(len(x)).astype(np.float64)
+def rotate(x: Array, rope: RopeSpec, first: Any, second: Any) -> Array:
+    frequencies = rope.inv_freq(len(x)).astype(np.float64)
+    angles = first[:, None, None] * frequencies
+    if rope.sections == 2:
+        angles = np.concatenate([angles, second[:, None, None] * frequencies], -1)
     cos, sin = np.cos(angles) * rope.attention_scaling, np.sin(angles) * rope.attention_scaling
     half = rope.dim // 2
     a, b = x[..., :half], x[..., half : rope.dim]
