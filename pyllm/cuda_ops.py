@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.device import Device
-from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage
+from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
 from pyllm.spec import Activation, ModelSpec, NormKind
 from pyllm.tensor import DTYPES, DeviceArray
@@ -279,6 +279,11 @@ class CudaOps(Ops):
     ) -> Any:
         """As :meth:`Ops.norm`; the result is of `dtype`, as products take it, unless `out` is given."""
         out = self.empty(*x.shape, dtype=self.dtype) if out is None else out
+        if weight is not None and len(weight.shape) == 2:
+            check_weights_of_heads(x, weight)
+            for head in range(x.shape[1]):
+                self.norm(x[:, head], weight[head], kind=kind, eps=eps, out=out[:, head])
+            return out
         self.kernels.norm(
             out.raw, self._as(x, FLOAT32).raw, _raw(weight), _raw(bias), _raw(residual), _raw(sum_out), eps,
             NORMS[kind], self.device.stream,
@@ -478,7 +483,6 @@ def refusal(
     dtype: str = "auto",
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
-    prefix: bool = False,
 ) -> str | None:
     """Why a model with these options of `LLM` cannot run on a GPU, in a sentence; None where it can."""
     if quantization is not None:
@@ -487,12 +491,7 @@ def refusal(
         return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
-    missing = {
-        "bidirectional prefixes": prefix or spec.prefix is not None,
-        "norms of q and k with weights of each head": any(block.attention.qk_norm_each for block in spec.blocks),
-    }
-    named = [what for what, needed in missing.items() if needed]
-    return f"device: {spec.family} needs {', '.join(named)}, for which there is no CUDA kernel yet" if named else None
+    return None
 
 
 def takes_bfloat16(spec: ModelSpec) -> bool:
