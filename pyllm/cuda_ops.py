@@ -366,7 +366,7 @@ class CudaOps(Ops):
         out: Any = None,
         **rule: Any,
     ) -> Any:
-        """As :meth:`Ops.attention`, without dropout; the result is of the cache's dtype.
+        """As :meth:`Ops.attention`, without dropout; q may be bfloat16 where the cache is, the result is as the cache.
 
         How many rows a sequence has at most is read from where `starts` comes from on the host. Slopes and a bias of
         numpy are copied to the GPU once.
@@ -378,11 +378,10 @@ class CudaOps(Ops):
         out = self.empty(*q.shape, dtype=cache.dtype) if out is None else out
         starts, lengths, tables = (self._on_gpu(array) for array in (starts, lengths, tables))
         most = int(np.diff(starts.host if starts.host is not None else starts.numpy()).max(initial=0))
-        mark = self.mark()
-        queries = self._as(q, cache.dtype).reshape(-1, heads, head_size)
+        rows = -1, heads, head_size
         arguments = (
-            out.reshape(-1, heads, head_size).raw, _raw(lse), queries.raw, paged.raw, starts.raw, lengths.raw,
-            tables.raw, head_size, scale, rule.get("causal", True), self._raw_of(rule.get("prefix")),
+            out.reshape(*rows).raw, _raw(lse), q.reshape(*rows).raw, paged.raw, starts.raw, lengths.raw, tables.raw,
+            head_size, scale, rule.get("causal", True), self._raw_of(rule.get("prefix")),
             rule.get("window") or 0, rule.get("sinks", 0), self._constant(rule.get("bias")),
             self._constant(rule.get("slopes")), rule.get("softcap") or 0.0, most,
         )  # fmt: skip
@@ -399,7 +398,6 @@ class CudaOps(Ops):
                 *arguments, SPLIT_BLOCKS, self._partial.view(0, shape).raw,
                 self._tickets.view(0, (sequences, kv_heads)).raw, self.device.stream,
             )  # fmt: skip
-        self.release(mark)
         return out
 
     def sample(self, logits: Any, inputs: SampleInputs) -> Any:
