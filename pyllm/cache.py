@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pyllm import _cpu
-from pyllm.ops import Array
+from pyllm.ops import Array, host_memory
 from pyllm.spec import ModelSpec
 
 BLOCK_TOKENS: int = _cpu.BLOCK_TOKENS
@@ -26,16 +27,18 @@ CACHE_DTYPES = {
 
 
 class KVCache:
-    """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written."""
+    """`blocks` blocks for every layer of a model, in memory that ``allocate(shape, dtype)`` gives."""
 
-    def __init__(self, spec: ModelSpec, blocks: int, dtype: str) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: int,
+        dtype: str,
+        allocate: Callable[[Sequence[int], np.dtype[Any]], Array] = host_memory,
+    ) -> None:
         self.dtype = dtype
         self.blocks = blocks
-        self.layers: list[Array] = []
-        for block in _block_shapes(spec, dtype):
-            shape = (blocks, *block)
-            memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
-            self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
+        self.layers = [allocate((blocks, *block), CACHE_DTYPES[dtype]) for block in _block_shapes(spec, dtype)]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to), in this order."""

@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pyllm import isa
-from pyllm.cache import BlockPool, KVCache
-from pyllm.device import unavailable
+from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
+from pyllm.cuda_ops import CudaOps, refusal
+from pyllm.device import Device, open_device, unavailable
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
@@ -52,7 +53,7 @@ class ForwardOutput:
 
 
 class LLM:
-    """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU.
+    """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU or a GPU.
 
     Args:
         model: a folder, or a hub name ("org/name"), which is downloaded through huggingface_hub into its cache.
@@ -62,7 +63,10 @@ class LLM:
             meet them. None: keep them in `dtype`. What a checkpoint holds as integers already stays as it is.
         quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
             "*.mlp.down.weight".
-        device: "cpu", or "auto", which is the CPU too so far; "cuda" is an error.
+        device: "cpu", "cuda" (an NVIDIA GPU), or "auto": the GPU where there is one that can run the model as asked,
+            else the CPU. On a GPU weights are bfloat16, or float32 where `dtype` says so.
+        batch_invariant: on a GPU, compute a sequence to the same bits whatever runs beside it, as the CPU always does;
+            decoding is slower. Without it the same batch gives the same bits.
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
@@ -99,6 +103,7 @@ class LLM:
         quantization: str | None = None,
         quantization_skip: Sequence[str] = (),
         device: str = "auto",
+        batch_invariant: bool = False,
         max_model_len: int | None = None,
         seed: int | None = None,
         threads: int | None = None,
@@ -126,13 +131,17 @@ class LLM:
         self.chat_template = chat_template
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
-        self.ops = Ops(threads if threads is not None else isa.default_threads())
+        threads = threads if threads is not None else isa.default_threads()
         drafts_per_step(speculative, draft_model, num_speculative_tokens)  # said before anything is opened
         with ExitStack() as opened:
             checkpoint = opened.enter_context(open_checkpoint(self.folder))
             draft = None
             if draft_model is not None:
                 draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
+            gpu = _gpu_for(
+                device, [refusal(c.spec, dtype, quantization, kv_cache_dtype, prefix) for c in (checkpoint, draft) if c]
+            )
+            self.device = "cpu" if gpu is None else "cuda"
             self.plan: Plan = plan_memory(
                 checkpoint,
                 draft,
@@ -147,16 +156,21 @@ class LLM:
                 prefix=prefix,
                 speculative=speculative,
                 num_speculative_tokens=num_speculative_tokens,
+                gpu=gpu,
             )
             self.plan.check()
             self.spec = self.plan.spec
+            self.ops = Ops(threads)
+            if gpu is not None:
+                product = CACHE_DTYPES[self.plan.precision.dtype]
+                self.ops = CudaOps(gpu, product, threads=threads, invariant=batch_invariant)
             weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
             proposer: Proposer | None = NgramProposer() if speculative is not None else None
             if draft is not None:
                 proposer = _load_draft(draft, self.plan, self.ops, max_num_seqs, enable_prefix_caching)
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
-        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
+        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate)
         self._runner = Runner(
             self.model,
             self.ops,
@@ -543,7 +557,7 @@ def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, sequences: int, sh
     spec, planned = checkpoint.spec, plan.draft_model
     assert planned is not None
     model = Model(spec, pack_weights(checkpoint, ops, planned.precision))
-    cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype)
+    cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype, ops.allocate)
     runner = Runner(model, ops, cache, plan.step_tokens, sequences, planned.max_length, CATCH_UP)
     return DraftModel(runner, cache.blocks, planned.max_length, share and not _rope_varies(spec))
 
@@ -588,15 +602,20 @@ def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[Sam
 
 
 def _check_device(device: str) -> None:
-    if device == "cuda":
-        missing = unavailable()
-        raise CudaUnavailable(
-            "device='cuda': models run on the CPU only so far, pyllm has single CUDA kernels (docs/gpu.md)"
-            + (f"; besides, {missing}" if missing else "")
-            + ". Use device='cpu'."
-        )
-    if device not in ("auto", "cpu"):
+    if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and (missing := unavailable()) is not None:
+        raise CudaUnavailable(f"device='cuda': {missing}. Or use device='cpu'.")
+
+
+def _gpu_for(device: str, refusals: Sequence[str | None]) -> Device | None:
+    """The GPU to run on; None for the CPU. What a GPU cannot do is an error only where it was asked for."""
+    if device == "cpu" or (device == "auto" and (unavailable() is not None or any(refusals))):
+        return None
+    for reason in refusals:
+        if reason is not None:
+            raise ValueError(f"{reason}. Or use device='cpu'.")
+    return open_device()
 
 
 def _checked_seed(seed: int | None) -> int | None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
 from pyllm.batch import I32, Batch
 from pyllm.cache import KVCache
 from pyllm.ops import F32, Ops
@@ -66,9 +64,9 @@ class Model:
             x = self._block(this, layer, x)
         return x
 
-    def final_norm(self, ops: Ops | Tape, x: F32) -> F32:
+    def final_norm(self, ops: Ops | Tape, x: F32, out: F32 | None = None) -> F32:
         """Norm before the head: x [R, D] -> [R, D]; x itself where the model has none."""
-        return _norm(ops, x, self.spec.final_norm, self.weights.final_norm)
+        return _norm(ops, x, self.spec.final_norm, self.weights.final_norm, out)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
         """What the head's matrix is multiplied with, from the residual stream x [R, D]: normed, projected, and scaled
@@ -158,7 +156,8 @@ class Model:
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
         qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
-        q, k, v = np.split(qkv, [a.heads * size, (a.heads + a.kv_heads) * size], axis=1)
+        ends = a.heads * size, (a.heads + a.kv_heads) * size
+        q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
         if a.qk_norm is not None:
             q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
             k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)

@@ -270,6 +270,15 @@ def packed_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
     return sum(size(parts) for parts in matrices_of(spec))
 
 
+def plain_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
+    """The same of matrices on a GPU, which are float32 or bfloat16 and row-major."""
+    total = 0
+    for parts in matrices_of(checkpoint.spec):
+        rows, columns = parts.shape(checkpoint.spec)
+        total += rows * columns * (1 if parts.gate is None else 2)
+    return total * (4 if precision.dtype == "float32" else 2)
+
+
 def pack_weights(
     checkpoint: Checkpoint, ops: Ops, precision: Precision, progress: Callable[[float], None] | None = None
 ) -> ModelWeights:
@@ -287,7 +296,7 @@ class _Packer:
         self.done, self.total = 0, checkpoint.spec.num_parameters()
 
     def matrix(self, parts: MatrixParts) -> _cpu.PackedMatrix:
-        packed = self._integers(parts) or self.ops.pack(
+        packed = (self._integers(parts) if self.ops.packs_integers else None) or self.ops.pack(
             *(self._plain(slot) for slot in parts.slots),
             dtype=self.precision.of(*parts.all_slots),
             gate=self._plain(parts.gate) if parts.gate is not None else None,
@@ -326,7 +335,7 @@ class _Packer:
             return None
         parts: list[NDArray[np.float32]] = [self.checkpoint.tensors[s].astype(np.float32) for s in slots]
         self._release(*slots)
-        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        return self.ops.place(np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0]))
 
     def _release(self, *slots: str) -> None:
         for slot in slots:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
+from pyllm.cuda_ops import attention_workspace, takes_bfloat16
+from pyllm.device import Device
 from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats, head_rows
 from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
-from pyllm.packed import Precision, packed_bytes, precision_of
+from pyllm.packed import Precision, packed_bytes, plain_bytes, precision_of
 from pyllm.prefix import PrefixSpec
 from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
@@ -45,7 +47,8 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits.
+    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits, or
+    what is free on the GPU `gpu` where the model goes there.
 
     `step_tokens` is what a step computes at most. `drafts` is the number of tokens guessed for a sequence in a step, 0
     without speculative decoding.
@@ -63,6 +66,7 @@ class Plan:
     available: int
     drafts: int = 0
     draft_model: DraftPlan | None = None
+    gpu: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -92,8 +96,10 @@ class Plan:
         workspace = f"workspace {self.workspace / GB:.2f}"
         if self.draft_model is not None:
             workspace += f", draft model {self.draft_model.total / GB:.2f}"
+        place = "" if self.gpu is None else f" on {self.gpu}"
         raise InsufficientMemoryError(
-            f"not enough memory: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as {self.dtype}, "
+            f"not enough memory{place}: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as "
+            f"{self.dtype}, "
             f"cache {self.cache / GB:.2f} for {self.cache_tokens} tokens as {self.cache_dtype}, "
             f"{workspace}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Lower max_model_len "
             "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype or a quantization, or "
@@ -133,8 +139,10 @@ def plan_memory(
     prefix: bool = False,
     speculative: str | None = None,
     num_speculative_tokens: int | None = None,
+    gpu: Device | None = None,
 ) -> Plan:
-    """Plan for an open checkpoint, with a draft model's or not; `ValueError` for arguments out of range."""
+    """Plan for an open checkpoint, with a draft model's or not, on the CPU or a GPU; `ValueError` for arguments out of
+    range."""
     spec = checkpoint.spec
     if prefix and spec.prefix is None:
         spec = replace(spec, prefix=PrefixSpec())
@@ -142,20 +150,24 @@ def plan_memory(
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
-    precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
+    precision = _precision(checkpoint, dtype, quantization, quantization_skip, gpu)
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
-    available = available_memory()
-    weights = packed_bytes(checkpoint, precision)
+    if gpu is not None and kv_cache_dtype == "auto" and not takes_bfloat16(spec):
+        cache_as = "float32"
+    available = available_memory() if gpu is None else gpu.memory()[0]
+    weights = packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
     step_tokens = max_num_batched_tokens
     if spec.prefix is not None:
         step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts)
+    if gpu is not None:
+        workspace += 4 * attention_workspace(spec, max_num_seqs, blocks_for(max_model_len or spec.max_positions))[0]
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     if draft is not None:
         guessing = _draft_plan(
             draft,
             spec,
-            precision_of(draft, dtype, quantization, quantization_skip),
+            _precision(draft, dtype, quantization, quantization_skip, gpu),
             kv_cache_dtype,
             max_num_seqs,
             step_tokens,
@@ -183,7 +195,18 @@ def plan_memory(
         available=available,
         drafts=drafts,
         draft_model=guessing,
+        gpu=None if gpu is None else gpu.name,
     )
+
+
+def _precision(
+    checkpoint: Checkpoint, dtype: str, quantization: str | None, skip: Sequence[str], gpu: Device | None
+) -> Precision:
+    """What matrices are held as. On a GPU float16 becomes bfloat16, and integers of a checkpoint its float dtype."""
+    precision = precision_of(checkpoint, dtype, quantization, skip)
+    if gpu is None:
+        return precision
+    return Precision("bfloat16" if precision.dtype == "float16" else precision.dtype)
 
 
 def _draft_plan(

@@ -2,12 +2,26 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tiny_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-gpu", action="store_true", help="run the tests marked gpu on the emulated one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulated-gpu"):
+        from emulated_cuda import emulated_gpu
+
+        stack = ExitStack()
+        stack.enter_context(emulated_gpu())
+        config.add_cleanup(stack.close)
 
 
 @pytest.fixture(scope="session")

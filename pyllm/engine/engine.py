@@ -233,7 +233,8 @@ class Engine:
         """What `_step` does, for the sequences of the last step, whose tokens are again given and chosen at once."""
         stats = self.stats
         generated = stats.generated_tokens
-        for completion, token in zip(self._drawing, self.runner.decode_on(plan), strict=True):
+        tokens = self.runner.decode_on(plan, self.scheduler.repeats)
+        for completion, token in zip(self._drawing, tokens, strict=True):
             completion.sequence.computed += 1
             self._take(completion, token)
         stats.decode_steps += 1

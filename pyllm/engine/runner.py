@@ -3,52 +3,61 @@
 A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
 number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
 directly. All are the same model code and give the same bits.
+
+On a GPU a recorded step is a CUDA graph, one for each size of block tables in `GPU_WIDTHS` too. It ends by making the
+inputs of the next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of
+what the host has seen.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm import _cpu
 from pyllm.batch import I32, Batch
 from pyllm.cache import BLOCK_TOKENS, KVCache
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.model import Model
-from pyllm.ops import F32, Arena, Ops
+from pyllm.ops import F32, Ops, Stage
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
 MAX_GRAPHS = 16  # recorded steps kept
+GPU_WIDTHS = (8, 32, 128, 512, 2048)  # blocks of a sequence: contexts of 512 tokens, 2 k, 8 k, 32 k, 128 k
+AHEAD = 8  # steps that a GPU computes before the tokens of the first are taken in
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
 
 
 @dataclass
 class _Recorded:
-    """A recorded step of B sequences and R rows with its arrays; `seats` tells who has which row of tables and draws,
-    where each sequence has one row.
+    """A recorded step of B sequences and R rows with its arrays on the host, which `stage` brings to the kernels.
+
+    `seats` tells who has which row of tables and draws, where each sequence has one row.
 
     What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
     """
 
-    graph: _cpu.Graph
+    graph: Any
+    stage: Stage
     batch: Batch
-    logits: F32
     draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
-    chosen: I32  # [R] the tokens chosen
+    logits: F32
+    chosen: I32  # [R] the tokens chosen, where the kernels write them
     seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
+    drawn: list[int] = field(default_factory=list)  # the tokens chosen by the last replay
 
     def __post_init__(self) -> None:
         """Views of the arrays."""
         self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
         self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
-        self.draw_positions, self.drawn = self.draws["position"].data, self.chosen.data
+        self.draw_positions = self.draws["position"].data
 
 
 class Runner:
@@ -68,10 +77,13 @@ class Runner:
         self.max_tokens = max_tokens
         self.max_rows = head_rows(max_sequences, max_drafts)
         self.table_width = -(-max_length // BLOCK_TOKENS)
-        self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
-        self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
-        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
-        self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
+        self._widths = (*(w for w in GPU_WIDTHS if ops.on_gpu and w < self.table_width), self.table_width)
+        self._arena = ops.arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
+        self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
+        self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.vocab_size)
+        ops.reserve(model.spec, max_sequences, self.table_width)
+        self._recorded: OrderedDict[tuple[int, int, int], _Recorded] = OrderedDict()  # by sequences, rows and width
+        self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
         self._counts_twice = model.spec.counts_twice
         self._last: _Recorded | None = None  # of the last `decode`
@@ -83,9 +95,15 @@ class Runner:
         unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
         """
         rows = sum(work.rows for work in plan)
-        step = self._last = self._step(len(plan), rows)
+        width = self.table_width
+        if len(self._widths) > 1:
+            most = max(len(work.sequence.blocks) for work in plan)
+            width = next(width for width in self._widths if width >= most)
+        step = self._last = self._step(len(plan), rows, width)
+        self._ahead.clear()
+        step.stage.wait()
         if rows > len(plan):
-            return self._decode_ahead(step, plan, states)
+            return self._decode_drafts(step, plan, states)
         plain = True
         for i, (work, state) in enumerate(zip(plan, states, strict=True)):
             sequence, position = work.sequence, work.start
@@ -105,13 +123,19 @@ class Runner:
             plain = plain and state.plain
             if step.batch.rope_rows is not None:
                 self._fill_rope(step.batch, i, sequence, position)
-        self.ops.replay(step.graph)
-        return step.logits, step.drawn.tolist() if plain else None
+        return self._run(step, plain)
 
-    def decode_on(self, plan: Seq[Work]) -> list[int]:
-        """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks."""
+    def decode_on(self, plan: Seq[Work], more: int = 0) -> list[int]:
+        """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks, which have
+        room for as many steps `more` after this one."""
         step = self._last
         assert step is not None
+        if self.ops.on_gpu and step.batch.rope_rows is None:
+            while len(self._ahead) <= min(more, AHEAD - 1):
+                self.ops.replay(step.graph)
+                self._ahead.append(self.ops.fetch(step.chosen))
+            return self._ahead.popleft().wait().tolist()  # type: ignore[no-any-return]
+        step.stage.wait()
         for i, work in enumerate(plan):
             step.tokens[i] = step.drawn[i]
             step.positions[i] = work.start
@@ -122,8 +146,8 @@ class Runner:
             step.draw_positions[i] += 1
             if step.batch.rope_rows is not None:
                 self._fill_rope(step.batch, i, work.sequence, work.start)
-        self.ops.replay(step.graph)
-        return step.drawn.tolist()
+        self._run(step, True)
+        return step.drawn
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
@@ -132,24 +156,26 @@ class Runner:
         prefix = any(work.start < work.sequence.prefix for work in plan)  # those behind it see no more than before
         batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix)
         self._fill(batch, plan)
+        stage = self.ops.stage(_arrays(batch), lasting=False)
+        stage.send()
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
-            return self.model.forward(self.ops, batch, self.cache, trace)
+            return self.model.forward(self.ops, Batch(*stage.placed), self.cache, trace)
         finally:
             self.ops.use_arena(None)
 
     def logits(self, x: F32, rows: I32) -> Iterator[tuple[int, F32]]:
         """Logits of these rows of the residual stream, as pieces (index of the first row, logits [<= HEAD_ROWS, V])."""
-        piece = np.empty((min(len(rows), HEAD_ROWS), self.model.spec.vocab_size), np.float32)
+        piece = self.ops.empty(min(len(rows), HEAD_ROWS), self.model.spec.vocab_size)
         for first in range(0, len(rows), HEAD_ROWS):
             count = min(HEAD_ROWS, len(rows) - first)
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
 
     def final_states(self, x: F32) -> F32:
-        """Rows [R, D] of the residual stream after the final norm, in memory of their own."""
-        states = self.model.final_norm(self.ops, x)
-        return states.copy() if states is x else states
+        """Rows [R, D] of the residual stream after the final norm, on the host, in memory of their own."""
+        states = self.model.final_norm(self.ops, x, self.ops.empty(*x.shape))
+        return np.asarray(states.copy() if states is x else states)
 
     def last_logits(self, plan: Seq[Work], x: F32) -> F32:
         """Logits [n, V] of the works that reach their sequence's end, in order: at its last token and its drafts."""
@@ -158,7 +184,7 @@ class Runner:
         rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
-    def _decode_ahead(
+    def _decode_drafts(
         self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]
     ) -> tuple[F32, list[int] | None]:
         self._fill(step.batch, plan)
@@ -166,16 +192,24 @@ class Runner:
             span = slice(step.batch.starts[i], step.batch.starts[i + 1])
             step.draws[span] = state.row if state.plain else GREEDY_ROW
             step.draws["position"][span] += np.maximum(np.arange(work.rows) - (work.count - 1), 0).astype(np.uint64)
-        self.ops.replay(step.graph)
-        return step.logits, step.drawn.tolist() if all(state.plain for state in states) else None
+        return self._run(step, all(state.plain for state in states))
 
-    def _step(self, sequences: int, tokens: int) -> _Recorded:
-        """The recorded step of this many sequences and tokens."""
-        key = sequences, tokens
+    def _run(self, step: _Recorded, plain: bool) -> tuple[F32, list[int] | None]:
+        """Logits of a step whose arrays are filled, and the tokens that it chose where they are wanted."""
+        step.stage.send()
+        self.ops.replay(step.graph)
+        if not plain:
+            return step.logits, None
+        step.drawn = self.ops.tokens(step.chosen)
+        return step.logits, step.drawn
+
+    def _step(self, sequences: int, tokens: int, width: int) -> _Recorded:
+        """The recorded step of this many sequences and tokens, over tables of `width` blocks."""
+        key = sequences, tokens, width
         if key not in self._recorded:
             if len(self._recorded) >= MAX_GRAPHS:
                 self._recorded.popitem(last=False)
-            self._recorded[key] = self._record(sequences, tokens)
+            self._recorded[key] = self._record(sequences, tokens, width)
         self._recorded.move_to_end(key)
         return self._recorded[key]
 
@@ -221,24 +255,40 @@ class Runner:
             self._inv_freq[key] = rope.inv_freq(length)
         batch.inv_freq[row] = self._inv_freq[key]
 
-    def _record(self, sequences: int, tokens: int) -> _Recorded:
+    def _record(self, sequences: int, tokens: int, width: int) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
-        spec = self.model.spec
-        batch = Batch.empty(tokens, sequences, self.table_width, spec)
+        batch = Batch.empty(tokens, sequences, width, self.model.spec)
         batch.starts[:] = [*range(sequences), tokens]
-        rows = np.arange(tokens, dtype=np.int32)
-        draws = np.repeat(GREEDY_ROW, tokens)
+        stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens), np.arange(tokens, dtype=np.int32)])
+        *arrays, draws, _ = stage.host
+        seats: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * sequences
         try:
-            self.ops.use_arena(self._decode_arena)
-            self.ops.release(0)
+            if self.ops.on_gpu:  # what takes memory or loads code does so before the recording
+                stage.send()
+                self._compute(stage)
             self.ops.begin_recording()
-            x = self.model.forward(self.ops, batch, self.cache)
-            logits = self.model.logits(self.ops, x, rows)
-            drawn = self.ops.sample(logits, SampleInputs(draws))
+            logits, chosen = self._compute(stage)
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
-        return _Recorded(graph, batch, logits, draws, drawn, [(None, 0, 0)] * sequences)
+        return _Recorded(graph, stage, Batch(*arrays), draws, logits, chosen, seats)
+
+    def _compute(self, stage: Stage) -> tuple[F32, I32]:
+        """Logits of all rows of a step, and the tokens chosen from them."""
+        *arrays, draws, rows = stage.placed
+        batch = Batch(*arrays)
+        self.ops.use_arena(self._decode_arena)
+        self.ops.release(0)
+        x = self.model.forward(self.ops, batch, self.cache)
+        logits = self.model.logits(self.ops, x, rows)
+        chosen = self.ops.sample(logits, SampleInputs(draws))
+        if self.ops.on_gpu and len(batch.tokens) == len(batch.lengths):
+            self.ops.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
+        return logits, chosen
+
+
+def _arrays(batch: Batch) -> list[Any]:
+    return [getattr(batch, each.name) for each in fields(batch)]
 
 
 def head_rows(sequences: int, drafts: int) -> int:

@@ -49,6 +49,11 @@ class Scheduler:
         self._plan: list[Work] = []
         self._repeats = 0  # further steps for which the plan stays as it is, one token on
 
+    @property
+    def repeats(self) -> int:
+        """Further steps for which the last plan stays as it is, as long as nothing ends or is added."""
+        return self._repeats
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self._repeats = 0
