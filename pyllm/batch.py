@@ -22,6 +22,7 @@ class Batch:
     positions: I32  # [T]
     second_positions: I32 | None  # [T] where there is a table of them
     pairs: I32 | None  # [T, 2] first and second positions, where both turn channels
+    types: I32 | None  # [T] which text of a pair each token belongs to; None where the model has no token types
     slots: I64  # [T] where the cache takes each token: block * block tokens + offset
     starts: I32  # [B + 1] first token of each sequence
     lengths: I32  # [B] keys in the cache after this step
@@ -44,6 +45,7 @@ class Batch:
             positions=np.zeros(tokens, np.int32),
             second_positions=np.zeros(tokens, np.int32) if spec.embedding.second_positions else None,
             pairs=np.zeros((tokens, 2), np.int32) if rope is not None and rope.sections == 2 else None,
+            types=np.zeros(tokens, np.int32) if spec.embedding.types else None,
             slots=np.full(tokens, -1, np.int64),
             starts=np.zeros(sequences + 1, np.int32),
             lengths=np.zeros(sequences, np.int32),

@@ -27,7 +27,11 @@ CACHE_DTYPES = {
 
 
 class KVCache:
-    """`blocks` blocks for every layer of a model, in memory that ``allocate(shape, dtype)`` gives."""
+    """`blocks` blocks for every layer of a model, in memory that ``allocate(shape, dtype)`` gives.
+
+    With `shared`, layers of one shape have the same memory: for models that read keys and values only in the step that
+    wrote them, layer after layer.
+    """
 
     def __init__(
         self,
@@ -35,10 +39,16 @@ class KVCache:
         blocks: int,
         dtype: str,
         allocate: Callable[[Sequence[int], np.dtype[Any]], Array] = host_memory,
+        shared: bool = False,
     ) -> None:
         self.dtype = dtype
         self.blocks = blocks
-        self.layers = [allocate((blocks, *block), CACHE_DTYPES[dtype]) for block in _block_shapes(spec, dtype)]
+        self.layers: list[Array] = []
+        known: dict[tuple[int, ...], Array] = {}
+        for block in _block_shapes(spec, dtype):
+            if not shared or block not in known:
+                known[block] = allocate((blocks, *block), CACHE_DTYPES[dtype])
+            self.layers.append(known[block])
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to), in this order."""
@@ -47,9 +57,10 @@ class KVCache:
                 layer[target] = layer[source]
 
     @staticmethod
-    def block_bytes(spec: ModelSpec, dtype: str) -> int:
+    def block_bytes(spec: ModelSpec, dtype: str, shared: bool = False) -> int:
         """Bytes of one block over all layers."""
-        elements = sum(int(np.prod(shape)) for shape in _block_shapes(spec, dtype))
+        shapes = _block_shapes(spec, dtype)
+        elements = sum(int(np.prod(shape)) for shape in (set(shapes) if shared else shapes))
         return elements * int(CACHE_DTYPES[dtype].itemsize)
 
 

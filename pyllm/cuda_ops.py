@@ -298,9 +298,18 @@ class CudaOps(Ops):
         return out
 
     def embedding(
-        self, tokens: Any, table: Any, positions: Any = None, position_table: Any = None, out: Any = None
+        self,
+        tokens: Any,
+        table: Any,
+        positions: Any = None,
+        position_table: Any = None,
+        types: Any = None,
+        type_table: Any = None,
+        out: Any = None,
     ) -> Any:
-        """As :meth:`Ops.embedding`; a row whose id is outside the table is NaN."""
+        """As :meth:`Ops.embedding`, without types; a row whose id is outside the table is NaN."""
+        if type_table is not None:
+            raise TypeError("type_table: expected None on a GPU: encoders do not run on it yet")
         rows = table.values if isinstance(table, DeviceMatrix) else table
         tokens = self._on_gpu(tokens)
         out = self.empty(tokens.shape[0], rows.shape[1]) if out is None else out
@@ -485,6 +494,7 @@ def refusal(
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
     missing = {
+        "attention in both directions": spec.is_encoder,
         "bidirectional prefixes": prefix or spec.prefix is not None,
         "norms of q and k with weights of each head": any(block.attention.qk_norm_each for block in spec.blocks),
     }

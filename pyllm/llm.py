@@ -17,11 +17,12 @@ from pyllm import isa
 from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
 from pyllm.cuda_ops import CudaOps, refusal
 from pyllm.device import Device, open_device, unavailable
+from pyllm.encoding import Encoded, Encoding, Progress, Prompt
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
 from pyllm.engine.request import Request
-from pyllm.engine.runner import Runner
+from pyllm.engine.runner import HEAD_ROWS, Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
@@ -33,26 +34,28 @@ from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
 from pyllm.planning import CATCH_UP, Plan, plan_memory
-from pyllm.pooling import Pooling, embedding_rule
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.weights import Checkpoint, resolve
 
-Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Message: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """Logits float32 [T, V] of every token; hidden states as transformers gives them, L + 1 arrays [T, D]:
-    the embedding, the residual stream after each block but the last, and the final norm's output."""
+    """What the head gives, float32: logits [T, V] of every token, of a head of labels scores [T, N] or, for the text as
+    a whole, [1, N]; None where there is no head. Hidden states as transformers gives them, L + 1 arrays [T, D]: the
+    embedding, the residual stream after each block but the last, and the final norm's output. Attention weights [H, T,
+    T] of each block, of each query for all keys."""
 
-    logits: F32
+    logits: F32 | None
     hidden_states: list[F32] | None = None
+    attentions: list[F32] | None = None
 
 
-class LLM:
+class LLM(Encoding):
     """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU or a GPU.
 
     Args:
@@ -170,7 +173,9 @@ class LLM:
                 proposer = _load_draft(draft, self.plan, self.ops, max_num_seqs, enable_prefix_caching)
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
-        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate)
+        cache = KVCache(
+            self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate, shared=self.spec.is_encoder
+        )
         self._runner = Runner(
             self.model,
             self.ops,
@@ -335,58 +340,31 @@ class LLM:
                 break
         return PerplexityResult(float(np.exp(nll / scored)), nll, scored, size)
 
-    def embed(
-        self,
-        texts: Sequence[Prompt],
-        *,
-        pooling: str | None = None,
-        normalize: bool | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> F32:
-        """Embeddings float32 [N, D] of N texts: their hidden states after the final norm, made one vector each.
-
-        `pooling` is "last", "cls" (the first token), "mean" or "max"; `normalize` gives vectors of length 1. Where they
-        are None the model's folder says what they are (modules.json, as sentence-transformers writes it).
-
-        Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
-        `NonFiniteError` when hidden states are no numbers.
-        """
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError("embed: expected a list of texts, got one by itself")
-        rule = embedding_rule(self.folder, pooling, normalize)
-        params = SamplingParams(max_tokens=0, detokenize=False)
-        encoded = [self._encode_prompt(text) for text in texts]
-        for _, ids in encoded:
-            rule.check(len(ids))
-        requests: list[Request] = []
-        with self._ended(requests) as interrupts:
-            for prompt in encoded:
-                self._add(requests, prompt, params, interrupts, rule.pooling)
-            self._run(requests, progress, interrupts)
-        vectors = np.empty((len(requests), self.spec.hidden), np.float32)
-        for vector, request in zip(vectors, requests, strict=True):
-            self._result(request)
-            assert request.pool is not None
-            vector[:] = rule.vector(request.pool)
-        return vectors
-
     def forward(
-        self, token_ids: Sequence[int], *, output_hidden_states: bool = False, prefix: int | None = None
+        self,
+        token_ids: Sequence[int],
+        *,
+        token_type_ids: Sequence[int] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        prefix: int | None = None,
     ) -> ForwardOutput:
-        """Logits of every token, and what transformers calls hidden states; memory grows with T x V.
+        """What the model's head gives, and what transformers calls hidden states; memory grows with T x V.
 
-        The first `prefix` tokens see one another; None: as the model takes a prompt.
+        `token_type_ids` tell which text of a pair each token belongs to, by default all to the first. The first
+        `prefix` tokens see one another; None: as the model takes a prompt. Attention weights are those of texts that a
+        step holds whole, else `RequestError`.
         """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         with self._lock:
-            self.engine.check_prompt(token_ids)
+            self.engine.check_prompt(token_ids, token_type_ids)
             length = self.engine.prefix_length(token_ids, prefix)
             pool = self.engine.scheduler.pool
-            sequence = EngineSequence(token_ids, 0, share_prefix=False, prefix=length)
+            sequence = EngineSequence(token_ids, 0, share_prefix=False, prefix=length, types=token_type_ids)
             if not sequence.reserve(pool, len(sequence.tokens)):
                 raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
             try:
-                return self._forward(sequence, output_hidden_states)
+                return self._forward(sequence, output_hidden_states, output_attentions)
             finally:
                 sequence.leave(pool)
 
@@ -462,13 +440,34 @@ class LLM:
             raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
         return text, [_checked_id(i, token) for i, token in enumerate(ids)]
 
+    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
+        """Run texts through the model, the longest first, so that short ones fill up steps."""
+        params = SamplingParams(max_tokens=0, detokenize=False)
+        requests: list[Request] = []
+        with self._ended(requests) as interrupts:
+            for text, pool in sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids)):
+                self._add(requests, (text.text, text.ids), params, interrupts, pool, text.types)
+            self._run(requests, progress, interrupts)
+        for request in requests:
+            self._result(request)
+
+    def _head(self, states: F32) -> F32:
+        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
+        values = np.empty((len(states), self.spec.outputs), np.float32)
+        with self._lock:
+            for first in range(0, len(states), HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                self.model.head(self.ops, self.model.before_head(self.ops, states[rows]), out=values[rows])
+        return values
+
     def _add(
         self,
         requests: list[Request],
         prompt: tuple[str | None, list[int]],
         params: SamplingParams,
         interrupts: Interrupts,
-        pooling: Pooling | None = None,
+        pool: Pool | KeptStates | None = None,
+        types: Sequence[int] | None = None,
         prefix: int | None = None,
     ) -> None:
         """Queue a request, and list it among `requests`."""
@@ -477,7 +476,7 @@ class LLM:
         seed = params.seed if params.seed is not None else self.seed
         with self._lock, interrupts:
             seed = secrets.randbits(63) if seed is None else seed
-            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling, prefix=prefix))
+            requests.append(self.engine.add(*prompt, params, seed, pool=pool, types=types, prefix=prefix))
 
     @contextmanager
     def _ended(self, requests: list[Request]) -> Iterator[Interrupts]:
@@ -528,21 +527,31 @@ class LLM:
             raise request.error
         return request.result()
 
-    def _forward(self, sequence: EngineSequence, output_hidden_states: bool) -> ForwardOutput:
-        total, vocabulary = len(sequence.tokens), self.spec.vocab_size
-        logits = np.empty((total, vocabulary), np.float32)
+    def _forward(self, sequence: EngineSequence, output_hidden_states: bool, output_attentions: bool) -> ForwardOutput:
+        total, kind, step = len(sequence.tokens), self.spec.head.kind, self._runner.max_tokens
+        if output_attentions and total > step:
+            raise RequestError(
+                f"output_attentions: expected at most {step} tokens, those of a step, got {total}: raise "
+                "max_num_batched_tokens"
+            )
+        if output_attentions and self.ops.on_gpu:
+            raise RequestError("output_attentions: expected device='cpu', this model is on a GPU")
+        attentions: list[F32] | None = [] if output_attentions else None
+        scored = {HeadKind.NONE: 0, HeadKind.POOLED: 1}.get(kind, total)
+        logits = np.empty((scored, self.spec.outputs), np.float32)
         hidden: list[list[F32]] = []
-        for start in range(0, total, self._runner.max_tokens):
-            work = Work(sequence, start, min(self._runner.max_tokens, total - start), False)
+        for start in range(0, total, step):
+            work = Work(sequence, start, min(step, total - start), False)
             trace: list[F32] | None = [] if output_hidden_states else None
-            x = self._runner.forward([work], trace)
-            for first, piece in self._runner.logits(x, np.arange(work.count, dtype=np.int32)):
+            x = self._runner.forward([work], trace, attentions)
+            rows = np.arange(min(work.count, scored - start), dtype=np.int32)
+            for first, piece in self._runner.logits(x, rows):
                 logits[start + first : start + first + len(piece)] = piece
             if trace is not None:
                 hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        return ForwardOutput(logits, states)
+        return ForwardOutput(logits if scored else None, states, attentions)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.isa import default_threads
 from pyllm.sampling import SampleInputs
-from pyllm.spec import Activation, ModelSpec, NormKind
+from pyllm.spec import Activation, ModelSpec, NormKind, Pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +49,7 @@ ACTIVATIONS = {
 }
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
+POOLINGS = {Pooling.LAST: 0, Pooling.CLS: 1, Pooling.MEAN: 2, Pooling.MAX: 3}
 
 
 class AttentionRule(TypedDict, total=False):
@@ -309,17 +310,31 @@ class Ops:
         table: _cpu.PackedMatrix | Array,
         positions: NDArray[np.int32] | None = None,
         position_table: F32 | None = None,
+        types: NDArray[np.int32] | None = None,
+        type_table: F32 | None = None,
         out: F32 | None = None,
     ) -> F32:
-        """``table[tokens] + position_table[positions]``: tokens int32 [T], table [V, D] packed or plain -> [T, D]."""
+        """``table[tokens] + position_table[positions] + type_table[types]``, the latter two where given: ids int32 [T],
+        table [V, D] packed or plain, the others float32 [any, D] -> [T, D].
+        """
         out = self.empty(tokens.shape[0], table.shape[1]) if out is None else out
-        self.context.embedding(out, tokens, table, positions, position_table)
+        self.context.embedding(out, tokens, table, positions, position_table, types, type_table)
         return out
 
     def gather(self, x: F32, index: NDArray[np.int32]) -> F32:
         """``x[index]``: x [T, D], index int32 [R] -> [R, D]."""
         out = self.empty(index.shape[0], x.shape[1])
         self.context.gather(out, x, index)
+        return out
+
+    def pool(self, x: F32, starts: NDArray[np.int32], pooling: Pooling, out: F32 | None = None) -> F32:
+        """One row from those of each sequence: x [T, D], starts int32 [B + 1], rising from 0 to T -> [B, D].
+
+        Rows are taken in order, so that a sequence's result depends on nothing but its rows; one without rows gives 0.
+        A maximum is NaN where a row has NaN.
+        """
+        out = self.empty(starts.shape[0] - 1, x.shape[1]) if out is None else out
+        self.context.pool(out, x, starts, POOLINGS[pooling])
         return out
 
     def gather_columns(self, x: F32, index: NDArray[np.int32], out: F32 | None = None) -> F32:

@@ -96,21 +96,26 @@ class BlockWeights:
 class ModelWeights:
     """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as.
 
-    `positions` [P, D] begins at the row of position 0; `relative_bias` [H, buckets] belongs to attention scores.
-    `matrices` are all of them, by the names of :func:`matrices_of`.
+    `positions` [P, D] begins at the row of position 0; `types` [S, D] are those of token types, `relative_bias` [H,
+    buckets] belongs to attention scores. `matrices` are all of them, by the names of :func:`matrices_of`.
     """
 
     dtype: str
     matrices: Mapping[str, _cpu.PackedMatrix]
     embed: _cpu.PackedMatrix
     embed_project: _cpu.PackedMatrix | None
+    embed_project_bias: F32 | None
     positions: F32 | None
+    types: F32 | None
     second_positions: F32 | None
     embed_norm: NormWeights | None
     relative_bias: F32 | None
     blocks: tuple[BlockWeights, ...]
     final_norm: NormWeights | None
     head_project: _cpu.PackedMatrix | None
+    head_transform: _cpu.PackedMatrix | None
+    head_transform_bias: F32 | None
+    head_norm: NormWeights | None
     head: _cpu.PackedMatrix
     head_bias: F32 | None
 
@@ -162,9 +167,11 @@ def matrices_of(spec: ModelSpec) -> list[MatrixParts]:
             replace(up, gate=f"{at}.mlp.gate.weight") if block.mlp.gated else up,
             plain(f"{at}.down", f"{at}.mlp.down"),
         ]
-    if spec.embedding.width is not None:
+    if spec.projects_to_head:
         found.append(plain("head.project", "head.project"))
-    return found if spec.head.tied else [*found, plain("head", "head")]
+    if spec.head.transform is not None:
+        found.append(plain("head.transform", f"{spec.head.at}.transform"))
+    return found if spec.head.tied else [*found, plain("head", spec.head.at)]
 
 
 def assemble(
@@ -201,21 +208,26 @@ def assemble(
             down_bias=vector(f"{at}.mlp.down.bias"),
         )
 
-    positions = vector("positions.weight")
+    positions, at = vector("positions.weight"), spec.head.at
     return ModelWeights(
         dtype=dtype,
         matrices=found,
         embed=found["embed"],
         embed_project=found.get("embed.project"),
+        embed_project_bias=vector("embed.project.bias"),
         positions=None if positions is None else positions[spec.embedding.position_offset :],
+        types=vector("types.weight"),
         embed_norm=norm("embed.norm"),
         relative_bias=vector("relative_bias.weight"),
         second_positions=vector("second_positions.weight"),
         blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),
         final_norm=norm("final_norm"),
         head_project=found.get("head.project"),
+        head_transform=found.get("head.transform"),
+        head_transform_bias=vector(f"{at}.transform.bias"),
+        head_norm=norm(f"{at}.norm"),
         head=found["embed" if spec.head.tied else "head"],
-        head_bias=vector("head.bias"),
+        head_bias=vector(f"{at}.bias"),
     )
 
 

@@ -156,12 +156,30 @@ def plan_memory(
         cache_as = "float32"
     available = available_memory() if gpu is None else gpu.memory()[0]
     weights = packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
+    if spec.is_encoder and drafts:
+        raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
     step_tokens = max_num_batched_tokens
+    if spec.is_encoder:
+        step_tokens = max(step_tokens, max_model_len or spec.max_positions)
     if spec.prefix is not None:
         step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts)
     if gpu is not None:
         workspace += 4 * attention_workspace(spec, max_num_seqs, blocks_for(max_model_len or spec.max_positions))[0]
+    if spec.is_encoder:
+        length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
+        return Plan(
+            spec=spec,
+            precision=precision,
+            cache_dtype=cache_as,
+            max_model_len=length,
+            step_tokens=step_tokens,
+            cache_blocks=blocks,
+            weights=weights,
+            cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
+            workspace=workspace,
+            available=available,
+        )
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     if draft is not None:
         guessing = _draft_plan(
@@ -241,7 +259,7 @@ def _cache_dtype(asked: str, weights: str) -> str:
 def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int) -> int:
     """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
     rows, ends = min(HEAD_ROWS, tokens), head_rows(sequences, drafts)
-    logits = (min(ends, tokens) + rows) * spec.vocab_size
+    logits = (min(ends, tokens) + rows) * spec.outputs
     return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, ends) + logits)
 
 
@@ -249,10 +267,7 @@ def _cache_size(
     spec: ModelSpec, block: int, length: int | None, asked: int | None, sequences: int, room: int
 ) -> tuple[int, int]:
     """Context length and number of blocks: at least one full context, at most what all sequences need."""
-    if length is not None and (
-        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
-    ):
-        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")
+    _check_length(spec, length)
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < block:
             raise ValueError(
@@ -271,3 +286,20 @@ def _cache_size(
     if length is None and blocks_for(full) > share >= 1:
         full = share * BLOCK_TOKENS
     return full, max(blocks_for(full), min(blocks_for(full) * sequences, share))
+
+
+def _encoder_cache_size(
+    spec: ModelSpec, length: int | None, asked: int | None, sequences: int, tokens: int
+) -> tuple[int, int]:
+    """Context length and number of blocks of an encoder: those of one step, which takes texts whole."""
+    _check_length(spec, length)
+    if asked is not None:
+        raise ValueError("kv_cache_bytes: expected None for an encoder, which keeps no keys and values: leave it out")
+    return length or spec.max_positions, tokens // BLOCK_TOKENS + min(sequences, tokens)
+
+
+def _check_length(spec: ModelSpec, length: int | None) -> None:
+    if length is not None and (
+        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
+    ):
+        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")

@@ -108,7 +108,8 @@ class NameTable:
     """How a family names its weights.
 
     `prefix` is that of the base model, which files may hold or not. `ignored` are shell-style patterns, without the
-    prefix, of tensors that carry no weights, such as saved causal masks; `renamed` are older names of tensors.
+    prefix, of tensors that carry no weights, such as saved causal masks, or those of heads that the model was not asked
+    for; what a row of this model names is never ignored. `renamed` are older names of tensors.
     """
 
     prefix: str
@@ -125,7 +126,7 @@ class NameTable:
         return name
 
     def is_ignored(self, base_name: str) -> bool:
-        """Whether the tensor carries no weights."""
+        """Whether a tensor that no row names may be there."""
         return any(fnmatchcase(base_name, pattern) for pattern in self.ignored)
 
     def expand(self, spec: ModelSpec) -> Iterator[Row]:

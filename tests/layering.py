@@ -35,6 +35,7 @@ PYTHON_LAYERS: list[set[str]] = [
         "pooling",
     },
     {"models", "packed", "model"},
+    {"encoding"},
     {"engine"},
     {"planning"},
     {"llm", "convert"},

@@ -26,7 +26,7 @@ from pyllm.model import Model
 from pyllm.ops import Arena
 from pyllm.ops_training import TrainingOps
 from pyllm.tape import Tape, TapeMemory
-from pyllm.train.step import IGNORED
+from pyllm.train.head_loss import IGNORED
 
 MODELS = [
     "bloom-normed",

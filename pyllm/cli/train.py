@@ -76,6 +76,12 @@ def train(
     mask_prompt: Annotated[
         bool | None, o.option("--mask-prompt/--no-mask-prompt", help="Only answers count; default no.")
     ] = None,
+    mask_share: Annotated[
+        float | None, o.option("--mask-share", help="Of tokens hidden with mlm; default 0.15.")
+    ] = None,
+    mask_rule: Annotated[
+        str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
+    ] = None,
     data_cache: Annotated[str | None, o.option("--data-cache", help="Folder for tokens of files.")] = None,
     batch_tokens: Annotated[
         int | None, o.option("--batch-tokens", help="Tokens of a micro-batch; default eight contexts.")
@@ -88,7 +94,7 @@ def train(
         str | None,
         o.option(
             "--objective",
-            help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's.",
+            help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm.",
         ),
     ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,

@@ -19,9 +19,9 @@ from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.speculative import Speculation
 from pyllm.engine.text import CompletionText
-from pyllm.errors import NonFiniteError, RequestError
+from pyllm.errors import NonFiniteError, RequestError, shown
 from pyllm.ops import F32
-from pyllm.pooling import Pool, Pooling
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
 from pyllm.structured import GrammarCompiler, Matcher
 from pyllm.tokenizer import Tokenizer
@@ -72,7 +72,8 @@ class Engine:
         speculation: Speculation | None = None,
     ) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(pool, max_sequences, max_tokens, share_prefixes)
+        self.encodes = runner.model.spec.is_encoder
+        self.scheduler = Scheduler(pool, max_sequences, max_tokens, share_prefixes and not self.encodes)
         self.sampler = Sampler(runner.ops)
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
@@ -95,23 +96,30 @@ class Engine:
         params: SamplingParams,
         seed: int,
         salt: bytes = b"",
-        pooling: Pooling | None = None,
+        pool: Pool | KeptStates | None = None,
+        types: Seq[int] | None = None,
         matcher: Matcher | None = None,
         prefix: int | None = None,
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
         grammar that cannot.
 
-        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
-        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`. `matcher` is
-        what `matcher()` gave for the parameters; None: it is made here.
+        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. The hidden states of
+        the prompt's tokens, after the final norm, go to `pool`; which an encoder must be given, as it generates
+        nothing. `types` tell which text of a pair each token belongs to. `matcher` is what `matcher()` gave for the
+        parameters; None: it is made here.
 
         Where the model has a bidirectional prefix, its length is `prefix`, or by default what the model says of the
         prompt. Its tokens have no log-probabilities: what they are computed from holds them.
         """
-        self.check_prompt(prompt_ids)
+        if self.encodes and pool is None:
+            raise RequestError(
+                "this model is an encoder, which generates nothing and gives no probabilities of texts: expected a "
+                "model that was trained to continue text. Embed, classify or fill masks with this one"
+            )
+        self.check_prompt(prompt_ids, types)
         rule = self.runner.model.spec.prefix
-        seen = 0 if rule is None else self.prefix_length(prompt_ids, prefix)
+        seen = len(prompt_ids) if self.encodes else 0 if rule is None else self.prefix_length(prompt_ids, prefix)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
         matcher = self.matcher(params) if matcher is None else matcher
@@ -119,7 +127,7 @@ class Engine:
         if request.prompt_logprobs is not None:
             request.prompt_logprobs *= max(1, seen)
         request.drafts = DraftCounts() if self.speculation is not None else None
-        request.pool = None if pooling is None else Pool(pooling)
+        request.pool = pool
         vocabulary = self.runner.model.spec.vocab_size
         room = self.max_length - len(prompt_ids)
         limit = min(room, params.max_tokens if params.max_tokens is not None else room)
@@ -127,8 +135,8 @@ class Engine:
             rule.check(prompt_ids, generates=limit > 0)
         ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
-            share = params.prompt_logprobs is None and pooling is None and self.scheduler.share_prefixes
-            sequence = Sequence(prompt_ids, limit, share, salt, seen)
+            share = params.prompt_logprobs is None and pool is None and self.scheduler.share_prefixes
+            sequence = Sequence(prompt_ids, limit, share, salt, seen, types)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
@@ -221,7 +229,7 @@ class Engine:
     def _end_prompt(self, completion: Completion) -> None:
         """Nothing is to be generated: only the prompt was wanted."""
         pool = completion.request.pool
-        if pool is not None and not np.isfinite(pool.vector()).all():
+        if pool is not None and not pool.finite:
             completion.request.error = NonFiniteError(
                 "the model gives hidden states that are not finite for this text. Check the checkpoint, or load it "
                 "with dtype float32 if it overflows in a smaller one."
@@ -461,8 +469,8 @@ class Engine:
             for token, value in entry.items()
         }
 
-    def check_prompt(self, prompt_ids: Seq[int]) -> None:
-        """Raise `RequestError` for a prompt that cannot be run."""
+    def check_prompt(self, prompt_ids: Seq[int], types: Seq[int] | None = None) -> None:
+        """Raise `RequestError` for a prompt, or token types, that cannot be run."""
         if not len(prompt_ids):
             raise RequestError("the prompt is empty: expected at least one token (text, or a start token of the model)")
         vocabulary = self.runner.model.spec.vocab_size
@@ -473,6 +481,14 @@ class Engine:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
+            )
+        if types is None:
+            return
+        known = self.runner.model.spec.embedding.types
+        if len(types) != len(prompt_ids) or not all(0 <= kind < max(known, 1) for kind in types):
+            raise RequestError(
+                f"token types: expected one in [0, {max(known, 1)}) for each of the {len(prompt_ids)} tokens, got "
+                f"{shown(list(types))}"
             )
 
     def prefix_length(self, prompt_ids: Seq[int], length: int | None = None) -> int:

@@ -11,7 +11,7 @@ from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.text import CompletionText
 from pyllm.errors import PyllmError
-from pyllm.pooling import Pool
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
 
 
@@ -83,7 +83,7 @@ class Request:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
-        self.pool: Pool | None = None  # of hidden states, where an embedding of the prompt is wanted
+        self.pool: Pool | KeptStates | None = None  # of the prompt's hidden states, where they are wanted
         self.search: BeamSearch | None = None  # whose hypotheses the completions will be
         self.drafts: DraftCounts | None = None  # of all completions, with speculative decoding
         self.streamed = False  # whether anyone reads the pieces

@@ -80,7 +80,7 @@ class Runner:
         self._widths = (*(w for w in GPU_WIDTHS if ops.on_gpu and w < self.table_width), self.table_width)
         self._arena = ops.arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
-        self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.vocab_size)
+        self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
         ops.reserve(model.spec, max_sequences, self.table_width)
         self._recorded: OrderedDict[tuple[int, int, int], _Recorded] = OrderedDict()  # by sequences, rows and width
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
@@ -149,11 +149,12 @@ class Runner:
         self._run(step, True)
         return step.drawn
 
-    def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
-        """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
+    def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
+        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
-        prefix = any(work.start < work.sequence.prefix for work in plan)  # those behind it see no more than before
+        # Those behind a prefix see no more than before; an encoder's texts are seen whole anyway.
+        prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
         batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix)
         self._fill(batch, plan)
         stage = self.ops.stage(_arrays(batch), lasting=False)
@@ -161,13 +162,14 @@ class Runner:
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
-            return self.model.forward(self.ops, Batch(*stage.placed), self.cache, trace)
+            return self.model.forward(self.ops, Batch(*stage.placed), self.cache, trace, attentions)
         finally:
             self.ops.use_arena(None)
 
     def logits(self, x: F32, rows: I32) -> Iterator[tuple[int, F32]]:
-        """Logits of these rows of the residual stream, as pieces (index of the first row, logits [<= HEAD_ROWS, V])."""
-        piece = self.ops.empty(min(len(rows), HEAD_ROWS), self.model.spec.vocab_size)
+        """What the head gives for these rows of the residual stream, as pieces (index of the first row, logits [<=
+        HEAD_ROWS, V])."""
+        piece = self.ops.empty(min(len(rows), HEAD_ROWS), self.model.spec.outputs)
         for first in range(0, len(rows), HEAD_ROWS):
             count = min(HEAD_ROWS, len(rows) - first)
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
@@ -221,6 +223,8 @@ class Runner:
             positions = np.arange(work.start, end)
             batch.tokens[span] = [*sequence.tokens[work.start : work.start + work.count], *work.drafts]
             batch.positions[span] = positions
+            if batch.types is not None:
+                batch.types[span] = sequence.types[work.start : end] if sequence.types else 0
             if self._counts_twice:
                 self._place(batch, at, [*sequence.tokens[: work.start + work.count], *work.drafts], work.start)
             batch.slots[span] = (
@@ -308,10 +312,10 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
     angles = sum(2 * padded(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)
-    projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
+    projected = 0 if spec.embedding.width is None else padded(spec.table_width)
     if spec.embedding.scale != 1 and spec.embedding.positions:
         projected += padded(spec.hidden)
-    head = 2 * padded(spec.hidden, rows) + (padded(spec.table_width, rows) if spec.head.scale != 1 else 0)
+    head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows) * (1 if spec.head.scale == 1 else 2)
     biases = spec.relative_bias
     distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
     embedded = padded(spec.hidden) * (2 if spec.embedding.second_positions else 1)
@@ -320,4 +324,4 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:
     """Floats of a recorded step of so many rows, the logits of all included."""
-    return arena_floats(spec, rows, rows) + rows * spec.vocab_size + 16
+    return arena_floats(spec, rows, rows) + rows * spec.outputs + 16

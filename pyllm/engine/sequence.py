@@ -15,13 +15,21 @@ class Sequence:
     """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`.
 
     The first `prefix` tokens, part of the prompt, see one another: they are computed in one step, and shared only with
-    sequences that have the same ones.
+    sequences that have the same ones. `types` tell which text of a pair each token of the prompt belongs to; None: the
+    first.
     """
 
     def __init__(
-        self, prompt: Seq[int], max_tokens: int, share_prefix: bool, salt: bytes = b"", prefix: int = 0
+        self,
+        prompt: Seq[int],
+        max_tokens: int,
+        share_prefix: bool,
+        salt: bytes = b"",
+        prefix: int = 0,
+        types: Seq[int] | None = None,
     ) -> None:
         self.tokens = list(prompt)
+        self.types = types
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed

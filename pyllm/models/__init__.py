@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.bert import BERT
 from pyllm.models.bloom import BLOOM
 from pyllm.models.chatglm import CHATGLM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.cohere import COHERE
+from pyllm.models.distilbert import DISTILBERT
+from pyllm.models.electra import ELECTRA
 from pyllm.models.family import Family
 from pyllm.models.gemma2 import GEMMA2
 from pyllm.models.gemma3 import GEMMA3_TEXT
@@ -29,6 +32,7 @@ from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
+from pyllm.models.roberta import ROBERTA, XLM_ROBERTA
 from pyllm.spec import ModelSpec
 from pyllm.weights import Checkpoint, load, read_config
 
@@ -37,7 +41,10 @@ __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        BERT,
         BLOOM,
+        DISTILBERT,
+        ELECTRA,
         CHATGLM2,
         COHERE,
         GEMMA2,
@@ -54,6 +61,8 @@ FAMILIES: dict[str, Family] = {
         PHI3,
         QWEN2,
         QWEN3,
+        ROBERTA,
+        XLM_ROBERTA,
     )
 }
 NAMESAKES = (CHATGLM, GLM2021)  # of others in FAMILIES

@@ -10,9 +10,10 @@ import numpy as np
 
 from pyllm.errors import RequestError
 from pyllm.ops import F32
+from pyllm.train.head_loss import count_labels
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import Data, MicroBatch
-from pyllm.train.step import IGNORED, Step
+from pyllm.train.step import Step
 
 CHANGE = 4e-3  # of the loss, by the longer of the two steps along a gradient
 
@@ -70,7 +71,7 @@ def check_gradients(parameters: Parameters, step: Step, batch: MicroBatch) -> It
     """
     if parameters.compute != "float32":
         raise RequestError(f"gradients can be checked in float32 only, and the run computes in {parameters.compute}")
-    counted = int((batch[1] != IGNORED).sum())
+    counted = count_labels(batch[1])
     if counted == 0:
         raise RequestError("the batch has no token that counts")
     step.fill(*batch)

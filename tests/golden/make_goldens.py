@@ -35,6 +35,7 @@ class Variant:
     config: dict[str, Any]
     prompt: int = 32
     seed: int = 0
+    architecture: str | None = None  # transformers' class; None: the family's causal language model
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
     gain: float = 1.0  # of matrices and norms within blocks: a model that holds to its last token tests little
 
@@ -44,9 +45,10 @@ class Expected:
     """What transformers computes, all float32 or int64: T prompt tokens, D hidden, V vocabulary, L layers."""
 
     ids: np.ndarray  # [T]
-    logits: np.ndarray  # [T, V]
+    logits: np.ndarray  # [T, V], or what else the model's head gives: [T, N], or of a classifier [1, N]
     hidden_states: np.ndarray  # [L + 1, T, D]: embeddings, after each block, and the last after the final norm
-    greedy_ids: np.ndarray  # [NEW_TOKENS]
+    greedy_ids: np.ndarray  # [NEW_TOKENS], of an encoder [0]
+    types: np.ndarray | None = None  # [T], of models with token types
 
 
 def variants() -> dict[str, Variant]:
@@ -94,6 +96,27 @@ def variants() -> dict[str, Variant]:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+
+    bert = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "num_key_value_heads")},
+        "model_type": "bert",
+        "layer_norm_eps": 3e-3,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 48,
+    }
+    distilbert = {
+        "model_type": "distilbert",
+        "vocab_size": 67,
+        "dim": 32,
+        "hidden_dim": 44,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 48,
+    }
+    roberta = {**bert, "model_type": "roberta", "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
+    electra = {**bert, "model_type": "electra", "embedding_size": 20}
+    three = {"num_labels": 3}
 
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
@@ -168,11 +191,18 @@ def variants() -> dict[str, Variant]:
         "attn_config": {"softmax_scale": 0.5},
     }
     return {
+        "bert": Variant(bert, architecture="BertForMaskedLM"),
+        "bert-classifier": Variant({**bert, **three}, architecture="BertForSequenceClassification"),
         "bloom": Variant(bloom, gain=1.5),
         "bloom-normed": Variant(
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
         ),
         "chatglm": Variant(chatglm),
+        "distilbert": Variant(distilbert, architecture="DistilBertForMaskedLM"),
+        "distilbert-classifier": Variant({**distilbert, **three}, architecture="DistilBertForSequenceClassification"),
+        "electra-classifier": Variant({**electra, **three}, architecture="ElectraForSequenceClassification"),
+        "electra-discriminator": Variant({**electra, "hidden_act": "relu"}, architecture="ElectraForPreTraining"),
+        "electra-generator": Variant({**electra, "hidden_act": "silu"}, architecture="ElectraForMaskedLM"),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
         "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
         "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
@@ -261,6 +291,8 @@ def variants() -> dict[str, Variant]:
             }
         ),
         "qwen3": Variant({**base, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
+        "roberta": Variant(roberta, architecture="RobertaForMaskedLM"),
+        "roberta-classifier": Variant({**roberta, **three}, architecture="RobertaForSequenceClassification"),
     }
 
 
@@ -269,6 +301,9 @@ def build(name: str, folder: Path) -> Expected:
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
         model = _random_model(variant, seed)
+        if variant.architecture is not None:
+            expected = _run_encoder(model, variant, seed)
+            break
         expected, gap = (_run if hasattr(model, "generate") else _run_reference)(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
@@ -282,7 +317,7 @@ def build(name: str, folder: Path) -> Expected:
 def read_expected(folder: Path) -> Expected:
     """The committed results of a golden folder."""
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
-        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
+        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__ if name in stored})
 
 
 def _random_model(variant: Variant, seed: int) -> Any:
@@ -298,8 +333,13 @@ def _random_model(variant: Variant, seed: int) -> Any:
     if "rope_parameters" in fields:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
-    return _randomised(model, hf_config.hidden_size, variant.gain, seed)
+    if variant.architecture is None:
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+    else:
+        hf_config.architectures = [variant.architecture]
+        hf_config._attn_implementation = "eager"
+        model = getattr(transformers, variant.architecture)(hf_config)
+    return _randomised(model.float().eval(), hf_config.hidden_size, variant.gain, seed)
 
 
 def _randomised(model: Any, hidden: int, gain: float, seed: int) -> Any:
@@ -309,7 +349,7 @@ def _randomised(model: Any, hidden: int, gain: float, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name or "ln_" in name
+            is_norm = any(part in name for part in ("norm", "ln_", "LayerNorm"))
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
@@ -352,6 +392,31 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
     return expected, float((best[..., 0] - best[..., 1]).min())
 
 
+def _run_encoder(model: Any, variant: Variant, seed: int) -> Expected:
+    import torch
+
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, variant.config["vocab_size"], variant.prompt)
+    types = np.sort(rng.integers(0, model.config.type_vocab_size, variant.prompt)) if _has_types(model) else None
+    given = {} if types is None else {"token_type_ids": torch.from_numpy(types)[None]}
+    with torch.no_grad():
+        output = model(torch.from_numpy(ids)[None], output_hidden_states=True, **given)
+    logits = output.logits
+    if "Classification" not in str(variant.architecture):
+        logits = logits[0] if logits.ndim == 3 else logits[0, :, None]  # one score of each token
+    return Expected(
+        ids=ids,
+        logits=logits.numpy(),
+        hidden_states=torch.stack(output.hidden_states)[:, 0].numpy(),
+        greedy_ids=np.zeros(0, np.int64),
+        types=types,
+    )
+
+
+def _has_types(model: Any) -> bool:
+    return getattr(model.config, "type_vocab_size", 0) > 0
+
+
 def blank_prompt(config: dict[str, Any], length: int, seed: int) -> np.ndarray:
     """A text with a mask, then the start token and the first tokens of the blank, for a model that fills one."""
     ids = np.random.default_rng(seed).integers(3, 60, length)
@@ -385,7 +450,8 @@ def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
     if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        for name in ("lm_head.weight", *(getattr(model, "_tied_weights_keys", None) or ())):
+            tensors.pop(name, None)
     if rewrite is None:
         model.config.to_json_file(folder / "config.json", use_diff=False)
     else:
@@ -449,7 +515,8 @@ def main(names: list[str]) -> None:
     for name in names or variants():
         folder = HERE / name
         expected = build(name, folder)
-        np.savez_compressed(folder / "expected.npz", **vars(expected))
+        stored = {name: value for name, value in vars(expected).items() if value is not None}
+        np.savez_compressed(folder / "expected.npz", **stored)
         size = sum(path.stat().st_size for path in folder.iterdir())
         distinct = len(set(expected.greedy_ids.tolist()))
         print(f"{name:22} {size:8,} bytes  |logits| <= {np.abs(expected.logits).max():.1f}  {distinct} distinct ids")

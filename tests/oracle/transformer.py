@@ -1,4 +1,4 @@
-"""The whole decoder in float64 numpy, one token sequence at a time, written from the formulas."""
+"""The whole model in float64 numpy, one token sequence at a time, written from the formulas."""
 
 from __future__ import annotations
 
@@ -12,34 +12,27 @@ from oracle.attention import Scores, softmax
 
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
-from pyllm.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
+from pyllm.spec import AttentionSpec, BlockSpec, HeadKind, MlpSpec, ModelSpec, NormKind, NormSpec, Placement
 
 Array = npt.NDArray[np.float64]
 
 
 def forward(
-    spec: ModelSpec, tensors: Mapping[str, Any], ids: npt.NDArray[Any], prefix: int = 0
+    spec: ModelSpec,
+    tensors: Mapping[str, Any],
+    ids: npt.NDArray[Any],
+    prefix: int = 0,
+    types: npt.NDArray[Any] | None = None,
 ) -> tuple[Array, list[Array]]:
-    """Logits [T, V] and the hidden states that transformers reports: embeddings, then the output of each block, the
-    last one after the final norm. The first `prefix` tokens are seen by all; where a start token ends the prefix, by
-    itself that says how many."""
+    """Logits [T, V] (of a pooled head [1, N]; none without a head) and the hidden states that transformers reports:
+    embeddings, then the output of each block, the last one after the final norm. The first `prefix` tokens are seen by
+    all; where a start token ends the prefix, by itself that says how many."""
     fills = spec.prefix is not None and spec.prefix.start_id is not None
     first, second = blank_positions(spec, list(ids)) if fills else (np.arange(len(ids)), None)
     if fills and prefix == 0:
         prefix = list(ids).index(spec.prefix.start_id) if spec.prefix.start_id in ids else len(ids)
     weights = {slot: np.asarray(tensors[slot]).astype(np.float64) for slot in tensors}
-    x = (
-        linear(weights["embed.weight"][ids], weights, "embed.project")
-        if spec.embedding.width
-        else weights["embed.weight"][ids]
-    )
-    x = spec.embedding.scale * x
-    if spec.embedding.positions:
-        x = x + weights["positions.weight"][spec.embedding.position_offset :][first]
-    if spec.embedding.second_positions:
-        x = x + weights["second_positions.weight"][second]
-    if spec.embedding.norm is not None:
-        x = normalise(x, spec.embedding.norm, weights, "embed.norm")
+    x = embed(spec, weights, ids, first, second, types)
     hidden = [x]
     for index, block in enumerate(spec.blocks):
         rope = spec.local_rope if spec.local_rope and block.attention.window else spec.rope
@@ -47,12 +40,40 @@ def forward(
         hidden.append(x)
     if spec.final_norm is not None:
         hidden[-1] = normalise(x, spec.final_norm, weights, "final_norm")
-    x = linear(hidden[-1], weights, "head.project") if spec.embedding.width else hidden[-1]
-    head = weights["embed.weight" if spec.head.tied else "head.weight"]
-    logits = spec.head.scale * (x @ head.T) + weights.get("head.bias", 0.0)
+    if spec.head.kind is HeadKind.NONE:
+        return np.zeros((0, 0)), hidden
+    x, at = hidden[-1], spec.head.at
+    if spec.head.kind is HeadKind.POOLED:
+        x = x[:1]
+    if spec.head.transform is not None:
+        x = activation(linear(x, weights, f"{at}.transform"), spec.head.transform.activation)
+        if spec.head.transform.norm is not None:
+            x = normalise(x, spec.head.transform.norm, weights, f"{at}.norm")
+    elif spec.projects_to_head:
+        x = linear(x, weights, "head.project")
+    head = weights["embed.weight" if spec.head.tied else f"{at}.weight"]
+    logits = spec.head.scale * (x @ head.T) + weights.get(f"{at}.bias", 0.0)
     if spec.head.softcap is not None:
         logits = spec.head.softcap * np.tanh(logits / spec.head.softcap)
     return logits, hidden
+
+
+def embed(
+    spec: ModelSpec, weights: Mapping[str, Array], ids: npt.NDArray[Any], first: Any, second: Any, types: Any
+) -> Array:
+    embedding = spec.embedding
+    x = embedding.scale * weights["embed.weight"][ids]
+    if embedding.width and not embedding.projects_sum:
+        x = embedding.scale * linear(weights["embed.weight"][ids], weights, "embed.project")
+    if embedding.positions:
+        x = x + weights["positions.weight"][embedding.position_offset :][first]
+    if embedding.second_positions:
+        x = x + weights["second_positions.weight"][second]
+    if embedding.types:
+        x = x + weights["types.weight"][0 if types is None else types]
+    if embedding.norm is not None:
+        x = normalise(x, embedding.norm, weights, "embed.norm")
+    return linear(x, weights, "embed.project") if embedding.projects_sum else x
 
 
 def run_block(
@@ -118,7 +139,8 @@ def attend(
             projected = rotate(projected, rope, *places)
         heads[name] = projected
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
-    visible = ((distance >= 0) | (np.arange(length) < prefix)) & (distance < (spec.window or length))
+    seen = (distance >= 0) | (np.arange(length) < prefix) | (not spec.causal)
+    visible = seen & ((distance if spec.causal else np.abs(distance)) < (spec.window or length))
     k, v = (np.repeat(heads[name], spec.heads // spec.kv_heads, axis=1) for name in "kv")
     scores = changes(spec, weights).changed(spec.scale * np.einsum("the,she->hts", heads["q"], k))
     weight, _ = softmax(scores, visible)
