@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.device import Device
-from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage
+from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
 from pyllm.spec import Activation, ModelSpec, NormKind
 from pyllm.tensor import DTYPES, DeviceArray
@@ -136,6 +136,7 @@ class CudaOps(Ops):
         super().__init__(threads)
         self.device, self.dtype, self.invariant = device, np.dtype(dtype), invariant
         self.kernels = device.kernels
+        self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
         self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
         self._slot = 0
         self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
@@ -278,6 +279,11 @@ class CudaOps(Ops):
     ) -> Any:
         """As :meth:`Ops.norm`; the result is of `dtype`, as products take it, unless `out` is given."""
         out = self.empty(*x.shape, dtype=self.dtype) if out is None else out
+        if weight is not None and len(weight.shape) == 2:
+            check_weights_of_heads(x, weight)
+            for head in range(x.shape[1]):
+                self.norm(x[:, head], weight[head], kind=kind, eps=eps, out=out[:, head])
+            return out
         self.kernels.norm(
             out.raw, self._as(x, FLOAT32).raw, _raw(weight), _raw(bias), _raw(residual), _raw(sum_out), eps,
             NORMS[kind], self.device.stream,
@@ -369,7 +375,7 @@ class CudaOps(Ops):
         out: Any = None,
         **rule: Any,
     ) -> Any:
-        """As :meth:`Ops.attention`, without dropout; the result is of the cache's dtype.
+        """As :meth:`Ops.attention`, without dropout; q may be bfloat16 where the cache is, the result is as the cache.
 
         How many rows a sequence has at most is read from where `starts` comes from on the host. Slopes and a bias of
         numpy are copied to the GPU once.
@@ -381,11 +387,10 @@ class CudaOps(Ops):
         out = self.empty(*q.shape, dtype=cache.dtype) if out is None else out
         starts, lengths, tables = (self._on_gpu(array) for array in (starts, lengths, tables))
         most = int(np.diff(starts.host if starts.host is not None else starts.numpy()).max(initial=0))
-        mark = self.mark()
-        queries = self._as(q, cache.dtype).reshape(-1, heads, head_size)
+        rows = -1, heads, head_size
         arguments = (
-            out.reshape(-1, heads, head_size).raw, _raw(lse), queries.raw, paged.raw, starts.raw, lengths.raw,
-            tables.raw, head_size, scale, rule.get("causal", True), self._raw_of(rule.get("prefix")),
+            out.reshape(*rows).raw, _raw(lse), q.reshape(*rows).raw, paged.raw, starts.raw, lengths.raw, tables.raw,
+            head_size, scale, rule.get("causal", True), self._raw_of(rule.get("prefix")),
             rule.get("window") or 0, rule.get("sinks", 0), self._constant(rule.get("bias")),
             self._constant(rule.get("slopes")), rule.get("softcap") or 0.0, most,
         )  # fmt: skip
@@ -402,7 +407,6 @@ class CudaOps(Ops):
                 *arguments, SPLIT_BLOCKS, self._partial.view(0, shape).raw,
                 self._tickets.view(0, (sequences, kv_heads)).raw, self.device.stream,
             )  # fmt: skip
-        self.release(mark)
         return out
 
     def sample(self, logits: Any, inputs: SampleInputs) -> Any:
@@ -457,8 +461,10 @@ class CudaOps(Ops):
 
     def _workspace(self, floats: int, tickets: int) -> None:
         if floats > self._partial.size:
+            self._outgrown.append(self._partial)
             self._partial = self.device.empty([floats], np.float32)
         if tickets > self._tickets.size:
+            self._outgrown.append(self._tickets)
             self._tickets = self.device.zeros([tickets], np.uint32)
 
     def _on_gpu(self, array: Any) -> DeviceArray:
@@ -484,7 +490,6 @@ def refusal(
     dtype: str = "auto",
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
-    prefix: bool = False,
 ) -> str | None:
     """Why a model with these options of `LLM` cannot run on a GPU, in a sentence; None where it can."""
     if quantization is not None:
@@ -493,14 +498,9 @@ def refusal(
         return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
-    missing = {
-        "attention in both directions": spec.is_encoder,
-        "bidirectional prefixes": prefix or spec.prefix is not None,
-        "an encoder beside the decoder": spec.encoder is not None,
-        "norms of q and k with weights of each head": any(block.attention.qk_norm_each for block in spec.blocks),
-    }
-    named = [what for what, needed in missing.items() if needed]
-    return f"device: {spec.family} needs {', '.join(named)}, for which there is no CUDA kernel yet" if named else None
+    if spec.is_encoder or spec.encoder is not None:
+        return f"device: {spec.family} needs attention in both directions, for which there is no CUDA kernel yet"
+    return None
 
 
 def takes_bfloat16(spec: ModelSpec) -> bool:

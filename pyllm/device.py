@@ -88,7 +88,7 @@ class Device:
         if not getattr(self._current, "set", False):  # every thread has a current device of its own
             self._core.set_current()
             self._current.set = True
-        return int(self._stream.handle)
+        return int(self._lane.handle)
 
     def synchronize(self) -> None:
         """Wait for all that the stream was given; raises what went wrong in it."""
@@ -184,7 +184,7 @@ class Device:
             )
         if isinstance(source, DeviceArray):
             if target.nbytes:
-                _buffer_of(target).copy_from(_buffer_of(source), stream=self._stream)
+                _buffer_of(target).copy_from(_buffer_of(source), stream=self._lane)
             return
         source = np.asarray(source, order="C")
         self.send(target, source)
@@ -194,13 +194,13 @@ class Device:
         """Copy contiguous memory of the host that stays as it is until what follows in the stream was waited for."""
         self._ready()
         if target.nbytes:
-            _buffer_of(target).copy_from(_host_buffer(source), stream=self._stream)
+            _buffer_of(target).copy_from(_host_buffer(source), stream=self._lane)
 
     def fetch(self, target: NDArray[Any], source: DeviceArray) -> None:
         """Copy to contiguous memory of the host; it is there once the stream was waited for."""
         self._ready()
         if target.nbytes:
-            _buffer_of(source).copy_to(_host_buffer(target), stream=self._stream)
+            _buffer_of(source).copy_to(_host_buffer(target), stream=self._lane)
 
     def read(self, array: DeviceArray) -> NDArray[Any]:
         """A copy on the host, after all that was launched before."""
@@ -257,6 +257,11 @@ class Device:
         """Run a graph."""
         self._ready()
         graph.launch(self._stream)
+
+    @property
+    def _lane(self) -> Any:
+        """The stream that work is given to: that of the recording while there is one."""
+        return self._stream if self._builder is None else self._builder.stream
 
     def _ready(self) -> None:
         """Make the device current in this thread."""

@@ -145,7 +145,7 @@ class LLM(Encoding):
             if draft_model is not None:
                 draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
             gpu = _gpu_for(
-                device, [refusal(c.spec, dtype, quantization, kv_cache_dtype, prefix) for c in (checkpoint, draft) if c]
+                device, [refusal(c.spec, dtype, quantization, kv_cache_dtype) for c in (checkpoint, draft) if c]
             )
             self.device = "cpu" if gpu is None else "cuda"
             self.plan: Plan = plan_memory(

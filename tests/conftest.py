@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import json
 import os
 from contextlib import ExitStack
@@ -22,6 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
         stack = ExitStack()
         stack.enter_context(emulated_gpu())
         config.add_cleanup(stack.close)
+        return
+    if importlib.util.find_spec("pyllm._cuda") is None:
+        return
+    from pyllm import LLM
+    from pyllm.device import unavailable
+
+    if unavailable() is None:  # what tests promise of the CPU they promise on a machine with a GPU too
+        (LLM.__init__.__kwdefaults__ or {})["device"] = os.environ["PYLLM_DEVICE"] = "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -226,3 +226,17 @@ def test_a_launch_without_a_driver_is_an_error_that_names_the_kernel():
         _cuda.mma_matmul(**matmul_args())
     empty = {"y": array(0, 16, dtype="float32"), "x": array(0, 64)}
     _cuda.mma_matmul(**matmul_args(**empty))  # nothing to launch
+
+
+def test_what_is_beside_the_kernels_checks_its_arguments():
+    ids, places = array(3, dtype="int32"), array(3, dtype="int64")
+    draws = array(3, 48, dtype="uint8")
+    with pytest.raises(ValueError, match=r"slots: expected shape \[3\]"):
+        _cuda.advance(ids, ids, array(2, dtype="int64"), ids, draws, ids, 0)
+    with pytest.raises(ValueError, match=r"rows: expected shape \[3, 48\]"):
+        _cuda.advance(ids, ids, places, ids, array(3, 40, dtype="uint8"), ids, 0)
+    with pytest.raises(ValueError, match="multiple of 16 bytes, got 24"):
+        _cuda.read_probe(array(1, dtype="uint32"), array(24, dtype="uint8"), 0)
+    with pytest.raises(TypeError, match="an unused DLPack capsule"):
+        _cuda.from_dlpack(object(), 2, 0)
+    assert _cuda.skinny_fits(16, 2048) and not _cuda.skinny_fits(17, 2048) and not _cuda.skinny_fits(1, 12)

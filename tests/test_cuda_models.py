@@ -10,9 +10,7 @@ import tiny_model
 from emulated_cuda import emulated_gpu
 
 from pyllm import LLM, StructuredOutputs
-from pyllm.cuda_ops import refusal
 from pyllm.errors import InsufficientMemoryError, NonFiniteError
-from pyllm.models import read_spec
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
@@ -43,12 +41,6 @@ def exact(gpu, tiny_folder):
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
 def test_every_family_is_what_transformers_computes(gpu, name):
-    """Or says what it needs that no CUDA kernel has."""
-    reason = refusal(read_spec(GOLDEN / name))
-    if reason is not None:
-        with pytest.raises(ValueError, match=r"device: .* needs .* no CUDA kernel yet"):
-            LLM(GOLDEN / name, device="cuda", skip_tokenizer_init=True)
-        return
     llm = LLM(GOLDEN / name, device="cuda", dtype="float32", skip_tokenizer_init=True, max_num_seqs=2)
     with np.load(GOLDEN / name / "expected.npz", allow_pickle=False) as expected:
         got, want = llm.forward(expected["ids"].tolist()).logits, expected["logits"]
@@ -164,6 +156,17 @@ def test_structured_output_drafts_embeddings_and_scores(gpu, tiny_folder, exact)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
 
+def test_a_bidirectional_prefix_sees_all_of_itself(gpu, tiny_folder):
+    mine, theirs = (LLM(tiny_folder, device=name, dtype="float32", prefix=True, **SMALL) for name in ("cuda", "cpu"))
+    tokens = list(range(5, 40))
+    for prefix in (0, 20, None):
+        got, want = (llm.forward(tokens, prefix=prefix).logits for llm in (mine, theirs))
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    assert ids(mine.generate(PROMPTS, max_tokens=6, temperature=0)) == ids(
+        theirs.generate(PROMPTS, max_tokens=6, temperature=0)
+    )
+
+
 def test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch(gpu, tiny_folder):
     llm = LLM(tiny_folder, device="cuda", dtype="bfloat16", batch_invariant=True, **SMALL)
     params = dict(max_tokens=5, temperature=0, logprobs=1)
@@ -174,8 +177,8 @@ def test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch(gp
 
 
 def test_auto_takes_the_gpu_unless_it_cannot_do_what_is_asked(gpu, tiny_folder):
-    assert LLM(tiny_folder, **SMALL).device == "cuda"
-    assert LLM(tiny_folder, quantization="int8", **SMALL).device == "cpu"
+    assert LLM(tiny_folder, device="auto", **SMALL).device == "cuda"
+    assert LLM(tiny_folder, device="auto", quantization="int8", **SMALL).device == "cpu"
     for wrong in ({"quantization": "int8"}, {"dtype": "float16"}, {"kv_cache_dtype": "int8"}):
         with pytest.raises(ValueError, match=r"expected .* on a GPU.*, got .* use device='cpu'"):
             LLM(tiny_folder, device="cuda", **wrong)
