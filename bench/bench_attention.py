@@ -12,6 +12,7 @@ from conftest import sized
 
 from pyllm import _cpu
 from pyllm.ops import Ops
+from pyllm.position_bias import Alibi
 
 HEADS, GROUPS, SIZE = 32, 8, 64
 SCALE = SIZE**-0.5
@@ -52,11 +53,20 @@ def contents(cache: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return keys[:tokens], values[:tokens]
 
 
-def formula(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Causal attention with numpy: q [T, H, E] at the last positions of keys and values [S, G, E] -> [T, H * E]."""
+def formula(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    change: Callable[[np.ndarray], np.ndarray] = lambda score: score,
+) -> np.ndarray:
+    """Causal attention with numpy: q [T, H, E] at the last positions of keys and values [S, G, E] -> [T, H * E].
+
+    `change` is given the scores [H, T, S].
+    """
     rows, length = len(q), len(keys)
     grouped = q.reshape(rows, GROUPS, -1, SIZE).transpose(1, 2, 0, 3)
     score = grouped @ keys.transpose(1, 2, 0)[:, None] * np.float32(SCALE)
+    score = change(score.reshape(-1, rows, length)).reshape(score.shape)
     hidden = np.arange(length)[None, :] > np.arange(length - rows, length)[:, None]
     score[..., hidden] = -np.inf
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
@@ -147,3 +157,27 @@ def test_prefill(benchmark: Any, record: Callable[..., None], ops: Ops, threads:
     record(dtype=used, operations=4 * HEADS * SIZE * tokens * (tokens + 1) / 2, by=by, state="in cache")
     result = benchmark.pedantic(call, warmup_rounds=1, rounds=5)
     assert_matches(result, heads, cache, tokens)
+
+
+@pytest.mark.parametrize("change", ["none", "softcap", "bias", "slopes"])
+@pytest.mark.parametrize(("rows", "depth"), sized([(1, 2048), (512, 512)], [(1, 128), (70, 128)]))
+def test_changed_scores(
+    benchmark: Any, record: Callable[..., None], ops: Ops, change: str, rows: int, depth: int
+) -> None:
+    cache = caches(1, depth // PAGE, DTYPES[0])[0]
+    q = RNG.normal(size=(rows, HEADS * SIZE)).astype(np.float32)
+    starts, lengths = np.array([0, rows], np.int32), np.array([depth], np.int32)
+    tables = np.arange(depth // PAGE, dtype=np.int32)[None]
+    bias, slopes = RNG.normal(size=(HEADS, 257)).astype(np.float32), Alibi().slopes(HEADS)
+    distance = np.arange(depth)[None, :] - np.arange(depth - rows, depth)[:, None]
+    by: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], np.ndarray]]] = {
+        "none": ({}, lambda score: score),
+        "softcap": ({"softcap": 5.0}, lambda score: 5 * np.tanh(score / 5)),
+        "bias": ({"bias": bias}, lambda score: score + bias[:, np.clip(distance, -128, 128) + 128]),
+        "slopes": ({"slopes": slopes}, lambda score: score + slopes[:, None, None] * distance),
+    }
+    more, changed = by[change]
+    record(operations=4 * HEADS * SIZE * rows * (depth - (rows - 1) / 2), change=change, state="in cache")
+    result = benchmark(lambda: ops.attention(q, cache, starts, lengths, tables, head_size=SIZE, scale=SCALE, **more))
+    expected = formula(q.reshape(rows, HEADS, SIZE), *contents(cache, depth), changed)
+    assert np.abs(result - expected).max() < 1e-4

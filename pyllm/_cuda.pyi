@@ -36,6 +36,12 @@ class Array:
     @property
     def nbytes(self) -> int: ...
 
+def memory_info() -> tuple[int, int]: ...
+def to_dlpack(array: Array, kind: int, device: int) -> Any: ...
+def from_dlpack(capsule: object, kind: int, device: int) -> Array: ...
+def read_probe(out: Array, x: Array, stream: int) -> None: ...
+def empty_probe(overlapped: bool, stream: int) -> None: ...
+def skinny_fits(rows: int, k: int) -> bool: ...
 def skinny_matmul(
     y: Array,
     x: Array,
@@ -48,6 +54,39 @@ def skinny_matmul(
     norm_bias: Array | None,
     norm: int,
     eps: float,
+    multiprocessors: int,
+    overlapped: bool,
+    stream: int,
+) -> None: ...
+def skinny_qkv(
+    q: Array,
+    cache: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    cos: Array | None,
+    sin: Array | None,
+    slots: Array,
+    head_size: int,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    norm: int,
+    eps: float,
+    multiprocessors: int,
+    overlapped: bool,
+    stream: int,
+) -> None: ...
+def skinny_argmax(
+    tokens: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    norm: int,
+    eps: float,
+    partial: Array,
+    ticket: Array,
     multiprocessors: int,
     overlapped: bool,
     stream: int,
@@ -147,6 +186,8 @@ def norm(
     stream: int,
 ) -> None: ...
 def activation(y: Array, x: Array, up: Array | None, activation: int, stream: int) -> None: ...
+def axpby(out: Array, x: Array, a: float, y: Array | None, b: float, stream: int) -> None: ...
+def gather_columns(y: Array, x: Array, index: Array, stream: int) -> None: ...
 def embedding(
     y: Array, tokens: Array, table: Array, positions: Array | None, position_table: Array | None, stream: int
 ) -> None: ...
@@ -181,4 +222,7 @@ def sample(
 ) -> None: ...
 def logprobs(
     chosen: Array, ranks: Array, top: Array, top_ids: Array, logits: Array, ids: Array, stream: int
+) -> None: ...
+def advance(
+    tokens: Array, positions: Array, slots: Array, lengths: Array, rows: Array, chosen: Array, stream: int
 ) -> None: ...

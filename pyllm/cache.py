@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pyllm import _cpu
-from pyllm.ops import Array
+from pyllm.ops import Array, host_memory
 from pyllm.spec import ModelSpec
 
 BLOCK_TOKENS: int = _cpu.BLOCK_TOKENS
@@ -26,16 +27,30 @@ CACHE_DTYPES = {
 
 
 class KVCache:
-    """`blocks` blocks for every layer of a model; memory is taken from the system as blocks are first written."""
+    """`blocks` blocks for every layer of a model, in memory that ``allocate(shape, dtype)`` gives.
 
-    def __init__(self, spec: ModelSpec, blocks: int, dtype: str) -> None:
+    With `shared`, layers of one shape have the same memory: for models that read keys and values only in the step that
+    wrote them, layer after layer. With `cross` they hold what cross attention makes of a source, once for each source.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: int,
+        dtype: str,
+        allocate: Callable[[Sequence[int], np.dtype[Any]], Array] = host_memory,
+        shared: bool = False,
+        *,
+        cross: bool = False,
+    ) -> None:
         self.dtype = dtype
         self.blocks = blocks
         self.layers: list[Array] = []
-        for block in _block_shapes(spec, dtype):
-            shape = (blocks, *block)
-            memory = _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * CACHE_DTYPES[dtype].itemsize)
-            self.layers.append(memory.view(CACHE_DTYPES[dtype]).reshape(shape))
+        known: dict[tuple[int, ...], Array] = {}
+        for block in _block_shapes(spec, dtype, cross):
+            if not shared or block not in known:
+                known[block] = allocate((blocks, *block), CACHE_DTYPES[dtype])
+            self.layers.append(known[block])
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to), in this order."""
@@ -44,18 +59,18 @@ class KVCache:
                 layer[target] = layer[source]
 
     @staticmethod
-    def block_bytes(spec: ModelSpec, dtype: str) -> int:
+    def block_bytes(spec: ModelSpec, dtype: str, shared: bool = False, *, cross: bool = False) -> int:
         """Bytes of one block over all layers."""
-        elements = sum(int(np.prod(shape)) for shape in _block_shapes(spec, dtype))
+        shapes = _block_shapes(spec, dtype, cross)
+        elements = sum(int(np.prod(shape)) for shape in (set(shapes) if shared else shapes))
         return elements * int(CACHE_DTYPES[dtype].itemsize)
 
 
-def _block_shapes(spec: ModelSpec, dtype: str) -> list[tuple[int, int, int]]:
+def _block_shapes(spec: ModelSpec, dtype: str, cross: bool) -> list[tuple[int, int, int]]:
     """Of one block in every layer: [kv_heads, keys and values, elements], an int8 token's scale taking two."""
     pad, scale = _cpu.HEAD_PAD, 2 if dtype == "int8" else 0
-    return [
-        (b.attention.kv_heads, 2, BLOCK_TOKENS * (-(-b.attention.head_dim // pad) * pad + scale)) for b in spec.blocks
-    ]
+    attentions = [b.cross if cross else b.attention for b in spec.blocks]
+    return [(a.kv_heads, 2, BLOCK_TOKENS * (-(-a.head_dim // pad) * pad + scale)) for a in attentions if a is not None]
 
 
 def blocks_for(tokens: int) -> int:

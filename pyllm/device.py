@@ -1,4 +1,4 @@
-"""The GPU: whether there is one to use, and memory on it. The only importer of cuda-python (``cuda.core`` 1.x).
+"""The GPU: whether there is one to use, its memory, stream and graphs. The only importer of ``cuda.core`` (1.x).
 
 Nothing here is imported by the CPU's engine. :func:`unavailable` says why there is no usable GPU, :func:`open_device`
 gives it or raises `CudaUnavailable`; both go through one guard, which makes ``Device(0)`` the first call of
@@ -8,27 +8,19 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm import tensor
 from pyllm.errors import CudaUnavailable, InsufficientMemoryError
-
-if TYPE_CHECKING:
-    from pyllm import _cuda
+from pyllm.tensor import DTYPES, DeviceArray
 
 OLDEST = (8, 0)  # compute capability that the kernels are compiled for
-DTYPES = {
-    np.dtype(np.float32): "float32",
-    np.dtype(ml_dtypes.bfloat16): "bfloat16",
-    np.dtype(np.int32): "int32",
-    np.dtype(np.uint32): "uint32",
-    np.dtype(np.int64): "int64",
-    np.dtype(np.uint8): "uint8",
-}
+STAGING_BYTES = 32 << 20  # of page-locked memory, twice: one piece is filled while the other is on its way
 
 
 def unavailable() -> str | None:
@@ -74,59 +66,219 @@ def open_device() -> Device:
             f"{core.name} has compute capability {capability[0]}.{capability[1]}: the kernels need "
             f"{OLDEST[0]}.{OLDEST[1]} or later (Ampere)"
         )
-    return Device(core)
+    return Device(core, _cuda)
 
 
 class Device:
-    """A GPU with one stream, on which all its copies and kernels run in order."""
+    """A GPU with one stream, on which all its copies and kernels run in order. `kernels` is `pyllm._cuda`."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, kernels: Any) -> None:
+        self.kernels = kernels
         self._core = core
         self._stream = core.create_stream()
+        self._builder: Any = None  # while a graph is recorded
+        self._current = threading.local()
+        self._staging: list[NDArray[np.uint8]] = []
         self.name = str(core.name)
         self.multiprocessors = int(core.properties.multiprocessor_count)
 
     @property
     def stream(self) -> int:
         """Address of the stream, as the launchers of `pyllm._cuda` take it."""
-        return int(self._stream.handle)
+        if not getattr(self._current, "set", False):  # every thread has a current device of its own
+            self._core.set_current()
+            self._current.set = True
+        return int(self._lane.handle)
 
     def synchronize(self) -> None:
         """Wait for all that the stream was given; raises what went wrong in it."""
         self._stream.sync()
 
-    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> _cuda.Array:
-        """Memory for an array of one of `DTYPES`; what it holds is undefined."""
-        from pyllm import _cuda
+    # Memory
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free, and all."""
+        self._ready()
+        free, total = self.kernels.memory_info()
+        return int(free), int(total)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """Memory for an array of a dtype of :data:`pyllm.tensor.DTYPES`; what it holds is undefined.
+
+        It comes from the driver's pool, in the order of the stream. Raises `InsufficientMemoryError`.
+        """
         if np.dtype(dtype) not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(DTYPES.values())}, got {dtype}")
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        self._ready()
         try:
             buffer = self._core.allocate(max(count, 1), stream=self._stream)
         except Exception as error:
             if "OUT_OF_MEMORY" not in str(error).upper():
                 raise
-            raise InsufficientMemoryError(f"not enough GPU memory: {count} bytes could not be had: {error}") from error
-        return _cuda.Array(int(buffer.handle), list(shape), DTYPES[np.dtype(dtype)], owner=buffer)
+            free, total = self.memory()
+            raise InsufficientMemoryError(
+                f"not enough memory on {self.name}: needed {count / 1e9:.3f} GB, free {free / 1e9:.3f} of "
+                f"{total / 1e9:.3f} GB. Lower max_model_len (--ctx-size), kv_cache_bytes or max_num_batched_tokens, "
+                "choose a smaller model, or free memory that other programs hold"
+            ) from error
+        raw = self.kernels.Array(int(buffer.handle), list(shape), DTYPES[np.dtype(dtype)], owner=buffer)
+        return DeviceArray(self, raw)
 
-    def upload(self, array: NDArray[Any]) -> _cuda.Array:
-        """A copy of a numpy array on the GPU; it is there before this returns."""
-        source = np.ascontiguousarray(array)
-        target = self.empty(source.shape, source.dtype)
-        if source.nbytes:
-            target.owner.copy_from(_host_buffer(source), stream=self._stream)
-            self.synchronize()
-        return target
+    def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """The same, of zeros."""
+        array = self.empty(shape, dtype)
+        if array.nbytes:
+            array.raw.owner.fill(0, stream=self._stream)
+        return array
 
-    def download(self, array: _cuda.Array) -> NDArray[Any]:
-        """A copy of an array that :meth:`empty` or :meth:`upload` made, after all that was launched before."""
-        dtype = next(d for d, name in DTYPES.items() if name == array.dtype)
-        target = np.empty(array.shape, dtype)
-        if target.nbytes:
-            array.owner.copy_to(_host_buffer(target), stream=self._stream)
+    def pinned(self, count: int) -> NDArray[np.uint8]:
+        """`count` bytes of page-locked memory on the host, between which and the GPU copies run by themselves."""
+        from cuda.core import LegacyPinnedMemoryResource
+
+        self._ready()
+        return np.asarray(_Pinned(LegacyPinnedMemoryResource().allocate(max(count, 1)), count))
+
+    def upload(self, array: NDArray[Any]) -> DeviceArray:
+        """A copy of a numpy array on the GPU; the array may be changed once this returns."""
+        source = np.asarray(array, order="C")
+        if source.nbytes < STAGING_BYTES:
+            target = self.empty(source.shape, source.dtype)
+            self.write(target, source)
+            return target
+
+        def piece(first: int, rows: NDArray[Any]) -> None:
+            rows[...] = source[first : first + len(rows)]
+
+        return self.load(source.shape, source.dtype, piece)
+
+    def load(self, shape: Sequence[int], dtype: Any, write: Callable[[int, NDArray[Any]], None]) -> DeviceArray:
+        """An array [N, ...] on the GPU of what ``write(first, rows)`` puts into `rows`, its rows from `first` on.
+
+        They lie in page-locked memory; while one piece is written the one before is on its way.
+        """
+        target = self.empty(shape, dtype)
+        row = target.nbytes // max(shape[0], 1)
+        if not target.nbytes:
+            return target
+        if not self._staging or self._staging[0].nbytes < row:
+            self._staging = [self.pinned(max(STAGING_BYTES, row)) for _ in range(2)]
+        count = self._staging[0].nbytes // row
+        sent: list[Any] = [None, None]
+        for turn, first in enumerate(range(0, shape[0], count)):
+            half, rows = turn % 2, min(count, shape[0] - first)
+            if sent[half] is not None:
+                sent[half].sync()
+            memory = self._staging[half][: rows * row].view(dtype).reshape(rows, *shape[1:])
+            write(first, memory)
+            self.send(target[first : first + rows], memory)
+            sent[half] = self.record()
         self.synchronize()
         return target
+
+    def write(self, target: DeviceArray, source: Any) -> None:
+        """Copy an array of the same shape and dtype, from the GPU or the host, into contiguous memory."""
+        if target.shape != tuple(source.shape) or target.dtype != source.dtype:
+            raise ValueError(
+                f"write: expected {list(target.shape)} of {target.dtype}, got {list(source.shape)} of {source.dtype}"
+            )
+        if isinstance(source, DeviceArray):
+            if target.nbytes:
+                _buffer_of(target).copy_from(_buffer_of(source), stream=self._lane)
+            return
+        source = np.asarray(source, order="C")
+        self.send(target, source)
+        self.synchronize()
+
+    def send(self, target: DeviceArray, source: NDArray[Any]) -> None:
+        """Copy contiguous memory of the host that stays as it is until what follows in the stream was waited for."""
+        self._ready()
+        if target.nbytes:
+            _buffer_of(target).copy_from(_host_buffer(source), stream=self._lane)
+
+    def fetch(self, target: NDArray[Any], source: DeviceArray) -> None:
+        """Copy to contiguous memory of the host; it is there once the stream was waited for."""
+        self._ready()
+        if target.nbytes:
+            _buffer_of(source).copy_to(_host_buffer(target), stream=self._lane)
+
+    def read(self, array: DeviceArray) -> NDArray[Any]:
+        """A copy on the host, after all that was launched before."""
+        if not array.contiguous:  # all rows with what lies between them, then the rows alone
+            step, (rows, *inner) = array.raw.strides[0], array.shape
+            flat = self.read(array.view(0, [(rows - 1) * step + int(np.prod(inner))]))
+            strides = [stride * flat.itemsize for stride in array.raw.strides]
+            return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, array.shape, strides))
+        target = np.empty(array.shape, array.dtype)
+        self.fetch(target, array)
+        self.synchronize()
+        return target
+
+    def from_dlpack(self, other: Any) -> DeviceArray:
+        """A view of another library's array on this GPU, such as a tensor of torch, without a copy."""
+        self._ready()
+        on_gpu = other.__dlpack_device__()[0] == 2
+        capsule = other.__dlpack__(stream=self.stream) if on_gpu else other.__dlpack__()
+        return DeviceArray(self, self.kernels.from_dlpack(capsule, tensor.DEVICE_KIND, 0))
+
+    # Events and graphs
+
+    def record(self) -> Any:
+        """An event of cuda.core at this point of the stream; its ``sync()`` waits for all before it."""
+        return self._stream.record()
+
+    def begin_graph(self) -> None:
+        """From here what the stream is given is recorded, not run."""
+        self._ready()
+        self._builder = self._stream.create_graph_builder()
+        self._builder.begin_building()
+
+    def end_graph(self) -> Any:
+        """The graph of what was given since :meth:`begin_graph`, a ``cuda.core`` Graph, ready to run."""
+        builder, self._builder = self._builder, None
+        graph = builder.end_building().complete()
+        builder.close()
+        graph.upload(self._stream)
+        return graph
+
+    def drop_graph(self) -> None:
+        """End a recording that failed."""
+        builder, self._builder = self._builder, None
+        if builder is not None:
+            builder.end_building()
+            builder.close()
+
+    @property
+    def recording(self) -> bool:
+        """Whether a graph is being recorded."""
+        return self._builder is not None
+
+    def replay(self, graph: Any) -> None:
+        """Run a graph."""
+        self._ready()
+        graph.launch(self._stream)
+
+    @property
+    def _lane(self) -> Any:
+        """The stream that work is given to: that of the recording while there is one."""
+        return self._stream if self._builder is None else self._builder.stream
+
+    def _ready(self) -> None:
+        """Make the device current in this thread."""
+        _ = self.stream
+
+
+class _Pinned:
+    """Page-locked memory as numpy takes it; the array keeps this, and this the memory."""
+
+    def __init__(self, buffer: Any, count: int) -> None:
+        self._buffer = buffer
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (count,),
+            "typestr": "|u1",
+            "data": (int(buffer.handle), False),
+        }
 
 
 def _host_buffer(array: NDArray[Any]) -> Any:
@@ -134,6 +286,15 @@ def _host_buffer(array: NDArray[Any]) -> Any:
     from cuda.core import Buffer
 
     return Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array)
+
+
+def _buffer_of(array: DeviceArray) -> Any:
+    """The memory of a contiguous array on the GPU as cuda.core takes it."""
+    from cuda.core import Buffer
+
+    if not array.contiguous:
+        raise ValueError(f"copy: expected contiguous memory, got {array} with strides {array.raw.strides}")
+    return Buffer.from_handle(array.raw.pointer, array.nbytes, owner=array.raw.owner)
 
 
 def _version(number: int) -> str:

@@ -14,45 +14,52 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pyllm import isa
-from pyllm.cache import BlockPool, KVCache
-from pyllm.device import unavailable
+from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
+from pyllm.cuda_ops import CudaOps, refusal
+from pyllm.device import Device, open_device, unavailable
+from pyllm.encoding import Encoded, Encoding, Progress, Prompt
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
 from pyllm.engine.request import Request
-from pyllm.engine.runner import Runner
+from pyllm.engine.runner import HEAD_ROWS, Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
+from pyllm.engine.sources import Source
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
 from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
+from pyllm.generation_config import GenerationConfig
 from pyllm.interrupts import Interrupts
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
 from pyllm.planning import CATCH_UP, Plan, plan_memory
-from pyllm.pooling import Pooling, embedding_rule
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.weights import Checkpoint, resolve
 
-Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Message: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """Logits float32 [T, V] of every token; hidden states as transformers gives them, L + 1 arrays [T, D]:
-    the embedding, the residual stream after each block but the last, and the final norm's output."""
+    """What the head gives, float32: logits [T, V] of every token, of a head of labels scores [T, N] or, for the text as
+    a whole, [1, N]; None where there is no head. Hidden states as transformers gives them, L + 1 arrays [T, D]: the
+    embedding, the residual stream after each block but the last, and the final norm's output. Attention weights [H, T,
+    T] of each block, of each query for all keys."""
 
-    logits: F32
+    logits: F32 | None
     hidden_states: list[F32] | None = None
+    attentions: list[F32] | None = None
+    encoder_hidden_states: list[F32] | None = None  # those of the encoder, where the model has one
 
 
-class LLM:
-    """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU.
+class LLM(Encoding):
+    """A model in the Hugging Face folder layout, by folder or hub name, loaded for generation on the CPU or a GPU.
 
     Args:
         model: a folder, or a hub name ("org/name"), which is downloaded through huggingface_hub into its cache.
@@ -62,7 +69,10 @@ class LLM:
             meet them. None: keep them in `dtype`. What a checkpoint holds as integers already stays as it is.
         quantization_skip: shell patterns of weights that are kept in `dtype`, such as "blocks.0.*" or
             "*.mlp.down.weight".
-        device: "cpu", or "auto", which is the CPU too so far; "cuda" is an error.
+        device: "cpu", "cuda" (an NVIDIA GPU), or "auto": the GPU where there is one that can run the model as asked,
+            else the CPU. On a GPU weights are bfloat16, or float32 where `dtype` says so.
+        batch_invariant: on a GPU, compute a sequence to the same bits whatever runs beside it, as the CPU always does;
+            decoding is slower. Without it the same batch gives the same bits.
         max_model_len: longest prompt plus completion, in tokens; default the model's own, less where memory asks.
         seed: of requests that have none; None takes fresh entropy for each request.
         threads: default PYLLM_THREADS, else the physical cores available.
@@ -99,6 +109,7 @@ class LLM:
         quantization: str | None = None,
         quantization_skip: Sequence[str] = (),
         device: str = "auto",
+        batch_invariant: bool = False,
         max_model_len: int | None = None,
         seed: int | None = None,
         threads: int | None = None,
@@ -126,13 +137,17 @@ class LLM:
         self.chat_template = chat_template
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
-        self.ops = Ops(threads if threads is not None else isa.default_threads())
+        threads = threads if threads is not None else isa.default_threads()
         drafts_per_step(speculative, draft_model, num_speculative_tokens)  # said before anything is opened
         with ExitStack() as opened:
             checkpoint = opened.enter_context(open_checkpoint(self.folder))
             draft = None
             if draft_model is not None:
                 draft = opened.enter_context(open_checkpoint(resolve(str(draft_model), offline=offline)))
+            gpu = _gpu_for(
+                device, [refusal(c.spec, dtype, quantization, kv_cache_dtype) for c in (checkpoint, draft) if c]
+            )
+            self.device = "cpu" if gpu is None else "cuda"
             self.plan: Plan = plan_memory(
                 checkpoint,
                 draft,
@@ -147,16 +162,26 @@ class LLM:
                 prefix=prefix,
                 speculative=speculative,
                 num_speculative_tokens=num_speculative_tokens,
+                gpu=gpu,
             )
             self.plan.check()
             self.spec = self.plan.spec
+            self.ops = Ops(threads)
+            if gpu is not None:
+                product = CACHE_DTYPES[self.plan.precision.dtype]
+                self.ops = CudaOps(gpu, product, threads=threads, invariant=batch_invariant)
             weights = pack_weights(checkpoint, self.ops, self.plan.precision, progress)
             proposer: Proposer | None = NgramProposer() if speculative is not None else None
             if draft is not None:
                 proposer = _load_draft(draft, self.plan, self.ops, max_num_seqs, enable_prefix_caching)
         self.model = Model(self.spec, weights)
         self.max_model_len = self.plan.max_model_len
-        cache = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype)
+        cache = KVCache(
+            self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate, shared=self.spec.is_encoder
+        )
+        cross = None
+        if self.spec.encoder is not None:
+            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, cross=True)
         self._runner = Runner(
             self.model,
             self.ops,
@@ -165,6 +190,8 @@ class LLM:
             max_num_seqs,
             self.max_model_len,
             self.plan.drafts,
+            cross,
+            self.plan.max_source,
         )
         own = _generation_end_ids(self.folder) if self.tokenizer is None else self.tokenizer.eos_token_ids
         end_ids = {*self.spec.eos_token_ids, *own}
@@ -178,6 +205,7 @@ class LLM:
             max_length=self.max_model_len,
             share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
             speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
+            defaults=GenerationConfig.read(self.folder, self.spec.vocab_size),
         )
         self._lock = threading.RLock()
 
@@ -196,17 +224,22 @@ class LLM:
         A prompt is text, ``{"prompt": text}`` or ``{"prompt_token_ids": [...]}``. Parameters are one `SamplingParams`
         for all, one each, or keywords of `SamplingParams`. `progress` gets (finished, all) requests.
 
+        A model with an encoder reads the prompt as its source and writes about it; its text begins with the start token
+        and a prompt's ``"target_token_ids"``. Without parameters it searches as its folder says.
+
         Raises `RequestError` for a prompt that is empty, too long or has ids outside the vocabulary, before anything is
         run; `NonFiniteError` when the model's logits are no numbers.
         """
         single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
         listed: list[Any] = [prompts] if single else list(prompts)
+        if sampling_params is None and not params and self.spec.encoder is not None:
+            sampling_params = self.engine.defaults.params
         each = _params_for(len(listed), sampling_params, params)
-        encoded = [self._encode_prompt(prompt) for prompt in listed]
+        encoded = [(self._encode_prompt(prompt), self._target_of(prompt)) for prompt in listed]
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
-            for prompt, one in zip(encoded, each, strict=True):
-                self._add(requests, prompt, one, interrupts)
+            for (prompt, target), one in zip(encoded, each, strict=True):
+                self._add(requests, prompt, one, interrupts, target=target)
             self._run(requests, progress, interrupts)
         return [self._result(request) for request in requests]
 
@@ -219,7 +252,7 @@ class LLM:
             raise ValueError(f"num_beams: expected 1, got {one.num_beams}: beams have no text to stream; use generate")
         encoded = self._encode_prompt(prompt)
         self.engine.check_prompt(encoded[1])
-        return self._stream(encoded, one)
+        return self._stream(encoded, one, self._target_of(prompt))
 
     def chat(
         self,
@@ -266,22 +299,28 @@ class LLM:
         of the continuation are scored: the two are tokenized together and cut where the tokens of the context end.
 
         With a bidirectional prefix the context of a pair is the prefix, and a text by itself is read without one. A
-        model that fills blanks is given the context as a prompt, and scores what stands in the blank.
+        model that fills blanks is given the context as a prompt, and scores what stands in the blank. A model with an
+        encoder takes pairs (source, target), or a prompt with ``"target_token_ids"``, and scores the target.
         """
         if isinstance(texts, (str, Mapping, tuple)):
             raise TypeError("score: expected a list of texts and of (context, continuation) pairs, got one by itself")
-        items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
+        items = list(texts)
+        if self.spec.encoder is None:
+            items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         given = [self._scored(item) for item in items]
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
-            for prompt, start in given:
-                self._add(requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start)
+            for item, (prompt, start) in zip(items, given, strict=True):
+                target = self._target_of(item)
+                self._add(
+                    requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start, target=target
+                )
             self._run(requests, progress, interrupts)
         scores = []
         for request, (_, start) in zip(requests, given, strict=True):
             output = self._result(request)
-            ids = output.prompt_token_ids
+            ids = request.completions[0].sequence.tokens  # the prompt, or the target
             entries = output.prompt_logprobs or []
             values = [entry[token].logprob for token, entry in zip(ids[start:], entries[start:], strict=True) if entry]
             scores.append(Score(output.prompt, ids[start:], values))
@@ -300,6 +339,8 @@ class LLM:
         """
         ids = self.encode(text) if isinstance(text, str) else list(text)
         size = len(text.encode()) if isinstance(text, str) else 0
+        if self.spec.encoder is not None:
+            raise RequestError("perplexity: not of a model with an encoder: score pairs (source, target)")
         if len(ids) < 2:
             raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         window = self.max_model_len
@@ -321,60 +362,49 @@ class LLM:
                 break
         return PerplexityResult(float(np.exp(nll / scored)), nll, scored, size)
 
-    def embed(
-        self,
-        texts: Sequence[Prompt],
-        *,
-        pooling: str | None = None,
-        normalize: bool | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> F32:
-        """Embeddings float32 [N, D] of N texts: their hidden states after the final norm, made one vector each.
-
-        `pooling` is "last", "cls" (the first token), "mean" or "max"; `normalize` gives vectors of length 1. Where they
-        are None the model's folder says what they are (modules.json, as sentence-transformers writes it).
-
-        Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
-        `NonFiniteError` when hidden states are no numbers.
-        """
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError("embed: expected a list of texts, got one by itself")
-        rule = embedding_rule(self.folder, pooling, normalize)
-        params = SamplingParams(max_tokens=0, detokenize=False)
-        encoded = [self._encode_prompt(text) for text in texts]
-        for _, ids in encoded:
-            rule.check(len(ids))
-        requests: list[Request] = []
-        with self._ended(requests) as interrupts:
-            for prompt in encoded:
-                self._add(requests, prompt, params, interrupts, rule.pooling)
-            self._run(requests, progress, interrupts)
-        vectors = np.empty((len(requests), self.spec.hidden), np.float32)
-        for vector, request in zip(vectors, requests, strict=True):
-            self._result(request)
-            assert request.pool is not None
-            vector[:] = rule.vector(request.pool)
-        return vectors
-
     def forward(
-        self, token_ids: Sequence[int], *, output_hidden_states: bool = False, prefix: int | None = None
+        self,
+        token_ids: Sequence[int],
+        *,
+        token_type_ids: Sequence[int] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        prefix: int | None = None,
+        source_token_ids: Sequence[int] | None = None,
     ) -> ForwardOutput:
-        """Logits of every token, and what transformers calls hidden states; memory grows with T x V.
+        """What the model's head gives, and what transformers calls hidden states; memory grows with T x V.
 
-        The first `prefix` tokens see one another; None: as the model takes a prompt.
+        `token_type_ids` tell which text of a pair each token belongs to, by default all to the first. The first
+        `prefix` tokens see one another; None: as the model takes a prompt. Attention weights are those of texts that a
+        step holds whole, else `RequestError`. Where the model has an encoder it reads `source_token_ids`, and
+        `token_ids` are all of the decoder's, the start token first.
         """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
+        if (source_token_ids is not None) != (self.spec.encoder is not None):
+            expected = (
+                "tokens for the encoder" if self.spec.encoder is not None else "none, for the model has no encoder"
+            )
+            raise RequestError(f"source_token_ids: expected {expected}, got {shown(source_token_ids)}")
         with self._lock:
-            self.engine.check_prompt(token_ids)
+            scheduler, source = self.engine.scheduler, None
+            if source_token_ids is None:
+                self.engine.check_prompt(token_ids, token_type_ids)
+            else:
+                source = Source([_checked_id(i, token) for i, token in enumerate(source_token_ids)])
+                self.engine.check_prompt(source.tokens)
+                self.engine.check_target(token_ids)
             length = self.engine.prefix_length(token_ids, prefix)
-            pool = self.engine.scheduler.pool
-            sequence = EngineSequence(token_ids, 0, share_prefix=False, prefix=length)
-            if not sequence.reserve(pool, len(sequence.tokens)):
-                raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
+            sequence = EngineSequence(
+                token_ids, 0, share_prefix=False, prefix=length, types=token_type_ids, source=source
+            )
             try:
-                return self._forward(sequence, output_hidden_states)
+                if not scheduler.reserve(sequence, len(sequence.tokens)):
+                    raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
+                return self._forward(sequence, output_hidden_states, output_attentions)
             finally:
-                sequence.leave(pool)
+                sequence.leave(scheduler.pool)
+                if source is not None and scheduler.source_pool is not None:
+                    source.leave(scheduler.source_pool)
 
     # Text
 
@@ -413,7 +443,15 @@ class LLM:
         return self.spec.prefix is not None and self.spec.prefix.start_id is not None
 
     def _scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[tuple[str | None, list[int]], int]:
-        """A text to score with its tokens, and the first of these that counts."""
+        """A text to score with its tokens, and the first of these that counts; for an encoder the source."""
+        if self.spec.encoder is not None:
+            pair = isinstance(item, tuple) and len(item) == 2
+            if not pair and not (isinstance(item, Mapping) and "target_token_ids" in item):
+                raise RequestError(
+                    "score: this model has an encoder: expected pairs (source, target), or prompts with "
+                    f"'target_token_ids', got {shown(item)}"
+                )
+            return self._encode_prompt(item[0] if isinstance(item, tuple) else item), 1
         if isinstance(item, tuple):
             text = "".join(item)
             if not self._fills_blanks:
@@ -435,8 +473,8 @@ class LLM:
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
-        keys = ("prompt", "prompt_token_ids")
-        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys):
+        keys = ("prompt", "prompt_token_ids", "target_token_ids")
+        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys[:2]):
             expected = "a string, {'prompt': ...} or {'prompt_token_ids': [...]}"
             raise TypeError(f"prompt: expected {expected}, got {type(prompt).__name__}")
         _refuse_unknown("prompt", {key: None for key in prompt if key not in keys}, dict.fromkeys(keys))
@@ -444,9 +482,39 @@ class LLM:
         if "prompt_token_ids" not in prompt:
             return self._encode_prompt(str(text))
         ids = prompt["prompt_token_ids"]
-        if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-            raise TypeError(f"prompt_token_ids: expected a list of integers, got {shown(ids)}")
-        return text, [_checked_id(i, token) for i, token in enumerate(ids)]
+        return text, _checked_ids("prompt_token_ids", ids)
+
+    def _target_of(self, prompt: Prompt | tuple[str, str]) -> list[int]:
+        """What a decoder's text about a source begins with: the second of a pair, or as a prompt says."""
+        if isinstance(prompt, tuple):
+            return [] if self.spec.encoder is None else self.encode(prompt[1])
+        if not isinstance(prompt, Mapping) or "target_token_ids" not in prompt:
+            return []
+        if self.spec.encoder is None:
+            raise RequestError(
+                "target_token_ids: expected none, for the model has no encoder: put them into the prompt"
+            )
+        return _checked_ids("target_token_ids", prompt["target_token_ids"])
+
+    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
+        """Run texts through the model, the longest first, so that short ones fill up steps."""
+        params = SamplingParams(max_tokens=0, detokenize=False)
+        requests: list[Request] = []
+        with self._ended(requests) as interrupts:
+            for text, pool in sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids)):
+                self._add(requests, (text.text, text.ids), params, interrupts, pool, text.types)
+            self._run(requests, progress, interrupts)
+        for request in requests:
+            self._result(request)
+
+    def _head(self, states: F32) -> F32:
+        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
+        values = np.empty((len(states), self.spec.outputs), np.float32)
+        with self._lock:
+            for first in range(0, len(states), HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                self.model.head(self.ops, self.model.before_head(self.ops, states[rows]), out=values[rows])
+        return values
 
     def _add(
         self,
@@ -454,8 +522,10 @@ class LLM:
         prompt: tuple[str | None, list[int]],
         params: SamplingParams,
         interrupts: Interrupts,
-        pooling: Pooling | None = None,
+        pool: Pool | KeptStates | None = None,
+        types: Sequence[int] | None = None,
         prefix: int | None = None,
+        target: Sequence[int] = (),
     ) -> None:
         """Queue a request, and list it among `requests`."""
         if params.stop and self.tokenizer is None:
@@ -463,7 +533,9 @@ class LLM:
         seed = params.seed if params.seed is not None else self.seed
         with self._lock, interrupts:
             seed = secrets.randbits(63) if seed is None else seed
-            requests.append(self.engine.add(*prompt, params, seed, pooling=pooling, prefix=prefix))
+            requests.append(
+                self.engine.add(*prompt, params, seed, pool=pool, types=types, prefix=prefix, target_ids=target)
+            )
 
     @contextmanager
     def _ended(self, requests: list[Request]) -> Iterator[Interrupts]:
@@ -493,10 +565,12 @@ class LLM:
                 finished = now
                 progress(finished, len(requests))
 
-    def _stream(self, prompt: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[StreamOutput]:
+    def _stream(
+        self, prompt: tuple[str | None, list[int]], params: SamplingParams, target: Sequence[int]
+    ) -> Iterator[StreamOutput]:
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
-            self._add(requests, prompt, params, interrupts)
+            self._add(requests, prompt, params, interrupts, target=target)
             [request] = requests
             request.streamed = True
             pieces = request.pieces
@@ -514,21 +588,35 @@ class LLM:
             raise request.error
         return request.result()
 
-    def _forward(self, sequence: EngineSequence, output_hidden_states: bool) -> ForwardOutput:
-        total, vocabulary = len(sequence.tokens), self.spec.vocab_size
-        logits = np.empty((total, vocabulary), np.float32)
+    def _forward(self, sequence: EngineSequence, output_hidden_states: bool, output_attentions: bool) -> ForwardOutput:
+        total, kind, step = len(sequence.tokens), self.spec.head.kind, self._runner.max_tokens
+        if output_attentions and total > step:
+            raise RequestError(
+                f"output_attentions: expected at most {step} tokens, those of a step, got {total}: raise "
+                "max_num_batched_tokens"
+            )
+        if output_attentions and self.ops.on_gpu:
+            raise RequestError("output_attentions: expected device='cpu', this model is on a GPU")
+        attentions: list[F32] | None = [] if output_attentions else None
+        scored = {HeadKind.NONE: 0, HeadKind.POOLED: 1}.get(kind, total)
+        logits = np.empty((scored, self.spec.outputs), np.float32)
         hidden: list[list[F32]] = []
-        for start in range(0, total, self._runner.max_tokens):
-            work = Work(sequence, start, min(self._runner.max_tokens, total - start), False)
+        encoder_states: list[F32] = []
+        if sequence.source is not None:
+            last = self._runner.encode([sequence.source], encoder_states if output_hidden_states else None)
+            encoder_states += [] if last is None else [last]
+        for start in range(0, total, step):
+            work = Work(sequence, start, min(step, total - start), False)
             trace: list[F32] | None = [] if output_hidden_states else None
-            x = self._runner.forward([work], trace)
-            for first, piece in self._runner.logits(x, np.arange(work.count, dtype=np.int32)):
+            x = self._runner.forward([work], trace, attentions)
+            rows = np.arange(min(work.count, scored - start), dtype=np.int32)
+            for first, piece in self._runner.logits(x, rows):
                 logits[start + first : start + first + len(piece)] = piece
             if trace is not None:
                 hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        return ForwardOutput(logits, states)
+        return ForwardOutput(logits if scored else None, states, attentions, encoder_states or None)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -543,7 +631,7 @@ def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, sequences: int, sh
     spec, planned = checkpoint.spec, plan.draft_model
     assert planned is not None
     model = Model(spec, pack_weights(checkpoint, ops, planned.precision))
-    cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype)
+    cache = KVCache(spec, plan.cache_blocks, planned.cache_dtype, ops.allocate)
     runner = Runner(model, ops, cache, plan.step_tokens, sequences, planned.max_length, CATCH_UP)
     return DraftModel(runner, cache.blocks, planned.max_length, share and not _rope_varies(spec))
 
@@ -588,24 +676,35 @@ def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[Sam
 
 
 def _check_device(device: str) -> None:
-    if device == "cuda":
-        missing = unavailable()
-        raise CudaUnavailable(
-            "device='cuda': models run on the CPU only so far, pyllm has single CUDA kernels (docs/gpu.md)"
-            + (f"; besides, {missing}" if missing else "")
-            + ". Use device='cpu'."
-        )
-    if device not in ("auto", "cpu"):
+    if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and (missing := unavailable()) is not None:
+        raise CudaUnavailable(f"device='cuda': {missing}. Or use device='cpu'.")
+
+
+def _gpu_for(device: str, refusals: Sequence[str | None]) -> Device | None:
+    """The GPU to run on; None for the CPU. What a GPU cannot do is an error only where it was asked for."""
+    if device == "cpu" or (device == "auto" and (unavailable() is not None or any(refusals))):
+        return None
+    for reason in refusals:
+        if reason is not None:
+            raise ValueError(f"{reason}. Or use device='cpu'.")
+    return open_device()
 
 
 def _checked_seed(seed: int | None) -> int | None:
     return seed if seed is None else replace(SamplingParams(), seed=seed).seed
 
 
-def _checked_id(index: int, token: Any) -> int:
+def _checked_ids(name: str, ids: Any) -> list[int]:
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
+        raise TypeError(f"{name}: expected a list of integers, got {shown(ids)}")
+    return [_checked_id(i, token, name) for i, token in enumerate(ids)]
+
+
+def _checked_id(index: int, token: Any, name: str = "prompt_token_ids") -> int:
     if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__"):
-        raise TypeError(f"prompt_token_ids[{index}]: expected an integer, got {token!r}")
+        raise TypeError(f"{name}[{index}]: expected an integer, got {token!r}")
     return int(token)
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.isa import default_threads
 from pyllm.sampling import SampleInputs
-from pyllm.spec import Activation, NormKind
+from pyllm.spec import Activation, ModelSpec, NormKind, Pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +49,7 @@ ACTIVATIONS = {
 }
 GROUP_SIZES = {"int8": 0, "int4": 64}  # by default; 0: one scale for a row
 NORMS = {NormKind.LAYER: 0, NormKind.RMS: 1}
+POOLINGS = {Pooling.LAST: 0, Pooling.CLS: 1, Pooling.MEAN: 2, Pooling.MAX: 3}
 
 
 class AttentionRule(TypedDict, total=False):
@@ -79,9 +80,12 @@ class Ops:
     :meth:`replay` runs with one call as often as wanted; what changes from run to run is changed in the arrays.
     """
 
+    on_gpu = False  # the rest is what the engine asks, to run on either
+    packs_integers = True
+
     def __init__(self, threads: int | None = None) -> None:
         self.context = _cpu.Context(threads if threads is not None else default_threads())
-        self._arena: Arena | None = None
+        self._arena: Any = None  # an Arena, or what stands for one on a GPU
 
     @property
     def threads(self) -> int:
@@ -93,10 +97,41 @@ class Ops:
     def empty(self, *shape: int) -> F32:
         """A float32 array for an output: fresh memory, or a piece of the arena inside :meth:`use_arena`."""
         if self._arena is not None:
-            return self._arena.take(shape)
+            return self._arena.take(shape)  # type: ignore[no-any-return]
         return np.empty(shape, np.float32)
 
-    def use_arena(self, arena: Arena | None) -> None:
+    def place(self, array: Array) -> Array:
+        """An array of the host, where kernels read it: itself."""
+        return array
+
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+        """Memory that is kept, outside of any arena."""
+        return host_memory(shape, dtype)
+
+    def arena(self, floats: int) -> Any:
+        """An arena of so many float32, for :meth:`use_arena`."""
+        return Arena(floats)
+
+    def reserve(self, spec: ModelSpec, sequences: int, width: int) -> None:
+        """Have what attention of so many sequences of `width` cache blocks works with, before a recording."""
+
+    def stage(self, arrays: Sequence[Any], lasting: bool = True) -> Stage:
+        """Arrays that the host writes and kernels read, those of a recorded step being `lasting`."""
+        return Stage(arrays, arrays)
+
+    def tokens(self, chosen: NDArray[np.int32]) -> list[int]:
+        """Tokens that a replayed step chose."""
+        return chosen.tolist()  # type: ignore[no-any-return]
+
+    def fetch(self, array: Any) -> Any:
+        """On a GPU: begin to bring a small array to the host; the result's ``wait()`` gives it."""
+        raise NotImplementedError
+
+    def advance(self, tokens: Any, positions: Any, slots: Any, lengths: Any, rows: Any, chosen: Any) -> None:
+        """On a GPU: make the inputs of the next step of decoding out of this one's."""
+        raise NotImplementedError
+
+    def use_arena(self, arena: Any) -> None:
         """Take outputs from `arena` from here on; None goes back to fresh memory."""
         self._arena = arena
 
@@ -275,17 +310,31 @@ class Ops:
         table: _cpu.PackedMatrix | Array,
         positions: NDArray[np.int32] | None = None,
         position_table: F32 | None = None,
+        types: NDArray[np.int32] | None = None,
+        type_table: F32 | None = None,
         out: F32 | None = None,
     ) -> F32:
-        """``table[tokens] + position_table[positions]``: tokens int32 [T], table [V, D] packed or plain -> [T, D]."""
+        """``table[tokens] + position_table[positions] + type_table[types]``, the latter two where given: ids int32 [T],
+        table [V, D] packed or plain, the others float32 [any, D] -> [T, D].
+        """
         out = self.empty(tokens.shape[0], table.shape[1]) if out is None else out
-        self.context.embedding(out, tokens, table, positions, position_table)
+        self.context.embedding(out, tokens, table, positions, position_table, types, type_table)
         return out
 
     def gather(self, x: F32, index: NDArray[np.int32]) -> F32:
         """``x[index]``: x [T, D], index int32 [R] -> [R, D]."""
         out = self.empty(index.shape[0], x.shape[1])
         self.context.gather(out, x, index)
+        return out
+
+    def pool(self, x: F32, starts: NDArray[np.int32], pooling: Pooling, out: F32 | None = None) -> F32:
+        """One row from those of each sequence: x [T, D], starts int32 [B + 1], rising from 0 to T -> [B, D].
+
+        Rows are taken in order, so that a sequence's result depends on nothing but its rows; one without rows gives 0.
+        A maximum is NaN where a row has NaN.
+        """
+        out = self.empty(starts.shape[0] - 1, x.shape[1]) if out is None else out
+        self.context.pool(out, x, starts, POOLINGS[pooling])
         return out
 
     def gather_columns(self, x: F32, index: NDArray[np.int32], out: F32 | None = None) -> F32:
@@ -401,6 +450,24 @@ def check_weights_of_heads(x: F32, weight: F32) -> None:
     """Raise ``ValueError`` where the weights [H, E] of a norm are not those of the heads of x [T, H, E]."""
     if x.shape[1:] != weight.shape:
         raise ValueError(f"weight: expected {list(x.shape[1:])}, a row for each head of x, got {list(weight.shape)}")
+
+
+def host_memory(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """An array on huge pages where granted, whose memory is taken from the system as it is first written."""
+    return _cpu.allocate(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+class Stage:
+    """Arrays where the host writes them, and where kernels find them: the same on the CPU."""
+
+    def __init__(self, host: Sequence[Any], placed: Sequence[Any]) -> None:
+        self.host, self.placed = host, placed
+
+    def send(self) -> None:
+        """Bring what was written to where kernels find it."""
+
+    def wait(self) -> None:
+        """Wait until what was sent may be changed."""
 
 
 class Arena:

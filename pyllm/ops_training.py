@@ -16,13 +16,14 @@ from pyllm.ops import (
     F32,
     F64,
     NORMS,
+    POOLINGS,
     Array,
     AttentionRule,
     Dropout,
     Ops,
     check_weights_of_heads,
 )
-from pyllm.spec import Activation, NormKind
+from pyllm.spec import Activation, NormKind, Pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -136,17 +137,28 @@ class TrainingOps(Ops):
         dy: F32,
         tokens: NDArray[np.int32],
         positions: NDArray[np.int32] | None,
+        d_type_table: F32 | None = None,
+        types: NDArray[np.int32] | None = None,
     ) -> None:
-        """``dtable[tokens] += dy``, ``dposition_table[positions] += dy``: dy [T, D], tokens and positions int32 [T].
+        """``dtable[tokens] += dy``, ``dposition_table[positions] += dy``, ``d_type_table[types] += dy``: dy [T, D], ids
+        int32 [T].
 
-        dtable [V, D] is packed float32 or plain; dposition_table [P, D]. Rows that several tokens share receive them in
-        the order of the tokens.
+        dtable [V, D] is packed float32 or plain; dposition_table [P, D], d_type_table [S, D]. Rows that several tokens
+        share receive them in the order of the tokens.
         """
-        self.context.embedding_backward(dtable, dposition_table, dy, tokens, positions)
+        self.context.embedding_backward(dtable, dposition_table, d_type_table, dy, tokens, positions, types)
 
     def gather_backward(self, dx: F32, dy: F32, index: NDArray[np.int32]) -> F32:
         """Gradient of :meth:`gather`: dx [T, D] becomes 0, then ``dx[index] += dy``, dy [R, D], in order. Gives dx."""
         self.context.gather_backward(dx, dy, index)
+        return dx
+
+    def pool_backward(self, dx: F32, dy: F32, starts: NDArray[np.int32], pooling: Pooling, x: F32 | None = None) -> F32:
+        """Gradient of :meth:`pool`: dy [B, D] -> dx [T, D], overwritten. Gives dx.
+
+        x [T, D], what was pooled, is needed for the maximum, whose gradient goes to the first row that has it.
+        """
+        self.context.pool_backward(dx, dy, x, starts, POOLINGS[pooling])
         return dx
 
     def gather_columns_backward(self, dx: F32, dy: F32, index: NDArray[np.int32]) -> None:
@@ -226,4 +238,20 @@ class TrainingOps(Ops):
         """
         loss = self.empty(logits.shape[0]) if loss is None else loss
         self.context.cross_entropy(logits, loss, labels, scale, z_loss, label_smoothing)
+        return loss
+
+    def sigmoid_cross_entropy(self, x: F32, targets: F32, scale: F32 | None, *, loss: F32 | None = None) -> F32:
+        """Sigmoid cross-entropy of logits x [R, N], which become their gradient times `scale` [1] -> loss [R].
+
+        A row's loss is the sum of ``log(1 + e^x) - x * target``. Where `scale` is None there are losses only, and x
+        stays as it is. targets [R, N] are probabilities, or NaN where an element does not count.
+        """
+        loss = self.empty(x.shape[0]) if loss is None else loss
+        self.context.sigmoid_cross_entropy(x, loss, targets, scale)
+        return loss
+
+    def squared_error(self, x: F32, targets: F32, scale: F32 | None, *, loss: F32 | None = None) -> F32:
+        """``(x - target)^2`` summed over each row, with gradients; arguments as in :meth:`sigmoid_cross_entropy`."""
+        loss = self.empty(x.shape[0]) if loss is None else loss
+        self.context.squared_error(x, loss, targets, scale)
         return loss

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.ops import F32, GROUP_SIZES, Ops
 from pyllm.quantization import in_one_form
-from pyllm.spec import ModelSpec
+from pyllm.spec import ENCODER, ModelSpec
 from pyllm.weights import Checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -49,7 +49,7 @@ class Precision:
         """The dtype of the matrix that these slots, plain in the checkpoint, are packed into together."""
         if any(fnmatchcase(slot, pattern) for slot in slots for pattern in self.skip):
             return self.dtype
-        if not slots[0].startswith("blocks."):
+        if not slots[0].removeprefix(ENCODER).startswith("blocks."):
             return "int8" if self.quantization is not None or self.stored == "int4" else self.dtype
         return self.quantization or self.dtype
 
@@ -72,8 +72,22 @@ class NormWeights:
 
 
 @dataclass(frozen=True)
+class CrossWeights:
+    """Cross attention: `q` [H E, D] of the decoder's tokens, `kv` [2G E, D] of the source's, `out` [D, H E]."""
+
+    norm: NormWeights
+    q: _cpu.PackedMatrix
+    q_bias: F32 | None
+    kv: _cpu.PackedMatrix
+    kv_bias: F32 | None
+    out: _cpu.PackedMatrix
+    out_bias: F32 | None
+
+
+@dataclass(frozen=True)
 class BlockWeights:
-    """One block: `qkv` [(H + 2G) E, D], `out` [D, H E], `up` [F, D] (gated: with its gate), `down` [D, F]."""
+    """One block: `qkv` [(H + 2G) E, D], `out` [D, H E], `up` [F, D] (gated: with its gate), `down` [D, F]; `cross` is
+    that of a decoder with an encoder."""
 
     attn_norm: NormWeights
     attn_post_norm: NormWeights | None
@@ -83,6 +97,7 @@ class BlockWeights:
     k_norm: F32 | None
     out: _cpu.PackedMatrix
     out_bias: F32 | None
+    cross: CrossWeights | None
     mlp_norm: NormWeights | None
     mlp_post_norm: NormWeights | None
     up: _cpu.PackedMatrix
@@ -96,22 +111,29 @@ class BlockWeights:
 class ModelWeights:
     """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as.
 
-    `positions` [P, D] begins at the row of position 0; `relative_bias` [H, buckets] belongs to attention scores.
-    `matrices` are all of them, by the names of :func:`matrices_of`.
+    `positions` [P, D] begins at the row of position 0; `types` [S, D] are those of token types, `relative_bias` [H,
+    buckets] belongs to attention scores. `matrices` are all of them, by the names of :func:`matrices_of`.
     """
 
     dtype: str
     matrices: Mapping[str, _cpu.PackedMatrix]
     embed: _cpu.PackedMatrix
     embed_project: _cpu.PackedMatrix | None
+    embed_project_bias: F32 | None
     positions: F32 | None
+    types: F32 | None
+    second_positions: F32 | None
     embed_norm: NormWeights | None
     relative_bias: F32 | None
     blocks: tuple[BlockWeights, ...]
     final_norm: NormWeights | None
     head_project: _cpu.PackedMatrix | None
+    head_transform: _cpu.PackedMatrix | None
+    head_transform_bias: F32 | None
+    head_norm: NormWeights | None
     head: _cpu.PackedMatrix
     head_bias: F32 | None
+    encoder: ModelWeights | None = None
 
     @property
     def nbytes(self) -> int:
@@ -120,8 +142,11 @@ class ModelWeights:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one decoded token reads: every matrix but a separate embedding table."""
-        return self.nbytes - (0 if self.head is self.embed else self.embed.nbytes)
+        """Bytes of weights that one decoded token reads: every matrix but a separate embedding table, and those that
+        only a source passes through."""
+        of_source = sum(m.nbytes for name, m in self.matrices.items() if name.startswith(ENCODER))
+        of_source += sum(block.cross.kv.nbytes for block in self.blocks if block.cross is not None)
+        return self.nbytes - of_source - (0 if self.head is self.embed else self.embed.nbytes)
 
 
 @dataclass(frozen=True)
@@ -131,6 +156,11 @@ class MatrixParts:
     name: str
     slots: tuple[str, ...]
     gate: str | None = None
+
+    def under(self, prefix: str) -> MatrixParts:
+        """The same matrix of a part of the model whose names begin so."""
+        gate = None if self.gate is None else prefix + self.gate
+        return MatrixParts(prefix + self.name, tuple(prefix + slot for slot in self.slots), gate)
 
     @property
     def all_slots(self) -> tuple[str, ...]:
@@ -143,27 +173,42 @@ class MatrixParts:
         return sum(shape[0] for shape in shapes), shapes[0][1]
 
 
+def _plain(name: str, *slots: str) -> MatrixParts:
+    return MatrixParts(name, tuple(f"{slot}.weight" for slot in slots))
+
+
+def _cross_matrices(at: str) -> list[MatrixParts]:
+    return [
+        _plain(f"{at}.cross.q", f"{at}.cross.q"),
+        _plain(f"{at}.cross.kv", f"{at}.cross.k", f"{at}.cross.v"),
+        _plain(f"{at}.cross.out", f"{at}.cross.o"),
+    ]
+
+
 def matrices_of(spec: ModelSpec) -> list[MatrixParts]:
-    """Every packed matrix of a model, the embedding first and the head last."""
-
-    def plain(name: str, *slots: str) -> MatrixParts:
-        return MatrixParts(name, tuple(f"{slot}.weight" for slot in slots))
-
-    found = [plain("embed", "embed")]
+    """Every packed matrix of a model: embedding, blocks, head, and then those of its encoder."""
+    found = [_plain("embed", "embed")]
     if spec.embedding.width is not None:
-        found.append(plain("embed.project", "embed.project"))
+        found.append(_plain("embed.project", "embed.project"))
     for i, block in enumerate(spec.blocks):
         at = f"blocks.{i}"
-        up = plain(f"{at}.up", f"{at}.mlp.up")
+        up = _plain(f"{at}.up", f"{at}.mlp.up")
         found += [
-            plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv")),
-            plain(f"{at}.out", f"{at}.attn.o"),
+            _plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv")),
+            _plain(f"{at}.out", f"{at}.attn.o"),
+            *(_cross_matrices(at) if block.cross is not None else ()),
             replace(up, gate=f"{at}.mlp.gate.weight") if block.mlp.gated else up,
-            plain(f"{at}.down", f"{at}.mlp.down"),
+            _plain(f"{at}.down", f"{at}.mlp.down"),
         ]
-    if spec.embedding.width is not None:
-        found.append(plain("head.project", "head.project"))
-    return found if spec.head.tied else [*found, plain("head", "head")]
+    if spec.projects_to_head:
+        found.append(_plain("head.project", "head.project"))
+    if spec.head.transform is not None:
+        found.append(_plain("head.transform", f"{spec.head.at}.transform"))
+    if not spec.head.tied:
+        found.append(_plain("head", spec.head.at))
+    if spec.encoder is not None:
+        found += [parts.under(ENCODER) for parts in matrices_of(spec.encoder) if parts.name != "embed"]
+    return found
 
 
 def assemble(
@@ -173,11 +218,29 @@ def assemble(
     vector: Callable[..., F32 | None],
 ) -> ModelWeights:
     """The weights of a model from where they stand: `vector` gives slots joined, None for those that it has not."""
-    found = {parts.name: matrix(parts) for parts in matrices_of(spec)}
+    return _assemble(spec, dtype, {parts.name: matrix(parts) for parts in matrices_of(spec)}, vector)
 
+
+def _assemble(
+    spec: ModelSpec, dtype: str, found: Mapping[str, _cpu.PackedMatrix], vector: Callable[..., F32 | None]
+) -> ModelWeights:
     def norm(name: str) -> NormWeights | None:
         weight = vector(f"{name}.weight")
         return None if weight is None else NormWeights(weight, vector(f"{name}.bias"))
+
+    def cross(at: str) -> CrossWeights | None:
+        before = norm(f"{at}_norm")
+        if before is None:
+            return None
+        return CrossWeights(
+            norm=before,
+            q=found[f"{at}.q"],
+            q_bias=vector(f"{at}.q.bias"),
+            kv=found[f"{at}.kv"],
+            kv_bias=vector(*(f"{at}.{name}.bias" for name in "kv")),
+            out=found[f"{at}.out"],
+            out_bias=vector(f"{at}.o.bias"),
+        )
 
     def block(at: str) -> BlockWeights:
         first = norm(f"{at}.attn_norm")
@@ -191,6 +254,7 @@ def assemble(
             k_norm=vector(f"{at}.attn.k_norm.weight"),
             out=found[f"{at}.out"],
             out_bias=vector(f"{at}.attn.o.bias"),
+            cross=cross(f"{at}.cross"),
             mlp_norm=norm(f"{at}.mlp_norm"),
             mlp_post_norm=norm(f"{at}.mlp_post_norm"),
             up=found[f"{at}.up"],
@@ -200,20 +264,32 @@ def assemble(
             down_bias=vector(f"{at}.mlp.down.bias"),
         )
 
-    positions = vector("positions.weight")
+    positions, encoder, at = vector("positions.weight"), None, spec.head.at
+    if spec.encoder is not None:
+        own = {name.removeprefix(ENCODER): m for name, m in found.items() if name.startswith(ENCODER)}
+        encoder = _assemble(
+            spec.encoder, dtype, {"embed": found["embed"], **own}, lambda *slots: vector(*(ENCODER + s for s in slots))
+        )
     return ModelWeights(
         dtype=dtype,
         matrices=found,
         embed=found["embed"],
         embed_project=found.get("embed.project"),
+        embed_project_bias=vector("embed.project.bias"),
         positions=None if positions is None else positions[spec.embedding.position_offset :],
+        types=vector("types.weight"),
         embed_norm=norm("embed.norm"),
         relative_bias=vector("relative_bias.weight"),
+        second_positions=vector("second_positions.weight"),
         blocks=tuple(block(f"blocks.{i}") for i in range(len(spec.blocks))),
         final_norm=norm("final_norm"),
         head_project=found.get("head.project"),
+        head_transform=found.get("head.transform"),
+        head_transform_bias=vector(f"{at}.transform.bias"),
+        head_norm=norm(f"{at}.norm"),
         head=found["embed" if spec.head.tied else "head"],
-        head_bias=vector("head.bias"),
+        head_bias=vector(f"{at}.bias"),
+        encoder=encoder,
     )
 
 
@@ -268,6 +344,15 @@ def packed_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
     return sum(size(parts) for parts in matrices_of(spec))
 
 
+def plain_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
+    """The same of matrices on a GPU, which are float32 or bfloat16 and row-major."""
+    total = 0
+    for parts in matrices_of(checkpoint.spec):
+        rows, columns = parts.shape(checkpoint.spec)
+        total += rows * columns * (1 if parts.gate is None else 2)
+    return total * (4 if precision.dtype == "float32" else 2)
+
+
 def pack_weights(
     checkpoint: Checkpoint, ops: Ops, precision: Precision, progress: Callable[[float], None] | None = None
 ) -> ModelWeights:
@@ -285,7 +370,7 @@ class _Packer:
         self.done, self.total = 0, checkpoint.spec.num_parameters()
 
     def matrix(self, parts: MatrixParts) -> _cpu.PackedMatrix:
-        packed = self._integers(parts) or self.ops.pack(
+        packed = (self._integers(parts) if self.ops.packs_integers else None) or self.ops.pack(
             *(self._plain(slot) for slot in parts.slots),
             dtype=self.precision.of(*parts.all_slots),
             gate=self._plain(parts.gate) if parts.gate is not None else None,
@@ -324,7 +409,7 @@ class _Packer:
             return None
         parts: list[NDArray[np.float32]] = [self.checkpoint.tensors[s].astype(np.float32) for s in slots]
         self._release(*slots)
-        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        return self.ops.place(np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0]))
 
     def _release(self, *slots: str) -> None:
         for slot in slots:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.engine.runner import HEAD_ROWS, arena_floats, decode_floats, head_rows
+from pyllm.cuda_ops import attention_workspace, takes_bfloat16
+from pyllm.device import Device
+from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, decode_floats, head_rows, scratch_blocks, step_floats
 from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
-from pyllm.packed import Precision, packed_bytes, precision_of
+from pyllm.packed import Precision, packed_bytes, plain_bytes, precision_of
 from pyllm.prefix import PrefixSpec
 from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
@@ -45,10 +47,12 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits.
+    """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits, or
+    what is free on the GPU `gpu` where the model goes there.
 
     `step_tokens` is what a step computes at most. `drafts` is the number of tokens guessed for a sequence in a step, 0
-    without speculative decoding.
+    without speculative decoding. With an encoder `cross` is the cache of its sources, of as many blocks as the other,
+    and `max_source` the tokens of the longest.
     """
 
     spec: ModelSpec
@@ -63,6 +67,9 @@ class Plan:
     available: int
     drafts: int = 0
     draft_model: DraftPlan | None = None
+    cross: int = 0
+    max_source: int = 0
+    gpu: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -73,7 +80,7 @@ class Plan:
     def total(self) -> int:
         """All of it."""
         draft_model = self.draft_model.total if self.draft_model is not None else 0
-        return self.weights + self.cache + self.workspace + draft_model
+        return self.weights + self.cache + self.cross + self.workspace + draft_model
 
     @property
     def cache_tokens(self) -> int:
@@ -90,10 +97,14 @@ class Plan:
         if self.fits:
             return
         workspace = f"workspace {self.workspace / GB:.2f}"
+        if self.cross:
+            workspace = f"cache of sources {self.cross / GB:.2f}, {workspace}"
         if self.draft_model is not None:
             workspace += f", draft model {self.draft_model.total / GB:.2f}"
+        place = "" if self.gpu is None else f" on {self.gpu}"
         raise InsufficientMemoryError(
-            f"not enough memory: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as {self.dtype}, "
+            f"not enough memory{place}: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f} as "
+            f"{self.dtype}, "
             f"cache {self.cache / GB:.2f} for {self.cache_tokens} tokens as {self.cache_dtype}, "
             f"{workspace}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Lower max_model_len "
             "(--ctx-size), kv_cache_bytes, or max_num_batched_tokens, choose a smaller dtype or a quantization, or "
@@ -133,8 +144,10 @@ def plan_memory(
     prefix: bool = False,
     speculative: str | None = None,
     num_speculative_tokens: int | None = None,
+    gpu: Device | None = None,
 ) -> Plan:
-    """Plan for an open checkpoint, with a draft model's or not; `ValueError` for arguments out of range."""
+    """Plan for an open checkpoint, with a draft model's or not, on the CPU or a GPU; `ValueError` for arguments out of
+    range."""
     spec = checkpoint.spec
     if prefix and spec.prefix is None:
         spec = replace(spec, prefix=PrefixSpec())
@@ -142,27 +155,52 @@ def plan_memory(
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
-    precision = precision_of(checkpoint, dtype, quantization, quantization_skip)
+    precision = _precision(checkpoint, dtype, quantization, quantization_skip, gpu)
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
-    available = available_memory()
-    weights = packed_bytes(checkpoint, precision)
+    if gpu is not None and kv_cache_dtype == "auto" and not takes_bfloat16(spec):
+        cache_as = "float32"
+    available = available_memory() if gpu is None else gpu.memory()[0]
+    weights = packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
+    if spec.is_encoder and drafts:
+        raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
     step_tokens = max_num_batched_tokens
+    if spec.is_encoder:
+        step_tokens = max(step_tokens, max_model_len or spec.max_positions)
     if spec.prefix is not None:
         step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
-    workspace = _workspace(spec, max_num_seqs, step_tokens, drafts)
+    longest = min(spec.max_positions, max_model_len) if isinstance(max_model_len, int) else spec.max_positions
+    max_source = 0 if spec.encoder is None else min(spec.encoder.max_positions, longest)
+    workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
+    if gpu is not None:
+        workspace += 4 * attention_workspace(spec, max_num_seqs, blocks_for(max_model_len or spec.max_positions))[0]
+    if spec.is_encoder:
+        length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
+        return Plan(
+            spec=spec,
+            precision=precision,
+            cache_dtype=cache_as,
+            max_model_len=length,
+            step_tokens=step_tokens,
+            cache_blocks=blocks,
+            weights=weights,
+            cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
+            workspace=workspace,
+            available=available,
+        )
     block, guessing = KVCache.block_bytes(spec, cache_as), None
+    cross = 0 if spec.encoder is None else KVCache.block_bytes(spec, cache_as, cross=True)
     if draft is not None:
         guessing = _draft_plan(
             draft,
             spec,
-            precision_of(draft, dtype, quantization, quantization_skip),
+            _precision(draft, dtype, quantization, quantization_skip, gpu),
             kv_cache_dtype,
             max_num_seqs,
             step_tokens,
         )
     length, blocks = _cache_size(
         spec,
-        block + (guessing.cache if guessing else 0),
+        block + cross + (guessing.cache if guessing else 0),
         max_model_len,
         kv_cache_bytes,
         max_num_seqs,
@@ -183,7 +221,20 @@ def plan_memory(
         available=available,
         drafts=drafts,
         draft_model=guessing,
+        cross=blocks * cross,
+        max_source=min(max_source, length),
+        gpu=None if gpu is None else gpu.name,
     )
+
+
+def _precision(
+    checkpoint: Checkpoint, dtype: str, quantization: str | None, skip: Sequence[str], gpu: Device | None
+) -> Precision:
+    """What matrices are held as. On a GPU float16 becomes bfloat16, and integers of a checkpoint its float dtype."""
+    precision = precision_of(checkpoint, dtype, quantization, skip)
+    if gpu is None:
+        return precision
+    return Precision("bfloat16" if precision.dtype == "float16" else precision.dtype)
 
 
 def _draft_plan(
@@ -191,6 +242,8 @@ def _draft_plan(
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
+    if spec.encoder is not None or target.encoder is not None:
+        raise ConfigError("draft_model: not with encoders: guess with speculative='ngram' instead")
     if spec.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "
@@ -215,21 +268,22 @@ def _cache_dtype(asked: str, weights: str) -> str:
     return asked
 
 
-def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int) -> int:
+def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int, max_source: int = 0) -> int:
     """Activations of the largest step and of recorded steps; logits of a step's ends and of a piece of a prompt."""
     rows, ends = min(HEAD_ROWS, tokens), head_rows(sequences, drafts)
-    logits = (min(ends, tokens) + rows) * spec.vocab_size
-    return 4 * (arena_floats(spec, tokens, rows) + decode_floats(spec, ends) + logits)
+    logits = (min(ends, tokens) + rows) * spec.outputs
+    scratch = 0
+    if spec.encoder is not None:
+        blocks = scratch_blocks(max(tokens, max_source), sequences)
+        scratch = blocks * KVCache.block_bytes(spec.encoder, SCRATCH_DTYPE, shared=True)
+    return 4 * (step_floats(spec, tokens, max_source) + decode_floats(spec, ends) + logits) + scratch
 
 
 def _cache_size(
     spec: ModelSpec, block: int, length: int | None, asked: int | None, sequences: int, room: int
 ) -> tuple[int, int]:
     """Context length and number of blocks: at least one full context, at most what all sequences need."""
-    if length is not None and (
-        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
-    ):
-        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")
+    _check_length(spec, length)
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < block:
             raise ValueError(
@@ -248,3 +302,20 @@ def _cache_size(
     if length is None and blocks_for(full) > share >= 1:
         full = share * BLOCK_TOKENS
     return full, max(blocks_for(full), min(blocks_for(full) * sequences, share))
+
+
+def _encoder_cache_size(
+    spec: ModelSpec, length: int | None, asked: int | None, sequences: int, tokens: int
+) -> tuple[int, int]:
+    """Context length and number of blocks of an encoder: those of one step, which takes texts whole."""
+    _check_length(spec, length)
+    if asked is not None:
+        raise ValueError("kv_cache_bytes: expected None for an encoder, which keeps no keys and values: leave it out")
+    return length or spec.max_positions, tokens // BLOCK_TOKENS + min(sequences, tokens)
+
+
+def _check_length(spec: ModelSpec, length: int | None) -> None:
+    if length is not None and (
+        isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_positions
+    ):
+        raise ValueError(f"max_model_len: expected 1 to the model's context of {spec.max_positions}, got {length!r}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,9 @@ from numpy.typing import NDArray
 from pyllm.errors import ConfigError, RequestError
 from pyllm.folder import read_json, read_json_list
 from pyllm.ops import F32
+from pyllm.spec import Pooling
 
 _MAX_BYTES = 1 << 20  # of the small files that describe pooling
-
-
-class Pooling(str, Enum):
-    """Which hidden states count: that of the last token or of the first, or the mean or maximum over all."""
-
-    LAST = "last"
-    CLS = "cls"
-    MEAN = "mean"
-    MAX = "max"
 
 
 @dataclass(frozen=True)
@@ -69,14 +61,49 @@ class Pool:
         elif self.pooling is Pooling.CLS:
             self._kept = rows[0] if first else self._kept
         else:
-            known = rows[:0] if self._kept is None else self._kept[None]
             reduce = np.add.reduce if self.pooling is Pooling.MEAN else np.maximum.reduce
-            self._kept = reduce(np.concatenate([known, rows]), axis=0)  # row after row, whatever the pieces
+            together = rows if self._kept is None else np.concatenate([self._kept[None], rows])
+            self._kept = reduce(together, axis=0)  # row after row, whatever the pieces
 
     def vector(self) -> NDArray[np.float64]:
         """What they make together, float64 [D]."""
         assert self._kept is not None
         return self._kept / self.tokens if self.pooling is Pooling.MEAN else self._kept
+
+    @property
+    def finite(self) -> bool:
+        """Whether the vector is one of numbers."""
+        return bool(np.isfinite(self.vector()).all())
+
+
+class KeptStates:
+    """Takes in the hidden states of a text piece by piece, and keeps those at the positions that are wanted."""
+
+    def __init__(self, positions: Sequence[int] | None = None) -> None:
+        """Keep those at `positions`, in rising order; None: all."""
+        self.positions = positions
+        self.tokens = 0
+        self._kept: list[F32] = []
+
+    def add(self, states: F32, start: int) -> None:
+        """States [n, D] of the tokens from `start` on; those known already are left out."""
+        rows = states[self.tokens - start :]
+        if self.positions is not None:
+            end = self.tokens + len(rows)
+            self._kept.append(rows[[at - self.tokens for at in self.positions if self.tokens <= at < end]])
+        else:
+            self._kept.append(rows)
+        self.tokens += len(rows)
+
+    @property
+    def rows(self) -> F32:
+        """What was kept, float32 [positions, D]."""
+        return np.concatenate(self._kept)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return bool(np.isfinite(self.rows).all())
 
 
 def says_how(folder: Path) -> bool:

@@ -33,6 +33,8 @@ class RopeKind(str, Enum):
 class RopeSpec:
     """Rotary position embedding of the first `dim` channels of a head, pair k being channels (k, k + dim/2).
 
+    With two `sections` the first half of the pairs turns by a token's first position, the second half by its second,
+    with the same frequencies. `float16` rounds frequencies, as some checkpoints store them.
     `factor`, `original_max_positions` and what follows are parameters of the scaling kinds; a kind ignores those that
     it does not use. `original_max_positions` is the context of pretraining, before the context was stretched to
     `max_positions`; None means that the two are equal.
@@ -54,6 +56,8 @@ class RopeSpec:
     attention_factor: float | None = None  # yarn, longrope: given instead of derived
     short_factor: tuple[float, ...] = ()  # longrope, one per pair
     long_factor: tuple[float, ...] = ()  # longrope, one per pair
+    sections: int = 1
+    float16: bool = False
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -79,6 +83,9 @@ class RopeSpec:
                 require(all(0 < f < math.inf for f in factors), f"longrope {name}", "finite numbers above 0", factors)
             require(self.attention_factor is not None or self.factor <= 1 or self.pretrained_positions > 1,
                      "longrope original_max_positions", "at least 2", self.pretrained_positions)  # fmt: skip
+        plain = self.kind is RopeKind.DEFAULT or (self.sections == 1 and not self.float16)
+        require(plain and self.sections in (1, 2) and self.dim % (2 * self.sections) == 0, "rope sections",
+                "1, or 2 of an even number of channels each, without scaling", self.sections)  # fmt: skip
         if self.attention_factor is not None:
             require(0 <= self.attention_factor < math.inf, "rope attention_factor", "a finite number, not negative",
                      self.attention_factor)  # fmt: skip
@@ -119,7 +126,7 @@ class RopeSpec:
         return None
 
     def inv_freq(self, length: int) -> Floats:
-        """Angle per position of each pair, float32 [R/2], while a sequence is `length` tokens long.
+        """Angle per position of each pair of a section, float32 [R/2/sections], while a sequence is `length` long.
 
         Powers are rounded once from float64; every other step is float32, in the order of Hugging Face transformers,
         so that angles agree with it at large positions. Only `dynamic` and `longrope` depend on the length: keys that
@@ -132,7 +139,9 @@ class RopeSpec:
             return _inverse(np.asarray(stretch, np.float32) * _powers(self.theta, self.dim))
         if self.kind is RopeKind.YARN:
             return self._yarn_inv_freq()
-        inv_freq = _inverse(_powers(self.theta, self.dim))
+        inv_freq = _inverse(_powers(self.theta, self.dim // self.sections))
+        if self.float16:
+            inv_freq = inv_freq.astype(np.float16).astype(np.float32)
         if self.kind is RopeKind.LINEAR:
             stretched: Floats = inv_freq / np.float32(self.factor)
             return stretched

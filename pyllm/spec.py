@@ -2,7 +2,7 @@
 
 Families differ only in the values they put here; code that computes reads these values and never asks for a family's
 name. Sizes in shape comments: D hidden, H query heads, K key/value heads, E head size, F feed-forward, V vocabulary,
-P learned positions, W width of the embedding table.
+P learned positions, S token types, W width of the embedding table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pyllm.position_bias import Alibi, Buckets
 from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeSpec
 
+ENCODER = "encoder."  # what names of an encoder's weights, beside those of its decoder, begin with
 MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers and on the stack
 
 
@@ -55,11 +56,12 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Causal attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
+    """Attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
 
-    `qk_norm` normalises each head of q and k before the rotation, with weights that all heads share or, where
-    `qk_norm_each`, have of their own. With a `window` of W, token i sees keys i-W+1 .. i. Scores s become
-    `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
+    Where it is `causal`, a token sees itself and those before it, else all of its sequence. `qk_norm` normalises each
+    head of q and k before the rotation, with weights that all heads share or, where `qk_norm_each`, have of their own.
+    With a `window` of W, token i sees keys i-W+1 .. i. Scores s become `softcap` * tanh(s / softcap), and then receive
+    a `bias` by the distance of their key.
     """
 
     heads: int
@@ -71,6 +73,7 @@ class AttentionSpec:
     qk_norm: NormSpec | None = None
     qk_norm_each: bool = False
     window: int | None = None
+    causal: bool = True
     bias: Alibi | Buckets | None = None
     softcap: float | None = None
 
@@ -121,6 +124,9 @@ class Placement(str, Enum):
 class BlockSpec:
     """An attention and a feed-forward part, added to the residual stream; all norms are of one spec.
 
+    Between the two, with a norm of its own placed like theirs, stands the `cross` attention of a decoder to the states
+    of its encoder, if there is one.
+
     `residual_scale` is what a NORMED block multiplies the residual stream by.
     """
 
@@ -129,9 +135,14 @@ class BlockSpec:
     mlp: MlpSpec
     placement: Placement = Placement.PRE
     residual_scale: float = 1.0
+    cross: AttentionSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
+        require(self.cross is None or not self.placement.is_parallel, "cross attention",
+                "none in a block of parallel parts", self.placement)  # fmt: skip
+        plain = self.cross is None or (not self.cross.causal and self.cross.window is None and not self.cross.qk_norm)
+        require(plain, "cross attention", "one to all of the source, without q/k norm", self.cross)
         allowed = self.placement is Placement.NORMED or self.residual_scale == 1
         require(allowed and math.isfinite(self.residual_scale), "residual scale",
                 "a finite number, and 1 unless the residual stream is normed", self.residual_scale)  # fmt: skip
@@ -139,15 +150,23 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset]).
+    """How tokens become the residual stream: norm(project(scale * table[token]) + positions[position + offset] +
+    second_positions[second position] + types[type]).
 
-    `width` is that of the table where a projection brings it to that of the model. `positions` is the rows of the
-    position table, 0 for none; the first `position_offset` of them belong to no position.
+    `width` is that of the table where a projection brings it to that of the model; with `projects_sum` the other tables
+    are as narrow, and it is the normed sum that is projected. `positions` is the rows of the position table, 0 for
+    none; the first `position_offset` of them belong to no position. `second_positions` is that of the table of second
+    positions, see :class:`pyllm.prefix.PrefixSpec`. `types` is the number of token types, which tell the texts of a
+    pair apart.
     """
 
     width: int | None = None
+    projects_sum: bool = False
+    project_bias: bool = False
     positions: int = 0
     position_offset: int = 0
+    second_positions: int = 0
+    types: int = 0
     scale: float = 1.0
     norm: NormSpec | None = None
 
@@ -157,31 +176,90 @@ class EmbeddingSpec:
         require(0 <= self.position_offset <= self.positions, "offset in the position table",
                 f"0 to its {self.positions} rows", self.position_offset)  # fmt: skip
         require(math.isfinite(self.scale), "embedding scale", "a finite number", self.scale)
+        require(self.types >= 0, "token types", "at least 0", self.types)
+        require(self.width is not None or not (self.projects_sum or self.project_bias), "embedding projection",
+                "a width of the table where there is one", self.width)  # fmt: skip
+        alone = self.width is not None and not self.projects_sum
+        require(not (alone and self.types), "embedding projection", "of the sum where there are token types",
+                "one of the table's row alone")  # fmt: skip
+
+
+class Pooling(str, Enum):
+    """Which hidden states of a text make its vector: that of the last or first token, or the mean or maximum of all."""
+
+    LAST = "last"
+    CLS = "cls"
+    MEAN = "mean"
+    MAX = "max"
+
+
+class HeadKind(str, Enum):
+    """What a head says, and of what."""
+
+    TOKENS = "tokens"  # a logit for each token of the vocabulary, at every token
+    EACH = "each"  # scores of labels at every token
+    POOLED = "pooled"  # scores of labels of a sequence, from its first token
+    NONE = "none"  # nothing: the model gives hidden states only
+
+
+class Problem(str, Enum):
+    """What scores of labels mean, as `problem_type` in a config.json."""
+
+    SINGLE_LABEL = "single_label_classification"  # one label holds: softmax
+    MULTI_LABEL = "multi_label_classification"  # each holds or not: sigmoid
+    REGRESSION = "regression"  # the scores are the values
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """A layer before the head's matrix: norm(act(dense x)), with a bias."""
+
+    activation: Activation
+    norm: NormSpec | None = None
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How the residual stream becomes logits: scale * project(final norm(x)) head^T + bias.
+    """How the residual stream becomes logits or scores: scale * transform(final norm(x)) head^T + bias.
 
-    A `tied` head is the embedding table. It projects where the table is not as wide as the model. With a `softcap` c
-    logits l become c * tanh(l / c).
+    A `tied` head is the embedding table. Where that is not as wide as the model, the transform, or else a projection
+    without bias, leads to it. With a `softcap` c logits l become c * tanh(l / c). `labels` are the names of what a head
+    of labels scores, `problem` what the scores mean.
     """
 
     tied: bool = False
     bias: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    kind: HeadKind = HeadKind.TOKENS
+    transform: TransformSpec | None = None
+    labels: tuple[str, ...] = ()
+    problem: Problem | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
         require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
                 "a finite number above 0, or None", self.softcap)  # fmt: skip
+        scores = self.kind in (HeadKind.EACH, HeadKind.POOLED)
+        require(bool(self.labels) == scores, "labels of the head", "some for a head of labels, else none", self.labels)
+        require(not (scores and self.tied), "head", "a matrix of its own for a head of labels", "a tied one")
+        none = self.tied and not self.bias and self.transform is None
+        require(self.kind is not HeadKind.NONE or none, "head", "tied and without weights where there is none", self)
+
+    @property
+    def at(self) -> str:
+        """What the names of its weights begin with."""
+        return "head" if self.kind in (HeadKind.TOKENS, HeadKind.NONE) else f"{self.kind.value}_head"
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: embedding, blocks, final norm, head.
+    """A decoder or an encoder: embedding, blocks, final norm, head.
+
+    A decoder with an `encoder` writes about a source: the encoder's states of it, after its final norm, are what cross
+    attention reads, and the decoder's text begins with `decoder_start_token_id`. The encoder reads the embedding table
+    of the decoder; its weights stand under "encoder.", and its head means nothing.
 
     With a `prefix` the first tokens of a sequence see one another.
 
@@ -206,17 +284,38 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    encoder: ModelSpec | None = None
+    decoder_start_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         require(self.vocab_size > 0, "vocabulary size", "at least 1", self.vocab_size)
         require(self.hidden > 0, "hidden size", "at least 1", self.hidden)
         require(len(self.blocks) > 0, "number of layers", "at least 1", len(self.blocks))
+        require(len({block.attention.causal for block in self.blocks}) == 1, "attention of the blocks",
+                "causal in all of them or in none", "both")  # fmt: skip
         require(self.max_positions > 0, "context length", "at least 1", self.max_positions)
         e = self.embedding
         require(e.positions == 0 or e.positions - e.position_offset >= self.max_positions,
                 "rows of the position table", f"0, or at least the context of {self.max_positions} beyond the offset "
                 f"of {e.position_offset}", e.positions)  # fmt: skip
+        require(len({block.attention.causal for block in self.blocks}) == 1, "attention of the blocks",
+                "causal in all of them or in none", "both")  # fmt: skip
+        crossed = {block.cross is not None for block in self.blocks}
+        require(crossed == {self.encoder is not None}, "cross attention",
+                "one in every block of a decoder with an encoder, else in none", crossed)  # fmt: skip
+        if self.encoder is not None:
+            shared = self.encoder.vocab_size, self.encoder.hidden, self.encoder.table_width
+            require(shared == (self.vocab_size, self.hidden, self.table_width), "vocabulary and width of the encoder",
+                    "those of its decoder", shared)  # fmt: skip
+            bare = self.encoder.head == HeadSpec(tied=True) and self.encoder.encoder is None
+            require(bare, "head of the encoder", "none: one that is tied and has no weights", self.encoder.head)
+            require(self.encoder.is_encoder, "attention of the encoder", "one that is not causal", "a causal one")
+        require(e.second_positions == 0 or e.second_positions > self.max_positions, "rows of the second position table",
+                f"0, or more than the context of {self.max_positions}", e.second_positions)  # fmt: skip
+        start = None if self.prefix is None else self.prefix.start_id
+        require(start is not None or not self.counts_twice, "second positions", "a prefix with a start token, where "
+                "they begin", self.prefix)  # fmt: skip
         biases = {(a.heads, a.bias) for a in (b.attention for b in self.blocks) if isinstance(a.bias, Buckets)}
         require(len(biases) <= 1, "learned biases of distances", "the same heads and buckets in all layers that have "
                 "them, as these share one table", sorted(map(str, biases)))  # fmt: skip
@@ -230,8 +329,38 @@ class ModelSpec:
 
     @property
     def table_width(self) -> int:
-        """Columns of the embedding table and of the head."""
+        """Columns of the embedding table."""
         return self.embedding.width or self.hidden
+
+    @property
+    def stream_width(self) -> int:
+        """Columns of what the embedding's tables add up to, before a projection of the sum."""
+        return self.table_width if self.embedding.projects_sum else self.hidden
+
+    @property
+    def head_width(self) -> int:
+        """Columns of the head's matrix."""
+        return self.table_width if self.head.kind in (HeadKind.TOKENS, HeadKind.NONE) else self.hidden
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for a row: logits of the vocabulary, or scores of labels."""
+        return len(self.head.labels) or self.vocab_size
+
+    @property
+    def projects_to_head(self) -> bool:
+        """Whether a projection without bias leads to the head."""
+        return self.head_width != self.hidden and self.head.transform is None and self.head.kind is HeadKind.TOKENS
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether tokens see those that follow them, so that nothing can be generated."""
+        return not self.blocks[0].attention.causal
+
+    @property
+    def counts_twice(self) -> bool:
+        """Whether tokens have two positions."""
+        return self.embedding.second_positions > 0 or (self.rope is not None and self.rope.sections == 2)
 
     @property
     def relative_bias(self) -> tuple[int, Buckets] | None:
@@ -252,12 +381,17 @@ class ModelSpec:
     @cached_property
     def _slots(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, self.table_width)}
-        if self.embedding.width is not None:
-            shapes["embed.project.weight"] = (self.hidden, self.table_width)
-        if self.embedding.positions:
-            shapes["positions.weight"] = (self.embedding.positions, self.hidden)
-        if self.embedding.norm is not None:
-            shapes.update(_norm_slots("embed.norm", self.embedding.norm, self.hidden))
+        embedding, head = self.embedding, self.head
+        if embedding.width is not None:
+            shapes.update(_linear_slots("embed.project", self.hidden, self.table_width, embedding.project_bias))
+        if embedding.positions:
+            shapes["positions.weight"] = (embedding.positions, self.stream_width)
+        if embedding.second_positions:
+            shapes["second_positions.weight"] = (embedding.second_positions, self.hidden)
+        if embedding.types:
+            shapes["types.weight"] = (embedding.types, self.stream_width)
+        if embedding.norm is not None:
+            shapes.update(_norm_slots("embed.norm", embedding.norm, self.stream_width))
         if self.relative_bias is not None:
             heads, buckets = self.relative_bias
             shapes["relative_bias.weight"] = (heads, buckets.count)
@@ -265,12 +399,19 @@ class ModelSpec:
             shapes.update(self._block_slots(f"blocks.{index}", block))
         if self.final_norm is not None:
             shapes.update(_norm_slots("final_norm", self.final_norm, self.hidden))
-        if self.embedding.width is not None:
+        if self.projects_to_head:
             shapes["head.project.weight"] = (self.table_width, self.hidden)
-        if not self.head.tied:
-            shapes["head.weight"] = (self.vocab_size, self.table_width)
-        if self.head.bias:
-            shapes["head.bias"] = (self.vocab_size,)
+        if head.transform is not None:
+            shapes.update(_linear_slots(f"{head.at}.transform", self.head_width, self.hidden, bias=True))
+            if head.transform.norm is not None:
+                shapes.update(_norm_slots(f"{head.at}.norm", head.transform.norm, self.head_width))
+        if not head.tied:
+            shapes[f"{head.at}.weight"] = (self.outputs, self.head_width)
+        if head.bias:
+            shapes[f"{head.at}.bias"] = (self.outputs,)
+        if self.encoder is not None:
+            own = self.encoder.slots().items()
+            shapes.update((f"{ENCODER}{name}", shape) for name, shape in own if name != "embed.weight")
         return shapes
 
     def num_parameters(self) -> int:
@@ -279,30 +420,32 @@ class ModelSpec:
 
     @property
     def block_weights(self) -> int:
-        """Numbers in the matrices of all blocks: what every token is multiplied with."""
+        """Numbers in the matrices of all blocks that every token is multiplied with."""
         slots = self.slots().items()
-        return sum(math.prod(shape) for name, shape in slots if name.startswith("blocks.") and is_matrix(name, shape))
+        of_source = (".cross.k.weight", ".cross.v.weight")  # once for each token of the source
+        return sum(
+            math.prod(shape)
+            for name, shape in slots
+            if name.startswith("blocks.") and is_matrix(name, shape) and not name.endswith(of_source)
+        )
 
     def operations(self, tokens: int, past: int = 0) -> int:
         """Multiplications and additions of `tokens` tokens that follow `past` others, with the head for the last one.
 
-        They are those of the matrices and of causal attention; windows are not counted off.
+        They are those of the matrices and of attention; windows are not counted off.
         """
-        keys = tokens * past + tokens * (tokens + 1) // 2  # that the queries see, all together
+        seen = tokens * tokens if self.is_encoder else tokens * (tokens + 1) // 2
+        keys = tokens * past + seen  # that the queries see, all together
         attention = sum(2 * b.attention.heads * b.attention.head_dim for b in self.blocks) * keys
-        return 2 * (self.block_weights * tokens + attention + self.vocab_size * self.table_width)
+        return 2 * (self.block_weights * tokens + attention + self.outputs * self.head_width)
 
     def _block_slots(self, at: str, block: BlockSpec) -> dict[str, tuple[int, ...]]:
         attention, mlp = block.attention, block.mlp
-        rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
         shapes = _norm_slots(f"{at}.attn_norm", block.norm, self.hidden)
-        for name, out in (("q", rows), ("k", kv_rows), ("v", kv_rows)):
-            shapes.update(_linear_slots(f"{at}.attn.{name}", out, self.hidden, attention.qkv_bias))
-        if attention.qk_norm is not None:
-            for name, heads in (("q_norm", attention.heads), ("k_norm", attention.kv_heads)):
-                each = (heads, attention.head_dim) if attention.qk_norm_each else (attention.head_dim,)
-                shapes[f"{at}.attn.{name}.weight"] = each
-        shapes.update(_linear_slots(f"{at}.attn.o", self.hidden, rows, attention.out_bias))
+        shapes.update(self._attention_slots(f"{at}.attn", attention))
+        if block.cross is not None:
+            shapes.update(_norm_slots(f"{at}.cross_norm", block.norm, self.hidden))
+            shapes.update(self._attention_slots(f"{at}.cross", block.cross))
         if block.placement is Placement.SANDWICH:
             for name in ("attn_post_norm", "mlp_post_norm"):
                 shapes.update(_norm_slots(f"{at}.{name}", block.norm, self.hidden))
@@ -311,6 +454,18 @@ class ModelSpec:
         for name in ("gate", "up") if mlp.gated else ("up",):
             shapes.update(_linear_slots(f"{at}.mlp.{name}", mlp.hidden, self.hidden, mlp.bias))
         shapes.update(_linear_slots(f"{at}.mlp.down", self.hidden, mlp.hidden, mlp.bias))
+        return shapes
+
+    def _attention_slots(self, at: str, attention: AttentionSpec) -> dict[str, tuple[int, ...]]:
+        rows, kv_rows = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, out in (("q", rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes.update(_linear_slots(f"{at}.{name}", out, self.hidden, attention.qkv_bias))
+        if attention.qk_norm is not None:
+            for name, heads in (("q_norm", attention.heads), ("k_norm", attention.kv_heads)):
+                each = (heads, attention.head_dim) if attention.qk_norm_each else (attention.head_dim,)
+                shapes[f"{at}.{name}.weight"] = each
+        shapes.update(_linear_slots(f"{at}.o", self.hidden, rows, attention.out_bias))
         return shapes
 
 

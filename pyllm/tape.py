@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyllm import _cpu
 from pyllm.ops import F32, Arena, Array, AttentionRule
 from pyllm.ops_training import TrainingOps
-from pyllm.spec import Activation, NormKind
+from pyllm.spec import Activation, NormKind, Pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,15 +96,18 @@ class Tape:
         table: _cpu.PackedMatrix | F32,
         positions: I32 | None = None,
         position_table: F32 | None = None,
+        types: I32 | None = None,
+        type_table: F32 | None = None,
     ) -> F32:
         """See :meth:`pyllm.ops.Ops.embedding`."""
         out = self._new((tokens.shape[0], table.shape[1]), kept=True)
         ops, y = self.ops, self._view(out)
         gradient, position_gradient = self._gradient(table), self._gradient(position_table)
+        type_gradient = self._gradient(type_table)
         dropped = self._site()
 
         def forward() -> None:
-            ops.embedding(tokens, table, positions, position_table, out=out)
+            ops.embedding(tokens, table, positions, position_table, types, type_table, out=out)
             if dropped is not None:
                 ops.dropout(out, *dropped, out=out)
 
@@ -113,7 +116,7 @@ class Tape:
             if dropped is not None:
                 ops.dropout(dy, *dropped, out=dy)
             if gradient is not None:
-                ops.embedding_backward(gradient, position_gradient, dy, tokens, positions)
+                ops.embedding_backward(gradient, position_gradient, dy, tokens, positions, type_gradient, types)
 
         self._run(forward, backward, again=False)
         return out
@@ -338,27 +341,36 @@ class Tape:
         self._run(forward, backward)
         return out
 
+    def pool(self, x: F32, starts: I32, pooling: Pooling) -> F32:
+        """See :meth:`pyllm.ops.Ops.pool`."""
+        out = self._new((starts.shape[0] - 1, x.shape[1]))
+        ops, source, y = self.ops, self._view(x), self._view(out)
+
+        def backward() -> None:
+            dx, add = self._target(source)
+            assert not add, "what is pooled has one use"
+            ops.pool_backward(dx, self._incoming(y), starts, pooling, x if pooling is Pooling.MAX else None)
+
+        self._run(lambda: ops.pool(x, starts, pooling, out=out), backward)
+        return out
+
     # The loss, and back
 
-    def token_losses(
+    def head_losses(
         self,
         x: F32,
         w: _cpu.PackedMatrix,
-        labels: I32,
-        scale: F32,
-        losses: F32,
+        loss: Callable[[F32, slice], None],
         *,
         rows: int,
         bias: F32 | None = None,
         softcap: float | None = None,
-        z_loss: float = 0.0,
-        label_smoothing: float = 0.0,
     ) -> None:
-        """Cross entropy of the head's logits ``x w^T + bias``, soft-capped or not, `rows` rows at a time, with its
+        """Losses of what the head gives, ``x w^T + bias``, soft-capped or not, `rows` rows at a time, with their
         gradients.
 
-        x [T, D]; labels int32 [T], -100 where a row does not count; losses float32 [T] is written; scale float32 [1]
-        multiplies the gradient, not the losses. Logits never stand in memory beyond `rows` rows.
+        x [T, D]. `loss` gets logits [<= rows, N] and which rows of x they are of, and turns them into their gradient;
+        logits never stand in memory beyond `rows` rows.
         """
         ops, total = self.ops, x.shape[0]
         dx, add = self._target(self._view(x))
@@ -372,9 +384,7 @@ class Tape:
             ops.matmul(x[span], w, bias, out=logits)
             if softcap is not None:
                 ops.softcap(logits, softcap, pre=pre, out=logits)
-            ops.cross_entropy(
-                logits, labels[span], scale, z_loss=z_loss, label_smoothing=label_smoothing, loss=losses[span]
-            )
+            loss(logits, span)
             if softcap is not None:
                 ops.activation_backward(logits, pre, Activation.TANH, out=logits)
             if db is not None:
@@ -385,7 +395,7 @@ class Tape:
         self._memory.gradients.used = mark
 
     def backward(self) -> None:
-        """All gradients, from what :meth:`token_losses` left."""
+        """All gradients, from what :meth:`head_losses` left."""
         part_ending = {end: first for first, end in self._parts}
         memory = self._memory.gradients
         mark, first = memory.used, -1

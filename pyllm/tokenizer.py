@@ -42,6 +42,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.pad_token_id = self._id_of("pad_token")
         self.unk_token_id = self._id_of("unk_token")
+        self.mask_token_id = self._id_of("mask_token")
         if self.bos_token_id is None:
             self.bos_token_id = settings.first_valid_id("bos_token_id", self.vocab_size)
         self.eos_token_ids = settings.eos_ids(self._id_of("eos_token"), self.vocab_size)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.spec import ModelSpec
+from pyllm.spec import ENCODER, ModelSpec
 
 Place = slice | NDArray[np.intp]  # rows of a stored tensor
 
@@ -26,7 +26,9 @@ class Transform(Flag):
     AS_STORED = 0
     TRANSPOSED = auto()  # stored [in, out], as GPT-2's Conv1D does
     PER_HEAD = auto()  # q, k and v of the first head, then those of the second: [heads, 3, head size, in]
+    ONE_ROW = auto()  # a vector stored as [1, N]
     INTERLEAVED = auto()  # in q and k, channels (2k, 2k + 1) of a head are rotated together; ours are (k, k + R/2)
+    SECTIONED = auto()  # in q and k, rotated pairs (k, k + R/4) of the first section stand before those of the second
     INTERLEAVED_NORMS = auto()  # so are the weights of norms on heads of q and k: [heads, head size], all rotated
     LESS_ONE = auto()  # the weights of a norm are stored less 1, as Gemma has them
 
@@ -36,20 +38,26 @@ class Row:
     """One line of a family's name table; `{i}` in the names stands for the layer.
 
     `name` is as `save_pretrained` writes it. Several slots mean that the checkpoint holds them in one tensor, one after
-    the other along the out dimension.
+    the other along the out dimension. A row with `without` is of models that lack that slot. Of rows of the same slots
+    the first that a model has counts.
     """
 
     name: str
     slots: tuple[str, ...]
     transform: Transform = Transform.AS_STORED
+    without: str | None = None
 
     def stored_shape(self, spec: ModelSpec) -> tuple[int, ...]:
         """The shape of the stored tensor."""
         shape = self.shape(spec)
+        if Transform.ONE_ROW in self.transform:
+            return (1, *shape)
         return shape[::-1] if Transform.TRANSPOSED in self.transform else shape
 
     def oriented(self, tensor: NDArray[Any]) -> NDArray[Any]:
         """A view of the stored tensor as [out, in], or the other way around."""
+        if Transform.ONE_ROW in self.transform:
+            return tensor[0] if tensor.ndim == 2 else tensor[None]
         return tensor.T if Transform.TRANSPOSED in self.transform else tensor
 
     def read(self, tensor: NDArray[Any]) -> NDArray[Any]:
@@ -85,8 +93,9 @@ class Row:
                 places[slot] = (blocks[:, None] * size + np.arange(size)).reshape(-1)
             else:
                 places[slot] = slice(start, start + rows)
-            if Transform.INTERLEAVED in self.transform and _is_rotated(slot):
-                places[slot] = _indices(places[slot])[_halves_first(spec, slot, rows)]
+            if self.transform & (Transform.INTERLEAVED | Transform.SECTIONED) and _is_rotated(slot):
+                groups = None if Transform.INTERLEAVED in self.transform else 2
+                places[slot] = _indices(places[slot])[_halves_first(spec, slot, rows, groups)]
             start += rows
         return places
 
@@ -106,13 +115,16 @@ class NameTable:
     """How a family names its weights.
 
     `prefix` is that of the base model, which files may hold or not. `ignored` are shell-style patterns, without the
-    prefix, of tensors that carry no weights, such as saved causal masks; `renamed` are older names of tensors.
+    prefix, of tensors that carry no weights, such as saved causal masks, or those of heads that the model was not asked
+    for; what a row of this model names is never ignored. `renamed` are older names of tensors. The keys of `aliases`
+    are names, without the prefix, under which files hold a weight once more, and its name here.
     """
 
     prefix: str
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def base_name(self, name: str) -> str:
         """The name without base prefix and legacy endings: by it, names of one weight are found equal."""
@@ -123,17 +135,20 @@ class NameTable:
         return name
 
     def is_ignored(self, base_name: str) -> bool:
-        """Whether the tensor carries no weights."""
+        """Whether a tensor that no row names may be there."""
         return any(fnmatchcase(base_name, pattern) for pattern in self.ignored)
 
     def expand(self, spec: ModelSpec) -> Iterator[Row]:
         """The rows of this model: one per layer where `{i}` stands, and only those whose slots the spec has."""
-        slots = spec.slots()
+        slots, given = spec.slots(), set[tuple[str, ...]]()
         for row in self.rows:
-            layers = range(len(spec.blocks)) if "{i}" in row.name else range(1)
+            part = spec.encoder if row.slots[0].startswith(ENCODER) and spec.encoder is not None else spec
+            layers = range(len(part.blocks)) if "{i}" in row.name else range(1)
             for layer in layers:
                 named = tuple(slot.format(i=layer) for slot in row.slots)
-                if all(slot in slots for slot in named):
+                lacks = row.without is None or row.without.format(i=layer) not in slots
+                if lacks and named not in given and all(slot in slots for slot in named):
+                    given.add(named)
                     yield replace(row, name=row.name.format(i=layer), slots=named)
 
 
@@ -155,13 +170,14 @@ def _is_rotated(slot: str) -> bool:
     return ".attn.q." in slot or ".attn.k." in slot
 
 
-def _halves_first(spec: ModelSpec, slot: str, rows: int) -> NDArray[np.intp]:
-    """Rows in which rotated pairs are neighbours, in the order that has the first of all pairs before the second."""
+def _halves_first(spec: ModelSpec, slot: str, rows: int, groups: int | None) -> NDArray[np.intp]:
+    """Rows of rotated pairs in the order that has the first of all pairs before the second; stored pairs stand so in
+    each of `groups`, or are neighbours where that is None."""
     heads = _attention_heads(spec, slot)
     order = np.arange(rows // heads)
     if spec.rope is not None:
         rotated = spec.rope.dim
-        order[:rotated] = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2)])
+        order[:rotated] = order[:rotated].reshape(groups or rotated // 2, 2, -1).swapaxes(0, 1).reshape(-1)
     return (np.arange(heads)[:, None] * len(order) + order).reshape(-1)
 
 

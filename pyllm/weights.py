@@ -22,7 +22,7 @@ from pyllm.errors import CheckpointError, listed, shown
 from pyllm.folder import read_config, read_json, resolve
 from pyllm.quantization import MARKS, KernelForm, Quantization, QuantizedTensor, Scheme, StoredWeight, collect
 from pyllm.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.weight_names import NameTable, Place, Row
 
 __all__ = ["Checkpoint", "load", "read_config", "resolve"]
@@ -252,11 +252,10 @@ def _match(
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         base = names.base_name(name)
-        if names.is_ignored(base):
-            continue
         if base in tensors:
             problems.append(f"{tensor.place} and {tensors[base].place} are two names of one weight")
         tensors[base] = tensor
+    _merge_aliases(names, tensors, problems)
     weights, found = collect(tensors) if quantization is not None else ({}, tensors)
     problems += [f"{found[name].place} stands beside its quantized form" for name in weights if name in found]
     spec = _resolve_tie(spec, names, found, weights, problems)
@@ -284,12 +283,25 @@ def _match(
                 problems.append(f"{tensor.place}: {problem}")
                 continue
             plain |= {slot: _Source(tensor, row, place) for slot, place in places.items()}
+    found = {name: tensor for name, tensor in found.items() if not names.is_ignored(name)}
     for place in [tensor.place for tensor in found.values()] + [weight.place for weight in weights.values()]:
         problems.append(f"{place} is not a weight of a {spec.family} model with this config"
                         + _quantized_hint(place, quantization))  # fmt: skip
     if problems:
         raise CheckpointError(listed(f"{folder}: the weights do not fit the config", problems))
     return Checkpoint(spec, plain, quantized, files)
+
+
+def _merge_aliases(names: NameTable, tensors: dict[str, StoredTensor], problems: list[str]) -> None:
+    """One tensor for each weight that files may hold under several names."""
+    for alias, name in names.aliases.items():
+        if alias not in tensors:
+            continue
+        tensor = tensors.pop(alias)
+        main = tensors.setdefault(name, tensor)
+        alike = main.entry.shape == tensor.entry.shape and main.entry.dtype in DTYPES and tensor.entry.dtype in DTYPES
+        if not alike or not _same_values(main.view(), tensor.view()):
+            problems.append(f"{tensor.place}: expected the values of {main.place}, of which it is another name")
 
 
 def _drop_zero_bias(
@@ -317,7 +329,7 @@ def _resolve_tie(
     problems: list[str],
 ) -> ModelSpec:
     """Settle where a tied pair lies: under either name; under both it is one weight only if the values agree."""
-    if not spec.head.tied:
+    if not spec.head.tied or spec.head.kind is HeadKind.NONE:
         return spec
     rows = {row.slots: names.base_name(row.name) for row in names.rows}
     embed, head = rows[EMBED,], rows[HEAD,]

@@ -1,13 +1,36 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tiny_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-gpu", action="store_true", help="run the tests marked gpu on the emulated one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulated-gpu"):
+        from emulated_cuda import emulated_gpu
+
+        stack = ExitStack()
+        stack.enter_context(emulated_gpu())
+        config.add_cleanup(stack.close)
+        return
+    if importlib.util.find_spec("pyllm._cuda") is None:
+        return
+    from pyllm import LLM
+    from pyllm.device import unavailable
+
+    if unavailable() is None:  # what tests promise of the CPU they promise on a machine with a GPU too
+        (LLM.__init__.__kwdefaults__ or {})["device"] = os.environ["PYLLM_DEVICE"] = "cpu"
 
 
 @pytest.fixture(scope="session")

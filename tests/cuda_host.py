@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -14,10 +17,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pyllm import ops
+
 ROOT = Path(__file__).resolve().parents[1]
 HOST = ROOT / "tests" / "cuda_host"
 DTYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 2}  # DType of core/types.h
-ACTIVATIONS = {"none": 0, "gelu_erf": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+ACTIVATIONS = {"none": 0, **{kind.value: number for kind, number in ops.ACTIVATIONS.items() if kind is not None}}
 
 
 class MatmulArgs(ctypes.Structure):
@@ -94,6 +99,23 @@ class AttentionArgs(ctypes.Structure):
     ]
 
 
+class QkvArgs(ctypes.Structure):
+    """QkvArgs of cuda/matmul.h."""
+
+    _fields_ = [
+        ("matmul", MatmulArgs),
+        ("cache", CacheView),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots")),
+        *((name, ctypes.c_int64) for name in ("heads", "half")),
+    ]
+
+
+class ArgmaxArgs(ctypes.Structure):
+    """ArgmaxArgs of cuda/matmul.h."""
+
+    _fields_ = [("matmul", MatmulArgs), *((name, ctypes.c_void_p) for name in ("tokens", "partial", "ticket"))]
+
+
 class RowLists(ctypes.Structure):
     """RowLists of core/sampling.h."""
 
@@ -147,6 +169,26 @@ class ActivationArgs(ctypes.Structure):
     ]
 
 
+class AxpbyArgs(ctypes.Structure):
+    """AxpbyArgs of core/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "x", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "dim", "out_stride", "x_stride", "y_stride")),
+        ("a", ctypes.c_float),
+        ("b", ctypes.c_float),
+    ]
+
+
+class GatherColumnsArgs(ctypes.Structure):
+    """GatherColumnsArgs of core/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("y", "x", "index")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "x_columns", "y_stride", "x_stride")),
+    ]
+
+
 class EmbeddingArgs(ctypes.Structure):
     """EmbeddingArgs of cuda/layers.h."""
 
@@ -188,43 +230,68 @@ class KvWriteArgs(ctypes.Structure):
     ]
 
 
+LAYERS = (
+    NormArgs, ActivationArgs, AxpbyArgs, EmbeddingArgs, GatherColumnsArgs, RopeAnglesArgs, RopeArgs, KvWriteArgs,
+)  # fmt: skip
+
+
+@functools.cache
+def library() -> Path:
+    """Every kernel file of csrc/cuda over the emulator, compiled, with the bindings on top: also a module ``_cuda``.
+
+    The test is skipped where there is no compiler, or no pybind11.
+
+    It is made once for the sources as they are, in the build folder.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip("no C++ compiler is installed")
+    pybind11 = pytest.importorskip("pybind11")
+    command = [compiler, "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-x", "c++"]
+    kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
+    bindings = sorted((ROOT / "csrc/bindings").glob("cuda_*.cc"))
+    read = [
+        *kernels,
+        *bindings,
+        *HOST.rglob("*.*h"),
+        *(ROOT / "csrc/cuda").glob("*.*h"),
+        *(ROOT / "csrc/core").glob("*.h"),
+    ]
+    read += (ROOT / "csrc/bindings").glob("cuda_*.h")
+    state = hashlib.sha256(repr((command, sys.version)).encode())
+    for path in sorted(read):
+        state.update(path.read_bytes())
+    result = ROOT / "build" / "cuda_host" / state.hexdigest()[:16] / "_cuda.so"
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+        objects = [f"{folder}/{source.name}.o" for source in [*bindings, *kernels]]
+        jobs = [
+            subprocess.Popen([*command, "-O0" if source in bindings else "-O1", "-c", str(source), "-o", to])
+            for source, to in zip([*bindings, *kernels], objects, strict=True)
+        ]
+        assert [job.wait() for job in jobs] == [0] * len(jobs)
+        subprocess.run([compiler, "-shared", "-o", f"{folder}/_cuda.so", *objects], check=True)
+        os.replace(f"{folder}/_cuda.so", result)
+    return result
+
+
 @functools.cache
 def build() -> ctypes.CDLL:
-    """A library of every kernel file of csrc/cuda over the emulator; the test is skipped where there is no compiler."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler is installed")
-    with tempfile.TemporaryDirectory() as folder:
-        return _build(Path(folder))
-
-
-def _build(folder: Path) -> ctypes.CDLL:
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-w", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
-    jobs = [
-        subprocess.Popen([*compiler, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
-        for source in sources
-    ]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    library = folder / "kernels.so"
-    objects = [str(folder / f"{source.name}.o") for source in sources]
-    subprocess.run([compiler[0], "-shared", "-o", str(library), *objects], check=True)
-    kernels = ctypes.CDLL(str(library))
+    """The launchers, for ctypes."""
+    kernels = ctypes.CDLL(str(library()))
     arguments, number = ctypes.POINTER(MatmulArgs), ctypes.c_int64
     kernels.host_skinny_matmul.argtypes = [arguments, number]
+    kernels.host_skinny_qkv.argtypes = [ctypes.POINTER(QkvArgs), number]
+    kernels.host_skinny_argmax.argtypes = [ctypes.POINTER(ArgmaxArgs), number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
     for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]
-    for args in (
-        NormArgs,
-        ActivationArgs,
-        EmbeddingArgs,
-        RopeAnglesArgs,
-        RopeArgs,
-        KvWriteArgs,
-        SampleArgs,
-        LogprobsArgs,
-    ):
+    for args in (*LAYERS, SampleArgs, LogprobsArgs):
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in args.__name__.removesuffix("Args"))
         getattr(kernels, f"host{name}").argtypes = [ctypes.POINTER(args)]
     return kernels

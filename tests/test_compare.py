@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyllm.compare import measure, shapes
 from pyllm.compare.engine import OURS, EngineInfo, Settings, Unsupported, prompts
 from pyllm.compare.measure import CELLS, Plan, groups
 from pyllm.compare.report import report
-from pyllm.compare.results import Cell, CellResult, Comparison, ModelResult, Turn, from_json, to_json
+from pyllm.compare.results import Cell, CellResult, Comparison, ModelResult, Turn, combined, from_json, to_json
 from pyllm.compare.worker import Worker, WorkerError
 from pyllm.limits import Limits
 from pyllm.llm import LLM
@@ -74,6 +75,17 @@ def test_engines_take_turns_after_all_are_ready(log: Path):
     one = both(ready) + 3 * both(turn)
     assert lines[2 : 2 + len(one)] == one
     assert lines[2 + len(one) :] == [line.replace("1 x 16", "2 x 16") for line in one]
+
+
+def test_what_is_measured_so_far_comes_after_every_cell(log: Path):
+    plan = Plan(["tiny"], ["float32"], ["load", "prefill-512", "decode"], [], 1, 1, log.parent / "models")
+    engines = {OURS: fake("Fast")}
+    done = [
+        [result.cell.name for result in comparison.models[0].cells if result.turns]
+        for comparison in measure.compare(plan, lambda text: None, engines=engines, measure_limits=lambda n: LIMITS)
+    ]
+    all_of_them = ["load", "prefill-512", "decode"]
+    assert done == [all_of_them[:1], all_of_them[:2], all_of_them, all_of_them]  # and once more at the end
 
 
 def test_every_round_of_load_is_a_fresh_process(log: Path):
@@ -288,8 +300,8 @@ def test_medians_ratios_and_fractions():
     assert result.ratio("other") == 2.25  # only rounds that have both
 
 
-def saved(path: Path) -> Path:
-    model = ModelResult("tiny", "int8", versions={OURS: "pyllm 1", "other": "other 2"})
+def saved(path: Path, dtype: str = "int8") -> Path:
+    model = ModelResult("tiny", dtype, versions={OURS: "pyllm 1", "other": "other 2"})
     model.weight_bytes = {OURS: 1e9, "other": 2e9}
     model.cells = [example()]
     model.cells[0].peak_memory = {OURS: 1_500_000_000, "other": 4_000_000_000}
@@ -311,10 +323,10 @@ def test_saved_comparisons_come_back_as_they_were(tmp_path: Path):
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    files = [saved(tmp_path / "a.json"), saved(tmp_path / "b.json")]
+    files = [saved(tmp_path / "a.json"), saved(tmp_path / "b.json", "int4")]
     assert run_cli(["bench", "--compare", *(word for file in files for word in ("--load", str(file)))]) == 0
     text = capsys.readouterr().out
-    assert text.count("### tiny, int8") == 2
+    assert text.count("### tiny, int8") == text.count("### tiny, int4") == 1
     assert "Limits (fake): reads 20.0 GB/s, computes 400 GOP/s." in text
     rows = [[field.strip() for field in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["", "pyllm 1", "other 2"]
@@ -325,6 +337,26 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ["equal tokens", "2 of 2", "1 of 2"],
     ]
     assert "- torch: not installed" in text
+
+
+def test_cells_of_several_runs_come_together():
+    first, again, late = (Comparison("a machine", 2, 3, began, [ModelResult("tiny", "int8")]) for began in "abc")
+    first.models[0].cells = [example(), replace(example(), cell=Cell("batch-4", "decode", 4), turns=[])]
+    first.models[0].cells[0].peak_memory = {OURS: 3}
+    again.models[0].cells = [replace(example(), tokens=16)]
+    again.models[0].versions = {OURS: "pyllm 1"}
+    late.models[0].cells = [replace(example(), cell=Cell("batch-4", "decode", 4), peak_memory={OURS: 2})]
+    [model] = combined([first, late]).models
+    assert [(result.cell.name, len(result.turns), result.peak_memory) for result in model.cells] == [
+        ("decode", 3, {OURS: 3}),
+        ("batch-4", 3, {OURS: 2}),
+    ]
+    whole = combined([first, again, Comparison("another", 2, 3, "d", [ModelResult("tiny", "int4")])])
+    assert (whole.began, [one.dtype for one in whole.models]) == ("a", ["int8", "int4"])
+    decode = whole.models[0].cell("decode")
+    assert decode is not None and decode.tokens == 16
+    assert whole.models[0].versions == {OURS: "pyllm 1"}
+    assert len(first.models[0].cells) == 2  # what came in stays as it was
 
 
 def test_json_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -43,7 +43,7 @@ def matmul_args(**changed):
         ({"x": array(4, 64, dtype="float32")}, "x: expected bfloat16"),
         ({"w": array(16, 64, pointer=2)}, "w: expected an address that is a multiple of 16"),
         ({"bias": array(15, dtype="float32")}, r"bias: expected shape \[16\]"),
-        ({"activation": 5}, "activation: expected 0 to 4, got 5"),
+        ({"activation": 9}, "activation: expected 0 to 8, got 9"),
         ({"y": array(4, 7), "w": array(15, 64), "gated": True}, "even number"),
     ],
 )
@@ -62,6 +62,37 @@ def test_skinny_matmul_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=expected):
             _cuda.skinny_matmul(**{**matmul_args(), **rest, **changed})
+
+
+SKINNY = {
+    "x": array(4, 64), "w": array(64, 64), "bias": None, "norm_weight": None, "norm_bias": None, "norm": 0, "eps": 0.0,
+    "multiprocessors": 132, "overlapped": True, "stream": 0,
+}  # fmt: skip
+QKV = {
+    **SKINNY, "q": array(4, 32), "cache": array(5, 1, 2, 64, 16), "cos": array(4, 8, dtype="float32"),
+    "sin": array(4, 8, dtype="float32"), "slots": array(4, dtype="int64"), "head_size": 16,
+}  # fmt: skip
+ARGMAX = {
+    **SKINNY, "tokens": array(4, dtype="int32"), "partial": array(132, 4, dtype="int64"),
+    "ticket": array(1, dtype="uint32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "args", "changed", "expected"),
+    [
+        ("skinny_qkv", QKV, {"q": array(4, 48)}, "w: expected rows for the heads of q and twice those of the cache"),
+        ("skinny_qkv", QKV, {"head_size": 15}, "head_size: expected an even number, got 15"),
+        ("skinny_qkv", QKV, {"cos": array(4, 9, dtype="float32")}, "cos: twice its columns: expected 0 to 16, got 18"),
+        ("skinny_qkv", QKV, {"slots": array(3, dtype="int64")}, r"slots: expected shape \[4\]"),
+        ("skinny_qkv", QKV, {"sin": None}, "cos, sin: expected both or neither"),
+        ("skinny_argmax", ARGMAX, {"partial": array(131, 4, dtype="int64")}, r"partial: expected shape \[132, 4\]"),
+        ("skinny_argmax", ARGMAX, {"w": array(64, 64, dtype="float32")}, "w: expected bfloat16, got float32"),
+    ],
+)
+def test_fused_decode_kernels_refuse_what_they_cannot_take(kernel, args, changed, expected):
+    with pytest.raises((TypeError, ValueError), match=expected):
+        getattr(_cuda, kernel)(**{**args, **changed})
 
 
 def attention_args(**changed):
@@ -124,6 +155,8 @@ NORM = {
     "eps": 1e-5, "kind": 0,
 }  # fmt: skip
 ACTIVATION = {"y": array(3, 8), "x": float32(3, 8), "up": None, "activation": 3}
+AXPBY = {"out": float32(3, 8), "x": float32(3, 8), "a": 1.0, "y": None, "b": 1.0}
+GATHER_COLUMNS = {"y": float32(3, 7), "x": float32(3, 8), "index": int32(7)}
 EMBEDDING = {"y": float32(3, 8), "tokens": int32(3), "table": array(9, 8), "positions": None, "position_table": None}
 ANGLES = {
     "cos": float32(3, 4), "sin": float32(3, 4), "positions": int32(3), "inv_freq": float32(1, 4), "table": None,
@@ -163,6 +196,9 @@ LISTS = {"allowed_starts": array(4, dtype="int64"), "allowed_ids": int32(7)}
         ),
         ("activation", ACTIVATION, {"up": array(3, 8)}, "up: expected float32, got bfloat16"),
         ("activation", ACTIVATION, {"y": array(3, 9)}, r"y: expected shape \[3, 8\]"),
+        ("axpby", AXPBY, {"y": float32(3, 9)}, r"y: expected shape \[3, 8\]"),
+        ("axpby", AXPBY, {"out": array(3, 8)}, "out: expected float32, got bfloat16"),
+        ("gather_columns", GATHER_COLUMNS, {"y": float32(3, 8)}, r"y: expected shape \[3, 7\]"),
         ("embedding", EMBEDDING, {"positions": int32(3)}, "both or neither"),
         ("embedding", EMBEDDING, {"y": float32(4, 8)}, r"y: expected shape \[3, 8\]"),
         ("rope_angles", ANGLES, {"inv_freq": float32(0, 4)}, "at least one row"),
@@ -190,3 +226,17 @@ def test_a_launch_without_a_driver_is_an_error_that_names_the_kernel():
         _cuda.mma_matmul(**matmul_args())
     empty = {"y": array(0, 16, dtype="float32"), "x": array(0, 64)}
     _cuda.mma_matmul(**matmul_args(**empty))  # nothing to launch
+
+
+def test_what_is_beside_the_kernels_checks_its_arguments():
+    ids, places = array(3, dtype="int32"), array(3, dtype="int64")
+    draws = array(3, 48, dtype="uint8")
+    with pytest.raises(ValueError, match=r"slots: expected shape \[3\]"):
+        _cuda.advance(ids, ids, array(2, dtype="int64"), ids, draws, ids, 0)
+    with pytest.raises(ValueError, match=r"rows: expected shape \[3, 48\]"):
+        _cuda.advance(ids, ids, places, ids, array(3, 40, dtype="uint8"), ids, 0)
+    with pytest.raises(ValueError, match="multiple of 16 bytes, got 24"):
+        _cuda.read_probe(array(1, dtype="uint32"), array(24, dtype="uint8"), 0)
+    with pytest.raises(TypeError, match="an unused DLPack capsule"):
+        _cuda.from_dlpack(object(), 2, 0)
+    assert _cuda.skinny_fits(16, 2048) and not _cuda.skinny_fits(17, 2048) and not _cuda.skinny_fits(1, 12)

@@ -9,8 +9,10 @@ from cuda_host import (
     ACTIVATIONS,
     DTYPES,
     ActivationArgs,
+    AxpbyArgs,
     CacheView,
     EmbeddingArgs,
+    GatherColumnsArgs,
     KvWriteArgs,
     NormArgs,
     RopeAnglesArgs,
@@ -125,6 +127,31 @@ def test_activation_matches_formula(kernels, name):
                     expected = wide if name == "none" else activation_formula(wide, name)
                     expected = expected * up.astype("f8") if gate else expected
                     close(inside(y, rows, dim), expected, F32_ERROR if y_dtype == float32 else BF16_ERROR)
+
+
+@pytest.mark.parametrize("dim", [1, 33, 1030])
+def test_axpby_scales_and_adds(kernels, dim):
+    x, other = rng(dim).standard_normal((2, 3, dim)).astype("f4")
+    for added in (False, True):
+        out = frame(3, dim)
+        args = AxpbyArgs(
+            out=out.ctypes.data, x=x.ctypes.data, y=other.ctypes.data if added else 0, rows=3, dim=dim,
+            out_stride=dim + 3, x_stride=dim, y_stride=dim, a=1.5, b=-0.3,
+        )  # fmt: skip
+        assert kernels.host_axpby(args) == 0
+        expected = 1.5 * x.astype("f8") - (np.float64(np.float32(0.3)) * other if added else 0)
+        close(inside(out, 3, dim), expected)
+
+
+def test_gather_columns_takes_columns(kernels):
+    x, index = rng(0).standard_normal((3, 32)).astype("f4"), rng(1).integers(0, 32, 1030).astype(np.int32)
+    y = frame(3, 1030)
+    args = GatherColumnsArgs(
+        y=y.ctypes.data, x=x.ctypes.data, index=index.ctypes.data, rows=3, columns=1030, x_columns=32, y_stride=1033,
+        x_stride=32,
+    )  # fmt: skip
+    assert kernels.host_gather_columns(args) == 0
+    assert (inside(y, 3, 1030) == x[:, index]).all()
 
 
 @pytest.mark.parametrize("dtype", [float32, bfloat16])

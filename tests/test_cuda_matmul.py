@@ -5,10 +5,23 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_host import ACTIVATIONS, DTYPES, MatmulArgs, SkinnyPlan, aligned, as_aligned, build
+from cuda_host import (
+    ACTIVATIONS,
+    DTYPES,
+    ArgmaxArgs,
+    CacheView,
+    MatmulArgs,
+    QkvArgs,
+    SkinnyPlan,
+    aligned,
+    as_aligned,
+    build,
+)
 from oracle.activation import activation as activation_formula
+from oracle.rope import rope
 
 bfloat16 = ml_dtypes.bfloat16
+PAGE = 64
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +148,84 @@ def test_skinny_row_is_the_same_bits_in_any_batch_and_on_any_chip(kernels):
         assert (call(skinny(kernels, 132), alone, columns, norm="rms")[0] == whole[row]).all()
 
 
+def pairs_first(heads, size, half):
+    """Order of a head's rows in which those that are rotated together are neighbours, for `heads` heads."""
+    head = [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, size)]
+    return np.concatenate([np.array(head, int) + h * size for h in range(heads)])
+
+
+@pytest.mark.parametrize("cache_dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "size", "half"),
+    [(1, 2, 1, 16, 8), (5, 3, 2, 20, 6), (16, 1, 1, 2, 1), (3, 2, 2, 64, 0)],
+)
+def test_qkv_rotates_and_writes(kernels, rows, heads, kv_heads, size, half, cache_dtype):
+    n, k, blocks = (heads + 2 * kv_heads) * size, 72, 2
+    arrays, _ = case(rows, n, k, x_dtype=np.float32, norm="rms", residual=False, seed=size)
+    plain = call(skinny(kernels), arrays, n, norm="rms").reshape(rows, heads + 2 * kv_heads, size)
+    rng = np.random.default_rng(1)
+    cos, sin = rng.standard_normal((2, rows, half)).astype("f4")
+    slots = rng.permutation(blocks * PAGE)[:rows].astype(np.int64)
+    if rows > 1:
+        slots[1] = -1
+        slots[-1] = blocks * PAGE
+    rotated = heads + kv_heads
+    order = np.concatenate([pairs_first(rotated, size, half), np.arange(rotated * size, n)])
+    w, bias = as_aligned(arrays["w"][order]), arrays["bias"][order].copy()
+    cache = np.full((blocks + 1, kv_heads, 2, PAGE, -(-size // 16) * 16), np.nan, cache_dtype)
+    q = np.full((rows + 1, heads * size + 3), np.nan, "f4")
+    matmul = MatmulArgs(
+        y=q.ctypes.data, x=arrays["x"].ctypes.data, w=w.ctypes.data, bias=bias.ctypes.data,
+        norm_weight=arrays["norm_weight"].ctypes.data, rows=rows, n=n, k=k, x_stride=k, y_stride=heads * size + 3,
+        eps=1e-5, norm=1, x_dtype=0, w_dtype=2, y_dtype=0,
+    )  # fmt: skip
+    args = QkvArgs(
+        matmul=matmul, cache=CacheView(cache.ctypes.data, blocks, kv_heads, size, DTYPES[np.dtype(cache_dtype)]),
+        cos=cos.ctypes.data if half else 0, sin=sin.ctypes.data, slots=slots.ctypes.data, heads=heads, half=half,
+    )  # fmt: skip
+    assert kernels.host_skinny_qkv(args, 3) == 0
+    turned = rope(plain[:, :rotated], cos.astype("f8"), sin.astype("f8"))
+    close(q[:rows, : heads * size].astype("f8"), turned[:, :heads].reshape(rows, -1), 1e-6)
+    assert np.isnan(q[rows:]).all()
+    assert np.isnan(q[:, heads * size :]).all()
+    bound = 1e-6 if cache_dtype == np.float32 else 4e-3
+    for row, slot in enumerate(slots):
+        if 0 <= slot < blocks * PAGE:
+            written = cache[slot // PAGE, :, :, slot % PAGE].astype("f8")
+            close(written[:, 0, :size], turned[row, heads:], bound)
+            close(written[:, 1, :size], plain[row, rotated:], bound)
+            assert (written[..., size:] == 0).all()
+            cache[slot // PAGE, :, :, slot % PAGE] = np.nan
+    assert np.isnan(cache.astype("f4")).all()
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (3, 7), (16, 100), (5, 333)])
+def test_argmax_is_that_of_the_outputs(kernels, rows, n):
+    arrays, _ = case(rows, n, 136, x_dtype=np.float32, norm="layer", residual=False, seed=n)
+    arrays["w"][n // 2 :] = arrays["w"][: n - n // 2]  # every largest stands twice
+    arrays["bias"][n // 2 :] = arrays["bias"][: n - n // 2]
+    if rows > 1:
+        arrays["x"][1] = np.nan
+    for multiprocessors in (1, 3, 132):
+        logits = call(skinny(kernels, multiprocessors), {**arrays, "residual": None}, n, norm="layer")
+        tokens, ticket = np.full(rows + 1, -7, np.int32), np.zeros(1, np.uint32)
+        partial = np.full((multiprocessors, rows), -1, np.int64)
+        pointers = {name: a.ctypes.data for name, a in arrays.items() if a is not None}
+        matmul = MatmulArgs(**pointers, rows=rows, n=n, k=136, x_stride=136, eps=1e-5, norm=0, x_dtype=0, w_dtype=2)
+        args = ArgmaxArgs(matmul, tokens.ctypes.data, partial.ctypes.data, ticket.ctypes.data)
+        assert kernels.host_skinny_argmax(args, multiprocessors) == 0
+        expected = np.where(np.isnan(logits).any(1), -1, logits.argmax(1))
+        assert tokens.tolist() == [*expected, -7]
+        assert ticket[0] == 0
+
+
 def test_what_a_kernel_cannot_take_is_an_error(kernels):
     args = MatmulArgs(rows=17, n=8, k=16, x_stride=16)
     assert kernels.host_skinny_matmul(args, 132) != 0  # 17 rows
     assert kernels.host_mma_matmul(MatmulArgs(rows=4, n=8, k=15, x_stride=16)) != 0
     assert kernels.host_plain_matmul(MatmulArgs(rows=4, n=8, k=15, w_dtype=2)) != 0
+    assert kernels.host_skinny_argmax(ArgmaxArgs(args), 132) != 0
+    assert kernels.host_skinny_qkv(QkvArgs(MatmulArgs(rows=1, n=8, k=16), CacheView(0, 1, 1, 4, 0), heads=1), 132) != 0
     assert kernels.host_mma_matmul(MatmulArgs(rows=0, n=8, k=16, x_stride=16)) == 0  # nothing to do
 
 

@@ -17,7 +17,8 @@ from test_cli import pyllm, refused
 
 from pyllm import LLM
 from pyllm.errors import ConfigError, NonFiniteError, RequestError
-from pyllm.pooling import EmbeddingRule, Pool, Pooling, embedding_rule
+from pyllm.pooling import EmbeddingRule, Pool, embedding_rule
+from pyllm.spec import Pooling
 
 STORIES = Path(__file__).parents[1] / "pyllm" / "data" / "stories"
 GOLDEN = Path(__file__).parent / "golden" / "qwen3"

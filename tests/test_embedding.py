@@ -39,6 +39,11 @@ def test_plain_table(isa: str, dtype: Any) -> None:
                 assert np.array_equal(OPS.embedding(tokens, weights), expected)
                 y = OPS.embedding(tokens, weights, positions, positions_table)
                 assert np.array_equal(y, expected + positions_table[positions])
+                types, type_table = ids(count, 3), Framed(table(dim, np.float32, 3)).array
+                y = OPS.embedding(tokens, weights, positions, positions_table, types, type_table)
+                assert np.array_equal(y, expected + positions_table[positions] + type_table[types])
+                y = OPS.embedding(tokens, weights, types=types, type_table=type_table)
+                assert np.array_equal(y, expected + type_table[types])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -71,7 +76,7 @@ def test_output_frame_and_threads(isa: str) -> None:
     out = Framed(np.zeros((999, 77), np.float32))
     with at_isa(isa):
         for threads in (1, 3):
-            Ops(threads).context.embedding(out.array, tokens, weights, None, None)
+            Ops(threads).context.embedding(out.array, tokens, weights, None, None, None, None)
             out.check()
             assert np.array_equal(out.array, weights[tokens].astype(np.float32))
 
@@ -97,6 +102,8 @@ def test_bad_arguments() -> None:
         OPS.embedding(tokens, weights, np.array([0, 1, 9], np.int32), table(8, np.float32, 9))
     with pytest.raises(TypeError, match="positions: expected a numpy array"):
         OPS.embedding(tokens, weights, None, table(8, np.float32, 9))
+    with pytest.raises(ValueError, match=r"types\[0\]: expected a row of type_table in \[0, 2\)"):
+        OPS.embedding(tokens, weights, types=np.full(3, 2, np.int32), type_table=table(8, np.float32, 2))
     with pytest.raises(TypeError, match="tokens: expected int32"):
         OPS.embedding(tokens.astype(np.int64), weights)
     with pytest.raises(TypeError, match="table: expected float32, float16 or bfloat16"):
@@ -121,20 +128,24 @@ def test_embedding_backward(isa: str, packed: bool) -> None:
     """Rows that many tokens share are added in the order of the tokens, on any number of threads."""
     everything = np.arange(VOCAB, dtype=np.int32)
     for dim in DIMS:
-        start, positions_start = table(dim, np.float32), table(dim, np.float32, 9)
+        start, positions_start, types_start = (table(dim, np.float32, rows) for rows in (VOCAB, 9, 2))
         for count in (0, 1, 300):
             tokens, positions, dy = ids(count), ids(count, 9), Framed(table(dim, np.float32, count)).array
             tokens[: count // 2] = 64
+            types = ids(count, 2)
             for threads in (1, 2, 3):
                 ops = TrainingOps(threads)
                 dpositions = Framed(positions_start)
+                dtypes = Framed(types_start)
                 plain = Framed(start)
                 with at_isa(isa):
                     dtable = ops.pack(start) if packed else plain.array
-                    ops.embedding_backward(dtable, dpositions.array, dy, tokens, positions)
+                    ops.embedding_backward(dtable, dpositions.array, dy, tokens, positions, dtypes.array, types)
                     actual = ops.embedding(everything, dtable)
                 plain.check()
                 dpositions.check()
+                dtypes.check()
+                assert np.array_equal(dtypes.array, added(types_start, dy, types))
                 assert np.array_equal(actual, added(start, dy, tokens))
                 assert np.array_equal(dpositions.array, added(positions_start, dy, positions))
 

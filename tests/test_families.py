@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pyllm import LLM, SamplingParams
+from pyllm.errors import RequestError
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOLERANCE = 2e-5
@@ -38,28 +39,69 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     assert float(np.abs(found - expected).max()) <= limit
 
 
-def check(folder: Path, expected: Any) -> None:
+def check(folder: Path, expected: Any, ngram: int) -> None:
     llm = LLM(folder, dtype="float32", skip_tokenizer_init=True, threads=2)
-    output = llm.forward(expected.ids.tolist(), output_hidden_states=True)
-    if llm.spec.embedding.width is not None:
+    prompt = expected.ids.tolist() if expected.source is None else expected.source.tolist()
+    types = None if expected.types is None else expected.types.tolist()
+    output = llm.forward(
+        expected.ids.tolist(),
+        source_token_ids=None if expected.source is None else prompt,
+        output_hidden_states=True,
+        token_type_ids=types,
+    )
+    if llm.spec.projects_to_head:
         output.hidden_states.pop()  # the last one, which transformers projects already
     assert len(output.hidden_states) == len(expected.hidden_states)
     for found, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         close(found, wanted)
+    if expected.encoder_states is not None:
+        for found, wanted in zip(output.encoder_hidden_states, expected.encoder_states, strict=True):
+            close(found, wanted)
     close(output.logits, expected.logits)
-    params = SamplingParams(temperature=0, max_tokens=goldens.NEW_TOKENS, ignore_eos=True)
-    result = llm.generate([{"prompt_token_ids": expected.ids.tolist()}], params)
+    if llm.spec.is_encoder:
+        return
+    params = SamplingParams(temperature=0, max_tokens=goldens.NEW_TOKENS, ignore_eos=True, no_repeat_ngram_size=ngram)
+    result = llm.generate([{"prompt_token_ids": prompt}], params)
     assert list(result[0].outputs[0].token_ids) == expected.greedy_ids.tolist()
 
 
 @pytest.mark.parametrize("name", goldens.variants())
 def test_golden(name: str) -> None:
-    check(GOLDEN / name, goldens.read_expected(GOLDEN / name))
+    check(GOLDEN / name, goldens.read_expected(GOLDEN / name), goldens.variants()[name].ngram)
+
+
+def require_oracle() -> None:
+    if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
+        pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
+        pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
 
 
 @pytest.mark.parametrize("name", goldens.variants())
 def test_live(name: str, tmp_path: Path) -> None:
-    if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
-        pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
-        pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
-    check(tmp_path, goldens.build(name, tmp_path))
+    require_oracle()
+    check(tmp_path, goldens.build(name, tmp_path), goldens.variants()[name].ngram)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gptj"])
+def test_attention_weights(name: str) -> None:
+    """Both directions, groups of heads, a window, and rotated keys."""
+    require_oracle()
+    import torch
+    import transformers
+
+    expected = goldens.read_expected(GOLDEN / name)
+    model = getattr(transformers, goldens.variants()[name].architecture or "AutoModelForCausalLM").from_pretrained(
+        GOLDEN / name, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        theirs = model.eval()(torch.from_numpy(expected.ids)[None], output_attentions=True).attentions
+    llm = LLM(GOLDEN / name, skip_tokenizer_init=True, threads=2)
+    plain = llm.forward(expected.ids.tolist())
+    ours = llm.forward(expected.ids.tolist(), output_attentions=True)
+    assert plain.logits.tobytes() == ours.logits.tobytes()
+    assert len(ours.attentions) == len(theirs)
+    for found, wanted in zip(ours.attentions, theirs, strict=True):
+        close(found, wanted[0].numpy())
+    cut = LLM(GOLDEN / "llama", skip_tokenizer_init=True, max_num_batched_tokens=8)
+    with pytest.raises(RequestError, match="expected at most 8 tokens, those of a step, got 9"):
+        cut.forward(expected.ids[:9].tolist(), output_attentions=True)

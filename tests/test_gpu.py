@@ -26,11 +26,20 @@ def gpu():
     return device.open_device()
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    from pyllm import _cuda
+class Kernels:
+    """The launchers of `pyllm._cuda`, which take device arrays here."""
 
-    return _cuda
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        launcher = getattr(self._module, name)
+        return lambda *arguments: launcher(*(getattr(a, "raw", a) for a in arguments))
+
+
+@pytest.fixture(scope="module")
+def kernels(gpu):
+    return Kernels(gpu.kernels)
 
 
 def thrice(gpu, launch, shape, dtype):
@@ -39,7 +48,7 @@ def thrice(gpu, launch, shape, dtype):
     for _ in range(3):
         out = gpu.upload(np.full(shape, np.nan, dtype))
         launch(out)
-        results.append(gpu.download(out))
+        results.append(out.numpy())
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
     return results[0].astype("f8")
 
@@ -54,7 +63,7 @@ def close(got, expected, bound):
 def test_memory_goes_there_and_back(gpu, dtype):
     for shape in ((), (0, 3), (1,), (3, 1001)):
         host = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-        assert np.array_equal(gpu.download(gpu.upload(host)), host)
+        assert np.array_equal(gpu.upload(host).numpy(), host)
 
 
 SIZES = [(1, 40, 1024), (3, 18, 1032), (16, 34, 128), (130, 32, 328), (257, 1000, 72)]
@@ -151,4 +160,12 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, window):
                 weights = np.exp(scores - scores.max())
                 expected[row, h] = weights @ v / weights.sum()
     close(thrice(gpu, launch, q.shape, dtype), expected, 1e-3 if dtype == float32 else 1e-2)
-    assert not gpu.download(tickets).any()
+    assert not tickets.numpy().any()
+
+
+def test_the_probe_reads_every_byte(gpu, kernels):
+    for count in (16, 4096 * 17, 1 << 20):
+        words = np.random.default_rng(count).integers(0, 2**32, count // 4, dtype=np.uint32)
+        out = gpu.upload(np.zeros(5, np.uint32))
+        kernels.read_probe(out, gpu.upload(words.view(np.uint8)), gpu.stream)
+        assert np.bitwise_xor.reduce(out.numpy()) == np.bitwise_xor.reduce(words)

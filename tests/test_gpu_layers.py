@@ -12,11 +12,11 @@ from oracle.activation import activation as activation_formula
 from oracle.norm import norm as norm_formula
 from oracle.rope import rope as rope_formula
 from oracle.rope import rope_angles as angles_formula
-from test_gpu import close, thrice
+from test_gpu import Kernels, close, thrice
 
 from pyllm import device
 from pyllm.ops import ACTIVATIONS, Ops
-from pyllm.sampling import SamplingParams, SamplingState, sample_inputs
+from pyllm.sampling import SAMPLE_ROW, SamplingParams, SamplingState, sample_inputs
 from pyllm.spec import Activation
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -32,10 +32,8 @@ def gpu():
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    from pyllm import _cuda
-
-    return _cuda
+def kernels(gpu):
+    return Kernels(gpu.kernels)
 
 
 @pytest.mark.parametrize("dtype", [float32, bfloat16])
@@ -49,7 +47,7 @@ def test_norm(gpu, kernels, kind, dim, dtype):
     close(got, norm_formula((x + residual).astype("f8"), weight, bias, kind, 1e-5), 1e-3 if dtype == float32 else 1e-2)
 
 
-@pytest.mark.parametrize("name", [Activation.GELU_ERF, Activation.GELU_TANH, Activation.SILU, Activation.RELU])
+@pytest.mark.parametrize("name", list(Activation))
 def test_activation(gpu, kernels, name):
     x, up = rng(0).standard_normal((2, 3, 1029)).astype("f4")
     arrays = [gpu.upload(a) for a in (x, up)]
@@ -71,13 +69,13 @@ def test_rope_and_kv_write(gpu, kernels):
     cos, sin = (gpu.upload(np.full((3, 32), np.nan, "f4")) for _ in range(2))
     kernels.rope_angles(cos, sin, places, frequencies, None, 1.0, gpu.stream)
     c, s = angles_formula(positions, inv_freq[0], 1.0)
-    assert np.abs(gpu.download(cos) - c).max() <= 2**-23
-    assert np.abs(gpu.download(sin) - s).max() <= 2**-23
+    assert np.abs(cos.numpy() - c).max() <= 2**-23
+    assert np.abs(sin.numpy() - s).max() <= 2**-23
     k, v = rng(0).standard_normal((2, 3, 2, 80)).astype("f4")
     keys = rope_formula(k.astype("f8"), c, s)
     turned = gpu.upload(k.reshape(3, 160))
     kernels.rope(turned, cos, sin, 80, False, gpu.stream)
-    close(gpu.download(turned).astype("f8"), keys.reshape(3, 160), 1e-3)
+    close(turned.numpy().astype("f8"), keys.reshape(3, 160), 1e-3)
     slots = gpu.upload(np.array([64, -1, 3], np.int64))
     flat = [gpu.upload(a.reshape(3, 160)) for a in (k, v)]
     cache = thrice(
@@ -105,9 +103,23 @@ def test_sample_and_logprobs_are_those_of_the_cpu(gpu, kernels, chain):
     expected, tokens = ops.sample(logits.copy(), inputs), gpu.upload(np.zeros(3, np.int32))
     for _ in range(3):
         kernels.sample(tokens, gpu.upload(logits), rows, *lists, None, None, None, gpu.stream)
-        assert (gpu.download(tokens) == expected).all()
+        assert (tokens.numpy() == expected).all()
     chosen, top = (gpu.upload(np.zeros(shape, "f4")) for shape in (3, (3, 20)))
     ranks, top_ids = (gpu.upload(np.zeros(shape, np.int32)) for shape in (3, (3, 20)))
     kernels.logprobs(chosen, ranks, top, top_ids, gpu.upload(logits), tokens, gpu.stream)
     for got, other in zip((chosen, ranks, top, top_ids), ops.logprobs(logits, expected, 20), strict=True):
-        assert np.allclose(gpu.download(got), other, rtol=1e-5, atol=1e-6)
+        assert np.allclose(got.numpy(), other, rtol=1e-5, atol=1e-6)
+
+
+def test_advance_makes_the_inputs_of_the_next_step(gpu, kernels):
+    rows = np.zeros(3, SAMPLE_ROW)
+    rows["position"], rows["seed"] = [4, 0, 2**40], 7
+    host = [np.array([1, 2, 3], np.int32), np.array([5, 0, 9], np.int32), np.array([70, -1, 3], np.int64),
+            np.array([6, 1, 10], np.int32)]  # fmt: skip
+    arrays = [gpu.upload(a) for a in host]
+    draws = gpu.upload(rows.view(np.uint8).reshape(3, -1))
+    kernels.advance(*arrays, draws, gpu.upload(np.array([8, -1, 9], np.int32)), gpu.stream)
+    for got, want in zip(arrays, ([8, -1, 9], [6, 1, 10], [71, 0, 4], [7, 2, 11]), strict=True):
+        assert got.numpy().tolist() == want
+    after = draws.numpy().reshape(-1).view(SAMPLE_ROW)
+    assert after["position"].tolist() == [5, 1, 2**40 + 1] and (after["seed"] == 7).all()

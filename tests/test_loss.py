@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from oracle import loss as oracles
 from oracle.harness import DIMS, ISAS, Framed, assert_close, at_isa
 from oracle.loss import cross_entropy
 
@@ -167,3 +168,44 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             OPS.cross_entropy(**({"logits": logits, "labels": labels, "scale": ONE} | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["sigmoid_cross_entropy", "squared_error"])
+def test_losses_of_single_numbers(isa: str, name: str) -> None:
+    kernel, oracle = getattr(OPS, name), getattr(oracles, name)
+    for dim in (1, 2, 7, 33, 257):
+        for rows in (0, 1, 9):
+            x = RNG.normal(0, 4, (rows, dim)).astype(np.float32)
+            targets = RNG.random((rows, dim)).astype(np.float32)
+            targets[RNG.random((rows, dim)) < 0.2] = np.nan
+            given, scale = Framed(x, offset=dim % 5), np.array([0.37], np.float32)
+            with at_isa(isa):
+                losses_only = kernel(given.array, targets, None)
+                assert given.array.tobytes() == x.tobytes()
+                loss = kernel(given.array, targets, scale)
+            assert losses_only.tobytes() == loss.tobytes()
+            given.check()
+            wide, naive = oracle(x.astype(np.float64), targets), oracle(x, targets)
+            assert_close(loss, wide[0], naive[0])
+            assert_close(given.array, wide[1] * np.float64(scale[0]), (naive[1] * scale[0]).astype(np.float32))
+            assert not given.array[np.isnan(targets)].any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sigmoid_far_from_zero(isa: str) -> None:
+    x = np.array([[1e4], [-1e4], [3e38], [-3e38], [np.nan]], np.float32)
+    with at_isa(isa):
+        loss = OPS.sigmoid_cross_entropy(x, np.ones((5, 1), np.float32), ONE)
+    np.testing.assert_allclose(loss, np.float32([0, 1e4, 0, 3e38, np.nan]))
+    np.testing.assert_allclose(x[:, 0], [0, -1, 0, -1, np.nan])
+
+
+def test_bad_arguments_of_losses_of_single_numbers() -> None:
+    x = np.zeros((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"targets: expected float32\[3, 2\]"):
+        OPS.sigmoid_cross_entropy(x, np.zeros((3, 1), np.float32), ONE)
+    with pytest.raises(ValueError, match="targets: expected memory of its own"):
+        OPS.squared_error(x, x, ONE)
+    with pytest.raises(ValueError, match=r"loss: expected float32\[3\]"):
+        OPS.squared_error(x, np.zeros((3, 2), np.float32), ONE, loss=np.zeros(2, np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from safetensors import safe_open
 
 from pyllm.errors import ConfigError
 from pyllm.folder import read_config
-from pyllm.models import FAMILIES, family_of, open_checkpoint, read_spec
+from pyllm.models import FAMILIES, NAMESAKES, family_of, open_checkpoint, read_spec
 from pyllm.ops_training import TrainingOps
 from pyllm.position_bias import Alibi
+from pyllm.prefix import PrefixSpec
 from pyllm.rope import RopeKind
 from pyllm.spec import Activation, ModelSpec, NormKind
 from pyllm.train.checkpoint import save_model
@@ -56,16 +58,25 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
         np.load(GOLDEN / name / "expected.npz", allow_pickle=False) as expected,
         open_checkpoint(GOLDEN / name) as model,
     ):
-        logits, hidden = forward(model.spec, model.tensors, expected["ids"])
+        types, source = expected.get("types"), expected.get("source")
+        logits, hidden = forward(model.spec, model.tensors, expected["ids"], types=types, source=source)
         assert np.abs(logits - expected["logits"]).max() < 2e-5 * max(1, np.abs(logits).max())
-        if model.spec.embedding.width is not None:
+        if model.spec.projects_to_head:
             hidden.pop()  # the last one, which transformers projects already
         for found, wanted in zip(hidden, expected["hidden_states"], strict=True):
             assert np.abs(found - wanted).max() < 2e-5 * max(1, np.abs(wanted).max())
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 30
+    assert len(GOLDEN_NAMES) == 46
+
+
+def test_the_table_of_families_names_all_of_them() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text()
+    named = re.findall(r"^\| `([\w-]+)`(.*?)\|", text, flags=re.MULTILINE)
+    assert {name for name, _ in named} == set(FAMILIES)
+    for family in NAMESAKES:
+        assert any(name == family.model_type and f"`{family.key}`" in rest for name, rest in named)
 
 
 def test_gpt_nano_sort(shared_data: Path) -> None:
@@ -390,6 +401,66 @@ def test_chatglm2_config() -> None:
         assert next(iter(change)) in refusal({**config, **change})
 
 
+CHATGLM: dict[str, Any] = {
+    "architectures": ["ChatGLMModel"],
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "gmask_token_id": 130001,
+    "hidden_size": 4096,
+    "inner_hidden_size": 16384,
+    "layernorm_epsilon": 1e-05,
+    "mask_token_id": 130000,
+    "max_sequence_length": 2048,
+    "model_type": "chatglm",
+    "num_attention_heads": 32,
+    "num_layers": 28,
+    "pad_token_id": 3,
+    "position_encoding_2d": True,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+    "quantization_bit": 0,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.1",
+    "use_cache": True,
+    "vocab_size": 130528,
+}
+GLM: dict[str, Any] = {
+    "attention_scale": 1.0,
+    "block_position_encoding": True,
+    "eos_token_id": 50258,
+    "hidden_size": 1024,
+    "mask_token_id": 50260,
+    "max_sequence_length": 512,
+    "model_type": "glm",
+    "num_attention_heads": 16,
+    "num_layers": 24,
+    "relative_encoding": False,
+    "sop_token_id": 50257,
+    "vocab_size": 50304,
+}
+
+
+def test_configs_of_models_that_fill_blanks() -> None:
+    chatglm, glm = read(CHATGLM), read(GLM)
+    assert chatglm.prefix == PrefixSpec(130004, ((130001,), (130000,)))
+    assert chatglm.blocks[0].residual_scale == math.sqrt(56)
+    assert read({**CHATGLM, "num_layers": 2}).blocks[0].residual_scale == math.sqrt(56)
+    assert chatglm.num_parameters() == 6_173_286_400 + 130528 * 4096  # the head is not counted where it is published
+    assert glm.prefix == PrefixSpec(50257, ((50260,),), restarts=True)
+    assert glm.embedding.positions == glm.embedding.second_positions == 513
+    assert read({**GLM, "hidden_act": "gelu"}).blocks[0].mlp.activation is Activation.GELU_ERF
+    for change in (
+        {"position_encoding_2d": False},
+        {"quantization_bit": 4},
+        {"mask_token_id": None},
+        {"pre_seq_len": 9},
+        {"num_attention_heads": 33},
+    ):
+        assert next(iter(change)) in refusal({**CHATGLM, **change})
+    for change in ({"relative_encoding": True}, {"sop_token_id": None}, {"mask_token_id": None}, {"spell_length": 3}):
+        assert next(iter(change)) in refusal({**GLM, **change})
+
+
 def test_rope_spellings_agree() -> None:
     parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     original = {"original_max_position_embeddings": 64}
@@ -629,6 +700,7 @@ def test_gemma_configs() -> None:
     assert gemma3.rope is not None
     assert gemma3.local_rope is not None
     assert (gemma3.rope.theta, gemma3.rope.kind, gemma3.rope.factor) == (1e6, RopeKind.LINEAR, 8.0)
+    assert gemma3.max_positions == 131072
     assert (gemma3.local_rope.theta, gemma3.local_rope.kind) == (1e4, RopeKind.DEFAULT)
     each = {"full_attention": {"rope_theta": 50.0}, "sliding_attention": {"rope_theta": 20.0}}
     nested = read({**GEMMA3, "rope_parameters": each})

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= 2e-5 * max(1.0, float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "phi3", "glm4"])
+@pytest.mark.parametrize("name", ["bloom", "gemma3", "glm4", "gpt2", "llama", "mistral", "phi3"])
 def test_logits_and_states_are_those_of_float64(name: str) -> None:
     llm = load(name)
     ids = ids_of(llm, 33)
@@ -228,3 +229,54 @@ def test_prompts_of_blanks() -> None:
         rule.check([5, 90], generates=True)
     with pytest.raises(RequestError, match="mask before its start token"):
         rule.check([5, 99, 90], generates=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"quantization": "int4", "kv_cache_dtype": "int8"}])
+@pytest.mark.parametrize("name", ["chatglm", "glm2021"])
+def test_models_that_fill_blanks_do_not_depend_on_the_batch(name: str, options: dict[str, Any]) -> None:
+    """Nor on recorded steps, drafts, or blocks that were given back and computed again."""
+    llm = load(name, prefix=False, **options)
+    rng = np.random.default_rng(0)
+    prompts = []
+    for length in (3, 17, 62, 64, 65, 90):
+        ids = rng.integers(3, 60, length)
+        ids[length // 2], ids[-1] = 60, 62
+        prompts.append({"prompt_token_ids": ids.tolist()})
+    params = SamplingParams(**{**GREEDY, "max_tokens": 20}, logprobs=3)
+    alone = [llm.generate([prompt], params)[0].outputs for prompt in prompts]
+    block = llm.plan.cache // llm.plan.cache_blocks
+    variants: list[dict[str, Any]] = [{"threads": 1}, {"speculative": "ngram"}]
+    variants += [{"kv_cache_bytes": 5 * block, "enable_prefix_caching": False, "max_model_len": 128}]
+    for more in variants:
+        other = load(name, prefix=False, **options, **more)
+        assert [output.outputs for output in other.generate(prompts, params)] == alone
+    llm.engine.use_graphs = False
+    assert [output.outputs for output in llm.generate(prompts, params)] == alone
+    whole = llm.forward([*prompts[1]["prompt_token_ids"], *alone[1][0].token_ids])
+    assert whole.logits[16:-1].argmax(-1).tolist() == list(alone[1][0].token_ids)
+
+
+def test_scores_of_a_blank() -> None:
+    llm = load("chatglm", prefix=False)
+    ids = [5, 6, 60, 7, 62, 8, 9]
+    [score] = llm.score([{"prompt_token_ids": ids}])
+    logits = llm.forward(ids).logits.astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert score.token_ids == [8, 9]
+    np.testing.assert_allclose(score.logprobs, [logprobs[4, 8], logprobs[5, 9]], atol=1e-5)
+    with pytest.raises(RequestError, match="nothing does here"):
+        llm.score([{"prompt_token_ids": [5, 6, 60, 7, 62]}])
+    with pytest.raises(RequestError, match="start token"):
+        llm.generate({"prompt_token_ids": [5, 6, 60, 7]}, **GREEDY)
+    with pytest.raises(RequestError, match="mask before its start token"):
+        llm.forward([5, 6, 7, 62, 8])
+
+
+def test_a_text_becomes_a_prompt_with_a_blank() -> None:
+    llm = load("chatglm", prefix=False)
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens=True: [5, 6])
+    tokenizer.apply_chat_template = lambda messages, chat_template, tools: "text"
+    llm.tokenizer = tokenizer  # type: ignore[assignment]
+    assert llm.encode("text") == [5, 6, 61, 62]
+    assert llm.encode("text", add_special_tokens=False) == [5, 6]
+    assert llm.chat_prompt([])["prompt_token_ids"] == [5, 6, 61, 62]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle.harness import ISAS, at_isa
+from test_train_prefix import BLANKS, blank_batch
 from training import (
     GOLDEN,
     assert_gradients_of_float64,
@@ -25,7 +26,7 @@ from pyllm.model import Model
 from pyllm.ops import Arena
 from pyllm.ops_training import TrainingOps
 from pyllm.tape import Tape, TapeMemory
-from pyllm.train.step import IGNORED
+from pyllm.train.head_loss import IGNORED
 
 MODELS = [
     "bloom-normed",
@@ -149,12 +150,12 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         assert np.linalg.norm(summed[slot] - value) <= 1e-5 * np.linalg.norm(value) + 1e-9, slot
 
 
-@pytest.mark.parametrize("name", ["gemma3", "glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
+@pytest.mark.parametrize("name", ["chatglm", "gemma3", "glm2021", "glm4", "gpt2", "llama", "qwen3", "llama-dynamic"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"checkpoint_activations": True}])
 def test_a_step_takes_the_memory_that_was_laid_out(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = make_batch(VOCAB, 37, 3, 0, longest=20)
+    batch = blank_batch(name) if name in BLANKS else make_batch(VOCAB, 37, 3, 0, longest=20)
     assert_takes_what_is_laid_out(at_hand(name, TrainingOps(threads=1)), batch, monkeypatch, **options)
 
 

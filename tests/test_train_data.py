@@ -21,7 +21,7 @@ from pyllm.errors import ConfigError, DataError
 from pyllm.tokenizer import Tokenizer
 from pyllm.train import documents
 from pyllm.train.data import PackedData
-from pyllm.train.step import IGNORED
+from pyllm.train.head_loss import IGNORED
 from pyllm.train.token_files import read_bin, write_bin
 from pyllm.train.token_store import TokenStore, open_tokens
 

@@ -33,6 +33,9 @@ OPT = {"model_type": "opt", "hidden_size": 512, "ffn_dim": 1536, "num_hidden_lay
        "vocab_size": 8000, "max_position_embeddings": 256, "word_embed_proj_dim": 256,
        "do_layer_norm_before": False}  # fmt: skip
 GLM4 = {**MIDDLE, "model_type": "glm4", "head_dim": 64, "pad_token_id": 0}
+ELECTRA = {"model_type": "electra", "architectures": ["ElectraForMaskedLM"], "hidden_size": 512, "embedding_size": 128,
+           "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 8000,
+           "max_position_embeddings": 256}  # fmt: skip
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -70,7 +73,7 @@ def test_a_run_takes_what_was_planned(settings: dict[str, Any]) -> None:
     assert_planned(MIDDLE, settings)
 
 
-@pytest.mark.parametrize("config", [NEOX, GPTJ, OPT, GLM4], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [NEOX, GPTJ, OPT, GLM4, ELECTRA], ids=lambda config: config["model_type"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_so_do_other_shapes_of_blocks(config: dict[str, Any], checkpointed: bool) -> None:
     assert_planned(config, {"checkpoint_activations": checkpointed})

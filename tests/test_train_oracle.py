@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,8 @@ from pyllm.folder import read_config
 from pyllm.models import family_of, open_checkpoint, read_spec
 from pyllm.ops_training import TrainingOps
 from pyllm.train import TrainConfig, Trainer, learning_rate
+from pyllm.train.head_loss import IGNORED, count_labels
 from pyllm.train.parameters import Parameters, load_values
-from pyllm.train.step import IGNORED
 from pyllm.weight_names import Transform
 
 MODELS = ["gpt2", "llama", "llama-tied-biased", "qwen3"]
@@ -54,7 +55,7 @@ def torch_model(folder: Path) -> Any:
 
 def random_model(name: str, folder: Path, seed: int = 0) -> None:
     """A model with all parameters at random, in `folder`."""
-    model = goldens._random_model(goldens.variants()[name], seed)
+    model = goldens.random_model(goldens.variants()[name], seed)
     folder.mkdir(exist_ok=True)
     goldens.save_model(model, folder)
 
@@ -116,6 +117,99 @@ def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     rounding = 1e-7 * max(float(np.abs(gradient).max()) for gradient in expected.values())
     for slot, gradient in expected.items():
         assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + rounding, slot
+
+
+ENCODERS = [  # a golden model, what its config says of labels, and how many rows of the batch have them
+    ("bert", None),
+    ("roberta", None),
+    ("distilbert", None),
+    ("electra-generator", None),
+    ("electra-discriminator", None),
+    ("bert-classifier", "single_label_classification"),
+    ("roberta-classifier", "multi_label_classification"),
+    ("distilbert-classifier", "regression"),
+    ("electra-classifier", "single_label_classification"),
+]
+
+
+def encoder_batch(name: str, problem: str | None) -> tuple[np.ndarray, ...]:
+    """Tokens, labels for each token or for each sequence, starts, and types."""
+    ids, _, starts = make_batch(VOCAB, 90, 4, 0)
+    rng = np.random.default_rng(4)
+    ids = np.where(ids < 3, ids + 3, ids).astype(np.int32)  # torch leaves out what comes to the row of padding
+    types = (rng.random(90) < (0.5 if name.startswith(("bert", "electra")) else 0)).astype(np.int32)
+    rows = len(starts) - 1 if problem else 90
+    empty = np.diff(starts) == 0 if problem else np.zeros(90, bool)
+    if problem == "single_label_classification" or (problem is None and "discriminator" not in name):
+        labels = rng.integers(0, 3 if problem else VOCAB, rows).astype(np.int32)
+        labels[empty | (rng.random(rows) < (0 if problem else 0.8))] = IGNORED
+        return ids, labels, starts, types
+    columns = 1 if problem is None else 3
+    values = rng.normal(size=(rows, columns)) if problem == "regression" else rng.random((rows, columns)) < 0.4
+    values = values.astype(np.float32)
+    values[empty] = np.nan
+    if problem is None:
+        values[rng.random(rows) < 0.2] = np.nan
+    return ids, values, starts, types
+
+
+def encoder_gradients(name: str, folder: Path, batch: tuple[np.ndarray, ...]) -> tuple[float, dict[str, np.ndarray]]:
+    """By transformers' class for the model, each sequence by itself, in torch."""
+    import torch
+    import transformers
+
+    architecture = goldens.variants()[name].architecture
+    model = getattr(transformers, str(architecture)).from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    ids, labels, starts, types = batch
+    problem = read_spec(folder).head.problem
+    total: Any = 0
+    for index, (first, end) in enumerate(pairwise(starts)):
+        if first == end:
+            continue
+        given = {"token_type_ids": torch.from_numpy(types[first:end].astype(np.int64))[None]} if types.any() else {}
+        logits = model.eval()(torch.from_numpy(ids[first:end].astype(np.int64))[None], **given).logits
+        per_token = len(labels) == len(ids)
+        logits = logits.reshape(end - first if per_token else 1, -1)
+        wanted = torch.from_numpy(labels[first:end] if per_token else labels[index : index + 1])
+        if problem in (None, "single_label_classification"):
+            losses = torch.nn.functional.cross_entropy(logits, wanted.long(), ignore_index=IGNORED, reduction="sum")
+        else:
+            counted = ~torch.isnan(wanted)
+            if problem == "regression":
+                losses = torch.nn.functional.mse_loss(logits[counted], wanted[counted], reduction="sum")
+            else:
+                losses = torch.nn.functional.binary_cross_entropy_with_logits(
+                    logits[counted], wanted[counted], reduction="sum"
+                )
+        total = total + losses
+    loss = total / count_labels(labels)
+    loss.backward()
+    named = {
+        n: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for n, p in model.named_parameters()
+    }
+    return float(loss.detach()), by_slot(folder, named)
+
+
+@pytest.mark.parametrize(("name", "problem"), ENCODERS)
+def test_gradients_of_encoders_are_those_of_torch(name: str, problem: str | None, tmp_path: Path) -> None:
+    """Masked tokens, labels one of which or each by itself holds, values, and replaced tokens."""
+    random_model(name, tmp_path)
+    if problem is not None:
+        config = read_config(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({**config, "problem_type": problem}))
+    batch = encoder_batch(name, problem)
+    expected_loss, expected = encoder_gradients(name, tmp_path, batch)
+    loss, found = gradients(parameters_of(tmp_path), batch)  # type: ignore[arg-type]
+    assert abs(loss - expected_loss) <= 2e-6 * expected_loss
+    assert set(found) == set(expected)
+    largest = max(float(np.abs(gradient).max()) for gradient in expected.values())
+    for slot, gradient in expected.items():
+        if slot.endswith("attn.k.bias"):  # zero but for rounding: all scores of a query move together
+            assert np.abs(found[slot]).max() <= 1e-6 * largest, slot
+            continue
+        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + 1e-7 * largest, slot
 
 
 @pytest.mark.parametrize("name", MODELS)

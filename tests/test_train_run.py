@@ -26,7 +26,8 @@ from pyllm.errors import CheckpointError, ConfigError, InsufficientMemoryError, 
 from pyllm.ops_training import TrainingOps
 from pyllm.train import Callbacks, RepeatedData, StepReport, TrainConfig, Trainer
 from pyllm.train import trainer as trainer_module
-from pyllm.train.step import IGNORED, AdamW
+from pyllm.train.head_loss import IGNORED
+from pyllm.train.step import AdamW
 
 HERE = Path(__file__).resolve().parent
 
@@ -261,7 +262,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
         tmp_path / "run", steps=8, save_every=1, keep=2, eval_every=2, eval_batches=1, eval_data=CountedData(seed=3)
     )
     losses = iter([3.0, 1.0, 2.0, 2.5])
-    trainer._step.evaluate = lambda: next(losses) * int((trainer._step.labels != IGNORED).sum())  # type: ignore
+    trainer._step.evaluate = lambda: next(losses) * int((trainer._step.head_loss.labels != IGNORED).sum())  # type: ignore
     result = trainer.run()
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["best", "last", "step-00000004", "step-00000007", "step-00000008"]

@@ -41,5 +41,6 @@ void bind_cuda_arrays(py::module_& module);
 void bind_cuda_matmul(py::module_& module);
 void bind_cuda_attention(py::module_& module);
 void bind_cuda_layers(py::module_& module);
+void bind_cuda_memory(py::module_& module);
 
 }  // namespace pyllm::bindings

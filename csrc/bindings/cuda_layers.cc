@@ -1,5 +1,6 @@
 // The launchers of csrc/cuda/layers.h and sampling.h: every argument is checked here, and every launch's error raised.
 #include "bindings/cuda_launch.h"
+#include "cuda/advance.h"
 #include "cuda/layers.h"
 #include "cuda/sampling.h"
 
@@ -87,10 +88,54 @@ void activation(const py::object& y, const py::object& x, const py::object& up, 
   }
   check_range(a.rows, 0, kMaxRows, "x: rows");
   check_range(a.dim, 0, kMaxWidth, "x: columns");
-  check_range(activation, 0, int(Activation::relu), "activation");
+  check_range(activation, 0, kActivations - 1, "activation");
   a.activation = Activation(activation);
   py::gil_scoped_release release;
   raise(cuda::activation(a, stream_of(stream)), "activation");
+}
+
+void axpby(const py::object& out, const py::object& x, float factor, const py::object& y, float other_factor,
+           uintptr_t stream) {
+  const auto& in = device_array(x, "x", "float32", {-1, -1}, false);
+  const std::vector<int64_t> shape{in.dim(0), in.dim(1)};
+  const auto& result = device_array(out, "out", "float32", shape, false);
+  AxpbyArgs a{};
+  a.out = static_cast<float*>(result.data);
+  a.x = static_cast<const float*>(in.data);
+  if (!y.is_none()) {
+    const auto& other = device_array(y, "y", "float32", shape, false);
+    a.y = static_cast<const float*>(other.data);
+    a.y_stride = other.row_stride();
+  }
+  a.rows = in.dim(0);
+  a.dim = in.dim(1);
+  a.out_stride = result.row_stride();
+  a.x_stride = in.row_stride();
+  a.a = factor;
+  a.b = other_factor;
+  check_range(a.rows, 0, kMaxRows, "x: rows");
+  check_range(a.dim, 0, kMaxWidth, "x: columns");
+  py::gil_scoped_release release;
+  raise(cuda::axpby(a, stream_of(stream)), "axpby");
+}
+
+void gather_columns(const py::object& y, const py::object& x, const py::object& index, uintptr_t stream) {
+  const auto& in = device_array(x, "x", "float32", {-1, -1}, false);
+  const auto& columns = device_array(index, "index", "int32", {-1});
+  const auto& out = device_array(y, "y", "float32", {in.dim(0), columns.dim(0)}, false);
+  GatherColumnsArgs a{};
+  a.y = static_cast<float*>(out.data);
+  a.x = static_cast<const float*>(in.data);
+  a.index = static_cast<const int32_t*>(columns.data);
+  a.rows = in.dim(0);
+  a.columns = columns.dim(0);
+  a.x_columns = in.dim(1);
+  a.y_stride = out.row_stride();
+  a.x_stride = in.row_stride();
+  check_range(a.rows, 0, kMaxRows, "x: rows");
+  check_range(a.columns, 0, kMaxWidth, "index");
+  py::gil_scoped_release release;
+  raise(cuda::gather_columns(a, stream_of(stream)), "gather_columns");
 }
 
 void embedding(const py::object& y, const py::object& tokens, const py::object& table, const py::object& positions,
@@ -267,6 +312,24 @@ void logprobs(const py::object& chosen, const py::object& ranks, const py::objec
   raise(cuda::logprobs(a, stream_of(stream)), "logprobs");
 }
 
+void advance(const py::object& tokens, const py::object& positions, const py::object& slots, const py::object& lengths,
+             const py::object& rows, const py::object& chosen, uintptr_t stream) {
+  const auto& ids = device_array(chosen, "chosen", "int32", {-1});
+  cuda::AdvanceArgs a{};
+  a.count = ids.dim(0);
+  a.chosen = static_cast<const int32_t*>(ids.data);
+  a.tokens = static_cast<int32_t*>(device_array(tokens, "tokens", "int32", {a.count}).data);
+  a.positions = static_cast<int32_t*>(device_array(positions, "positions", "int32", {a.count}).data);
+  a.slots = static_cast<int64_t*>(device_array(slots, "slots", "int64", {a.count}).data);
+  a.lengths = static_cast<int32_t*>(device_array(lengths, "lengths", "int32", {a.count}).data);
+  const auto& draws = device_array(rows, "rows", "uint8", {a.count, int64_t(sizeof(SampleRow))});
+  check_aligned(draws, "rows");
+  a.rows = static_cast<SampleRow*>(draws.data);
+  check_range(a.count, 0, kMaxRows, "chosen");
+  py::gil_scoped_release release;
+  raise(cuda::advance(a, stream_of(stream)), "advance");
+}
+
 }  // namespace
 
 void bind_cuda_layers(py::module_& module) {
@@ -274,6 +337,8 @@ void bind_cuda_layers(py::module_& module) {
   module.def("norm", &norm, arg("y"), arg("x"), arg("weight"), arg("bias"), arg("residual"), arg("sum"), arg("eps"),
              arg("kind"), arg("stream"));
   module.def("activation", &activation, arg("y"), arg("x"), arg("up"), arg("activation"), arg("stream"));
+  module.def("axpby", &axpby, arg("out"), arg("x"), arg("a"), arg("y"), arg("b"), arg("stream"));
+  module.def("gather_columns", &gather_columns, arg("y"), arg("x"), arg("index"), arg("stream"));
   module.def("embedding", &embedding, arg("y"), arg("tokens"), arg("table"), arg("positions"), arg("position_table"),
              arg("stream"));
   module.def("rope_angles", &rope_angles, arg("cos"), arg("sin"), arg("positions"), arg("inv_freq"), arg("table"),
@@ -286,6 +351,8 @@ void bind_cuda_layers(py::module_& module) {
              arg("allowed_ids"), arg("workspace"), arg("stream"));
   module.def("logprobs", &logprobs, arg("chosen"), arg("ranks"), arg("top"), arg("top_ids"), arg("logits"), arg("ids"),
              arg("stream"));
+  module.def("advance", &advance, arg("tokens"), arg("positions"), arg("slots"), arg("lengths"), arg("rows"),
+             arg("chosen"), arg("stream"));
 }
 
 }  // namespace pyllm::bindings

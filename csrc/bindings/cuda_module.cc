@@ -20,6 +20,7 @@ PYBIND11_MODULE(_cuda, module) {
   bind_cuda_matmul(module);
   bind_cuda_attention(module);
   bind_cuda_layers(module);
+  bind_cuda_memory(module);
 }
 
 }  // namespace pyllm::bindings

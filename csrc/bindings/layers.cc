@@ -170,11 +170,13 @@ void set_table(EmbeddingArgs& args, const py::object& table) {
 void check_values(const EmbeddingArgs& a) {
   check_ids(a.tokens, a.rows, a.vocab, "tokens", "a row of table");
   if (a.positions) check_ids(a.positions, a.rows, a.position_rows, "positions", "a row of position_table");
+  if (a.types) check_ids(a.types, a.rows, a.type_rows, "types", "a row of type_table");
 }
 
 void check_values(const EmbeddingBackwardArgs& a) {
   check_ids(a.tokens, a.rows, a.vocab, "tokens", "a row of dtable");
   if (a.positions) check_ids(a.positions, a.rows, a.position_rows, "positions", "a row of dposition_table");
+  if (a.types) check_ids(a.types, a.rows, a.type_rows, "types", "a row of d_type_table");
 }
 
 void check_values(const GatherBackwardArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of dx"); }
@@ -188,7 +190,8 @@ void check_values(const GatherColumnsBackwardArgs& a) {
 void check_values(const GatherArgs& a) { check_ids(a.index, a.rows, a.x_rows, "index", "a row of x"); }
 
 void embedding(Context& context, const py::object& y, const py::object& tokens, const py::object& table,
-               const py::object& positions, const py::object& position_table) {
+               const py::object& positions, const py::object& position_table, const py::object& types,
+               const py::object& type_table) {
   const auto out = rows_of<float>(y, "out", -1, -1);
   EmbeddingArgs args{};
   args.y = out.data, args.y_stride = out.stride, args.rows = out.rows, args.dim = out.cols;
@@ -199,11 +202,18 @@ void embedding(Context& context, const py::object& y, const py::object& tokens, 
     args.positions = vector_of<const int32_t>(positions, "positions", out.rows);
     args.position_table = view.data, args.position_stride = view.stride, args.position_rows = view.rows;
   }
-  context.submit(&cpu::KernelTable::embedding, args, {y, tokens, table, positions, position_table}, &check_values);
+  if (!type_table.is_none()) {
+    const auto view = rows_of<const float>(type_table, "type_table", -1, out.cols);
+    args.types = vector_of<const int32_t>(types, "types", out.rows);
+    args.type_table = view.data, args.type_stride = view.stride, args.type_rows = view.rows;
+  }
+  context.submit(&cpu::KernelTable::embedding, args, {y, tokens, table, positions, position_table, types, type_table},
+                 &check_values);
 }
 
 void embedding_backward(Context& context, const py::object& dtable, const py::object& dposition_table,
-                        const py::object& dy, const py::object& tokens, const py::object& positions) {
+                        const py::object& d_type_table, const py::object& dy, const py::object& tokens,
+                        const py::object& positions, const py::object& types) {
   const auto in = rows_of<const float>(dy, "dy", -1, -1);
   EmbeddingBackwardArgs args{};
   args.dy = in.data, args.dy_stride = in.stride, args.rows = in.rows, args.dim = in.cols;
@@ -224,8 +234,13 @@ void embedding_backward(Context& context, const py::object& dtable, const py::ob
     args.positions = vector_of<const int32_t>(positions, "positions", in.rows);
     args.dposition_table = view.data, args.position_stride = view.stride, args.position_rows = view.rows;
   }
-  context.submit(&cpu::KernelTable::embedding_backward, args, {dtable, dposition_table, dy, tokens, positions},
-                 &check_values);
+  if (!d_type_table.is_none()) {
+    const auto view = rows_of<float>(d_type_table, "d_type_table", -1, in.cols);
+    args.types = vector_of<const int32_t>(types, "types", in.rows);
+    args.d_type_table = view.data, args.type_stride = view.stride, args.type_rows = view.rows;
+  }
+  context.submit(&cpu::KernelTable::embedding_backward, args,
+                 {dtable, dposition_table, d_type_table, dy, tokens, positions, types}, &check_values);
 }
 
 void gather(Context& context, const py::object& y, const py::object& x, const py::object& index) {
@@ -243,6 +258,53 @@ void gather_backward(Context& context, const py::object& dx, const py::object& d
   const int32_t* rows = vector_of<const int32_t>(index, "index", in.rows);
   GatherBackwardArgs args{out.data, in.data, rows, in.rows, in.cols, out.stride, in.stride, out.rows};
   context.submit(&cpu::KernelTable::gather_backward, args, {dx, dy, index}, &check_values);
+}
+
+template <class Args>
+void check_starts(const Args& a) {
+  const auto expect = [](int64_t i, const std::string& expected, int32_t got) {
+    throw py::value_error("starts[" + std::to_string(i) + "]: expected " + expected + ", got " + std::to_string(got));
+  };
+  if (a.starts[0] != 0) expect(0, "0", a.starts[0]);
+  for (int64_t b = 0; b < a.sequences; ++b)
+    if (a.starts[b + 1] < a.starts[b])
+      expect(b + 1, "at least " + std::to_string(a.starts[b]) + ", the one before", a.starts[b + 1]);
+  if (a.starts[a.sequences] != a.x_rows)
+    expect(a.sequences, std::to_string(a.x_rows) + ", the rows of x", a.starts[a.sequences]);
+}
+
+Pooling pooling_of(int kind) {
+  if (kind < int(Pooling::last) || kind > int(Pooling::max))
+    throw py::value_error("pooling: expected 0 (last), 1 (first), 2 (mean) or 3 (max), got " + std::to_string(kind));
+  return Pooling(kind);
+}
+
+void pool(Context& context, const py::object& y, const py::object& x, const py::object& starts, int pooling) {
+  const auto in = rows_of<const float>(x, "x", -1, -1);
+  const auto out = rows_of<float>(y, "out", -1, in.cols);
+  if (overlap(out, in)) throw py::value_error("out: expected memory of its own, got an array that overlaps x");
+  PoolArgs args{out.data,  in.data, vector_of<const int32_t>(starts, "starts", out.rows + 1),
+                out.rows,  in.cols, out.stride,
+                in.stride, in.rows, pooling_of(pooling)};
+  context.submit(&cpu::KernelTable::pool, args, {y, x, starts}, &check_starts<PoolArgs>);
+}
+
+void pool_backward(Context& context, const py::object& dx, const py::object& dy, const py::object& x,
+                   const py::object& starts, int pooling) {
+  const auto in = rows_of<const float>(dy, "dy", -1, -1);
+  const auto out = rows_of<float>(dx, "dx", -1, in.cols);
+  if (overlap(out, in)) throw py::value_error("dx: expected memory of its own, got an array that overlaps dy");
+  PoolBackwardArgs args{};
+  args.pooling = pooling_of(pooling);
+  args.dx = out.data, args.dx_stride = out.stride, args.x_rows = out.rows;
+  args.dy = in.data, args.dy_stride = in.stride, args.sequences = in.rows, args.dim = in.cols;
+  args.starts = vector_of<const int32_t>(starts, "starts", in.rows + 1);
+  if (args.pooling == Pooling::max) {
+    const auto view = rows_of<const float>(x, "x", out.rows, in.cols);
+    if (overlap(out, view)) throw py::value_error("dx: expected memory of its own, got an array that overlaps x");
+    args.x = view.data, args.x_stride = view.stride;
+  }
+  context.submit(&cpu::KernelTable::pool_backward, args, {dx, dy, x, starts}, &check_starts<PoolBackwardArgs>);
 }
 
 void gather_columns(Context& context, const py::object& y, const py::object& x, const py::object& index) {
@@ -271,11 +333,14 @@ void bind_layers(py::module_&, ContextClass& context) {
   context.def("activation", &activation, py::arg("y"), py::arg("x"), py::arg("up"), py::arg("activation"));
   context.def("axpby", &axpby, py::arg("out"), py::arg("x"), py::arg("a"), py::arg("y"), py::arg("b"));
   context.def("embedding", &embedding, py::arg("y"), py::arg("tokens"), py::arg("table"), py::arg("positions"),
-              py::arg("position_table"));
-  context.def("embedding_backward", &embedding_backward, py::arg("dtable"), py::arg("dposition_table"), py::arg("dy"),
-              py::arg("tokens"), py::arg("positions"));
+              py::arg("position_table"), py::arg("types"), py::arg("type_table"));
+  context.def("embedding_backward", &embedding_backward, py::arg("dtable"), py::arg("dposition_table"),
+              py::arg("d_type_table"), py::arg("dy"), py::arg("tokens"), py::arg("positions"), py::arg("types"));
   context.def("gather", &gather, py::arg("y"), py::arg("x"), py::arg("index"));
   context.def("gather_backward", &gather_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
+  context.def("pool", &pool, py::arg("y"), py::arg("x"), py::arg("starts"), py::arg("pooling"));
+  context.def("pool_backward", &pool_backward, py::arg("dx"), py::arg("dy"), py::arg("x"), py::arg("starts"),
+              py::arg("pooling"));
   context.def("gather_columns", &gather_columns, py::arg("y"), py::arg("x"), py::arg("index"));
   context.def("gather_columns_backward", &gather_columns_backward, py::arg("dx"), py::arg("dy"), py::arg("index"));
 }

@@ -1,4 +1,4 @@
-// dropout and cross_entropy.
+// dropout and losses.
 #include <cmath>
 
 #include "bindings/arrays.h"
@@ -55,12 +55,29 @@ void cross_entropy(Context& context, const py::object& logits, const py::object&
   context.submit(&cpu::KernelTable::cross_entropy, args, {logits, loss, labels, scale}, &check_values);
 }
 
+template <cpu::Kernel<ElementLossArgs> cpu::KernelTable::* kernel>
+void element_loss(Context& context, const py::object& x, const py::object& loss, const py::object& targets,
+                  const py::object& scale) {
+  const auto in = rows_of<float>(x, "x", -1, -1);
+  const auto wanted = rows_of<const float>(targets, "targets", in.rows, in.cols);
+  if (overlap(in, wanted)) throw py::value_error("targets: expected memory of its own, got an array that overlaps x");
+  ElementLossArgs args{in.data,     vector_of<float>(loss, "loss", in.rows),
+                       wanted.data, vector_of<const float>(scale, "scale", 1, true),
+                       in.rows,     in.cols,
+                       in.stride,   wanted.stride};
+  context.submit(kernel, args, {x, loss, targets, scale});
+}
+
 }  // namespace
 
 void bind_training_layers(py::module_&, ContextClass& context) {
   context.def("dropout", &dropout, py::arg("y"), py::arg("x"), py::arg("residual"), py::arg("dropout"));
   context.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("loss"), py::arg("labels"), py::arg("scale"),
               py::arg("z_loss"), py::arg("label_smoothing"));
+  context.def("sigmoid_cross_entropy", &element_loss<&cpu::KernelTable::sigmoid_cross_entropy>, py::arg("x"),
+              py::arg("loss"), py::arg("targets"), py::arg("scale"));
+  context.def("squared_error", &element_loss<&cpu::KernelTable::squared_error>, py::arg("x"), py::arg("loss"),
+              py::arg("targets"), py::arg("scale"));
 }
 
 }  // namespace pyllm::bindings

@@ -104,7 +104,7 @@ struct AxpbyArgs {
   float a, b;
 };
 
-// y[t] = table[tokens[t]] + position_table[positions[t]]; ids are checked by the caller.
+// y[t] = table[tokens[t]] + position_table[positions[t]] + type_table[types[t]], added in this order; ids are checked by the caller.
 struct EmbeddingArgs {
   float* y;                  // [T, D]
   const int32_t* tokens;     // [T]
@@ -114,20 +114,24 @@ struct EmbeddingArgs {
   DType table_dtype;
   int64_t table_stride;
   const float* position_table;  // [P, D] or null
-  int64_t rows, dim, y_stride, position_stride;
-  int64_t vocab, position_rows;  // V, P
+  const int32_t* types;         // [T] or null
+  const float* type_table;      // [S, D] or null: of token types, or second positions
+  int64_t rows, dim, y_stride, position_stride, type_stride;
+  int64_t vocab, position_rows, type_rows;  // V, P, S
 };
 
-// dtable[tokens[t]] += dy[t], dposition_table[positions[t]] += dy[t], in rising t.
+// dtable[tokens[t]] += dy[t], and so for positions and types, in rising t.
 struct EmbeddingBackwardArgs {
   PackedView packed;       // float32, the gradient of the table when packed.data is not null
   float* dtable;           // else [V, D]
   float* dposition_table;  // [P, D] or null
+  float* d_type_table;     // [S, D] or null
   const float* dy;         // [T, D]
   const int32_t* tokens;   // [T]
   const int32_t* positions;
-  int64_t rows, dim, dy_stride, table_stride, position_stride;
-  int64_t vocab, position_rows;
+  const int32_t* types;
+  int64_t rows, dim, dy_stride, table_stride, position_stride, type_stride;
+  int64_t vocab, position_rows, type_rows;
 };
 
 // y[r] = x[index[r]]
@@ -146,6 +150,27 @@ struct GatherBackwardArgs {
   const int32_t* index;  // [R]
   int64_t rows, dim, dx_stride, dy_stride;
   int64_t x_rows;  // T
+};
+
+// y[b] = one row from rows starts[b] .. starts[b + 1] of x, taken in rising order; 0 where there are none.
+struct PoolArgs {
+  float* y;               // [B, D]
+  const float* x;         // [T, D]
+  const int32_t* starts;  // [B + 1], rising from 0 to T
+  int64_t sequences, dim, y_stride, x_stride;
+  int64_t x_rows;  // T
+  Pooling pooling;
+};
+
+// dx = the gradient of pool; of a maximum it goes to the first row that has it.
+struct PoolBackwardArgs {
+  float* dx;        // [T, D]
+  const float* dy;  // [B, D]
+  const float* x;   // [T, D], read for the maximum only, or null
+  const int32_t* starts;
+  int64_t sequences, dim, dx_stride, dy_stride, x_stride;
+  int64_t x_rows;
+  Pooling pooling;
 };
 
 // y = dropout(x) + residual. Whether an element is kept depends on its row and column besides seed and site.
@@ -168,6 +193,16 @@ struct CrossEntropyArgs {
   const float* scale;     // [1] or null
   int64_t rows, vocab, stride;
   float z_loss, label_smoothing;
+};
+
+// A loss for each number of a row, and in place of the numbers x its gradient times scale[0] unless scale is null. A target
+// that is NaN does not count. sigmoid_cross_entropy: loss = log(1 + e^x) - x target; squared_error: (x - target)^2.
+struct ElementLossArgs {
+  float* x;              // [R, N], becomes the gradient
+  float* loss;           // [R], sums over the row
+  const float* targets;  // [R, N]
+  const float* scale;    // [1] or null
+  int64_t rows, dim, x_stride, targets_stride;
 };
 
 // y[r, i] = x[r, index[i]]

@@ -21,6 +21,7 @@ enum class Activation : int32_t {
 };
 constexpr int32_t kActivations = 9;
 enum class NormKind : int32_t { layer = 0, rms = 1 };
+enum class Pooling : int32_t { last = 0, first = 1, mean = 2, max = 3 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

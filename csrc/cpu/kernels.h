@@ -17,6 +17,7 @@
   X(axpby, AxpbyArgs)                                   \
   X(embedding, EmbeddingArgs)                           \
   X(gather, GatherArgs)                                 \
+  X(pool, PoolArgs)                                     \
   X(gather_columns, GatherColumnsArgs)                  \
   X(rope_angles, RopeAnglesArgs)                        \
   X(rope, RopeArgs)                                     \
@@ -34,10 +35,13 @@
   X(norm_backward, NormBackwardArgs)                    \
   X(embedding_backward, EmbeddingBackwardArgs)          \
   X(gather_backward, GatherBackwardArgs)                \
+  X(pool_backward, PoolBackwardArgs)                    \
   X(gather_columns_backward, GatherColumnsBackwardArgs) \
   X(attention_backward, AttentionBackwardArgs)          \
   X(dropout, DropoutArgs)                               \
   X(cross_entropy, CrossEntropyArgs)                    \
+  X(sigmoid_cross_entropy, ElementLossArgs)             \
+  X(squared_error, ElementLossArgs)                     \
   X(limits, LimitsArgs)
 
 namespace pyllm::cpu {

@@ -15,6 +15,14 @@ __device__ __forceinline__ float activate(float x, Activation kind) {
       return x / (1.0f + expf(-x));
     case Activation::relu:
       return x < 0.0f ? 0.0f : x;  // a NaN stays one
+    case Activation::tanh:
+      return tanhf(x);
+    case Activation::sigmoid:
+      return 1.0f / (1.0f + expf(-x));
+    case Activation::quick_gelu:
+      return x / (1.0f + expf(-1.702f * x));
+    case Activation::relu_squared:
+      return x < 0.0f ? 0.0f : x * x;
     default:
       return x;
   }

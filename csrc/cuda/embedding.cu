@@ -1,4 +1,4 @@
-// Rows of tables: of token embeddings, with those of positions added, or of a step's activations.
+// Rows of tables: of token embeddings, with those of positions added, or of a step's activations; and columns of tables.
 #include "cuda/launch.h"
 #include "cuda/layers.h"
 #include "cuda/rows.cuh"
@@ -22,7 +22,20 @@ __global__ void __launch_bounds__(kRowThreads) embedding_kernel(const __grid_con
   });
 }
 
+__global__ void __launch_bounds__(kRowThreads) gather_columns_kernel(const __grid_constant__ GatherColumnsArgs a) {
+  const int64_t row = blockIdx.x;
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
+  for_columns(a.columns, [&](int64_t i) { a.y[row * a.y_stride + i] = a.x[row * a.x_stride + a.index[i]]; });
+}
+
 }  // namespace
+
+cudaError_t gather_columns(const GatherColumnsArgs& args, cudaStream_t stream) {
+  if (args.rows == 0 || args.columns == 0) return cudaSuccess;
+  if (args.columns > kMaxRowWidth) return cudaErrorInvalidValue;
+  return launch(gather_columns_kernel, args, row_grid(args.rows, args.columns), kRowThreads, 0, true, stream);
+}
 
 cudaError_t embedding(const EmbeddingArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.dim == 0) return cudaSuccess;

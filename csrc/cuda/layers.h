@@ -36,6 +36,9 @@ struct ActivationArgs {
 };
 cudaError_t activation(const ActivationArgs& args, cudaStream_t stream);
 
+// out = a x + b y, one multiply-add on b y; a x where y is null.
+cudaError_t axpby(const AxpbyArgs& args, cudaStream_t stream);
+
 // y[t] = table[tokens[t]] + position_table[positions[t]]. A row whose token or position is outside its table is NaN: ids may come from
 // a kernel, which says -1 where nothing could be chosen.
 struct EmbeddingArgs {
@@ -49,6 +52,9 @@ struct EmbeddingArgs {
   DType table_dtype;
 };
 cudaError_t embedding(const EmbeddingArgs& args, cudaStream_t stream);
+
+// y[r, i] = x[r, index[i]]
+cudaError_t gather_columns(const GatherColumnsArgs& args, cudaStream_t stream);
 
 cudaError_t rope_angles(const RopeAnglesArgs& args, cudaStream_t stream);
 cudaError_t rope(const RopeArgs& args, cudaStream_t stream);

@@ -38,6 +38,30 @@ struct SkinnyPlan {
 SkinnyPlan skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors);
 cudaError_t skinny_matmul(const MatmulArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
 
+// The same for the projection of queries, keys and values of decoding. W has the rows of H heads of queries, G of keys and G of values, E
+// (even) each: queries go to y, keys into the cache, both rotated where cos is not null, values into the cache. In heads of queries and
+// keys the rows of W and the bias stand in pairs that are rotated together, (0, half), (1, half + 1), ...; those from 2 * half on, and
+// values, in order.
+struct QkvArgs {
+  MatmulArgs matmul;  // y [T, H, E]; no residual, activation or gate
+  CacheView cache;    // float32 or bf16, in the layout of cuda/attention.h
+  const float* cos;   // [T, half] or null
+  const float* sin;
+  const int64_t* slots;  // [T]: block * kBlockTokens + offset; one outside the cache is skipped
+  int64_t heads, half;   // H
+};
+cudaError_t skinny_qkv(const QkvArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
+
+// The same for the head of greedy decoding: no outputs but the place of the largest in each row, the lowest of equals; -1 where one is
+// NaN or +inf. The last block to end compares what all have found.
+struct ArgmaxArgs {
+  MatmulArgs matmul;            // y, residual, activation and gate are not used
+  int32_t* tokens;              // [T]
+  unsigned long long* partial;  // [multiprocessors, T]
+  uint32_t* ticket;             // [1], zero, and zero again afterwards
+};
+cudaError_t skinny_argmax(const ArgmaxArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
+
 // Prompts and training: x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned.
 cudaError_t mma_matmul(const MatmulArgs& args, cudaStream_t stream);
 

@@ -30,7 +30,7 @@ set_target_properties(pyllm_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUI
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/bindings/cuda_module.cc csrc/bindings/cuda_arrays.cc csrc/bindings/cuda_matmul.cc
-  csrc/bindings/cuda_attention.cc csrc/bindings/cuda_layers.cc)
+  csrc/bindings/cuda_attention.cc csrc/bindings/cuda_layers.cc csrc/bindings/cuda_memory.cc)
 target_compile_definitions(_cuda PRIVATE PYLLM_CUDA_ARCHITECTURES="${architectures}")
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CXX)
 target_link_libraries(_cuda PRIVATE pyllm_options pyllm_cuda CUDA::cudart_static)

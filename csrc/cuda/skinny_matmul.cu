@@ -10,6 +10,8 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
 #include "cuda/matmul.h"
+#include "cuda/rows.cuh"
+#include "cuda/select.cuh"
 #include "cuda/warp.cuh"
 
 namespace pyllm::cuda {
@@ -25,14 +27,126 @@ constexpr int kMaxRows = 16;
 constexpr int64_t kRingBytes = int64_t(kWarps) * kStages * kStageElements * 2;
 constexpr int64_t kMaxShared = 227 * 1024;
 
+template <class Finish>
 struct Skinny {
   MatmulArgs a;
   SkinnyPlan plan;
+  Finish finish;
+};
+
+// What becomes of two neighbouring sums of a row. Each thread that makes any calls its own copy for all of its tiles, whose rows are
+// the same, and all threads of a block call end() once.
+struct Store {
+  __device__ __forceinline__ void operator()(const MatmulArgs& a, int row, int64_t column, float v0, float v1) {
+    finish_pair(a, row, column, v0, v1);
+  }
+  __device__ __forceinline__ void end(const MatmulArgs&) {}
+};
+
+struct RotateAndWrite {
+  CacheView cache;
+  const float *cos, *sin;
+  const int64_t* slots;
+  int64_t heads, half;
+
+  __device__ __forceinline__ void operator()(const MatmulArgs& a, int row, int64_t column, float v0, float v1) {
+    if (column >= a.n) return;
+    if (a.bias) {
+      v0 += a.bias[column];
+      v1 += a.bias[column + 1];
+    }
+    const int64_t size = cache.head_size;
+    int64_t head = column / size, c0 = column % size, c1 = c0 + 1;
+    if (head < heads + cache.kv_heads && c0 < 2 * half) {
+      c0 /= 2;
+      c1 = c0 + half;
+      const float x = v0, c = cos[row * half + c0], s = sin[row * half + c0];
+      v0 = x * c - v1 * s;
+      v1 = v1 * c + x * s;
+    }
+    if (head < heads) {
+      const int64_t place = row * a.y_stride + head * size;
+      if (a.y_dtype == DType::f32) {
+        write(static_cast<float*>(a.y) + place, c0, c1, v0, v1);
+      } else {
+        write(static_cast<bf16*>(a.y) + place, c0, c1, v0, v1);
+      }
+      return;
+    }
+    head -= heads;
+    const int64_t slot = slots[row], values = head >= cache.kv_heads;
+    if (slot < 0 || slot / kBlockTokens >= cache.blocks) return;
+    const int64_t place = slot / kBlockTokens * cache.block_elements() +
+                          (head - (values ? cache.kv_heads : 0)) * cache.head_elements() +
+                          values * cache.half_elements() + slot % kBlockTokens * cache.padded_head();
+    const int64_t pad = column % size + 2 == size ? cache.padded_head() : size;
+    if (cache.dtype == DType::f32) {
+      write(static_cast<float*>(cache.data) + place, c0, c1, v0, v1);
+      for (int64_t i = size; i < pad; ++i) static_cast<float*>(cache.data)[place + i] = 0.0f;
+    } else {
+      write(static_cast<bf16*>(cache.data) + place, c0, c1, v0, v1);
+      for (int64_t i = size; i < pad; ++i) static_cast<bf16*>(cache.data)[place + i] = 0;
+    }
+  }
+  template <class T>
+  __device__ __forceinline__ static void write(T* to, int64_t c0, int64_t c1, float v0, float v1) {
+    store_element(to + c0, v0);
+    store_element(to + c1, v1);
+  }
+  __device__ __forceinline__ void end(const MatmulArgs&) {}
+};
+
+struct Argmax {
+  int32_t* tokens;
+  Mass* partial;
+  uint32_t* ticket;
+  Mass best = 0;
+
+  __device__ __forceinline__ void operator()(const MatmulArgs& a, int, int64_t column, float v0, float v1) {
+    take(a, column, v0);
+    take(a, column + 1, v1);
+  }
+  __device__ __forceinline__ void take(const MatmulArgs& a, int64_t column, float v) {
+    if (column >= a.n) return;
+    const Mass mine = peak_key(a.bias ? v + a.bias[column] : v, column);
+    best = mine > best ? mine : best;
+  }
+  __device__ __forceinline__ void end(const MatmulArgs& a) {
+    // The threads of a row are neighbours.
+    for (int offset = 1; offset < kTile / 2; offset *= 2) {
+      const Mass other = __shfl_xor_sync(0xffffffffu, best, offset);
+      best = other > best ? other : best;
+    }
+    const int rows = int(a.rows), row = threadIdx.x / (kTile / 2);
+    if (row < rows && threadIdx.x % (kTile / 2) == 0) partial[int64_t(blockIdx.x) * rows + row] = best;
+    // The block whose ticket is the last sees what all others wrote: their fences come before their tickets.
+    uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *shared = atomicAdd(ticket, 1u);
+    __syncthreads();
+    if (*shared + 1 != gridDim.x) return;
+    __threadfence();
+    for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
+      best = 0;
+      for (unsigned block = threadIdx.x % 32; block < gridDim.x; block += 32) {
+        const Mass other = partial[int64_t(block) * rows + r];
+        best = other > best ? other : best;
+      }
+      for (int offset = 16; offset; offset /= 2) {
+        const Mass other = __shfl_xor_sync(0xffffffffu, best, offset);
+        best = other > best ? other : best;
+      }
+      if (threadIdx.x % 32 == 0) tokens[r] = peak_of(best).index;
+    }
+    if (threadIdx.x == 0) *ticket = 0;
+  }
 };
 
 // Copies this warp's slice of work item i (its tile and chunk) into the ring, zeros where W ends; one group of copies, also past the
 // last item.
-__device__ __forceinline__ void fetch(const Skinny& s, bf16* ring, int64_t i, int64_t items) {
+template <class Finish>
+__device__ __forceinline__ void fetch(const Skinny<Finish>& s, bf16* ring, int64_t i, int64_t items) {
   if (i < items) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t tile = blockIdx.x + i / s.plan.chunks * gridDim.x;
@@ -52,8 +166,8 @@ __device__ __forceinline__ void fetch(const Skinny& s, bf16* ring, int64_t i, in
 
 // x, normalised where asked, as bf16 in shared memory, zeros up to a whole chunk. A warp takes whole rows, so that a row's sums
 // have one order.
-template <class T>
-__device__ void load_x(const Skinny& s, bf16* xs) {
+template <class T, class Finish>
+__device__ void load_x(const Skinny<Finish>& s, bf16* xs) {
   const MatmulArgs& a = s.a;
   const int lane = threadIdx.x % 32;
   for (int64_t row = threadIdx.x / 32; row < a.rows; row += kWarps) {
@@ -86,11 +200,13 @@ __device__ void load_x(const Skinny& s, bf16* xs) {
 }
 
 // Two neighbours of x as an operand; rows past the last are zero.
-__device__ __forceinline__ uint32_t x_pair(const Skinny& s, const bf16* xs, int row, int64_t k) {
+template <class Finish>
+__device__ __forceinline__ uint32_t x_pair(const Skinny<Finish>& s, const bf16* xs, int row, int64_t k) {
   return row < s.a.rows ? *reinterpret_cast<const uint32_t*>(xs + row * s.plan.x_pitch + k) : 0u;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) skinny_matmul_kernel(const __grid_constant__ Skinny s) {
+template <class Finish>
+__global__ void __launch_bounds__(kThreads, 2) skinny_matmul_kernel(const __grid_constant__ Skinny<Finish> s) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int rows = int(s.a.rows);
   bf16* ring = reinterpret_cast<bf16*>(shared_memory()) + warp * kStages * kStageElements;
@@ -108,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_matmul_kernel(const __grid
   }
   __syncthreads();
 
+  Finish finish = s.finish;
   float sums[4] = {};
   for (int64_t i = 0; i < items; ++i) {
     wait_copies<kStages - 2>();
@@ -144,10 +261,21 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_matmul_kernel(const __grid
         v1 += partial[(from * rows + row) * kTile + column + 1];
       }
       const int64_t tile = blockIdx.x + i / s.plan.chunks * gridDim.x;
-      finish_pair(s.a, row, tile * kTile + column, v0, v1);
+      finish(s.a, row, tile * kTile + column, v0, v1);
     }
     __syncthreads();
   }
+  finish.end(s.a);
+}
+
+template <class Finish>
+cudaError_t launch_skinny(const MatmulArgs& a, const Finish& finish, int64_t multiprocessors, bool overlapped,
+                          cudaStream_t stream) {
+  if (a.rows == 0 || a.n == 0) return cudaSuccess;
+  const Skinny<Finish> s{a, skinny_plan(a.rows, a.n, a.k, multiprocessors), finish};
+  if (!s.plan.fits || a.k % 8 || a.k == 0) return cudaErrorInvalidValue;
+  return launch(skinny_matmul_kernel<Finish>, s, dim3(unsigned(s.plan.blocks)), kThreads, s.plan.shared_bytes,
+                overlapped, stream);
 }
 
 }  // namespace
@@ -164,11 +292,21 @@ SkinnyPlan skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocesso
 }
 
 cudaError_t skinny_matmul(const MatmulArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream) {
-  if (args.rows == 0 || args.n == 0) return cudaSuccess;
-  const Skinny s{args, skinny_plan(args.rows, args.n, args.k, multiprocessors)};
-  if (!s.plan.fits || args.k % 8 || args.k == 0) return cudaErrorInvalidValue;
-  return launch(skinny_matmul_kernel, s, dim3(unsigned(s.plan.blocks)), kThreads, s.plan.shared_bytes, overlapped,
-                stream);
+  return launch_skinny(args, Store{}, multiprocessors, overlapped, stream);
+}
+
+cudaError_t skinny_qkv(const QkvArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream) {
+  const CacheView& cache = args.cache;
+  if ((cache.dtype != DType::f32 && cache.dtype != DType::bf16) || cache.head_size % 2 ||
+      args.matmul.n != (args.heads + 2 * cache.kv_heads) * cache.head_size || args.matmul.gated)
+    return cudaErrorInvalidValue;
+  const RotateAndWrite finish{cache, args.cos, args.sin, args.slots, args.heads, args.cos ? args.half : 0};
+  return launch_skinny(args.matmul, finish, multiprocessors, overlapped, stream);
+}
+
+cudaError_t skinny_argmax(const ArgmaxArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream) {
+  return launch_skinny(args.matmul, Argmax{args.tokens, args.partial, args.ticket}, multiprocessors, overlapped,
+                       stream);
 }
 
 }  // namespace pyllm::cuda

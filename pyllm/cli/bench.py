@@ -117,9 +117,11 @@ def bench(
         )
     from pyllm.limits import measure
 
+    if device == "cuda":
+        raise typer.BadParameter("--device cuda: the limits measured here are the CPU's; use bench/gpu_check.py.")
     llm = load(
         model,
-        device=device,
+        device="cpu",
         dtype=dtype,
         quantization=quantization,
         quantization_skip=quantization_skip,

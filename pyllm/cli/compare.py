@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,12 +109,14 @@ def _need_matplotlib() -> None:
 def _save(comparison: Comparison, path: Path) -> None:
     from pyllm.compare.results import to_json
 
-    path.write_text(json.dumps(to_json(comparison)))
+    partial = path.with_name(path.name + ".partial")  # who is interrupted here keeps what was saved before
+    partial.write_text(json.dumps(to_json(comparison)))
+    partial.replace(path)
 
 
 def _loaded(paths: list[Path]) -> Comparison:
-    """Saved comparisons as one, the machine's and the rounds' description being those of the first."""
-    from pyllm.compare.results import from_json
+    """Saved comparisons as one."""
+    from pyllm.compare.results import combined, from_json
 
     found = []
     for path in paths:
@@ -123,4 +124,4 @@ def _loaded(paths: list[Path]) -> Comparison:
             found.append(from_json(json.loads(path.read_text())))
         except (ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(f"--load {path}: {error}") from None
-    return replace(found[0], models=[model for one in found for model in one.models])
+    return combined(found)

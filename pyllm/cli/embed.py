@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from pyllm.cli import options as o
-from pyllm.cli.inputs import checked, given_text, load
+from pyllm.cli.inputs import given_texts, load
 from pyllm.cli.output import be_quiet, progress_bar, write_json
 
 TOGETHER = 64  # texts that run at a time
@@ -42,7 +42,7 @@ def embed(
 ) -> int:
     """Embeddings of texts: a JSON line for each, or a .npy file of all."""
     be_quiet(quiet)
-    texts = _texts(text, file)
+    texts = given_texts(text, file)
     if out is not None and out.suffix != ".npy":
         raise typer.BadParameter(f"--out: expected a name that ends in .npy, got {out}.")
     llm = load(
@@ -69,16 +69,3 @@ def embed(
     for one, vector in zip(texts, vectors, strict=True):
         write_json({"text": one, "embedding": vector.tolist()})
     return 0
-
-
-def _texts(arguments: list[str] | None, file: Path | None) -> list[str]:
-    """The texts of the arguments, or the lines of a file or of stdin that are not empty."""
-    if arguments and arguments != ["-"]:
-        if file is not None:
-            raise typer.BadParameter("give texts either as arguments (- for stdin) or with --file.")
-        return [checked(text, "the command line") for text in arguments]
-    lines = given_text("-" if arguments else None, file, "texts").splitlines()
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise typer.BadParameter("there is no text: every line is empty.")
-    return texts

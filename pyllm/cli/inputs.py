@@ -31,6 +31,19 @@ def given_text(argument: str | None, file: Path | None, what: str = "prompt") ->
     return text
 
 
+def given_texts(arguments: list[str] | None, file: Path | None) -> list[str]:
+    """The texts of the arguments, or the lines of a file or of stdin that are not empty."""
+    if arguments and arguments != ["-"]:
+        if file is not None:
+            raise typer.BadParameter("give texts either as arguments (- for stdin) or with --file.")
+        return [checked(text, "the command line") for text in arguments]
+    lines = given_text("-" if arguments else None, file, "texts").splitlines()
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise typer.BadParameter("there is no text: every line is empty.")
+    return texts
+
+
 def _read(argument: str | None, file: Path | None) -> str:
     if file is not None:
         with file.open("rb") as stream:

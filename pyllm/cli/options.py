@@ -49,7 +49,9 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str | None, option("--device", env="DEVICE", help="auto (default, which is cpu so far) or cpu.")]
+Device = Annotated[
+    str | None, option("--device", env="DEVICE", help="auto (default: a GPU where there is one), cpu or cuda.")
+]
 Dtype = Annotated[
     str | None, option("--dtype", env="DTYPE", help="Of the weights: auto (default), float32, float16 or bfloat16.")
 ]

@@ -90,6 +90,8 @@ def plan(
     if json:
         names = ("dtype", "cache_dtype", "max_model_len", "cache_tokens", "weights", "cache", "workspace", "total")
         facts = {name: getattr(result, name) for name in (*names, "available", "fits")}
+        if result.cross:
+            facts["cross"] = result.cross
         if result.draft_model is not None:
             facts["draft_model"] = result.draft_model.total
         write_json({"family": spec.family, "parameters": spec.num_parameters(), **facts})
@@ -102,6 +104,8 @@ def plan(
         f"total      {_size(result.total)}  for a context of {result.max_model_len} tokens",
         f"available  {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
     ]
+    if result.cross:
+        lines.insert(3, f"sources    {_size(result.cross)}  their cache, each of up to {result.max_source} tokens")
     if (draft := result.draft_model) is not None:
         lines.insert(
             4, f"draft      {_size(draft.total)}  model as {draft.precision}, its cache as {draft.cache_dtype}"

@@ -76,6 +76,12 @@ def train(
     mask_prompt: Annotated[
         bool | None, o.option("--mask-prompt/--no-mask-prompt", help="Only answers count; default no.")
     ] = None,
+    mask_share: Annotated[
+        float | None, o.option("--mask-share", help="Of tokens hidden with mlm; default 0.15.")
+    ] = None,
+    mask_rule: Annotated[
+        str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
+    ] = None,
     data_cache: Annotated[str | None, o.option("--data-cache", help="Folder for tokens of files.")] = None,
     batch_tokens: Annotated[
         int | None, o.option("--batch-tokens", help="Tokens of a micro-batch; default eight contexts.")
@@ -84,6 +90,13 @@ def train(
         int | None, o.option("--accumulation", "--grad-accum", help="Micro-batches of a step; default 1.")
     ] = None,
     steps: Steps = None,
+    objective: Annotated[
+        str | None,
+        o.option(
+            "--objective",
+            help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm.",
+        ),
+    ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,
     learning_rate: Annotated[
         float | None, o.option("--learning-rate", "--lr", help="The highest; default 6e-4.")
@@ -158,7 +171,7 @@ def train(
     from pyllm.train.trackers import TensorBoard, WeightsAndBiases
 
     with progress_bar("tokenising") as progress:
-        setup = prepare(run, theirs.seed, progress)
+        setup = prepare(run, theirs.seed, progress, theirs.objective)
     source = setup.train if overfit_batch is None else RepeatedData(setup.train, overfit_batch)
     trainer = Trainer(
         setup.model,
@@ -227,7 +240,7 @@ def _settings(context: typer.Context, config: Path | None, resume: bool) -> dict
 
 
 def _describe(setup: Setup, trainer: Trainer) -> None:
-    plan, data = trainer.plan, setup.train
+    plan, data = trainer.plan, setup.packed
     note(
         f"{trainer.spec.num_parameters() / 1e6:.2f} million parameters | {data.tokens_per_epoch} tokens an epoch, "
         f"{data.tokens * trainer.config.accumulation} a step | memory {plan.total / 1e9:.2f} GB"

@@ -38,17 +38,9 @@ class CTranslate2:
         known = ctranslate2.get_supported_compute_types("cpu")
         if dtype not in known:
             raise Unsupported(f"CTranslate2 has no {dtype} on this CPU")
-        target = folder.with_name(f"{folder.name}.ctranslate2-{dtype}")
-        if target.exists():
-            return target
+        target = converted(folder, dtype)
         config = json.loads((folder / "config.json").read_text())
-        named = folder.with_name(f"{folder.name}.named")
-        _with_tokenizer(folder, named, config["vocab_size"])
-        part = Path(f"{target}.part")
-        TransformersConverter(str(named), low_cpu_mem_usage=True).convert(str(part), quantization=dtype, force=True)
-        (part / "heads.json").write_text(json.dumps(config.get("num_attention_heads") or config["n_head"]))
-        shutil.rmtree(named)
-        part.rename(target)
+        (target / "heads.json").write_text(json.dumps(config.get("num_attention_heads") or config["n_head"]))
         return target
 
     def reserve(self, sequences: int, length: int) -> None:
@@ -97,6 +89,20 @@ class CTranslate2:
         return done, tokens
 
 
+def converted(folder: Path, dtype: str) -> Path:
+    """The conversion of the model in `folder`, beside it; made where it is not there yet."""
+    target = folder.with_name(f"{folder.name}.ctranslate2-{dtype}")
+    if target.exists():
+        return target
+    named = folder.with_name(f"{folder.name}.named")
+    _with_tokenizer(folder, named, json.loads((folder / "config.json").read_text())["vocab_size"])
+    part = Path(f"{target}.part")
+    TransformersConverter(str(named), low_cpu_mem_usage=True).convert(str(part), quantization=dtype, force=True)
+    shutil.rmtree(named)
+    part.rename(target)
+    return target
+
+
 def _with_tokenizer(folder: Path, named: Path, vocabulary: int) -> None:
     """The model in `folder` again as `named`, by links, with a tokenizer whose tokens are called t0, t1, ..."""
     named.mkdir(exist_ok=True)
@@ -105,6 +111,6 @@ def _with_tokenizer(folder: Path, named: Path, vocabulary: int) -> None:
         (named / file).symlink_to((folder / file).resolve())
     names = {f"t{i}": i for i in range(vocabulary)}
     Tokenizer(models.WordLevel(names, unk_token="t0")).save(str(named / "tokenizer.json"))
-    special = {f"{kind}_token": "t0" for kind in ("bos", "eos", "unk")}
+    special = {f"{kind}_token": "t0" for kind in ("bos", "eos", "unk", "pad")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     (named / "tokenizer_config.json").write_text(json.dumps(settings))

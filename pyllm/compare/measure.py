@@ -74,7 +74,7 @@ def compare(
     engines: Mapping[str, EngineInfo] = ENGINES,
     measure_limits: Callable[[int], Limits] = machine_limits.measure,
 ) -> Iterator[Comparison]:
-    """Measure everything in `plan`; gives the comparison so far after each model and dtype. `say` is told of progress.
+    """Measure everything in `plan`; gives the comparison so far after each cell. `say` is told of progress.
 
     Raises `ValueError` for unknown names. What an engine cannot do is noted in the result and stops nothing.
     """
@@ -83,8 +83,9 @@ def compare(
     for model in plan.models:
         for dtype in plan.dtypes:
             run = _Run(plan, model, dtype, say, {name: engines[name] for name in (OURS, *plan.peers)}, measure_limits)
-            comparison.models.append(run.measure())
-            yield comparison
+            comparison.models.append(run.result)
+            for _ in run.measure():
+                yield comparison
 
 
 class _Run:
@@ -109,7 +110,8 @@ class _Run:
         self.forms: dict[str, Path] = {}  # the model in each engine's own format
         self.cache_value_bytes: dict[str, float] = {}
 
-    def measure(self) -> ModelResult:
+    def measure(self) -> Iterator[None]:
+        """Fill `result`; comes back whenever a cell is done, and at the end."""
         stored = STORED.get(self.dtype, self.dtype)
         self._tell("preparing the model")
         folder = shapes.make(self.model, self.plan.folder / f"{self.model}-{stored}", stored)
@@ -123,8 +125,8 @@ class _Run:
         self.settings = Settings(self.dtype, self.plan.threads, sequences, longest, tokens)
         self.result.cells = [self._cell_result(cell) for cell in cells]
         for group in groups(list(self.forms), self._engine_bytes(), available_memory()):
-            self._measure_group(group)
-        return self.result
+            yield from self._measure_group(group)
+        yield
 
     def _prepare(self, name: str, folder: Path) -> None:
         info = self.engines[name]
@@ -146,12 +148,14 @@ class _Run:
         self.result.skipped[cell.name] = f"{length} tokens, more than the context of {self.spec.max_positions}"
         return False
 
-    def _measure_group(self, group: Sequence[str]) -> None:
+    def _measure_group(self, group: Sequence[str]) -> Iterator[None]:
         with ExitStack() as stack:
             workers = self._load(group, stack)
+            yield
             for result in self.result.cells:
                 if result.cell.kind != "load" and workers:
                     self._measure_cell(result, workers)
+                    yield
 
     # Loading: processes begin anew each round; those of the last one go on to the other cells.
 

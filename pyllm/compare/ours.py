@@ -28,6 +28,7 @@ class Pyllm:
         block = plan(model, max_model_len=BLOCK_TOKENS, max_num_seqs=1, **kind)
         self.llm = LLM(
             model,
+            device="cpu",
             threads=settings.threads,
             max_model_len=settings.length,
             max_num_seqs=settings.sequences,

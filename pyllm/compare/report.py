@@ -59,10 +59,10 @@ def _table(model: ModelResult, engines: list[str]) -> Iterator[str]:
     for name in CELLS:
         if (result := model.cell(name)) is not None:
             rows.append([_title(result), *(_figure(model, result, engine) for engine in engines)])
-    for title, name in (("peak memory, one sequence, GB", "decode"), ("peak memory, all of these, GB", "")):
-        result = model.cell(name) if name else model.cells[-1]
-        if result is not None and result.peak_memory:
-            rows.append([title, *(_memory(model, result, engine) for engine in engines)])
+    alone = [result for result in model.cells if result.cell.name == "decode"]
+    for title, results in (("peak memory, one sequence, GB", alone), ("peak memory, all of these, GB", model.cells)):
+        if any(result.peak_memory for result in results):
+            rows.append([title, *(_memory(model, results, engine) for engine in engines)])
     if (result := model.cell("decode")) is not None:
         rows.append(["equal tokens", *(_agreement(result, engine) for engine in engines)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -92,10 +92,11 @@ def _figure(model: ModelResult, result: CellResult, engine: str) -> str:
     return text if ratio is None else f"{text} {ratio:.2f}x"
 
 
-def _memory(model: ModelResult, result: CellResult, engine: str) -> str:
-    if engine not in result.peak_memory:
+def _memory(model: ModelResult, results: list[CellResult], engine: str) -> str:
+    sizes = [result.peak_memory[engine] for result in results if engine in result.peak_memory]
+    if not sizes:
         return "-"
-    size = result.peak_memory[engine]
+    size = max(sizes)
     return f"{size / 1e9:.2f} ({size / model.weight_bytes[engine]:.2f} x weights)"
 
 

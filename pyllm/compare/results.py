@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -145,6 +145,23 @@ class Comparison:
                         "limited_by": result.limited_by(engine, model.dtype),
                         "peak_memory_bytes": result.peak_memory.get(engine),
                     }
+
+
+def combined(comparisons: Sequence[Comparison]) -> Comparison:
+    """Several as one, the machine's and the rounds' description being those of the first.
+
+    What they have of one model and dtype comes together; a cell that several measured is that of the last.
+    """
+    models: dict[tuple[str, str], ModelResult] = {}
+    for new in (model for one in comparisons for model in one.models):
+        into = models.setdefault((new.model, new.dtype), ModelResult(new.model, new.dtype))
+        into.versions |= new.versions
+        into.weight_bytes |= new.weight_bytes
+        into.missing |= new.missing
+        into.skipped |= new.skipped
+        cells = {result.cell.name: result for result in into.cells}
+        into.cells = list((cells | {result.cell.name: result for result in new.cells if result.turns}).values())
+    return replace(comparisons[0], models=list(models.values()))
 
 
 def peak(limits: Limits, dtype: str) -> float:

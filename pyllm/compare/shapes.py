@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -95,14 +97,22 @@ SHAPES = {
 }
 DTYPES = {"float32": (np.float32, "F32"), "float16": (np.float16, "F16"), "bfloat16": (ml_dtypes.bfloat16, "BF16")}
 BLOCK = 1 << 20
+NORMS = (
+    "norm.weight", "layernorm.weight", "layernorm_embedding.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight",
+)  # fmt: skip
 
 
 def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Path:
     """Write the model called `name` (see SHAPES) into `folder`, unless it is there already; returns the folder."""
+    return write(SHAPES[name], folder, dtype, seed)
+
+
+def write(config: Mapping[str, Any], folder: Path, dtype: str, seed: int = 0) -> Path:
+    """Write a model of this config into `folder`, as :func:`make` does."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config = SHAPES[name] | {"torch_dtype": dtype}
+    config = {**config, "torch_dtype": dtype}
     family = family_of(config)
     kind, code = DTYPES[dtype]
     rng = np.random.default_rng(seed)
@@ -119,7 +129,7 @@ def make(name: str, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Pat
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor, shape in shapes.items():
             left = int(np.prod(shape))
-            if tensor.endswith(("norm.weight", "layernorm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+            if tensor.endswith(NORMS):
                 file.write(np.ones(left, kind).tobytes())
                 continue
             while left:

@@ -13,7 +13,7 @@ from pyllm.cache import BLOCK_TOKENS, BlockPool, KVCache
 from pyllm.engine.runner import Runner
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
-from pyllm.errors import NonFiniteError
+from pyllm.errors import NonFiniteError, RequestError
 from pyllm.model import Model
 from pyllm.ops import F32, Ops
 from pyllm.packed import matrices_of, pack_weights
@@ -50,6 +50,10 @@ def mean_squares(
     Every window is read as a text of its own. The model is held in memory meanwhile; `InsufficientMemoryError` if it
     does not fit, `NonFiniteError` if what it computes are no numbers.
     """
+    if checkpoint.spec.encoder is not None:
+        raise RequestError(
+            "calibration: not of models with an encoder, which a text by itself says nothing to: convert without it"
+        )
     window = min(WINDOW, checkpoint.spec.max_positions)
     plan = plan_memory(checkpoint, max_model_len=window, max_num_seqs=1, max_num_batched_tokens=window)
     plan.check()

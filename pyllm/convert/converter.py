@@ -24,7 +24,7 @@ from pyllm.ops import F32
 from pyllm.quantization import Layout, Scheme
 from pyllm.quantization.rounding import RoundingError, quantize
 from pyllm.safetensors_writer import SafetensorsWriter, Shape
-from pyllm.spec import is_matrix
+from pyllm.spec import ENCODER, is_matrix
 from pyllm.tokenizer import Tokenizer
 from pyllm.weight_names import Row
 from pyllm.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, resolve
@@ -130,7 +130,8 @@ class _Item:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix of a block: those are what is quantized."""
-        return self.row.slots[0].startswith("blocks.") and is_matrix(self.row.slots[0], self.shape)
+        slot = self.row.slots[0]
+        return slot.removeprefix(ENCODER).startswith("blocks.") and is_matrix(slot, self.shape)
 
     @property
     def tensors(self) -> dict[str, Shape]:

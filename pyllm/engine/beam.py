@@ -177,6 +177,7 @@ def best_next(ops: Ops, logits: F32, states: Seq[RowState], count: int) -> tuple
     others: so scores of beams compare. -1 and -inf stand where fewer tokens may follow, NaN in rows of no numbers.
     `logits` are changed.
     """
+    logits = np.asarray(logits)  # changed in place below, on the host
     count = min(count, logits.shape[1])
     anything = np.zeros(len(states), np.int32)
     _, _, best, ids = ops.logprobs(logits, anything, count)

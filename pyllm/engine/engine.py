@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyllm.cache import BlockPool
+from pyllm.cache import BlockPool, chain_hash
 from pyllm.engine.beam import BeamSearch, best_next, check_beams
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
@@ -17,11 +17,13 @@ from pyllm.engine.runner import Runner
 from pyllm.engine.sampler import Chosen, RowState, Sampler
 from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
+from pyllm.engine.sources import Source
 from pyllm.engine.speculative import Speculation
 from pyllm.engine.text import CompletionText
-from pyllm.errors import NonFiniteError, RequestError
+from pyllm.errors import NonFiniteError, RequestError, shown
+from pyllm.generation_config import GenerationConfig
 from pyllm.ops import F32
-from pyllm.pooling import Pool, Pooling
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
 from pyllm.structured import GrammarCompiler, Matcher
 from pyllm.tokenizer import Tokenizer
@@ -70,9 +72,14 @@ class Engine:
         share_prefixes: bool,
         use_graphs: bool = True,
         speculation: Speculation | None = None,
+        defaults: GenerationConfig | None = None,
     ) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(pool, max_sequences, max_tokens, share_prefixes)
+        self.defaults = defaults or GenerationConfig()
+        self.encodes = runner.model.spec.is_encoder
+        source_pool = None if runner.cross is None else BlockPool(runner.cross.blocks)
+        shares = share_prefixes and not self.encodes
+        self.scheduler = Scheduler(pool, max_sequences, max_tokens, shares, source_pool)
         self.sampler = Sampler(runner.ops)
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
@@ -95,31 +102,51 @@ class Engine:
         params: SamplingParams,
         seed: int,
         salt: bytes = b"",
-        pooling: Pooling | None = None,
+        pool: Pool | KeptStates | None = None,
+        types: Seq[int] | None = None,
         matcher: Matcher | None = None,
         prefix: int | None = None,
+        target_ids: Seq[int] = (),
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
         grammar that cannot.
 
-        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. With `pooling`, the
-        hidden states of the prompt's tokens, after the final norm, are collected in the request's `pool`. `matcher` is
-        what `matcher()` gave for the parameters; None: it is made here.
+        Where the model has an encoder the prompt is its source, and the output follows the decoder's start token and
+        `target_ids`; what is said of prompts in `params` then goes for these.
+
+        Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. The hidden states of
+        the prompt's tokens, after the final norm, go to `pool`; which an encoder must be given, as it generates
+        nothing. `types` tell which text of a pair each token belongs to. `matcher` is what `matcher()` gave for the
+        parameters; None: it is made here.
 
         Where the model has a bidirectional prefix, its length is `prefix`, or by default what the model says of the
         prompt. Its tokens have no log-probabilities: what they are computed from holds them.
         """
-        self.check_prompt(prompt_ids)
+        if self.encodes and pool is None:
+            raise RequestError(
+                "this model is an encoder, which generates nothing and gives no probabilities of texts: expected a "
+                "model that was trained to continue text. Embed, classify or fill masks with this one"
+            )
+        self.check_prompt(prompt_ids, types)
+        given, source = prompt_ids, None
+        if self.runner.model.spec.encoder is not None:
+            if pool is not None:
+                raise RequestError("embed: not of a model that writes about a source: load an encoder, or a decoder")
+            if params.prompt_logprobs is not None and not target_ids:
+                raise RequestError("prompt_logprobs: a source has none: give target_token_ids, or score the two")
+            prompt_ids, source = self.decoder_ids(target_ids), Source(prompt_ids)
+            salt = chain_hash(salt, source.tokens)
         rule = self.runner.model.spec.prefix
-        seen = 0 if rule is None else self.prefix_length(prompt_ids, prefix)
+        seen = len(prompt_ids) if self.encodes else 0 if rule is None else self.prefix_length(prompt_ids, prefix)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
         matcher = self.matcher(params) if matcher is None else matcher
-        request = Request(str(next(self._names)), prompt, list(prompt_ids), params)
+        request = Request(str(next(self._names)), prompt, list(given), params)
+        request.source = source
         if request.prompt_logprobs is not None:
             request.prompt_logprobs *= max(1, seen)
         request.drafts = DraftCounts() if self.speculation is not None else None
-        request.pool = None if pooling is None else Pool(pooling)
+        request.pool = pool
         vocabulary = self.runner.model.spec.vocab_size
         room = self.max_length - len(prompt_ids)
         limit = min(room, params.max_tokens if params.max_tokens is not None else room)
@@ -127,13 +154,13 @@ class Engine:
             rule.check(prompt_ids, generates=limit > 0)
         ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
-            share = params.prompt_logprobs is None and pooling is None and self.scheduler.share_prefixes
-            sequence = Sequence(prompt_ids, limit, share, salt, seen)
+            share = params.prompt_logprobs is None and pool is None and self.scheduler.share_prefixes
+            sequence = Sequence(prompt_ids, limit, share, salt, seen, types, source)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
             text = CompletionText(detokenizer, params.stop, params.include_stop_str_in_output)
-            forced = params.forced_bos_token_id, None if params.ignore_eos else params.forced_eos_token_id
+            forced = self._forced(params)
             sequence.draftable = matcher is None
             own = None if matcher is None else matcher.fork()
             row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends, limit, forced, own)
@@ -160,6 +187,16 @@ class Engine:
         if self._grammars is None:
             self._grammars = GrammarCompiler(self.tokenizer, self.runner.model.spec.vocab_size, self.end_ids)
         return self._grammars.compile(params.structured_outputs)
+
+    def _forced(self, params: SamplingParams) -> tuple[int | None, int | None]:
+        """First and last token of an output: as asked for, or as the model's folder says, but not where a grammar
+        chooses."""
+        if params.structured_outputs is not None:
+            return None, None
+        first, last = params.forced_bos_token_id, params.forced_eos_token_id
+        first = self.defaults.forced_bos_token_id if first is None else first
+        last = self.defaults.forced_eos_token_id if last is None else last
+        return first, None if params.ignore_eos else last
 
     def abort(self, request: Request) -> None:
         """End a request; what it held is free before this returns, or after the step that is being computed."""
@@ -206,6 +243,7 @@ class Engine:
         if self.scheduler.pool.copies:
             self.runner.cache.copy(self.scheduler.pool.copies)
             self.scheduler.pool.copies.clear()
+        self._encode(plan)
         logits, drawn = self._compute(plan)
         self._drawn = plan if drawn is not None and self.speculation is None else None
         self._drawing = [self._running[work.sequence] for work in plan]
@@ -221,7 +259,7 @@ class Engine:
     def _end_prompt(self, completion: Completion) -> None:
         """Nothing is to be generated: only the prompt was wanted."""
         pool = completion.request.pool
-        if pool is not None and not np.isfinite(pool.vector()).all():
+        if pool is not None and not pool.finite:
             completion.request.error = NonFiniteError(
                 "the model gives hidden states that are not finite for this text. Check the checkpoint, or load it "
                 "with dtype float32 if it overflows in a smaller one."
@@ -233,12 +271,20 @@ class Engine:
         """What `_step` does, for the sequences of the last step, whose tokens are again given and chosen at once."""
         stats = self.stats
         generated = stats.generated_tokens
-        for completion, token in zip(self._drawing, self.runner.decode_on(plan), strict=True):
+        tokens = self.runner.decode_on(plan, self.scheduler.repeats)
+        for completion, token in zip(self._drawing, tokens, strict=True):
             completion.sequence.computed += 1
             self._take(completion, token)
         stats.decode_steps += 1
         stats.decode_tokens += stats.generated_tokens - generated
         stats.generation_seconds += time.perf_counter() - began
+
+    def _encode(self, plan: list[Work]) -> None:
+        """Run the encoder over the sources of these works that are new."""
+        new = {work.sequence.source for work in plan}
+        sources = [source for source in new if source is not None and not source.encoded]
+        if sources:
+            self.runner.encode(sources)
 
     def _compute(self, plan: list[Work]) -> tuple[F32, list[int] | None]:
         """Logits of the sequences that reach their end, in order, at their last tokens and the drafts behind them; and
@@ -381,10 +427,7 @@ class Engine:
             completion.deliver([token])
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
-        self._drawn, self._drawing = (
-            None,
-            [],
-        )  # it will not come again: what ends is not held by it
+        self._drawn, self._drawing = None, []  # that plan does not come again: nothing that ended is held by it
         search = completion.request.search
         for sequence in [completion.sequence] if search is None else search.sequences:
             self.scheduler.remove(sequence)
@@ -394,6 +437,9 @@ class Engine:
         if self.speculation is not None:
             self.speculation.forget(completion.sequence)
         completion.end(reason, stop_reason)
+        source, pool = completion.request.source, self.scheduler.source_pool
+        if source is not None and pool is not None and completion.request.finished:
+            source.leave(pool)
         if not isinstance(stop_reason, str):
             found = completion.text.finish(completion.sequence.generated >= completion.request.params.min_tokens)
             if found is not None and reason == "length":
@@ -464,18 +510,63 @@ class Engine:
             for token, value in entry.items()
         }
 
-    def check_prompt(self, prompt_ids: Seq[int]) -> None:
-        """Raise `RequestError` for a prompt that cannot be run."""
+    def check_prompt(self, prompt_ids: Seq[int], types: Seq[int] | None = None) -> None:
+        """Raise `RequestError` for a prompt, or token types, that cannot be run."""
         if not len(prompt_ids):
             raise RequestError("the prompt is empty: expected at least one token (text, or a start token of the model)")
         vocabulary = self.runner.model.spec.vocab_size
         for i, token in enumerate(prompt_ids):
             if not 0 <= token < vocabulary:
                 raise RequestError(f"prompt token {i}: expected an id in [0, {vocabulary}), got {token}")
-        if len(prompt_ids) > self.max_length:
+        if self.runner.model.encoder is not None:
+            self._check_source(prompt_ids)
+        elif len(prompt_ids) > self.max_length:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
+            )
+        if types is None:
+            return
+        known = self.runner.model.spec.embedding.types
+        if len(types) != len(prompt_ids) or not all(0 <= kind < max(known, 1) for kind in types):
+            raise RequestError(
+                f"token types: expected one in [0, {max(known, 1)}) for each of the {len(prompt_ids)} tokens, got "
+                f"{shown(list(types))}"
+            )
+
+    def decoder_ids(self, target_ids: Seq[int] = ()) -> list[int]:
+        """What the decoder of a model with an encoder is given: its start token, and these tokens behind it."""
+        spec = self.runner.model.spec
+        start = self.defaults.decoder_start_token_id
+        start = spec.decoder_start_token_id if start is None else start
+        if start is None:
+            raise RequestError(
+                "the model has an encoder, but nothing says what its decoder's text begins with: expected "
+                "decoder_start_token_id in config.json or generation_config.json; add it there"
+            )
+        ids = [start, *target_ids]
+        self.check_target(ids)
+        return ids
+
+    def check_target(self, ids: Seq[int]) -> None:
+        """Raise `RequestError` for tokens that the decoder of a model with an encoder cannot be given."""
+        vocabulary = self.runner.model.spec.vocab_size
+        if not len(ids):
+            raise RequestError("the decoder's text is empty: expected at least its start token")
+        for i, token in enumerate(ids):
+            if not 0 <= token < vocabulary:
+                raise RequestError(f"decoder token {i}: expected an id in [0, {vocabulary}), got {token}")
+        if len(ids) > self.max_length:
+            raise RequestError(
+                f"the decoder's text has {len(ids)} tokens, more than the context of {self.max_length}: shorten it, or "
+                "raise max_model_len (--ctx-size) where the model and memory allow"
+            )
+
+    def _check_source(self, ids: Seq[int]) -> None:
+        if len(ids) > self.runner.max_source:
+            raise RequestError(
+                f"the source has {len(ids)} tokens, more than the {self.runner.max_source} that the encoder takes: "
+                "shorten it, or raise max_model_len (--ctx-size) where the model and memory allow"
             )
 
     def prefix_length(self, prompt_ids: Seq[int], length: int | None = None) -> int:
@@ -526,6 +617,6 @@ class Engine:
                     completion.deliver([])
         self._running.clear()
         self._drawn, self._drawing = None, []
-        self.scheduler.clear(BlockPool(self.scheduler.pool.size))
+        self.scheduler.clear()
         if self.speculation is not None:
             self.speculation.clear()

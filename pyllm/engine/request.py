@@ -9,9 +9,10 @@ from pyllm.engine.beam import BeamSearch
 from pyllm.engine.outputs import CompletionOutput, DraftCounts, Logprob, RequestOutput, StreamOutput
 from pyllm.engine.sampler import RowState
 from pyllm.engine.sequence import Sequence
+from pyllm.engine.sources import Source
 from pyllm.engine.text import CompletionText
 from pyllm.errors import PyllmError
-from pyllm.pooling import Pool
+from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
 
 
@@ -83,8 +84,9 @@ class Request:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
-        self.pool: Pool | None = None  # of hidden states, where an embedding of the prompt is wanted
+        self.pool: Pool | KeptStates | None = None  # of the prompt's hidden states, where they are wanted
         self.search: BeamSearch | None = None  # whose hypotheses the completions will be
+        self.source: Source | None = None  # what an encoder reads: the prompt
         self.drafts: DraftCounts | None = None  # of all completions, with speculative decoding
         self.streamed = False  # whether anyone reads the pieces
         self.pieces: deque[StreamOutput] = deque()

@@ -3,52 +3,63 @@
 A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
 number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
 directly. All are the same model code and give the same bits.
+
+On a GPU a recorded step is a CUDA graph, one for each size of block tables in `GPU_WIDTHS` too. It ends by making the
+inputs of the next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of
+what the host has seen.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm import _cpu
 from pyllm.batch import I32, Batch
-from pyllm.cache import BLOCK_TOKENS, KVCache
+from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
-from pyllm.model import Model
-from pyllm.ops import F32, Arena, Ops
+from pyllm.engine.sources import Source
+from pyllm.model import EncodedSource, Model
+from pyllm.ops import F32, Ops, Stage
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
 MAX_GRAPHS = 16  # recorded steps kept
+SCRATCH_DTYPE = "float32"  # of an encoder's keys and values: they are read at once, and dropped
+GPU_WIDTHS = (8, 32, 128, 512, 2048)  # blocks of a sequence: contexts of 512 tokens, 2 k, 8 k, 32 k, 128 k
+AHEAD = 8  # steps that a GPU computes before the tokens of the first are taken in
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
 
 
 @dataclass
 class _Recorded:
-    """A recorded step of B sequences and R rows with its arrays; `seats` tells who has which row of tables and draws,
-    where each sequence has one row.
+    """A recorded step of B sequences and R rows with its arrays on the host, which `stage` brings to the kernels.
+
+    `seats` tells who has which row of tables and draws, where each sequence has one row.
 
     What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
     """
 
-    graph: _cpu.Graph
+    graph: Any
+    stage: Stage
     batch: Batch
-    logits: F32
     draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
-    chosen: I32  # [R] the tokens chosen
+    logits: F32
+    chosen: I32  # [R] the tokens chosen, where the kernels write them
     seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
+    drawn: list[int] = field(default_factory=list)  # the tokens chosen by the last replay
 
     def __post_init__(self) -> None:
         """Views of the arrays."""
         self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
         self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
-        self.draw_positions, self.drawn = self.draws["position"].data, self.chosen.data
+        self.draw_positions = self.draws["position"].data
 
 
 class Runner:
@@ -63,16 +74,27 @@ class Runner:
         max_sequences: int,
         max_length: int,
         max_drafts: int = 0,
+        cross: KVCache | None = None,
+        max_source: int = 0,
     ) -> None:
-        self.model, self.ops, self.cache = model, ops, cache
+        """`cross` is the cache of a model that has an encoder, `max_source` the tokens of its longest source."""
+        self.model, self.ops, self.cache, self.cross = model, ops, cache, cross
         self.max_tokens = max_tokens
         self.max_rows = head_rows(max_sequences, max_drafts)
         self.table_width = -(-max_length // BLOCK_TOKENS)
-        self._arena = Arena(arena_floats(model.spec, max_tokens, min(HEAD_ROWS, max_tokens)))
-        self._decode_arena = Arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
-        self._logits = np.empty((min(self.max_rows, max_tokens), model.spec.vocab_size), np.float32)
-        self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # by sequences and rows
+        self._encoder = (
+            None if model.encoder is None else _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences)
+        )
+        self.max_source = max_source
+        self._widths = (*(w for w in GPU_WIDTHS if ops.on_gpu and w < self.table_width), self.table_width)
+        self._arena = ops.arena(step_floats(model.spec, max_tokens, max_source))
+        self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
+        self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
+        ops.reserve(model.spec, max_sequences, self.table_width)
+        self._recorded: OrderedDict[tuple[int, int, int], _Recorded] = OrderedDict()  # by sequences, rows and width
+        self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
+        self._counts_twice = model.spec.counts_twice
         self._last: _Recorded | None = None  # of the last `decode`
 
     def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
@@ -82,69 +104,115 @@ class Runner:
         unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
         """
         rows = sum(work.rows for work in plan)
-        step = self._last = self._step(len(plan), rows)
+        width = self.table_width
+        if len(self._widths) > 1:
+            most = max(len(work.sequence.blocks) for work in plan)
+            width = next(width for width in self._widths if width >= most)
+        step = self._last = self._step(len(plan), rows, width)
+        self._ahead.clear()
+        step.stage.wait()
         if rows > len(plan):
-            return self._decode_ahead(step, plan, states)
+            return self._decode_drafts(step, plan, states)
         plain = True
         for i, (work, state) in enumerate(zip(plan, states, strict=True)):
             sequence, position = work.sequence, work.start
             step.tokens[i] = sequence.tokens[position]
             step.positions[i] = position
+            if self._counts_twice:
+                self._place(step.batch, i, sequence.tokens, position)
             step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
             step.lengths[i] = position + 1
             count = len(sequence.blocks)
             holder, residence, known = step.seats[i]
             if holder is not sequence or residence != sequence.residence or known != count:
                 step.batch.tables[i, :count] = sequence.table[:count]
+                _fill_source(step.batch, i, sequence)
                 step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
                 step.seats[i] = (sequence, sequence.residence, count)
             step.draw_positions[i] = state.position
             plain = plain and state.plain
             if step.batch.rope_rows is not None:
                 self._fill_rope(step.batch, i, sequence, position)
-        self.ops.replay(step.graph)
-        return step.logits, step.drawn.tolist() if plain else None
+        return self._run(step, plain)
 
-    def decode_on(self, plan: Seq[Work]) -> list[int]:
-        """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks."""
+    def decode_on(self, plan: Seq[Work], more: int = 0) -> list[int]:
+        """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks, which have
+        room for as many steps `more` after this one."""
         step = self._last
         assert step is not None
+        if self.ops.on_gpu and step.batch.rope_rows is None:
+            while len(self._ahead) <= min(more, AHEAD - 1):
+                self.ops.replay(step.graph)
+                self._ahead.append(self.ops.fetch(step.chosen))
+            return self._ahead.popleft().wait().tolist()  # type: ignore[no-any-return]
+        step.stage.wait()
         for i, work in enumerate(plan):
             step.tokens[i] = step.drawn[i]
             step.positions[i] = work.start
+            if self._counts_twice:
+                self._place(step.batch, i, work.sequence.tokens, work.start)
             step.slots[i] += 1
             step.lengths[i] += 1
             step.draw_positions[i] += 1
             if step.batch.rope_rows is not None:
                 self._fill_rope(step.batch, i, work.sequence, work.start)
-        self.ops.replay(step.graph)
-        return step.drawn.tolist()
+        self._run(step, True)
+        return step.drawn
 
-    def forward(self, plan: Seq[Work], trace: list[F32] | None = None) -> F32:
-        """Residual stream [T, D] of all tokens of the plan; valid until the next step."""
+    def encode(self, sources: Seq[Source], trace: list[F32] | None = None) -> F32 | None:
+        """Run the encoder over these sources, as many together as fit, and keep what cross attention reads of them.
+
+        Where `trace` collects the encoder's states, the last ones [S, D], after the final norm, are returned.
+        """
+        states, encoder = None, self._encoder
+        assert encoder is not None and self.cross is not None
+        while sources:
+            lengths = np.array([len(source.tokens) for source in sources])
+            count = int(np.searchsorted(np.cumsum(lengths), encoder.max_tokens, side="right"))
+            together, sources = sources[:count], sources[count:]
+            batch = encoder.fill(together)
+            self.ops.use_arena(self._arena)
+            self.ops.release(0)
+            try:
+                states = self.model.encode(self.ops, batch, encoder.scratch, trace)
+                self.model.write_cross(self.ops, EncodedSource(states, cross_slots(together)), self.cross)
+                states = states.copy() if trace is not None else None
+            finally:
+                self.ops.use_arena(None)
+            for source in together:
+                source.encoded = True
+        return states
+
+    def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
+        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
-        prefix = any(work.start < work.sequence.prefix for work in plan)  # those behind it see no more than before
-        batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix)
+        # Those behind a prefix see no more than before; an encoder's texts are seen whole anyway.
+        prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
+        batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix, blocks_for(self.max_source))
         self._fill(batch, plan)
+        stage = self.ops.stage(_arrays(batch), lasting=False)
+        stage.send()
         self.ops.use_arena(self._arena)
         self.ops.release(0)
         try:
-            return self.model.forward(self.ops, batch, self.cache, trace)
+            batch = Batch(*stage.placed)
+            return self.model.forward(self.ops, batch, self.cache, trace, attentions, cross=self.cross)
         finally:
             self.ops.use_arena(None)
 
     def logits(self, x: F32, rows: I32) -> Iterator[tuple[int, F32]]:
-        """Logits of these rows of the residual stream, as pieces (index of the first row, logits [<= HEAD_ROWS, V])."""
-        piece = np.empty((min(len(rows), HEAD_ROWS), self.model.spec.vocab_size), np.float32)
+        """What the head gives for these rows of the residual stream, as pieces (index of the first row, logits [<=
+        HEAD_ROWS, V])."""
+        piece = self.ops.empty(min(len(rows), HEAD_ROWS), self.model.spec.outputs)
         for first in range(0, len(rows), HEAD_ROWS):
             count = min(HEAD_ROWS, len(rows) - first)
             yield first, self.model.logits(self.ops, x, rows[first : first + count], out=piece[:count])
 
     def final_states(self, x: F32) -> F32:
-        """Rows [R, D] of the residual stream after the final norm, in memory of their own."""
-        states = self.model.final_norm(self.ops, x)
-        return states.copy() if states is x else states
+        """Rows [R, D] of the residual stream after the final norm, on the host, in memory of their own."""
+        states = self.model.final_norm(self.ops, x, self.ops.empty(*x.shape))
+        return np.asarray(states.copy() if states is x else states)
 
     def last_logits(self, plan: Seq[Work], x: F32) -> F32:
         """Logits [n, V] of the works that reach their sequence's end, in order: at its last token and its drafts."""
@@ -153,7 +221,7 @@ class Runner:
         rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
-    def _decode_ahead(
+    def _decode_drafts(
         self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]
     ) -> tuple[F32, list[int] | None]:
         self._fill(step.batch, plan)
@@ -161,16 +229,24 @@ class Runner:
             span = slice(step.batch.starts[i], step.batch.starts[i + 1])
             step.draws[span] = state.row if state.plain else GREEDY_ROW
             step.draws["position"][span] += np.maximum(np.arange(work.rows) - (work.count - 1), 0).astype(np.uint64)
-        self.ops.replay(step.graph)
-        return step.logits, step.drawn.tolist() if all(state.plain for state in states) else None
+        return self._run(step, all(state.plain for state in states))
 
-    def _step(self, sequences: int, tokens: int) -> _Recorded:
-        """The recorded step of this many sequences and tokens."""
-        key = sequences, tokens
+    def _run(self, step: _Recorded, plain: bool) -> tuple[F32, list[int] | None]:
+        """Logits of a step whose arrays are filled, and the tokens that it chose where they are wanted."""
+        step.stage.send()
+        self.ops.replay(step.graph)
+        if not plain:
+            return step.logits, None
+        step.drawn = self.ops.tokens(step.chosen)
+        return step.logits, step.drawn
+
+    def _step(self, sequences: int, tokens: int, width: int) -> _Recorded:
+        """The recorded step of this many sequences and tokens, over tables of `width` blocks."""
+        key = sequences, tokens, width
         if key not in self._recorded:
             if len(self._recorded) >= MAX_GRAPHS:
                 self._recorded.popitem(last=False)
-            self._recorded[key] = self._record(sequences, tokens)
+            self._recorded[key] = self._record(sequences, tokens, width)
         self._recorded.move_to_end(key)
         return self._recorded[key]
 
@@ -182,6 +258,10 @@ class Runner:
             positions = np.arange(work.start, end)
             batch.tokens[span] = [*sequence.tokens[work.start : work.start + work.count], *work.drafts]
             batch.positions[span] = positions
+            if batch.types is not None:
+                batch.types[span] = sequence.types[work.start : end] if sequence.types else 0
+            if self._counts_twice:
+                self._place(batch, at, [*sequence.tokens[: work.start + work.count], *work.drafts], work.start)
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
             )
@@ -189,11 +269,19 @@ class Runner:
             batch.lengths[i] = end
             if batch.prefix is not None:
                 batch.prefix[i] = work.sequence.prefix
+            _fill_source(batch, i, sequence)
             if batch.rope_rows is not None:
                 for j in range(work.rows):
                     self._fill_rope(batch, at + j, sequence, work.start + j)
             at += work.rows
             batch.starts[i + 1] = at
+
+    def _place(self, batch: Batch, row: int, tokens: list[int], start: int) -> None:
+        """Both positions of the tokens from `start` on, in the rows from `row` on."""
+        rule = self.model.spec.prefix
+        assert rule is not None
+        first, second = rule.positions(tokens)
+        batch.place(slice(row, row + len(tokens) - start), first[start:], second[start:])
 
     def _fill_rope(self, batch: Batch, row: int, sequence: Sequence, position: int) -> None:
         """Frequencies that depend on the length: a prompt's are those of all of it, later tokens' of their own."""
@@ -207,29 +295,98 @@ class Runner:
             self._inv_freq[key] = rope.inv_freq(length)
         batch.inv_freq[row] = self._inv_freq[key]
 
-    def _record(self, sequences: int, tokens: int) -> _Recorded:
+    def _record(self, sequences: int, tokens: int, width: int) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
-        spec = self.model.spec
-        batch = Batch.empty(tokens, sequences, self.table_width, spec)
+        batch = Batch.empty(tokens, sequences, width, self.model.spec, source_width=blocks_for(self.max_source))
         batch.starts[:] = [*range(sequences), tokens]
-        rows = np.arange(tokens, dtype=np.int32)
-        draws = np.repeat(GREEDY_ROW, tokens)
+        stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens), np.arange(tokens, dtype=np.int32)])
+        *arrays, draws, _ = stage.host
+        seats: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * sequences
         try:
-            self.ops.use_arena(self._decode_arena)
-            self.ops.release(0)
+            if self.ops.on_gpu:  # what takes memory or loads code does so before the recording
+                stage.send()
+                self._compute(stage)
             self.ops.begin_recording()
-            x = self.model.forward(self.ops, batch, self.cache)
-            logits = self.model.logits(self.ops, x, rows)
-            drawn = self.ops.sample(logits, SampleInputs(draws))
+            logits, chosen = self._compute(stage)
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
-        return _Recorded(graph, batch, logits, draws, drawn, [(None, 0, 0)] * sequences)
+        return _Recorded(graph, stage, Batch(*arrays), draws, logits, chosen, seats)
+
+    def _compute(self, stage: Stage) -> tuple[F32, I32]:
+        """Logits of all rows of a step, and the tokens chosen from them."""
+        *arrays, draws, rows = stage.placed
+        batch = Batch(*arrays)
+        self.ops.use_arena(self._decode_arena)
+        self.ops.release(0)
+        x = self.model.forward(self.ops, batch, self.cache, cross=self.cross)
+        logits = self.model.logits(self.ops, x, rows)
+        chosen = self.ops.sample(logits, SampleInputs(draws))
+        if self.ops.on_gpu and len(batch.tokens) == len(batch.lengths):
+            self.ops.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
+        return logits, chosen
+
+
+def _arrays(batch: Batch) -> list[Any]:
+    return [getattr(batch, each.name) for each in fields(batch)]
+
+
+class _Encoder:
+    """What encoding at most `max_tokens` tokens of at most `max_sources` sources together takes."""
+
+    def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int) -> None:
+        self.spec, self.max_tokens = spec, max_tokens
+        self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE, shared=True)
+
+    def fill(self, sources: Seq[Source]) -> Batch:
+        """The batch of these sources."""
+        lengths = np.array([len(source.tokens) for source in sources])
+        blocks = -(-lengths // BLOCK_TOKENS)
+        first = np.cumsum(blocks) - blocks
+        batch = Batch.empty(int(lengths.sum()), len(sources), int(blocks.max()), self.spec)
+        batch.tokens[:] = np.concatenate([source.tokens for source in sources])
+        batch.starts[1:] = np.cumsum(lengths)
+        batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
+        batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
+        batch.lengths[:] = lengths
+        batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), self.scratch.blocks - 1)
+        return batch
+
+
+def _fill_source(batch: Batch, row: int, sequence: Sequence) -> None:
+    source = sequence.source
+    if batch.source_lengths is not None and batch.source_tables is not None and source is not None:
+        batch.source_lengths[row] = len(source.tokens)
+        batch.source_tables[row, : len(source.table)] = source.table
+
+
+def cross_slots(sources: Seq[Source]) -> NDArray[np.int64]:
+    """Where the cross cache takes each token of these sources."""
+    slots = []
+    for source in sources:
+        positions = np.arange(len(source.tokens))
+        slots.append(source.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS)
+    return np.concatenate(slots)
+
+
+def scratch_blocks(tokens: int, sources: int) -> int:
+    """Blocks that hold so many sources of so many tokens together, each of which begins a block."""
+    return tokens // BLOCK_TOKENS + sources
 
 
 def head_rows(sequences: int, drafts: int) -> int:
     """Rows of a step that need logits at most: every draft of a few sequences, one for each of some of many."""
     return min(sequences * (1 + drafts), max(HEAD_ROWS, sequences + HEAD_ROWS // 2))
+
+
+def step_floats(spec: ModelSpec, tokens: int, max_source: int) -> int:
+    """Floats that a step of so many tokens takes, or encoding sources for it, of which the longest has `max_source`."""
+    floats = arena_floats(spec, tokens, min(HEAD_ROWS, tokens))
+    if spec.encoder is None:
+        return floats
+    together = max(tokens, max_source)
+    written = max(2 * b.cross.kv_heads * b.cross.head_dim for b in spec.blocks if b.cross is not None)
+    return max(floats, arena_floats(spec.encoder, together, together) + (written * together + 16))
 
 
 def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
@@ -239,20 +396,22 @@ def arena_floats(spec: ModelSpec, tokens: int, rows: int) -> int:
         return columns * count + 16  # pieces start on 64 bytes
 
     def block(b: BlockSpec) -> int:
-        a = b.attention
+        a, c = b.attention, b.cross
         attention = padded((a.heads + 2 * a.kv_heads) * a.head_dim) + padded(a.heads * a.head_dim)
+        attention = max(attention, 0 if c is None else 2 * padded(c.heads * c.head_dim))
         return 2 * padded(spec.hidden) + attention + padded(b.mlp.hidden)
 
     angles = sum(2 * padded(rope.dim // 2) for rope in (spec.rope, spec.local_rope) if rope is not None)
-    projected = 0 if spec.embedding.width is None else padded(spec.table_width) + padded(spec.table_width, rows)
+    projected = 0 if spec.embedding.width is None else padded(spec.table_width)
     if spec.embedding.scale != 1 and spec.embedding.positions:
         projected += padded(spec.hidden)
-    head = 2 * padded(spec.hidden, rows) + (padded(spec.table_width, rows) if spec.head.scale != 1 else 0)
+    head = 2 * padded(spec.hidden, rows) + padded(spec.head_width, rows) * (1 if spec.head.scale == 1 else 2)
     biases = spec.relative_bias
     distances = padded(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
-    return padded(spec.hidden) + projected + angles + distances + max(block(b) for b in spec.blocks) + head
+    embedded = padded(spec.hidden) * (2 if spec.embedding.second_positions else 1)
+    return embedded + projected + angles + distances + max(block(b) for b in spec.blocks) + head
 
 
 def decode_floats(spec: ModelSpec, rows: int) -> int:
     """Floats of a recorded step of so many rows, the logits of all included."""
-    return arena_floats(spec, rows, rows) + rows * spec.vocab_size + 16
+    return arena_floats(spec, rows, rows) + rows * spec.outputs + 16

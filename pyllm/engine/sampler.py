@@ -140,6 +140,8 @@ class Sampler:
         asked = max((n for n in wanted if n is not None), default=None)
         matched = [(row, s.matcher) for row, s in enumerate(states) if s.matcher is not None]
         changed = inputs.history or inputs.bias or inputs.allowed or matched
+        if matched:
+            logits = np.asarray(logits)  # changed in place below, on the host
         raw = logits.copy() if asked is not None and changed else logits
         for row, matcher in matched:
             np.minimum(logits[row], matcher.ceiling(), out=logits[row])

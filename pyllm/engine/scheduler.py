@@ -34,11 +34,19 @@ class Scheduler:
     A bidirectional prefix is not cut: its sequence waits for a step that has room for all of it.
 
     When blocks run out the youngest running sequence gives its blocks back and waits again; it is recomputed later, to
-    the same bits.
+    the same bits. A sequence that has a source is admitted once `source_pool` has blocks for it.
     """
 
-    def __init__(self, pool: BlockPool, max_sequences: int, max_tokens: int, share_prefixes: bool) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_sequences: int,
+        max_tokens: int,
+        share_prefixes: bool,
+        source_pool: BlockPool | None = None,
+    ) -> None:
         self.pool = pool
+        self.source_pool = source_pool
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.share_prefixes = share_prefixes
@@ -48,6 +56,11 @@ class Scheduler:
         self.prefix_queries = self.prefix_hits = 0  # tokens looked for in the prefix cache, and found
         self._plan: list[Work] = []
         self._repeats = 0  # further steps for which the plan stays as it is, one token on
+
+    @property
+    def repeats(self) -> int:
+        """Further steps for which the last plan stays as it is, as long as nothing ends or is added."""
+        return self._repeats
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -78,9 +91,11 @@ class Scheduler:
             else:
                 self.waiting.appendleft(sequence)
 
-    def clear(self, pool: BlockPool) -> None:
-        """Forget all sequences and go on with `pool`."""
-        self.pool = pool
+    def clear(self) -> None:
+        """Forget all sequences and what the blocks hold."""
+        self.pool = BlockPool(self.pool.size)
+        if self.source_pool is not None:
+            self.source_pool = BlockPool(self.source_pool.size)
         self._repeats = 0
         self.running.clear()
         self.waiting.clear()
@@ -121,7 +136,7 @@ class Scheduler:
             sequence.adopt_prefix(self.pool)
             count = min(len(sequence.tokens) - sequence.computed, budget)
             whole = sequence.computed + count >= sequence.prefix
-            if not whole or not sequence.reserve(self.pool, sequence.computed + count):
+            if not whole or not self.reserve(sequence, sequence.computed + count):
                 sequence.leave(self.pool)
                 break
             self.running.append(self.waiting.popleft())
@@ -157,6 +172,12 @@ class Scheduler:
         for work in plan:
             if work.drafts and work.sequence.blocks:  # it has not ended
                 work.sequence.settle(self.pool)
+
+    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Hold blocks for so many tokens of a sequence, and for its source; False where there are too few."""
+        if not sequence.reserve(self.pool, tokens):
+            return False
+        return sequence.source is None or (self.source_pool is not None and sequence.source.reserve(self.source_pool))
 
     def _work(self, sequence: Sequence, count: int) -> Work:
         # Published before it is computed: whoever finds the block in this very step reads it after this step's writes.

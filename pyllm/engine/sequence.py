@@ -9,25 +9,36 @@ import numpy as np
 
 from pyllm.batch import I32
 from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
+from pyllm.engine.sources import Source
 
 
 class Sequence:
     """Tokens of prompt and completion; the first `computed` of them have keys and values in `blocks`.
 
     The first `prefix` tokens, part of the prompt, see one another: they are computed in one step, and shared only with
-    sequences that have the same ones.
+    sequences that have the same ones. `types` tell which text of a pair each token of the prompt belongs to; None: the
+    first. `source` is what cross attention reads, where the model has an encoder.
     """
 
     def __init__(
-        self, prompt: Seq[int], max_tokens: int, share_prefix: bool, salt: bytes = b"", prefix: int = 0
+        self,
+        prompt: Seq[int],
+        max_tokens: int,
+        share_prefix: bool,
+        salt: bytes = b"",
+        prefix: int = 0,
+        types: Seq[int] | None = None,
+        source: Source | None = None,
     ) -> None:
         self.tokens = list(prompt)
+        self.types = types
         self.prompt_length = len(self.tokens)
         self.limit = self.prompt_length + max_tokens
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed
         self.salt = salt  # 0 or 16 bytes
         self.prefix = prefix
         self.origin = chain_hash(salt, self.tokens[:prefix]) if prefix else salt  # what hashes begin with
+        self.source = source
         self.draftable = True  # False with a grammar: what it forbids would be drafted in vain
         self.computed = 0
         self.cached = 0  # of the prompt, taken from the prefix cache when it first got blocks

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import ConfigError, shown
+from pyllm.models.bart import BART, MBART
+from pyllm.models.bert import BERT
 from pyllm.models.bloom import BLOOM
+from pyllm.models.chatglm import CHATGLM
 from pyllm.models.chatglm2 import CHATGLM2
 from pyllm.models.cohere import COHERE
+from pyllm.models.distilbert import DISTILBERT
+from pyllm.models.electra import ELECTRA
 from pyllm.models.family import Family
 from pyllm.models.gemma2 import GEMMA2
 from pyllm.models.gemma3 import GEMMA3_TEXT
 from pyllm.models.glm import GLM
 from pyllm.models.glm4 import GLM4
+from pyllm.models.glm2021 import GLM2021
 from pyllm.models.gpt2 import GPT2
 from pyllm.models.gpt_neox import GPT_NEOX
 from pyllm.models.gptj import GPTJ
@@ -27,6 +33,8 @@ from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
 from pyllm.models.qwen2 import QWEN2
 from pyllm.models.qwen3 import QWEN3
+from pyllm.models.roberta import ROBERTA, XLM_ROBERTA
+from pyllm.models.t5 import MT5, T5
 from pyllm.spec import ModelSpec
 from pyllm.weights import Checkpoint, load, read_config
 
@@ -35,7 +43,11 @@ __all__ = ["FAMILIES", "Family", "family_of", "open_checkpoint", "read_spec"]
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        BART,
+        BERT,
         BLOOM,
+        DISTILBERT,
+        ELECTRA,
         CHATGLM2,
         COHERE,
         GEMMA2,
@@ -46,19 +58,28 @@ FAMILIES: dict[str, Family] = {
         GPT_NEOX,
         GPTJ,
         LLAMA,
+        MBART,
         MISTRAL,
         MPT,
+        MT5,
         OPT,
         PHI3,
         QWEN2,
         QWEN3,
+        ROBERTA,
+        T5,
+        XLM_ROBERTA,
     )
 }
+NAMESAKES = (CHATGLM, GLM2021)  # of others in FAMILIES
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a config names; raises `ConfigError` for one that is not supported."""
     name = config.get("model_type")
+    for family in NAMESAKES:
+        if name == family.model_type and config.get(family.key or "") is not None:
+            return family
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     near = get_close_matches(name, FAMILIES, n=1) if isinstance(name, str) else []

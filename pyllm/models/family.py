@@ -12,8 +12,12 @@ from pyllm.weight_names import NameTable
 
 @dataclass(frozen=True)
 class Family:
-    """Everything pyllm knows about one `model_type`; `read` raises `ConfigError`."""
+    """Everything pyllm knows about one `model_type`; `read` raises `ConfigError`.
+
+    Where several architectures share a `model_type`, all but one have a `key` that their configs alone hold.
+    """
 
     model_type: str
     read: Callable[[Mapping[str, Any]], ModelSpec]
     names: NameTable
+    key: str | None = None

@@ -28,6 +28,7 @@ GEMMA3_TEXT = llama_like(
         windows=_windows,
         qk_norm=True,
         theta=1_000_000.0,
+        is_stretched=True,
         others=_others,
     )
 )

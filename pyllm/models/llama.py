@@ -109,6 +109,7 @@ class Variant:
     norm_kind: NormKind = NormKind.RMS
     activation: tuple[str, str] = ("hidden_act", "silu")  # the key, and its default
     theta: float = 10000.0
+    is_stretched: bool = False  # max_position_embeddings counts what the scaling of a linear rope adds
     tied: bool = False
     others: Callable[[ConfigReader, int], Others] = lambda reader, hidden: Others()
     bos_token_id: int | None = None
@@ -183,7 +184,7 @@ def _read(config: Mapping[str, Any], variant: Variant) -> ModelSpec:
         hidden=hidden,
         blocks=tuple(block(window) for window in windows),
         final_norm=norm,
-        max_positions=rope.stretched_positions,
+        max_positions=max_positions if variant.is_stretched else rope.stretched_positions,
         embedding=others.embedding,
         rope=rope,
         local_rope=local_rope,

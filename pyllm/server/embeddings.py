@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from pyllm.errors import RequestError
 from pyllm.ops import F32
+from pyllm.pooling import Pool
 from pyllm.sampling import SamplingParams
 from pyllm.server.connection import facts_of, finish, read, reply, service_of
 from pyllm.server.errors import ApiError, refused
@@ -41,7 +42,7 @@ async def embeddings(request: Request) -> Response:
     )
     facts_of(request.scope)["generation"] = generation
     await finish(request, generation, generation.results())
-    vectors = [rule.vector(one.pool) for one in generation.requests if one.pool is not None]
+    vectors = [rule.vector(one.pool) for one in generation.requests if isinstance(one.pool, Pool)]
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
         for index, vector in enumerate(vectors)

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
 from pyllm.llm import LLM
-from pyllm.pooling import Pooling
+from pyllm.pooling import Pool
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error, internal_error
+from pyllm.spec import Pooling
 from pyllm.structured import Matcher
 
 
@@ -322,8 +323,8 @@ class EngineThread:
                             params,
                             each,
                             generation.salt,
-                            generation.pooling,
-                            generation.matcher,
+                            None if generation.pooling is None else Pool(generation.pooling),
+                            matcher=generation.matcher,
                         )
                     )
                     requests[-1].streamed = generation.streamed

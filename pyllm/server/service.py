@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from pyllm.errors import PyllmError
 from pyllm.llm import LLM
-from pyllm.pooling import EmbeddingRule, Pooling
+from pyllm.pooling import EmbeddingRule
 from pyllm.sampling import SamplingParams
 from pyllm.server.engine_thread import EngineThread, Generation, Prompt, stopped
 from pyllm.server.errors import ApiError, api_error, refused
 from pyllm.server.limits import Limits
 from pyllm.server.metrics import Metrics
 from pyllm.server.tools import format_of
+from pyllm.spec import Pooling
 from pyllm.structured import Matcher
 
 T = TypeVar("T")

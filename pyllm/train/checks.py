@@ -10,9 +10,10 @@ import numpy as np
 
 from pyllm.errors import RequestError
 from pyllm.ops import F32
+from pyllm.train.head_loss import count_labels
 from pyllm.train.parameters import Parameters
-from pyllm.train.report import I32, Data
-from pyllm.train.step import IGNORED, Step
+from pyllm.train.report import Data, MicroBatch
+from pyllm.train.step import Step
 
 CHANGE = 4e-3  # of the loss, by the longer of the two steps along a gradient
 
@@ -37,14 +38,14 @@ class RepeatedData:
     def __init__(self, data: Data, batches: int) -> None:
         self._data, self._at = data, 0
         state = data.state()
-        self._batches = [tuple(array.copy() for array in data.next_batch()) for _ in range(batches)]
+        self._batches: list[Any] = [tuple(array.copy() for array in data.next_batch()) for _ in range(batches)]
         data.load_state(state)
 
-    def next_batch(self) -> tuple[I32, I32, I32]:
+    def next_batch(self) -> MicroBatch:
         """See :class:`Data`."""
-        tokens, labels, starts = self._batches[self._at % len(self._batches)]
+        batch: MicroBatch = self._batches[self._at % len(self._batches)]
         self._at += 1
-        return tokens, labels, starts
+        return batch
 
     def state(self) -> dict[str, Any]:
         """See :class:`Data`."""
@@ -62,7 +63,7 @@ class RepeatedData:
         self._at = state["repeated"]
 
 
-def check_gradients(parameters: Parameters, step: Step, batch: tuple[I32, I32, I32]) -> Iterator[GradientCheck]:
+def check_gradients(parameters: Parameters, step: Step, batch: MicroBatch) -> Iterator[GradientCheck]:
     """For every weight, in float32, the slope of the loss along its gradient from four points on it.
 
     Weights are as before afterwards; gradients are not. Raises `RequestError` for rounded weights, whose loss has no
@@ -70,7 +71,7 @@ def check_gradients(parameters: Parameters, step: Step, batch: tuple[I32, I32, I
     """
     if parameters.compute != "float32":
         raise RequestError(f"gradients can be checked in float32 only, and the run computes in {parameters.compute}")
-    counted = int((batch[1] != IGNORED).sum())
+    counted = count_labels(batch[1])
     if counted == 0:
         raise RequestError("the batch has no token that counts")
     step.fill(*batch)

@@ -53,6 +53,7 @@ class PackedData:
         seed: of the order.
         shuffle: False keeps the order of the files.
         sequences: most sequences of a micro-batch; default: what the documents' length suggests.
+        next_token: a token's label is the one that follows it; False: itself, which objectives choose from.
 
     `notes` says in words what a user may want to know: weights that were normalised, documents that were cut.
     """
@@ -69,13 +70,15 @@ class PackedData:
         seed: int = 0,
         shuffle: bool = True,
         sequences: int | None = None,
+        next_token: bool = True,
     ) -> None:
         self.notes: list[str] = []
         _check(stores, weights, context, tokens, packing, mask_prompt, sequences)
         self.context, self.tokens, self.packing, self.mask_prompt = context, tokens, packing, mask_prompt
         kind = _Documents if packing == "documents" else _Windows
         self._sources = [
-            kind(store, context, mask_prompt, seed + 1_000_003 * i, shuffle) for i, store in enumerate(stores)
+            kind(store, context, mask_prompt, seed + 1_000_003 * i, shuffle, int(next_token))
+            for i, store in enumerate(stores)
         ]
         self.notes += [note for source in self._sources for note in source.notes]
         self._weights = self._normalised(weights)
@@ -91,6 +94,7 @@ class PackedData:
         self._reserve = longest
         self._choice = min(WAITING, sum(source.count() for source in self._sources))
         identity = [FORMAT, context, tokens, packing, mask_prompt, seed, shuffle, self._weights]
+        identity += [] if next_token else ["own labels"]
         identity += [store.key for store in stores]
         self._identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
@@ -187,8 +191,9 @@ class PackedData:
 class _Source(ABC):
     """One file: an order of its sequences for each epoch, and the position in it."""
 
-    def __init__(self, store: TokenStore, seed: int, shuffle: bool) -> None:
+    def __init__(self, store: TokenStore, seed: int, shuffle: bool, ahead: int) -> None:
         self.store, self.name, self.notes = store, store.name, list[str]()
+        self._ahead = ahead  # tokens from one to its label
         self._seed, self._shuffle = seed, shuffle
         self.epoch, self.at, self.taken = 0, 0, 0
         self._order: NDArray[np.int64] | None = None
@@ -225,15 +230,26 @@ class _Source(ABC):
             self._order = None
         self.epoch, self.at, self.taken = epoch, at, taken
 
+    def _copy(self, mask: NDArray[np.uint8] | None, start: int, size: int, tokens: I32, labels: I32) -> int:
+        """Write `size` tokens of the file and their labels to the front of both; gives the size."""
+        stored, ahead = self.store.tokens, self._ahead
+        tokens[:size] = stored[start : start + size]
+        labels[:size] = stored[start + ahead : start + ahead + size]
+        if mask is not None:
+            labels[:size][mask[start + ahead : start + ahead + size] == 0] = IGNORED_LABEL
+        return size
+
 
 class _Documents(_Source):
     """Each document is a sequence, or several where it is longer than the context."""
 
-    def __init__(self, store: TokenStore, context: int, mask_prompt: bool, seed: int, shuffle: bool) -> None:
-        super().__init__(store, seed, shuffle)
+    def __init__(
+        self, store: TokenStore, context: int, mask_prompt: bool, seed: int, shuffle: bool, ahead: int
+    ) -> None:
+        super().__init__(store, seed, shuffle, ahead)
         ends = np.asarray(store.ends)
         begins = np.concatenate([[0], ends[:-1]])
-        lengths = np.maximum(ends - begins - 1, 0)  # the last token of a document predicts nothing
+        lengths = np.maximum(ends - begins - ahead, 0)  # the last token of a document predicts nothing
         pieces = -(-lengths // context)
         document = np.repeat(np.arange(len(ends)), pieces)
         nth = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -242,7 +258,7 @@ class _Documents(_Source):
         self._mask = store.answers if mask_prompt else None
         if self._mask is not None:
             answers = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])
-            counted = answers[self._starts + self._lengths + 1] > answers[self._starts + 1]
+            counted = answers[self._starts + self._lengths + ahead] > answers[self._starts + ahead]
             if not counted.all():
                 self.notes.append(f"{self.name}: {int((~counted).sum())} sequences hold no answer and are left out")
             self._starts, self._lengths = self._starts[counted], self._lengths[counted]
@@ -268,17 +284,19 @@ class _Documents(_Source):
 
     def fill(self, index: int, tokens: I32, labels: I32) -> int:
         """Write a sequence to the front of both; gives its length."""
-        return _fill(self.store.tokens, self._mask, int(self._starts[index]), self.length(index), tokens, labels)
+        return self._copy(self._mask, int(self._starts[index]), self.length(index), tokens, labels)
 
 
 class _Windows(_Source):
     """Pieces of the context's length, whatever stands in them."""
 
-    def __init__(self, store: TokenStore, context: int, mask_prompt: bool, seed: int, shuffle: bool) -> None:
-        super().__init__(store, seed, shuffle)
+    def __init__(
+        self, store: TokenStore, context: int, mask_prompt: bool, seed: int, shuffle: bool, ahead: int
+    ) -> None:
+        super().__init__(store, seed, shuffle, ahead)
         self._context = context
         self._mask = store.answers if mask_prompt else None
-        self._room = len(store.tokens) - 1
+        self._room = len(store.tokens) - ahead
         if self._room < context:
             raise DataError(
                 f"{self.name}: {len(store.tokens)} tokens are fewer than the context of {context} and one more: give "
@@ -311,15 +329,7 @@ class _Windows(_Source):
 
     def fill(self, index: int, tokens: I32, labels: I32) -> int:
         """Write a window to the front of both; gives its length."""
-        return _fill(self.store.tokens, self._mask, index, min(self._context, len(tokens)), tokens, labels)
-
-
-def _fill(stored: Any, mask: NDArray[np.uint8] | None, start: int, size: int, tokens: I32, labels: I32) -> int:
-    tokens[:size] = stored[start : start + size]
-    labels[:size] = stored[start + 1 : start + size + 1]
-    if mask is not None:
-        labels[:size][mask[start + 1 : start + size + 1] == 0] = IGNORED_LABEL
-    return size
+        return self._copy(self._mask, index, min(self._context, len(tokens)), tokens, labels)
 
 
 def _check(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pyllm import _cpu
 from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.runner import arena_floats
-from pyllm.errors import InsufficientMemoryError
+from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.planning import GB, SPARE
-from pyllm.spec import BlockSpec, ModelSpec, Placement
+from pyllm.spec import BlockSpec, HeadKind, ModelSpec, Placement
 from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 
@@ -84,6 +84,8 @@ class TrainPlan:
 
 def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
     """Plan for a model and the shape of its micro-batches; nothing is laid out."""
+    if spec.encoder is not None:
+        raise ConfigError(f"{spec.family}: expected a model without an encoder: others cannot be trained so far")
     layout = layout_of(spec)
     weights = 4 * layout.size
     if shape.dtype != "float32":
@@ -95,7 +97,7 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
         gradients=4 * layout.size,
         optimizer=8 * layout.size,
         activations=4 * step_floats(spec, shape).total,
-        cache=cache_blocks(shape) * KVCache.block_bytes(cached(spec, shape), cache_dtype(shape)),
+        cache=cache_blocks(shape) * KVCache.block_bytes(spec, cache_dtype(shape), shared=shape.checkpoint_activations),
         scratch=_scratch(spec, shape),
         available=available_memory(),
     )
@@ -112,13 +114,6 @@ def cache_dtype(shape: StepShape) -> str:
     return shape.dtype
 
 
-def cached(spec: ModelSpec, shape: StepShape) -> ModelSpec:
-    """A model whose layers are those that have keys and values of their own: one that all share, in turn, where what is
-    in a block is computed again before its gradients and the blocks are alike."""
-    alike = all(block.attention == spec.blocks[0].attention for block in spec.blocks)
-    return replace(spec, blocks=spec.blocks[:1]) if shape.checkpoint_activations and alike else spec
-
-
 def cache_blocks(shape: StepShape) -> int:
     """Blocks that hold a micro-batch, however it is cut into sequences, each of which begins a block."""
     return shape.tokens // BLOCK_TOKENS + min(shape.sequences, shape.tokens)
@@ -129,9 +124,14 @@ def table_width(spec: ModelSpec, shape: StepShape) -> int:
     return blocks_for(min(shape.tokens, spec.max_positions))
 
 
+def scored_rows(spec: ModelSpec, shape: StepShape) -> int:
+    """Rows of a micro-batch that the head is given: those of all tokens, or one for each sequence."""
+    return shape.sequences if spec.head.kind is HeadKind.POOLED else shape.tokens
+
+
 def head_rows(spec: ModelSpec, tokens: int) -> int:
     """Rows that pass through the head together: as even as they can be within `LOGITS_FLOATS`."""
-    most = max(BLOCK_TOKENS, LOGITS_FLOATS // spec.vocab_size)
+    most = max(BLOCK_TOKENS, LOGITS_FLOATS // spec.outputs)
     chunks = -(-tokens // most)
     rows = -(-tokens // max(chunks, 1))
     return min(tokens, -(-rows // 16) * 16)
@@ -189,24 +189,39 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     distances = floats(2 * biases[1].max_distance + 1, biases[0]) if biases is not None else 0
     places = width if spec.embedding.positions else 0  # where they are looked up by themselves
     scaled = spec.embedding.scale != 1
-    embedded = width * (1 if spec.embedding.norm is None else 2)
-    if projected:
-        embedded += places + table * (2 if scaled else 1) + branch
-    elif scaled:
-        embedded += places + width
-    head = (width if spec.final_norm is not None else 0) + (table if projected else 0)
-    head += table if spec.head.scale != 1 else 0
+    norms = 0 if spec.embedding.norm is None else 1
+    if spec.embedding.projects_sum:
+        embedded = width + table * (1 + norms)
+    else:
+        embedded = width * (1 + norms)
+        if projected:
+            embedded += places + table * (2 if scaled else 1) + branch
+        elif scaled:
+            embedded += places + width
+    if spec.embedding.second_positions:
+        embedded += 2 * width  # what is looked up, and the sum
+    scored = scored_rows(spec, shape)
+    given, pooled = floats(spec.head_width, scored), floats(spec.hidden, scored)  # what the head's matrix and layer get
+    layered = spec.head.transform is not None or spec.projects_to_head
+    is_pooled = spec.head.kind is HeadKind.POOLED
+    head = (width if spec.final_norm is not None else 0) + (pooled if is_pooled else 0)
+    if spec.head.transform is not None:
+        head += given * (3 if spec.head.transform.norm is not None else 2)  # before the activation, and behind it
+    elif spec.projects_to_head:
+        head += given
+    head += given if spec.head.scale != 1 else 0
     kept = embedded + angles + distances + width * sum(streams(b) for b in spec.blocks) + head
-    rows = head_rows(spec, tokens)
-    logits, capped = floats(spec.vocab_size, rows), spec.head.softcap is not None
-    stream = table + (width if projected else 0)  # the gradient of the stream, and of what the head is given
+    rows = head_rows(spec, scored)
+    logits, capped = floats(spec.outputs, rows), spec.head.softcap is not None
+    # The gradients of what the head is given, of what its layer is, and of the stream.
+    stream = given + (pooled if layered else 0) + (width if is_pooled else 0)
     before = table + branch if projected else places if scaled else 0
     inside = max(max(part.gradients for part in each), before)
     return StepFloats(
         kept=kept + (0 if shape.checkpoint_activations else sum(part.values for part in each)),
         part=max(part.values for part in each) if shape.checkpoint_activations else 0,
-        gradients=distances + max(table + (floats(2 * spec.vocab_size, rows) if capped else logits), stream + inside),
-        evaluation=arena_floats(spec, tokens, tokens) + logits,
+        gradients=distances + max(given + (floats(2 * spec.outputs, rows) if capped else logits), stream + inside),
+        evaluation=arena_floats(spec, tokens, tokens) + logits + pooled,
     )
 
 

@@ -19,7 +19,7 @@ from pyllm import _cpu
 from pyllm.ops import F32, F64
 from pyllm.ops_training import TrainingOps
 from pyllm.packed import MatrixParts, assemble, matrices_of
-from pyllm.spec import ModelSpec
+from pyllm.spec import ENCODER, ModelSpec
 
 ALIGN = 16  # floats between the beginnings of vectors: 64 bytes
 
@@ -70,6 +70,9 @@ class Layout:
         return [*self.matrices, *self.vectors]
 
 
+_JOINED = {".attn": "qkv", ".cross": "kv"}  # projections whose biases stand in one vector, by the end of their name
+
+
 def layout_of(spec: ModelSpec) -> Layout:
     """The layout of a model's weights."""
     slots = spec.slots()
@@ -88,8 +91,8 @@ def layout_of(spec: ModelSpec) -> Layout:
         if slot in placed:
             continue
         stem, _, part = slot.removesuffix(".bias").rpartition(".")
-        joined = slot.endswith(".bias") and stem.endswith(".attn") and part in "qkv"
-        names = tuple(f"{stem}.{p}.bias" for p in "qkv") if joined else (slot,)
+        together = next((parts for end, parts in _JOINED.items() if stem.endswith(end) and part in parts), "")
+        names = tuple(f"{stem}.{p}.bias" for p in together) if together and slot.endswith(".bias") else (slot,)
         shape = slots[slot] if len(names) == 1 else (sum(slots[name][0] for name in names),)
         placed.update(names)
         vectors.append(VectorPlace(names, shape, at, at + prod(shape)))
@@ -119,9 +122,10 @@ class Parameters:
         # By identity, as the tape meets them in the model; their gradients.
         self.gradient_of: dict[int, Any] = {id(m.weight): m.gradient for m in self._packed.values()}
         self.gradient_of |= {id(weight): gradient for weight, gradient in self._vectors.values()}
-        if self.model_weights.positions is not None:
-            gradient = self._vectors["positions.weight"][1]
-            self.gradient_of[id(self.model_weights.positions)] = gradient[spec.embedding.position_offset :]
+        for part, weights, at in ((spec, self.model_weights, ""), (spec.encoder, self.model_weights.encoder, ENCODER)):
+            if part is not None and weights is not None and weights.positions is not None:
+                gradient = self._vectors[f"{at}positions.weight"][1]
+                self.gradient_of[id(weights.positions)] = gradient[part.embedding.position_offset :]
 
     @property
     def nbytes(self) -> int:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 I32 = NDArray[np.int32]
+MicroBatch: TypeAlias = "tuple[I32, NDArray[Any], I32] | tuple[I32, NDArray[Any], I32, I32]"
 
 
 class Data(Protocol):
     """Micro-batches without end, all of one shape: T tokens, at most B sequences."""
 
-    def next_batch(self) -> tuple[I32, I32, I32]:
-        """Tokens int32 [T], labels int32 [T] (-100: not counted), starts int32 [B + 1].
+    def next_batch(self) -> MicroBatch:
+        """Tokens int32 [T], labels int32 [T] (-100: not counted), starts int32 [B + 1], and int32 [T] where they are
+        needed: first positions, where blanks are filled in another order than that of their masks, or with an encoder
+        token types, where texts are pairs.
 
-        Label t is what should follow token t. Sequence b is tokens starts[b] to starts[b + 1]; it sees nothing of the
-        others. Sequences may be empty; starts[0] is 0 and starts[B] is T.
+        Label t is what should follow token t, or stand in its place where the model predicts that; for heads of labels
+        see :class:`pyllm.train.head_loss.HeadLoss`. Sequence b is tokens starts[b] to starts[b + 1]; it sees nothing of
+        the others. Sequences may be empty; starts[0] is 0 and starts[B] is T.
         """
         ...
 

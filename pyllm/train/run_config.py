@@ -31,6 +31,8 @@ class RunConfig:
     tokenizer: str | None = None  # folder; default `model`
     packing: str = "documents"
     mask_prompt: bool = False
+    mask_share: float = 0.15  # of the tokens, hidden with mlm
+    mask_rule: str = "bert"  # or "bernoulli": how they are chosen
     data_cache: str | None = None  # where tokens are kept; default: the user's cache folder
     model: str | None = None
     arch: str | None = None

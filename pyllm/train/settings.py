@@ -9,6 +9,7 @@ from typing import Any
 
 from pyllm.errors import ConfigError, listed
 
+OBJECTIVES = ("causal", "prefix", "blanks", "mlm")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 DTYPES = ("float32", "bfloat16")
 
@@ -23,6 +24,7 @@ class TrainConfig:
 
     out: Path
     steps: int  # optimizer steps of the whole run
+    objective: str = "causal"  # or "prefix": what is before the first counted label sees all of itself; "blanks"; "mlm"
     accumulation: int = 1  # micro-batches of a step
     dtype: str = "float32"  # of the products: "float32" or "bfloat16"; weights, gradients and moments are float32
     learning_rate: float = 6e-4  # the highest
@@ -79,6 +81,7 @@ class TrainConfig:
             "threads", self.threads is None or (_is_integer(self.threads) and self.threads >= 1), "at least 1, or None"
         )
         need("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+        need("objective", self.objective in OBJECTIVES, ", ".join(OBJECTIVES))
         need("schedule", self.schedule in SCHEDULES, ", ".join(SCHEDULES))
         for name in ("learning_rate", "eps"):
             need(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number above 0")

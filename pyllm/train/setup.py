@@ -10,10 +10,15 @@ from typing import Any
 from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
 from pyllm.models import family_of
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
+from pyllm.train.objectives.blanks import BlankedTokens
+from pyllm.train.objectives.masked import MaskedTokens
+from pyllm.train.objectives.prefix import SplitTokens
+from pyllm.train.report import Data
 from pyllm.train.run_config import RunConfig, settings
 from pyllm.train.token_store import TokenStore, open_tokens
 
@@ -27,8 +32,9 @@ class Setup:
 
     model: Path | dict[str, Any]
     tokenizer: Path | None
-    train: PackedData
-    valid: PackedData | None
+    packed: PackedData  # what `train` is made of
+    train: Data
+    valid: Data | None
     notes: tuple[str, ...]
 
 
@@ -72,7 +78,9 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
     return values, tokenizer, context
 
 
-def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | None = None) -> Setup:
+def prepare(
+    config: RunConfig, seed: int, progress: Callable[[float], None] | None = None, objective: str = "causal"
+) -> Setup:
     """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit."""
     model, tokenizer, context = model_and_tokenizer(config)
     tokens = _batch_tokens(config, context)
@@ -104,11 +112,51 @@ def prepare(config: RunConfig, seed: int, progress: Callable[[float], None] | No
             mask_prompt=config.mask_prompt,
             seed=seed,
             sequences=sequences,
+            next_token=objective != "mlm",
         )
 
+    values = model if isinstance(model, dict) else read_config(model)
+    spec = family_of(values).read(values)
+    _check_objective(spec, objective)
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
-    return Setup(model, tokenizer, train, valid, tuple(train.notes))
+
+    def aimed(data: PackedData) -> Data:
+        if objective == "mlm":
+            return _masked(data, config, tokenizer, seed)
+        if objective == "blanks":
+            end = next(iter(spec.eos_token_ids), None)
+            return BlankedTokens(data, spec.prefix, end, context=context, positions=spec.max_positions, seed=seed)
+        return SplitTokens(data, seed) if objective == "prefix" else data
+
+    return Setup(model, tokenizer, train, aimed(train), None if valid is None else aimed(valid), tuple(train.notes))
+
+
+def _check_objective(spec: ModelSpec, objective: str) -> None:
+    """Raise `ConfigError` where the model does not predict what the objective makes labels of."""
+    if spec.head.kind is not HeadKind.TOKENS:
+        raise ConfigError(
+            "model: expected one that predicts tokens, config.json names a class with another head or none: train "
+            "others from Python, with data that has their labels"
+        )
+    if spec.is_encoder != (objective == "mlm"):
+        expected = "mlm" if spec.is_encoder else "causal, prefix or blanks"
+        raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
+
+
+def _masked(data: PackedData, config: RunConfig, tokenizer: Path | None, seed: int) -> MaskedTokens:
+    loaded = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    if loaded is None or loaded.mask_token_id is None:
+        raise ConfigError("objective: mlm needs a tokenizer with a mask token (mask_token in tokenizer_config.json)")
+    return MaskedTokens(
+        data,
+        mask=loaded.mask_token_id,
+        special=loaded.special_ids,
+        vocab_size=loaded.vocab_size,
+        share=config.mask_share,
+        rule=config.mask_rule,
+        seed=seed,
+    )
 
 
 def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | None = None) -> TrainPlan:
@@ -119,7 +167,7 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     config_json = model if isinstance(model, dict) else read_config(model)
     tokens = _batch_tokens(config, context)
     if "data" in values:
-        sequences = prepare(config, theirs.seed, progress).train.sequences
+        sequences = prepare(config, theirs.seed, progress, theirs.objective).packed.sequences
     else:
         sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
     shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,21 @@ from pyllm.cache import BLOCK_TOKENS, KVCache
 from pyllm.errors import RequestError
 from pyllm.model import Model
 from pyllm.ops import F32, Arena
-from pyllm.ops_training import IGNORED_LABEL, TrainingOps
+from pyllm.ops_training import TrainingOps
+from pyllm.spec import HeadKind, Pooling
 from pyllm.tape import Dropout, Tape, TapeMemory
-from pyllm.train.memory import StepShape, cache_blocks, cache_dtype, cached, head_rows, step_floats, table_width
+from pyllm.train.head_loss import IGNORED, HeadLoss, Labels, Loss
+from pyllm.train.memory import (
+    StepShape,
+    cache_blocks,
+    cache_dtype,
+    head_rows,
+    scored_rows,
+    step_floats,
+    table_width,
+)
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import I32
-
-IGNORED = IGNORED_LABEL  # the label of a token that does not count
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What is added to cross entropy."""
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,22 @@ class Step:
         ops: TrainingOps,
         shape: StepShape,
         *,
-        loss: Loss = Loss(),
+        loss: Loss | None = None,
         optimizer: AdamW = AdamW(),
         dropout: float = 0.0,
     ) -> None:
         self.parameters, self.ops, self.shape = parameters, ops, shape
-        self.loss, self.optimizer = loss, optimizer
+        self.optimizer = optimizer
         spec = parameters.spec
         self.model = Model(spec, parameters.model_weights)
-        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec)
-        self.labels: I32 = np.full(shape.tokens, IGNORED, np.int32)
-        self.losses: F32 = np.zeros(shape.tokens, np.float32)
+        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec, spec.prefix is not None)
+        self.head_loss = HeadLoss(spec, shape, loss or Loss())
         self._scale: F32 = np.zeros(1, np.float32)
         self._seed = np.zeros(1, np.uint64)
         self._hyper = np.zeros(7, np.float64)
         self._squares = np.zeros(1, np.float64)
-        self._cache = KVCache(cached(spec, shape), cache_blocks(shape), cache_dtype(shape))
-        self._cache.layers *= len(spec.blocks) // len(self._cache.layers)
+        shared = shape.checkpoint_activations
+        self._cache = KVCache(spec, cache_blocks(shape), cache_dtype(shape), shared=shared)
         self._floats = step_floats(spec, shape)
         self._memory: F32 = _cpu.allocate(4 * self._floats.total).view(np.float32)
         self._dropout = Dropout(dropout, self._seed) if dropout > 0 else None
@@ -78,14 +78,18 @@ class Step:
 
     # A step
 
-    def fill(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def fill(self, tokens: I32, labels: Labels, starts: I32, more: I32 | None = None) -> None:
         """Take in a micro-batch, as :class:`pyllm.train.Data` gives it; raises `RequestError` for one that is wrong."""
-        self._check(tokens, labels, starts)
+        types, positions = (more, None) if self.parameters.spec.is_encoder else (None, more)
+        self._check(tokens, starts, types, positions)
+        self.head_loss.check(labels)
         batch, lengths = self.batch, np.diff(starts)
         blocks = -(-lengths // BLOCK_TOKENS)
         first = np.cumsum(blocks) - blocks
         batch.tokens[:] = tokens
-        self.labels[:] = labels
+        self.head_loss.labels[:] = labels
+        if batch.types is not None:
+            batch.types[:] = 0 if types is None else types
         batch.starts[:] = starts
         batch.lengths[:] = lengths
         batch.positions[:] = np.arange(self.shape.tokens) - np.repeat(starts[:-1], lengths)
@@ -94,6 +98,8 @@ class Step:
         batch.tables[:] = np.minimum(first[:, None] + np.arange(width), self._cache.blocks - 1)
         if batch.rope_rows is not None:
             self._fill_rope(lengths)
+        if batch.prefix is not None:
+            self._fill_prefixes(tokens, labels, starts, positions)
 
     def accumulate(self, counted: int, seed: int) -> float:
         """Add the gradients of the micro-batch that was filled in, and give the sum of its losses.
@@ -104,7 +110,7 @@ class Step:
         self._scale[0] = 1 / counted
         self._seed[0] = seed
         self.ops.replay(self._gradients)
-        return float(self.losses.sum(dtype=np.float64))
+        return float(self.head_loss.losses.sum(dtype=np.float64))
 
     def gradient_norm(self) -> float:
         """Of all gradients together."""
@@ -119,9 +125,9 @@ class Step:
         self.ops.replay(self._update)
 
     def evaluate(self) -> float:
-        """Sum of the losses of the micro-batch that was filled in: cross entropy alone, no gradients."""
+        """Sum of the losses of the micro-batch that was filled in, without what is added to them; no gradients."""
         self.ops.replay(self._evaluation)
-        return float(self.losses.sum(dtype=np.float64))
+        return float(self.head_loss.losses.sum(dtype=np.float64))
 
     def first_bad(self) -> str:
         """In words, where values stop being numbers in the micro-batch that was filled in."""
@@ -153,30 +159,35 @@ class Step:
             gradients=Arena(floats.gradients, memory[gradients_at:]),
         )
         tape = Tape(self.ops, arenas, self.parameters.gradient_of, self._dropout)
-        x = self.model.head_input(tape, self.model.forward(tape, self.batch, self._cache))
-        tape.token_losses(
-            x,
+        loss, ops, spec = self.head_loss, self.ops, self.parameters.spec
+        tape.head_losses(
+            self._head_input(tape),
             weights.head,
-            self.labels,
-            self._scale,
-            self.losses,
-            rows=head_rows(self.parameters.spec, self.shape.tokens),
+            lambda logits, span: loss.compute(ops, logits, span, self._scale),
+            rows=head_rows(spec, scored_rows(spec, self.shape)),
             bias=weights.head_bias,
-            softcap=self.parameters.spec.head.softcap,
-            z_loss=self.loss.z_loss,
-            label_smoothing=self.loss.label_smoothing,
+            softcap=spec.head.softcap,
         )
         tape.backward()
 
     def _evaluate(self) -> None:
         self.ops.use_arena(Arena(self._floats.total, self._memory))
-        x = self.model.head_input(self.ops, self.model.forward(self.ops, self.batch, self._cache))
-        rows = head_rows(self.parameters.spec, self.shape.tokens)
-        logits = self.ops.empty(rows, self.parameters.spec.vocab_size)
-        for first in range(0, self.shape.tokens, rows):
-            span = slice(first, min(first + rows, self.shape.tokens))
+        x = self._head_input(self.ops)
+        spec = self.parameters.spec
+        total = scored_rows(spec, self.shape)
+        rows = head_rows(spec, total)
+        logits = self.ops.empty(rows, spec.outputs)
+        for first in range(0, total, rows):
+            span = slice(first, min(first + rows, total))
             piece = self.model.head(self.ops, x[span], out=logits[: span.stop - first])
-            self.ops.cross_entropy(piece, self.labels[span], None, loss=self.losses[span])
+            self.head_loss.compute(self.ops, piece, span, None)
+
+    def _head_input(self, ops: TrainingOps | Tape) -> F32:
+        """What the head's matrix is multiplied with, for every row that has a label."""
+        x = self.model.forward(ops, self.batch, self._cache)
+        if self.parameters.spec.head.kind is HeadKind.POOLED:
+            x = ops.pool(x, self.batch.starts, Pooling.CLS)
+        return self.model.head_input(ops, x)
 
     def _record(self, calls: Any) -> _cpu.Graph:
         self.ops.begin_recording()
@@ -188,10 +199,12 @@ class Step:
 
     # Inside
 
-    def _check(self, tokens: I32, labels: I32, starts: I32) -> None:
+    def _check(self, tokens: I32, starts: I32, types: I32 | None, positions: I32 | None) -> None:
         spec, shape = self.parameters.spec, self.shape
-        for name, array, size in (("tokens", tokens, shape.tokens), ("labels", labels, shape.tokens),
-                                  ("starts", starts, shape.sequences + 1)):  # fmt: skip
+        arrays = [("tokens", tokens, shape.tokens), ("starts", starts, shape.sequences + 1)]
+        arrays += [("types", types, shape.tokens)] if types is not None else []
+        arrays += [("positions", positions, shape.tokens)] if positions is not None else []
+        for name, array, size in arrays:
             if array.dtype != np.int32 or array.shape != (size,):
                 raise RequestError(
                     f"micro-batch: {name}: expected int32 [{size}], got {array.dtype} {list(array.shape)}"
@@ -203,13 +216,35 @@ class Step:
             raise RequestError(
                 f"micro-batch: a sequence of {longest} tokens does not fit the model's context of {spec.max_positions}"
             )
-        for name, ids, low in (("token", tokens, 0), ("label", labels[labels != IGNORED], 0)):
-            if ids.size and (ids.min() < low or ids.max() >= spec.vocab_size):
-                bad = int(ids[(ids < low) | (ids >= spec.vocab_size)][0])
+        kinds = max(spec.embedding.types, 1)
+        given = [("token", tokens, spec.vocab_size)] + ([] if types is None else [("token type", types, kinds)])
+        for name, ids, count in given:
+            outside = ids[(ids < 0) | (ids >= count)]
+            if outside.size:
                 raise RequestError(
-                    f"micro-batch: {name} {bad} lies outside the model's vocabulary of {spec.vocab_size}: was the data "
-                    "tokenized for another model?"
+                    f"micro-batch: {name} {outside[0]} lies outside the model's {count}: was the data tokenized for "
+                    "another model?"
                 )
+
+    def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
+        """Where each sequence's bidirectional prefix ends: before its start token, or with the first label that counts,
+        as everything before is given."""
+        rule, batch = self.parameters.spec.prefix, self.batch
+        assert rule is not None and batch.prefix is not None
+        for i, (first, end) in enumerate(pairwise(starts.tolist())):
+            counted = np.flatnonzero(labels[first:end] != IGNORED)
+            if rule.start_id is None:
+                batch.prefix[i] = counted[0] + 1 if len(counted) else end - first
+                continue
+            ids = tokens[first:end]
+            batch.prefix[i] = rule.length(ids.tolist())
+            if len(counted) and counted[0] < batch.prefix[i]:
+                raise RequestError(
+                    f"micro-batch: sequence {i}: label {counted[0]} counts, but stands in the prefix, whose tokens see "
+                    f"it: expected labels from the start token (id {rule.start_id}) on"
+                )
+            places, second = rule.positions(ids)
+            batch.place(slice(first, end), places if positions is None else positions[first:end], second)
 
     def _fill_rope(self, lengths: NDArray[Any]) -> None:
         """Frequencies that depend on a sequence's length."""

@@ -84,7 +84,8 @@ def open_tokens(
     """The tokens of a `.txt`, `.jsonl` or `.bin` file.
 
     Text is tokenised by the tokenizer in `tokenizer_folder`, once for its content, into `cache` (default: the user's).
-    An end token follows each document that has none. Raises `DataError`.
+    An end token follows each document that has none, and what the tokenizer puts before texts comes first. Raises
+    `DataError`.
     """
     try:
         regular, exists = path.is_file(), path.exists()
@@ -162,15 +163,18 @@ class _Writer:
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.ends: list[int] = []
         self.masked, self.maskable, self.count = False, True, 0
-        start = tokenizer.bos_token_id
-        self._start = [start] if start is not None and tokenizer.encode("")[:1] == [start] else []
+        around, start = tokenizer.encode(""), tokenizer.bos_token_id
+        self._start = [start] if start is not None and around[:1] == [start] else []
+        self._final = tokenizer.eos_token_ids
+        if len(around) == 2:  # as encoders have them: [CLS] and [SEP]
+            self._start, self._final = around[:1], (around[1],)
         self._open = False  # whether the last document goes on
 
     def add(self, documents: Sequence[Document]) -> None:
         """Tokenise documents together, in parallel, and write them."""
         texts = [text for document in documents for text, _ in document.parts]
         encoded = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
-        final = self.tokenizer.eos_token_ids
+        final = self._final
         for document in documents:
             begins = not self._open and not document.chat
             ids = list(self._start) if begins else []
@@ -191,7 +195,7 @@ class _Writer:
         self.masked |= not answers.all()
         self.maskable &= document.maskable
         if not document.chat:  # end tokens within a text separate documents
-            inner = np.flatnonzero(np.isin(ids, self.tokenizer.eos_token_ids))
+            inner = np.flatnonzero(np.isin(ids, self._final))
             self.ends += (self.count + inner + 1).tolist()
         self.count += len(ids)
         if not document.open and self.count > (self.ends[-1] if self.ends else 0):  # a template may give no text

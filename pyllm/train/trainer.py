@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from pyllm.folder import read_config
 from pyllm.isa import default_threads
 from pyllm.models import family_of, open_checkpoint
 from pyllm.ops_training import TrainingOps
-from pyllm.spec import ModelSpec
+from pyllm.prefix import PrefixSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.checkpoint import Checkpoints, RunState
 from pyllm.train.checks import GradientCheck, check_gradients
+from pyllm.train.head_loss import Loss, count_labels
 from pyllm.train.initialise import initialise
 from pyllm.train.memory import StepShape, plan_training
 from pyllm.train.parameters import Parameters, load_values
 from pyllm.train.report import Callbacks, Data, EvalReport, Sample, StepReport, TrainResult
 from pyllm.train.samples import Sampler
 from pyllm.train.settings import TrainConfig, learning_rate
-from pyllm.train.step import IGNORED, AdamW, Loss, Step
+from pyllm.train.step import AdamW, Step
 from pyllm.weights import resolve
 
 
@@ -70,8 +73,14 @@ class Trainer:
             _check_resumed(state, config, self._model_config)
             data.load_state(state.data)
         self.spec: ModelSpec = family_of(self._model_config).read(self._model_config)
+        if config.objective == "prefix" and self.spec.prefix is None:
+            self.spec = replace(self.spec, prefix=PrefixSpec())
         self._eval_start = eval_data.state() if eval_data is not None else None
         self.shape = _shape(data, eval_data, config)
+        if self.spec.head.kind is HeadKind.NONE:
+            raise ConfigError("model: expected one with a head to train, config.json names a class without one")
+        if self.spec.is_encoder and config.sample_every > 0:
+            raise ConfigError("sample_every: expected 0 for an encoder, which continues no text")
         self.plan = plan_training(self.spec, self.shape)
         self.plan.check()
         self.ops = TrainingOps(config.threads if config.threads is not None else default_threads())
@@ -132,10 +141,9 @@ class Trainer:
         began = time.perf_counter()
         config, number = self.config, self.steps_done + 1
         batches = [self.data.next_batch() for _ in range(config.accumulation)]
-        counted = sum(int((labels != IGNORED).sum()) for _, labels, _ in batches)
+        counted = sum(count_labels(labels) for _, labels, *_ in batches)
         if counted == 0:
-            raise RequestError(f"step {number}: no token of its {len(batches)} micro-batches counts: every label is "
-                               f"{IGNORED}")  # fmt: skip
+            raise RequestError(f"step {number}: no token or label of its {len(batches)} micro-batches counts")
         if self._left_over:
             self.parameters.zero_gradients()
         self._left_over = True
@@ -171,7 +179,7 @@ class Trainer:
             batch = self.eval_data.next_batch()
             self._step.fill(*batch)
             total += self._step.evaluate()
-            counted += int((batch[1] != IGNORED).sum())
+            counted += count_labels(batch[1])
         if counted == 0:
             raise RequestError("no token of the evaluation data counts")
         loss = total / counted
@@ -275,10 +283,11 @@ def _model_config(model: object, folder: Path | None, state: RunState | None) ->
 
 
 def _check_resumed(state: RunState, config: TrainConfig, model: Mapping[str, Any]) -> None:
+    settings = {**{f.name: f.default for f in fields(config)}, **state.settings}  # a run may be older than a setting
     problems = [
-        f"{name}: the run has {state.settings.get(name)!r}, now it is {value!r}"
+        f"{name}: the run has {settings.get(name)!r}, now it is {value!r}"
         for name, value in config.fixed().items()
-        if state.settings.get(name) != value
+        if settings.get(name) != value
     ]
     problems += [
         f"model: {name}: the run has {state.model.get(name)!r}, now it is {model.get(name)!r}"
@@ -298,7 +307,7 @@ def _shape(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape
         if source is None:
             continue
         state = source.state()
-        tokens, _, starts = source.next_batch()
+        tokens, _, starts, *_ = source.next_batch()
         source.load_state(state)
         shapes.append((len(tokens), len(starts) - 1))
     if len(set(shapes)) > 1:

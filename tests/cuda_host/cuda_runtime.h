@@ -1,6 +1,6 @@
 // As much of CUDA as the kernels use, on the host: every thread of a block is a coroutine, so that barriers, shuffles and the
-// instructions of whole warps mean what they mean on a GPU. Blocks run one after the other. Shared memory starts as NaN, and a
-// copy that is under way lands no sooner than its thread waits for it.
+// instructions of whole warps mean what they mean on a GPU. Blocks run one after the other. Shared memory starts as NaN, a copy that
+// is under way lands no sooner than its thread waits for it, and a stream does nothing before somebody waits for it.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -22,7 +22,10 @@ struct dim3 {
 };
 extern dim3 threadIdx, blockIdx, gridDim, blockDim;
 
+#define CUDART_VERSION 13000
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+inline const char* cudaGetErrorName(cudaError_t error) { return error ? "cudaErrorInvalidValue" : "cudaSuccess"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid argument" : "no error"; }
 using cudaStream_t = void*;
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 struct cudaLaunchAttribute {
@@ -42,7 +45,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emulator {
 constexpr size_t kSharedLimit = 227 * 1024;
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body);
+cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> body);
 unsigned char* shared();
 void block_barrier();
 // The last of a warp's lanes to come calls act(operands of all 32 lanes); then all go on.
@@ -50,8 +53,17 @@ void warp_together(void* mine, const std::function<void(void* const*)>& act);
 void copy_later(void* dst, const void* src, bool valid);
 void commit();
 void wait(int pending);
+void memory_info(size_t* free, size_t* total);
 }  // namespace emulator
 
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  emulator::memory_info(free, total);
+  return cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return size_t(bytes) <= emulator::kSharedLimit ? cudaSuccess : cudaErrorInvalidValue;
@@ -59,7 +71,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 template <class... Parameters, class... Values>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Values&... values) {
-  return emulator::run(*config, [&] { kernel(values...); });
+  return emulator::run(*config, [=] { kernel(values...); });
 }
 
 inline void __syncthreads() { emulator::block_barrier(); }

@@ -1,5 +1,6 @@
-// Coroutines for the threads of a block, and what they wait for.
+// Coroutines for the threads of a block, and what they wait for; streams that run nothing before somebody waits.
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -24,14 +25,14 @@ struct Meeting {  // of a block or a warp
   void* operands[32] = {};
 };
 struct Thread {
-  ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
+  jmp_buf place;  // where it goes on
   bool done = false;
   std::vector<Copy> open;                // copies not yet in a group
   std::deque<std::vector<Copy>> groups;  // under way
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<Thread> threads;
 std::vector<Meeting> warps;
 Meeting block;
@@ -41,10 +42,29 @@ unsigned current;
 bool progress;  // since the last look: a round without any is a deadlock
 const std::function<void()>* kernel;
 
+// A thread's stack is made once; after that both ways are long jumps, which cost no system call.
+__attribute__((noinline)) void pause() {
+  if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
+
 void entry() {
-  (*kernel)();
-  threads[current].done = progress = true;
-  swapcontext(&threads[current].context, &scheduler);
+  for (;;) {  // block after block
+    (*kernel)();
+    threads[current].done = progress = true;
+    pause();
+  }
+}
+
+__attribute__((noinline)) void resume(Thread& t) {
+  if (_setjmp(scheduler)) return;
+  if (t.stack) _longjmp(t.place, 1);
+  t.stack = std::make_unique<unsigned char[]>(kStackBytes);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = t.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, entry, 0);
+  setcontext(&context);
 }
 
 void meet(Meeting& m, const std::function<void()>& last) {
@@ -56,7 +76,7 @@ void meet(Meeting& m, const std::function<void()>& last) {
     ++m.generation;
     return;
   }
-  while (m.generation == generation) swapcontext(&threads[current].context, &scheduler);
+  while (m.generation == generation) pause();
 }
 
 void run_block(size_t shared_bytes) {
@@ -64,44 +84,65 @@ void run_block(size_t shared_bytes) {
   base = memory.get() + (128 - reinterpret_cast<uintptr_t>(memory.get()) % 128) % 128;
   std::memset(base, 0xff, shared_bytes);
   const unsigned count = blockDim.x;
-  threads.resize(count);
+  if (threads.size() < count) threads.resize(count);
   warps.assign(count / 32, Meeting{32});
   block = Meeting{count};
-  for (Thread& t : threads) {
-    if (!t.stack) t.stack = std::make_unique<unsigned char[]>(kStackBytes);
-    t.done = false;
-    t.open.clear();
-    t.groups.clear();
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
-    t.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&t.context, entry, 0);
+  for (unsigned i = 0; i < count; ++i) {
+    threads[i].done = false;
+    threads[i].open.clear();
+    threads[i].groups.clear();
   }
   for (unsigned left = count; left;) {
     progress = false;
     for (current = 0; current < count; ++current) {
       if (threads[current].done) continue;
       threadIdx = dim3(current, 0, 0);
-      swapcontext(&scheduler, &threads[current].context);
+      resume(threads[current]);
       if (threads[current].done) --left;
     }
     if (!progress && left) std::abort();  // not all threads came to a barrier
   }
 }
 
-}  // namespace
-
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
-  if (config.dynamicSmemBytes > kSharedLimit || config.blockDim.x % 32) return cudaErrorInvalidValue;
-  gridDim = config.gridDim;
-  blockDim = config.blockDim;
+void run_grid(dim3 grid, dim3 threads_of_block, size_t shared_bytes, const std::function<void()>& body) {
+  gridDim = grid;
+  blockDim = threads_of_block;
   kernel = &body;
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = dim3(x, y, z);
-        run_block(config.dynamicSmemBytes);
+        run_block(shared_bytes);
       }
+}
+
+using Work = std::vector<std::function<void()>>;
+struct Stream {
+  Work pending;
+  Work* captured = nullptr;
+  void sync() {
+    Work now = std::move(pending);
+    pending.clear();
+    for (const auto& act : now) act();
+  }
+};
+
+// Work on no stream is done at once.
+void give(void* stream, std::function<void()> act) {
+  if (!stream) return act();
+  auto* s = static_cast<Stream*>(stream);
+  (s->captured ? *s->captured : s->pending).push_back(std::move(act));
+}
+
+int64_t held = 0, limit = int64_t(1) << 40;  // bytes of device memory
+
+}  // namespace
+
+cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> body) {
+  if (config.dynamicSmemBytes > kSharedLimit || config.blockDim.x % 32) return cudaErrorInvalidValue;
+  const dim3 grid = config.gridDim, threads_of_block = config.blockDim;
+  const size_t shared_bytes = config.dynamicSmemBytes;
+  give(config.stream, [=, body = std::move(body)] { run_grid(grid, threads_of_block, shared_bytes, body); });
   return cudaSuccess;
 }
 
@@ -134,5 +175,46 @@ void wait(int pending) {
       }
     }
 }
+void memory_info(size_t* free, size_t* total) {
+  *free = size_t(limit - held);
+  *total = size_t(limit);
+}
 
 }  // namespace emulator
+
+// What tests/emulated_cuda.py makes streams, memory and graphs of. Memory is freed in the order of a stream, and is NaN before and
+// after its use.
+using namespace emulator;
+extern "C" {
+void* host_stream() { return new Stream; }
+void host_sync(void* stream) { static_cast<Stream*>(stream)->sync(); }
+void host_copy(void* stream, void* dst, const void* src, int64_t bytes) {
+  give(stream, [=] { std::memcpy(dst, src, size_t(bytes)); });
+}
+void host_fill(void* stream, void* dst, int value, int64_t bytes) {
+  give(stream, [=] { std::memset(dst, value, size_t(bytes)); });
+}
+void host_begin_capture(void* stream) { static_cast<Stream*>(stream)->captured = new Work; }
+void* host_end_capture(void* stream) { return std::exchange(static_cast<Stream*>(stream)->captured, nullptr); }
+int64_t host_graph_size(void* graph) { return int64_t(static_cast<Work*>(graph)->size()); }
+void host_launch_graph(void* graph, void* stream) {
+  for (const auto& act : *static_cast<Work*>(graph)) give(stream, act);
+}
+void host_delete_graph(void* graph) { delete static_cast<Work*>(graph); }
+// Sets the bytes that are free, or all that there are; returns all of before.
+int64_t host_limit_memory(int64_t free, int64_t all) { return std::exchange(limit, free ? held + free : all); }
+void* host_allocate(int64_t bytes) {
+  if (held + bytes > limit) return nullptr;
+  held += bytes;
+  void* p = std::aligned_alloc(256, size_t((bytes + 255) / 256 * 256));
+  std::memset(p, 0xff, size_t(bytes));
+  return p;
+}
+void host_free(void* stream, void* p, int64_t bytes) {
+  give(stream, [=] {
+    std::memset(p, 0xff, size_t(bytes));
+    std::free(p);
+    held -= bytes;
+  });
+}
+}

@@ -11,6 +11,12 @@ extern "C" {
 int host_skinny_matmul(const MatmulArgs* args, int64_t multiprocessors) {
   return skinny_matmul(*args, multiprocessors, true, nullptr);
 }
+int host_skinny_qkv(const QkvArgs* args, int64_t multiprocessors) {
+  return skinny_qkv(*args, multiprocessors, true, nullptr);
+}
+int host_skinny_argmax(const ArgmaxArgs* args, int64_t multiprocessors) {
+  return skinny_argmax(*args, multiprocessors, true, nullptr);
+}
 int host_mma_matmul(const MatmulArgs* args) { return mma_matmul(*args, nullptr); }
 int host_plain_matmul(const MatmulArgs* args) { return plain_matmul(*args, nullptr); }
 int host_prompt_attention(const AttentionArgs* args) { return prompt_attention(*args, nullptr); }
@@ -18,6 +24,8 @@ int host_plain_attention(const AttentionArgs* args) { return plain_attention(*ar
 int host_split_attention(const AttentionArgs* args) { return split_attention(*args, nullptr); }
 int host_norm(const cuda::NormArgs* args) { return norm(*args, nullptr); }
 int host_activation(const cuda::ActivationArgs* args) { return activation(*args, nullptr); }
+int host_axpby(const pyllm::AxpbyArgs* args) { return axpby(*args, nullptr); }
+int host_gather_columns(const pyllm::GatherColumnsArgs* args) { return gather_columns(*args, nullptr); }
 int host_embedding(const cuda::EmbeddingArgs* args) { return embedding(*args, nullptr); }
 int host_rope_angles(const pyllm::RopeAnglesArgs* args) { return rope_angles(*args, nullptr); }
 int host_rope(const pyllm::RopeArgs* args) { return rope(*args, nullptr); }

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # of the models that are written out for tests
 NEW_TOKENS = 64
 DISTINCT_IDS = 10  # at least so many in a greedy continuation: a model that repeats itself tests little
 SMALLEST_GAP = 2e-3  # between the best two logits of a greedy step; float32 noise is about a thousandth of it
@@ -34,6 +35,9 @@ class Variant:
     config: dict[str, Any]
     prompt: int = 32
     seed: int = 0
+    untied: bool = False  # give it a head of its own, which the config class of T5 cannot say
+    ngram: int = 0  # no sequence of so many ids stands twice in the greedy continuation; 0: whatever comes
+    architecture: str | None = None  # transformers' class; None: the family's causal language model
     rewrite: Rewrite | None = None  # to config and tensors as another layout has them
     gain: float = 1.0  # of matrices and norms within blocks: a model that holds to its last token tests little
 
@@ -43,9 +47,12 @@ class Expected:
     """What transformers computes, all float32 or int64: T prompt tokens, D hidden, V vocabulary, L layers."""
 
     ids: np.ndarray  # [T]
-    logits: np.ndarray  # [T, V]
+    logits: np.ndarray  # [T, V], or what else the model's head gives: [T, N], or of a classifier [1, N]
     hidden_states: np.ndarray  # [L + 1, T, D]: embeddings, after each block, and the last after the final norm
-    greedy_ids: np.ndarray  # [NEW_TOKENS]
+    greedy_ids: np.ndarray  # [NEW_TOKENS], of an encoder [0]
+    types: np.ndarray | None = None  # [T], of models with token types
+    source: np.ndarray | None = None  # [S] ids of what an encoder reads; `ids` are then the decoder's
+    encoder_states: np.ndarray | None = None  # [L + 1, S, D]: as hidden_states, of the encoder
 
 
 def variants() -> dict[str, Variant]:
@@ -94,6 +101,59 @@ def variants() -> dict[str, Variant]:
         "pad_token_id": 0,
     }
 
+    bart = {
+        "model_type": "bart",
+        "vocab_size": 67,
+        "d_model": 20,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 28,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 80,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    }
+
+    t5 = {
+        "model_type": "t5",
+        "vocab_size": 67,
+        "d_model": 20,
+        "d_kv": 6,
+        "d_ff": 28,
+        "num_layers": 2,
+        "num_decoder_layers": 1,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "layer_norm_epsilon": 3e-3,
+        "decoder_start_token_id": 0,
+    }
+    bert = {
+        **{key: value for key, value in base.items() if key not in ("rms_norm_eps", "num_key_value_heads")},
+        "model_type": "bert",
+        "layer_norm_eps": 3e-3,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 48,
+    }
+    distilbert = {
+        "model_type": "distilbert",
+        "vocab_size": 67,
+        "dim": 32,
+        "hidden_dim": 44,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 48,
+    }
+    roberta = {**bert, "model_type": "roberta", "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
+    electra = {**bert, "model_type": "electra", "embedding_size": 20}
+    three = {"num_labels": 3}
+
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
 
@@ -104,6 +164,33 @@ def variants() -> dict[str, Variant]:
         "num_key_value_heads": 1,
         "pad_token_id": 0,
         **rope("default", theta=500.0, partial_rotary_factor=0.5),
+    }
+    blanks = {
+        "vocab_size": 67,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "layernorm_epsilon": 2e-3,
+        "mask_token_id": 60,
+        "gmask_token_id": 61,
+    }
+    chatglm = {
+        **blanks,
+        "model_type": "chatglm",
+        "bos_token_id": 62,
+        "eos_token_id": 63,
+        "inner_hidden_size": 44,
+        "max_sequence_length": 128,
+        "position_encoding_2d": True,
+    }
+    glm2021 = {
+        **blanks,
+        "model_type": "glm",
+        "block_position_encoding": True,
+        "eos_token_id": 63,
+        "max_sequence_length": 128,
+        "sop_token_id": 62,
+        "smask_token_id": 64,
     }
     short, long = [1.0, 1.1, 1.25, 1.5], [1.0, 2.0, 3.5, 6.0]
     cohere = {
@@ -140,10 +227,18 @@ def variants() -> dict[str, Variant]:
         "attn_config": {"softmax_scale": 0.5},
     }
     return {
+        "bert": Variant(bert, architecture="BertForMaskedLM"),
+        "bert-classifier": Variant({**bert, **three}, architecture="BertForSequenceClassification"),
         "bloom": Variant(bloom, gain=1.5),
         "bloom-normed": Variant(
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
         ),
+        "chatglm": Variant(chatglm),
+        "distilbert": Variant(distilbert, architecture="DistilBertForMaskedLM"),
+        "distilbert-classifier": Variant({**distilbert, **three}, architecture="DistilBertForSequenceClassification"),
+        "electra-classifier": Variant({**electra, **three}, architecture="ElectraForSequenceClassification"),
+        "electra-discriminator": Variant({**electra, "hidden_act": "relu"}, architecture="ElectraForPreTraining"),
+        "electra-generator": Variant({**electra, "hidden_act": "silu"}, architecture="ElectraForMaskedLM"),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
         "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
         "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
@@ -164,7 +259,17 @@ def variants() -> dict[str, Variant]:
             gain=2.0,
         ),
         "glm": Variant({**glm, "tie_word_embeddings": True}),
+        "glm2021": Variant(glm2021),
         "glm4": Variant({**glm, "model_type": "glm4", "attention_bias": False}),
+        "bart": Variant(bart, ngram=2, prompt=20),
+        "mbart": Variant(
+            {**bart, "model_type": "mbart", "scale_embedding": True, "decoder_start_token_id": 5}, ngram=2, prompt=20
+        ),
+        "mt5": Variant({**t5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"}, ngram=2, prompt=20, untied=True),
+        "t5": Variant(t5, ngram=2, prompt=20),
+        "t5-gated": Variant(
+            {**t5, "feed_forward_proj": "gated-silu", "tie_word_embeddings": False}, ngram=2, prompt=20, untied=True
+        ),
         "gpt2": Variant(gpt2),
         "gpt2-scaled-relu": Variant(
             {**gpt2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "n_inner": 52}
@@ -231,6 +336,8 @@ def variants() -> dict[str, Variant]:
             }
         ),
         "qwen3": Variant({**base, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
+        "roberta": Variant(roberta, architecture="RobertaForMaskedLM"),
+        "roberta-classifier": Variant({**roberta, **three}, architecture="RobertaForSequenceClassification"),
     }
 
 
@@ -238,8 +345,11 @@ def build(name: str, folder: Path) -> Expected:
     """Write the variant's model folder and return what transformers computes for it."""
     variant = variants()[name]
     for seed in range(variant.seed, variant.seed + 100):
-        model = _random_model(variant, seed)
-        expected, gap = _run(model, variant, seed)
+        model = random_model(variant, seed)
+        if variant.architecture is not None:
+            expected = _run_encoder(model, variant, seed)
+            break
+        expected, gap = (_run if hasattr(model, "generate") else _run_reference)(model, variant, seed)
         if gap >= SMALLEST_GAP and len(np.unique(expected.greedy_ids)) >= DISTINCT_IDS:
             break
     else:
@@ -252,33 +362,56 @@ def build(name: str, folder: Path) -> Expected:
 def read_expected(folder: Path) -> Expected:
     """The committed results of a golden folder."""
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
-        return Expected(**{name: stored[name] for name in Expected.__dataclass_fields__})
+        return Expected(**{name: stored[name] for name in stored.files})
 
 
-def _random_model(variant: Variant, seed: int) -> Any:
+def random_model(variant: Variant, seed: int) -> Any:
+    """The variant's reference model with all parameters at random."""
+    config = variant.config
+    if "position_encoding_2d" in config or "block_position_encoding" in config:
+        from oracle.glm import Reference
+
+        return _randomised(Reference(config).eval(), config["hidden_size"], variant.gain, seed)
     import torch
     import transformers
 
-    config = variant.config
     fields = {name: value for name, value in config.items() if name != "model_type"}
     # transformers completes the nested rope parameters in place
     if "rope_parameters" in fields:
         fields["rope_parameters"] = dict(fields["rope_parameters"])
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    if hf_config.is_encoder_decoder:
+        model = transformers.AutoModelForSeq2SeqLM.from_config(hf_config, attn_implementation="eager")
+    elif variant.architecture is None:
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+    else:
+        hf_config.architectures = [variant.architecture]
+        hf_config._attn_implementation = "eager"
+        model = getattr(transformers, variant.architecture)(hf_config)
+    model = model.float().eval()
+    if variant.untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return _randomised(model, hf_config.hidden_size, variant.gain, seed)
+
+
+def _randomised(model: Any, hidden: int, gain: float, seed: int) -> Any:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        if hasattr(model, "final_logits_bias"):  # not a parameter
+            model.final_logits_bias.copy_(0.3 * torch.randn(model.final_logits_bias.shape, generator=generator))
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name or "ln_" in name
+            is_norm = any(part in name for part in ("norm", "ln_", "LayerNorm"))
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif is_norm:
-                parameter.copy_((variant.gain if "post_" in name else 1) + 0.3 * noise)
-            elif "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(2.0 * noise / hf_config.hidden_size**0.5)
+                parameter.copy_((gain if "post_" in name else 1) + 0.3 * noise)
+            elif "lm_head" in name or "embed" in name or "shared" in name or "wte" in name or "wpe" in name:
+                parameter.copy_(2.0 * noise / hidden**0.5)
             else:
-                parameter.copy_(1.5 * variant.gain * noise / hf_config.hidden_size**0.5)
+                parameter.copy_(1.5 * gain * noise / hidden**0.5)
     return model
 
 
@@ -287,9 +420,12 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
 
     ids = np.random.default_rng(seed).integers(3, variant.config["vocab_size"], variant.prompt)
     tokens = torch.from_numpy(ids)[None]
+    encoded = model.config.is_encoder_decoder
+    target = np.concatenate([[model.config.decoder_start_token_id or 0], ids[::-2]]) if encoded else ids
+    given = {"decoder_input_ids": torch.from_numpy(target)[None]} if encoded else {}
     with torch.no_grad():
         output = model(
-            tokens, output_hidden_states=True
+            tokens, **given, output_hidden_states=True
         )  # before generating: dynamic rope remembers the longest length
         greedy = model.generate(
             tokens,
@@ -298,19 +434,71 @@ def _run(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
             max_new_tokens=NEW_TOKENS,
             eos_token_id=None,
             pad_token_id=0,
-            output_logits=True,
+            no_repeat_ngram_size=variant.ngram,
+            output_scores=True,
             return_dict_in_generate=True,
         )
+    hidden = output.decoder_hidden_states if encoded else output.hidden_states
     # The last one of a model with a projection before the head is not as wide as the others: it is left out.
-    states = [state for state in output.hidden_states if state.shape == output.hidden_states[0].shape]
-    best = torch.stack(greedy.logits).topk(2).values
+    states = [state for state in hidden if state.shape == hidden[0].shape]
+    best = torch.stack(greedy.scores).topk(2).values
     expected = Expected(
-        ids=ids,
+        ids=target,
         logits=output.logits[0].numpy(),
         hidden_states=torch.stack(states)[:, 0].numpy(),
-        greedy_ids=greedy.sequences[0, variant.prompt :].numpy(),
+        greedy_ids=greedy.sequences[0, 1 if encoded else variant.prompt :].numpy(),
+        source=ids if encoded else None,
+        encoder_states=torch.stack(output.encoder_hidden_states)[:, 0].numpy() if encoded else None,
     )
     return expected, float((best[..., 0] - best[..., 1]).min())
+
+
+def _run_encoder(model: Any, variant: Variant, seed: int) -> Expected:
+    import torch
+
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, variant.config["vocab_size"], variant.prompt)
+    types = np.sort(rng.integers(0, model.config.type_vocab_size, variant.prompt)) if _has_types(model) else None
+    given = {} if types is None else {"token_type_ids": torch.from_numpy(types)[None]}
+    with torch.no_grad():
+        output = model(torch.from_numpy(ids)[None], output_hidden_states=True, **given)
+    logits = output.logits
+    if "Classification" not in str(variant.architecture):
+        logits = logits[0] if logits.ndim == 3 else logits[0, :, None]  # one score of each token
+    return Expected(
+        ids=ids,
+        logits=logits.numpy(),
+        hidden_states=torch.stack(output.hidden_states)[:, 0].numpy(),
+        greedy_ids=np.zeros(0, np.int64),
+        types=types,
+    )
+
+
+def _has_types(model: Any) -> bool:
+    return getattr(model.config, "type_vocab_size", 0) > 0
+
+
+def blank_prompt(config: dict[str, Any], length: int, seed: int) -> np.ndarray:
+    """A text with a mask, then the start token and the first tokens of the blank, for a model that fills one."""
+    ids = np.random.default_rng(seed).integers(3, 60, length)
+    ids[length // 3] = config["mask_token_id"]
+    ids[-4] = config["bos_token_id" if "position_encoding_2d" in config else "sop_token_id"]
+    return ids
+
+
+def _run_reference(model: Any, variant: Variant, seed: int) -> tuple[Expected, float]:
+    import torch
+
+    ids = blank_prompt(variant.config, variant.prompt, seed)
+    tokens, gap = torch.from_numpy(ids), float("inf")
+    with torch.no_grad():
+        logits, states = model(tokens)
+        for _ in range(NEW_TOKENS):
+            best = model(tokens)[0][-1].topk(2)
+            gap = min(gap, float(best.values[0] - best.values[1]))
+            tokens = torch.cat([tokens, best.indices[:1]])
+    hidden = torch.stack(states).numpy()
+    return Expected(ids, logits.numpy(), hidden, tokens[len(ids) :].numpy()), gap
 
 
 def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None:
@@ -318,8 +506,17 @@ def save_model(model: Any, folder: Path, rewrite: Rewrite | None = None) -> None
     from safetensors.numpy import save_file
 
     tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    if isinstance(model.config, dict):
+        (folder / "config.json").write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    if model.config.is_encoder_decoder:  # both stacks read the table that stands as "shared"
+        tensors = {name: value for name, value in tensors.items() if "embed_tokens" not in name}
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            tensors.pop("lm_head.weight")
+    elif model.config.tie_word_embeddings:
+        for name in ("lm_head.weight", *(getattr(model, "_tied_weights_keys", None) or ())):
+            tensors.pop(name, None)
     if rewrite is None:
         model.config.to_json_file(folder / "config.json", use_diff=False)
     else:
@@ -383,7 +580,8 @@ def main(names: list[str]) -> None:
     for name in names or variants():
         folder = HERE / name
         expected = build(name, folder)
-        np.savez_compressed(folder / "expected.npz", **vars(expected))
+        stored = {name: value for name, value in vars(expected).items() if value is not None}
+        np.savez_compressed(folder / "expected.npz", **stored)
         size = sum(path.stat().st_size for path in folder.iterdir())
         distinct = len(set(expected.greedy_ids.tolist()))
         print(f"{name:22} {size:8,} bytes  |logits| <= {np.abs(expected.logits).max():.1f}  {distinct} distinct ids")

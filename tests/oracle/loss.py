@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient from their formulas, in the precision of the logits."""
+"""Losses and their gradients from their formulas, in the precision of the logits."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def cross_entropy(
         loss = loss + smoothing * (lse - logits.mean(-1, keepdims=True))
     gradient = np.exp(logits - lse) * (1 + 2 * z * lse) - target
     return np.where(counted, loss, 0)[:, 0], np.where(counted, gradient, 0)
+
+
+def sigmoid_cross_entropy(x: Array, targets: Array) -> tuple[Array, Array]:
+    """Loss [R], summed over each row, and gradient [R, N]; targets that are NaN do not count."""
+    counted, one = ~np.isnan(targets), x.dtype.type(1)
+    targets = np.where(counted, targets, 0).astype(x.dtype)
+    loss = np.maximum(x, 0) - x * targets + np.log1p(np.exp(-np.abs(x)))
+    gradient = one / (one + np.exp(-x)) - targets
+    return np.where(counted, loss, 0).sum(-1), np.where(counted, gradient, 0)
+
+
+def squared_error(x: Array, targets: Array) -> tuple[Array, Array]:
+    """As `sigmoid_cross_entropy`, of (x - target)^2."""
+    difference = np.where(np.isnan(targets), 0, x - targets).astype(x.dtype)
+    return (difference * difference).sum(-1), 2 * difference

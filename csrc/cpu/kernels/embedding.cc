@@ -1,4 +1,4 @@
-// Row lookups and their gradients: token and position embeddings, and the gather of the rows that need logits.
+// Row lookups and their gradients: embeddings of tokens, positions and types, and the gather of the rows that need logits.
 #include "cpu/kernels/rows.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -70,12 +70,6 @@ inline void plain_row(float* y, const void* table, DType dtype, int64_t stride, 
   }
 }
 
-inline void add_row(float* y, const float* x, int64_t n) {
-  int64_t i = 0;
-  for (; i + F::N <= n; i += F::N) store(y + i, load(y + i) + load(x + i));
-  if (i < n) store_n(y + i, load_n(y + i, int(n - i)) + load_n(x + i, int(n - i)), int(n - i));
-}
-
 }  // namespace
 
 void embedding(const EmbeddingArgs& a, Parallel& pool) {
@@ -86,6 +80,7 @@ void embedding(const EmbeddingArgs& a, Parallel& pool) {
     else
       plain_row(y, a.table, a.table_dtype, a.table_stride, a.tokens[t], a.dim);
     if (a.positions) add_row(y, a.position_table + a.positions[t] * a.position_stride, a.dim);
+    if (a.types) add_row(y, a.type_table + a.types[t] * a.type_stride, a.dim);
   });
 }
 
@@ -104,6 +99,7 @@ void embedding_backward(const EmbeddingBackwardArgs& a, Parallel& pool) {
         add_row(a.dtable + token * a.table_stride + begin, dy, n);
       }
       if (a.dposition_table) add_row(a.dposition_table + a.positions[t] * a.position_stride + begin, dy, n);
+      if (a.d_type_table) add_row(a.d_type_table + a.types[t] * a.type_stride + begin, dy, n);
     }
   });
 }

@@ -1,9 +1,10 @@
-// Softmax cross-entropy with its gradient. A row is read once for its maximum and sum, block by block, and once more when
+// Softmax cross-entropy with its gradient, and losses of single numbers. A row is read once for its maximum and sum, block by block, and once more when
 // its gradient is written over it, from a second-level cache that holds rows of up to several 100,000 columns.
 #include <math.h>
 
 #include "cpu/kernels/attention_softmax.h"
 #include "cpu/kernels/math.h"
+#include "cpu/kernels/rows.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -100,10 +101,43 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t r) {
       float(scale * ((1 + 2 * a.z_loss * lse) * ::exp(target - lse) - (1 - smoothing) - smoothing / double(a.vocab)));
 }
 
+struct ElementLoss {
+  double loss, gradient;
+};
+
+// In double: they are few, one for a class or a token.
+template <class Fn>
+void element_losses(const ElementLossArgs& a, Parallel& pool, Fn&& of) {
+  for_rows(pool, a.rows, a.dim, [&](int64_t r) {
+    float* x = a.x + r * a.x_stride;
+    const float* targets = a.targets + r * a.targets_stride;
+    double total = 0;
+    for (int64_t i = 0; i < a.dim; ++i) {
+      const bool counts = targets[i] == targets[i];
+      const ElementLoss one = counts ? of(x[i], targets[i]) : ElementLoss{0, 0};
+      total += one.loss;
+      if (a.scale) x[i] = float(one.gradient * double(*a.scale));
+    }
+    a.loss[r] = float(total);
+  });
+}
+
 }  // namespace
 
 void cross_entropy(const CrossEntropyArgs& a, Parallel& pool) {
   parallel_for(pool, a.rows, [&](int64_t r, int) { loss_row(a, r); });
+}
+
+void sigmoid_cross_entropy(const ElementLossArgs& a, Parallel& pool) {
+  element_losses(a, pool, [](double x, double target) {
+    const double e = ::exp(-::fabs(x)), sigmoid = (x > 0 ? 1 : e) / (1 + e);
+    return ElementLoss{(x > 0 ? x : 0) - x * target + ::log1p(e), sigmoid - target};
+  });
+}
+
+void squared_error(const ElementLossArgs& a, Parallel& pool) {
+  element_losses(a, pool,
+                 [](double x, double target) { return ElementLoss{(x - target) * (x - target), 2 * (x - target)}; });
 }
 
 }  // namespace pyllm::PYLLM_ISA

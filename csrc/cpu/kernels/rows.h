@@ -1,4 +1,4 @@
-// Row-wise kernels: how rows are dealt to threads.
+// Row-wise kernels: how rows are dealt to threads, and how one is added to another.
 #pragma once
 #include "cpu/kernels/kernel.h"
 
@@ -16,6 +16,13 @@ static inline void for_rows(Parallel& pool, int64_t rows, int64_t row_elements, 
     const int64_t end = rows < (chunk + 1) * most ? rows : (chunk + 1) * most;
     for (int64_t r = chunk * most; r < end; ++r) fn(r);
   });
+}
+
+static inline void add_row(float* y, const float* x, int64_t n) {
+  using namespace simd;
+  int64_t i = 0;
+  for (; i + F::N <= n; i += F::N) store(y + i, load(y + i) + load(x + i));
+  if (i < n) store_n(y + i, load_n(y + i, int(n - i)) + load_n(x + i, int(n - i)), int(n - i));
 }
 
 }  // namespace pyllm::PYLLM_ISA

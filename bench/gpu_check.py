@@ -1,0 +1,514 @@
+"""Everything that a GPU has to show, in one command of at most 8 minutes:
+
+    python bench/gpu_check.py OUT
+
+Steps run one after the other, each in a process of its own with a deadline, and leave OUT/<step>.json; what fails,
+hangs or is missing is told there and stops no other step. A table of at most 40 lines comes last. ``--only STEP,...``
+runs some of them, ``--emulated`` all on tiny sizes on the emulated GPU of the tests, to check the program itself.
+
+Figures are fractions of roofs of the same run: bytes over the read stream, operations over torch's product of 8192^3
+where torch is installed with CUDA. Weights lie in as many copies as the L2 cannot hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+Row = dict[str, Any]
+MOST_LINES = 40
+PATIENCE = 10  # what the emulated GPU may take of a deadline
+NOT_TOLD = ("rows", "state", "seconds", "error")
+MODELS, DEPTHS, BATCHES, TOKENS = ("gpt2", "llama-1b", "llama-8b"), (128, 2048), (1, 4, 8), 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the check: `run` gives what its JSON file holds beside seconds and state."""
+
+    run: Callable[[bool], Row]
+    seconds: int
+
+
+# Timing
+
+
+@contextmanager
+def device(emulated: bool) -> Iterator[Any]:
+    """The GPU, or the emulated one."""
+    if emulated:
+        from emulated_cuda import emulated_gpu
+
+        with emulated_gpu() as gpu:
+            yield gpu
+        return
+    from pyllm.device import open_device
+
+    yield open_device()
+
+
+def seconds_of(gpu: Any, launch: Callable[[int], None], count: int, rounds: int = 5) -> float:
+    """Seconds of one launch: the median over rounds of a graph of `count` launches, launch(i) being the i-th."""
+    launch(0)
+    gpu.synchronize()
+    gpu.begin_graph()
+    for i in range(count):
+        launch(i)
+    graph = gpu.end_graph()
+    times = []
+    for _ in range(rounds + 1):  # the first is not counted
+        began = time.perf_counter()
+        gpu.replay(graph)
+        gpu.synchronize()
+        times.append((time.perf_counter() - began) / count)
+    return float(np.median(times[1:]))
+
+
+def noise(gpu: Any, shape: tuple[int, ...], scale: float, dtype: Any) -> Any:
+    """An array of small normals on the GPU, pieced together there from one block of them."""
+    from pyllm.tensor import DTYPES
+
+    count = int(np.prod(shape))
+    block = (np.random.default_rng(0).standard_normal(min(count, 1 << 22)) * scale).astype(dtype)
+    source, flat = gpu.upload(block), gpu.empty([count], dtype)
+    for start in range(0, count, len(block)):
+        piece = min(len(block), count - start)
+        gpu.write(flat[start : start + piece], source[:piece])
+    assert source.dtype in DTYPES
+    return flat.reshape(*shape)
+
+
+def torch_gpu() -> Any:
+    """torch, where it is installed and sees a GPU; else None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
+
+
+# Steps
+
+
+def build(emulated: bool) -> Row:
+    """The package with its CUDA kernels, compiled for this GPU alone, unless it is there."""
+    from pyllm.device import unavailable
+
+    missing = None if emulated else unavailable()
+    if missing is None:
+        return {"already built": True}
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", str(ROOT)]
+    settings = {"PYLLM_CUDA": "on", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{missing}; then pip said: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return {"already built": False}
+
+
+def facts(emulated: bool) -> Row:
+    """What this machine is."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: Row = {"python": sys.version.split()[0]}
+    for name in ("pyllm", "cuda-core", "cuda-bindings", "torch", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if shutil.which("nvidia-smi"):
+        query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    with device(emulated) as gpu:
+        found |= {"gpu": gpu.name, "multiprocessors": gpu.multiprocessors, "memory": gpu.memory()}
+        found |= {"cuda": gpu.kernels.RUNTIME_VERSION, "architectures": gpu.kernels.ARCHITECTURES}
+    return found
+
+
+def roofs(emulated: bool) -> Row:
+    """Bytes a second of reading and of copying, operations a second of a product, and an edge of a graph."""
+    with device(emulated) as gpu:
+        size = (1 << 16) if emulated else (4 << 30)
+        x, blocks = gpu.zeros([size], np.uint8), 2 if emulated else gpu.multiprocessors * 8
+        out = gpu.zeros([blocks], np.uint32)
+        read = seconds_of(gpu, lambda _: gpu.kernels.read_probe(out.raw, x.raw, gpu.stream), 2)
+        half = size // 2
+        copy = seconds_of(gpu, lambda _: gpu.write(x[:half], x[half:]), 2)
+        edges = 10 if emulated else 1000
+        edge = {
+            overlapped: seconds_of(gpu, lambda _, o=overlapped: gpu.kernels.empty_probe(o, gpu.stream), edges)
+            for overlapped in (False, True)
+        }
+    found: Row = {
+        "read GB/s": size / read / 1e9,
+        "copy GB/s": 2 * half / copy / 1e9,
+        "edge us": edge[False] * 1e6,
+        "programmatic edge us": edge[True] * 1e6,
+        "torch TFLOP/s": None,
+    }
+    torch = torch_gpu()
+    if torch is not None and not emulated:
+        found["torch TFLOP/s"] = torch_product(torch, 8192, 8192, 8192)
+    return found
+
+
+def torch_product(torch: Any, m: int, n: int, k: int) -> float:
+    """TFLOP/s of torch's bfloat16 product of random matrices."""
+    a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    count = max(3, int(4e12 / (2 * m * n * k)))
+    for repeat in (3, count):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeat):
+            a @ b.T
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - began) / repeat
+    return 2 * m * n * k / seconds / 1e12
+
+
+def tests(emulated: bool) -> Row:
+    """Every test that is marked gpu."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    if emulated:
+        command = [*command[:-1], "--emulated-gpu", "-k", "memory_goes", str(ROOT / "tests" / "test_gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    found = {"summary": done.stdout.strip().splitlines()[-1:] or [done.stderr[-500:]]}
+    if done.returncode:
+        raise RuntimeError(f"{found['summary']}\n{done.stdout[-4000:]}")
+    return found
+
+
+def sanitizer(emulated: bool) -> Row:
+    """compute-sanitizer over a tiny model: memory errors and races of shared memory."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    tiny = [sys.executable, str(Path(__file__).resolve()), "-", "--tiny"]
+    if emulated:
+        subprocess.run([*tiny, "--emulated"], check=True, capture_output=True)
+        return {"skipped": "nothing to find on the emulated GPU"}
+    if not Path(program).exists():
+        return {"skipped": "compute-sanitizer is not installed"}
+    found: Row = {}
+    for tool in ("memcheck", "racecheck"):
+        done = subprocess.run([program, "--tool", tool, "--error-exitcode", "9", *tiny], capture_output=True, text=True)
+        found[tool] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+    if any(text != "clean" for text in found.values()):
+        raise RuntimeError(json.dumps(found))
+    return found
+
+
+def tiny(emulated: bool) -> None:
+    """A tiny model, prompts and decoding."""
+    import tempfile
+
+    import tiny_model
+
+    from pyllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder, device(emulated):
+        llm = LLM(tiny_model.make(Path(folder) / "model"), device="cuda", dtype="bfloat16", max_num_seqs=2)
+        llm.generate(["Once upon a time", "The quick brown fox"], max_tokens=4, temperature=0)
+
+
+def kernels(emulated: bool) -> Row:
+    """Kernels by themselves, as a share of their roof."""
+    from ml_dtypes import bfloat16
+
+    from pyllm.cuda_ops import CudaOps, DeviceMatrix
+    from pyllm.spec import Activation
+
+    rows: list[Row] = []
+    with device(emulated) as gpu:
+        ops = CudaOps(gpu)
+        decode = {"1B qkv": (3072, 2048), "1B gate+up": (16384, 2048), "1B down": (2048, 8192),
+                  "8B down": (4096, 14336), "1B head": (128256, 2048)}  # fmt: skip
+        products = [(4096, 4096, 4096), (8192, 8192, 8192), (512, 4096, 4096), (2048, 4096, 4096)]
+        attentions, length, cached = [(64, 32, 8), (128, 32, 8)], 2048, 256 << 20  # bytes of weights beyond any L2
+        if emulated:
+            decode, products, attentions, length, cached = {"tiny": (16, 64)}, [(32, 16, 64)], [(64, 2, 1)], 64, 4096
+        for name, (n, k) in decode.items():
+            copies = max(2, -(-cached // (n * k * 2)))
+            weights = [DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False) for _ in range(copies)]
+            for batch in (1, 4, 8):
+                x, y = noise(gpu, (batch, k), 1, np.float32), gpu.empty((batch, n), np.float32)
+                took = seconds_of(gpu, lambda i, x=x, y=y, w=weights: ops.matmul(x, w[i % len(w)], out=y), copies)
+                rows.append(row_of(f"decode {name}", "GB/s", n * k * 2 / took / 1e9, batch=batch, us=took * 1e6))
+        torch = None if emulated else torch_gpu()
+        for m, n, k in products:
+            w = DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False)
+            x, y = noise(gpu, (m, k), 1, bfloat16), gpu.empty((m, n), np.float32)
+            took = seconds_of(gpu, lambda _, x=x, y=y, w=w: ops.matmul(x, w, activation=Activation.SILU, out=y), 3)
+            torchs = {} if torch is None else {"torch": torch_product(torch, m, n, k)}
+            rows.append(row_of(f"product {m}x{n}x{k}", "TFLOP/s", 2 * m * n * k / took / 1e12, us=took * 1e6, **torchs))
+        for size, heads, kv_heads in attentions:
+            rows += attention(gpu, ops, size, heads, kv_heads, length)
+    return {"rows": rows}
+
+
+def row_of(name: str, unit: str, value: float, **more: Any) -> Row:
+    """A figure as the JSON files hold it."""
+    return {"name": name, "value": value, "unit": unit, **more}
+
+
+def attention(gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: int) -> Iterator[Row]:
+    """Attention of a prompt of `length` tokens, and of one token after so many."""
+    from ml_dtypes import bfloat16
+
+    blocks = length // 64
+    cache = noise(gpu, (blocks, kv_heads, 2, 64 * size), 1, bfloat16)
+    table, end = gpu.upload(np.arange(blocks, dtype=np.int32)[None]), gpu.upload(np.array([length], np.int32))
+    for rows in (length, 1):
+        q, out = noise(gpu, (rows, heads * size), 1, bfloat16), gpu.empty((rows, heads * size), bfloat16)
+        starts = ops.stage([np.array([0, rows], np.int32)])
+        starts.send()
+
+        def launch(_: int, q: Any = q, out: Any = out, starts: Any = starts.placed[0]) -> None:
+            ops.attention(q, cache, starts, end, table, head_size=size, scale=size**-0.5, out=out)
+
+        took = seconds_of(gpu, launch, 4)
+        if rows == 1:
+            yield row_of(f"attention E={size} decode at {length}", "GB/s", cache.nbytes / took / 1e9, us=took * 1e6)
+        else:
+            work = 2 * rows * rows * heads * size  # half of the scores are masked
+            yield row_of(f"attention E={size} prompt of {length}", "TFLOP/s", work / took / 1e12, us=took * 1e6)
+
+
+def shape_of(name: str, emulated: bool) -> dict[str, Any]:
+    """The config of a model."""
+    from pyllm.compare.shapes import SHAPES
+
+    if emulated:
+        return SHAPES["stories-260k"] | {"num_hidden_layers": 1}
+    llama_8b = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return SHAPES["llama-1b"] | llama_8b if name == "llama-8b" else SHAPES[name]
+
+
+def model(name: str) -> Callable[[bool], Row]:
+    """The step of a shape: tokens a second with random weights, made on the GPU."""
+
+    def step(emulated: bool) -> Row:
+        depths, batches, tokens = ((8,), (1,), 3) if emulated else (DEPTHS, BATCHES, TOKENS)
+        with device(emulated) as gpu:
+            return {"rows": list(engine_rows(gpu, name, shape_of(name, emulated), depths, batches, tokens))}
+
+    return step
+
+
+def transformers(emulated: bool) -> Row:
+    """The same shapes through transformers, where it is installed."""
+    torch = None if emulated else torch_gpu()
+    if torch is None:
+        return {"skipped": "torch with CUDA is not installed"}
+    rows: list[Row] = []
+    for name in MODELS:
+        rows += transformers_rows(torch, name, shape_of(name, False), BATCHES, TOKENS)
+    return {"rows": rows}
+
+
+def random_model(gpu: Any, spec: Any) -> Any:
+    """A model of this shape in bfloat16."""
+    from ml_dtypes import bfloat16
+
+    from pyllm.cuda_ops import DeviceMatrix
+    from pyllm.model import Model
+    from pyllm.packed import assemble
+
+    slots = spec.slots()
+
+    def matrix(parts: Any) -> Any:
+        n, k = parts.shape(spec)
+        gated = parts.gate is not None
+        return DeviceMatrix(noise(gpu, (n * (1 + gated), k), 0.02, bfloat16), gated)
+
+    def vector(*names: str) -> Any:
+        if names[0] not in slots:
+            return None
+        shape = (sum(slots[name][0] for name in names), *slots[names[0]][1:])
+        return noise(gpu, shape, 0.02, np.float32)
+
+    return Model(spec, assemble(spec, "bfloat16", matrix, vector))
+
+
+def engine_rows(
+    gpu: Any, name: str, config: dict[str, Any], depths: tuple[int, ...], batches: tuple[int, ...], tokens: int
+) -> Iterator[Row]:
+    """Prompt and decode speed of a shape, after one run that records its steps."""
+    from pyllm.cache import BlockPool, KVCache, blocks_for
+    from pyllm.cuda_ops import CudaOps
+    from pyllm.engine.engine import Engine
+    from pyllm.engine.runner import Runner
+    from pyllm.models import family_of
+    from pyllm.sampling import SamplingParams
+
+    spec = family_of(config).read(config)
+    depths = tuple(depth for depth in depths if depth + tokens <= spec.max_positions)
+    model, ops, longest = random_model(gpu, spec), CudaOps(gpu), max(depths) + tokens
+    cache = KVCache(spec, blocks_for(longest) * max(batches), "bfloat16", ops.allocate)
+    runner = Runner(model, ops, cache, 2048, max(batches), longest)
+    for depth in depths:
+        for batch in batches:
+            params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+            for counted in (False, True):
+                engine = Engine(
+                    runner, BlockPool(cache.blocks), None, [], max_sequences=batch, max_tokens=2048,
+                    max_length=longest, share_prefixes=False,
+                )  # fmt: skip
+                rng = np.random.default_rng(batch)
+                for _ in range(batch):
+                    engine.add(None, rng.integers(0, spec.vocab_size, depth).tolist(), params, 0)
+                while not engine.idle:
+                    engine.step()
+                stats = engine.stats
+                if counted:
+                    decode = stats.decode_tokens / stats.generation_seconds
+                    read = model.weights.bytes_per_token * decode / batch / 1e9
+                    prompt = stats.prompt_tokens / stats.prompt_seconds
+                    more = {"batch": batch, "GB/s": read, "prompt tok/s": prompt}
+                    yield row_of(f"{name} depth {depth}", "tok/s", decode, **more)
+
+
+def transformers_rows(
+    torch: Any, name: str, config: dict[str, Any], batches: tuple[int, ...], tokens: int
+) -> Iterator[Row]:
+    """Decode speed of the same shape through transformers, at depth 128."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    shape = AutoConfig.for_model(config["model_type"], **values)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
+    for batch in batches:
+        prompt = torch.randint(0, config["vocab_size"], (batch, 128), device="cuda")
+        took = {}
+        for count in (1, 2, tokens + 1):  # the first warms up
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+            torch.cuda.synchronize()
+            took[count] = time.perf_counter() - began
+        speed = (tokens - 1) * batch / (took[tokens + 1] - took[2])
+        yield row_of(f"{name} depth 128", "tok/s", speed, batch=batch)
+    del model
+    torch.cuda.empty_cache()
+
+
+STEPS = {
+    "build": Step(build, 90),
+    "facts": Step(facts, 15),
+    "roofs": Step(roofs, 25),
+    "tests": Step(tests, 110),
+    "sanitizer": Step(sanitizer, 45),
+    "kernels": Step(kernels, 45),
+    "gpt2": Step(model("gpt2"), 25),
+    "llama-1b": Step(model("llama-1b"), 35),
+    "llama-8b": Step(model("llama-8b"), 50),
+    "transformers": Step(transformers, 40),
+}
+
+
+# The command
+
+
+def table(results: dict[str, Row]) -> list[str]:
+    """The results in words, at most `MOST_LINES` lines."""
+    roof, lines = results.get("roofs", {}), []
+    for name, found in results.items():
+        told = ", ".join(f"{key} {shown(value)}" for key, value in found.items() if key not in NOT_TOLD and value)
+        if "error" in found:
+            told = found["error"].strip().splitlines()[-1]
+        lines.append(f"{name:12} {found['state']:8} {found['seconds']:5.1f} s  {told}"[:160])
+        together: dict[str, list[str]] = {}
+        for row in found.get("rows", []):
+            batch = f"x{row['batch']} " if "batch" in row else ""
+            together.setdefault(row["name"], []).append(f"{batch}{row['value']:.4g} {row['unit']}{share(row, roof)}")
+        lines += [f"  {label:34} {', '.join(figures)}"[:160] for label, figures in together.items()]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} lines more, in the JSON files"]
+    return lines
+
+
+def shown(value: Any) -> str:
+    """A value of a step in words."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def share(row: Row, roof: Row) -> str:
+    """How much of the machine's limit a figure is, where that was measured."""
+    if row["unit"] == "TFLOP/s":
+        limit, value = row.get("torch") or roof.get("torch TFLOP/s"), row["value"]
+    else:
+        limit, value = roof.get("read GB/s"), row["value"] if row["unit"] == "GB/s" else row.get("GB/s")
+    return f" ({value / limit:.0%})" if limit and value else ""
+
+
+def run(out: Path, name: str, emulated: bool) -> Row:
+    """A step in a process of its own; what it found, or what became of it."""
+    began = time.perf_counter()
+    path = out / f"{name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).resolve()), str(out), "--step", name]
+    seconds = STEPS[name].seconds * (PATIENCE if emulated else 1)
+    found: Row
+    try:
+        done = subprocess.run(
+            [*command, "--emulated"] if emulated else command,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        found = json.loads(path.read_text()) if path.exists() else {"state": "crashed", "error": done.stderr[-2000:]}
+    except subprocess.TimeoutExpired:
+        found = {"state": "too long", "error": f"not done after {seconds} s"}
+    found["seconds"] = time.perf_counter() - began
+    path.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the steps; 0 where all did what they should."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for a JSON file of each step")
+    parser.add_argument("--only", default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
+    parser.add_argument("--emulated", action="store_true", help="on the emulated GPU of the tests, on tiny sizes")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.tiny:
+        tiny(given.emulated)
+        return 0
+    if given.step is not None:
+        try:
+            found = {"state": "done", **STEPS[given.step].run(given.emulated)}
+        except Exception:
+            found = {"state": "failed", "error": traceback.format_exc()[-6000:]}
+        (given.out / f"{given.step}.json").write_text(json.dumps(found))
+        return 0
+    names = given.only.split(",")
+    if unknown := [name for name in names if name not in STEPS]:
+        parser.error(f"--only: expected some of {', '.join(STEPS)}, got {', '.join(unknown)}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = {name: run(given.out, name, given.emulated) for name in names}
+    print("\n".join(table(results)))
+    return 0 if all(found["state"] == "done" for found in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""What a model makes of given texts without continuing them: vectors, labels, words behind masks, replaced tokens.
+
+`Encoding` is the part of :class:`pyllm.LLM` that holds these tasks. All of them run texts through the engine, keep the
+hidden states that matter, and pass those through the model's head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pyllm.errors import RequestError, shown
+from pyllm.ops import F32, Ops
+from pyllm.pooling import KeptStates, Pool, embedding_rule
+from pyllm.spec import HeadKind, ModelSpec, Problem
+from pyllm.tokenizer import Tokenizer
+
+Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
+Progress: TypeAlias = "Callable[[int, int], None] | None"  # gets (finished, all) texts
+
+CLASSES = {  # what transformers calls the classes of models that have these heads
+    HeadKind.TOKENS: "ForMaskedLM",
+    HeadKind.POOLED: "ForSequenceClassification",
+    HeadKind.EACH: "ForPreTraining of ELECTRA",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as the model reads it: `types` tell which text of a pair each token belongs to."""
+
+    text: str | None
+    ids: list[int]
+    types: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier says of a text: the best label, and the score of every one.
+
+    Scores are probabilities, together 1 where one label holds, each by itself where several may; or the values
+    themselves where the model was trained on values.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TokenProbability:
+    """A token and a probability: of filling a mask, or of having been replaced."""
+
+    token_id: int
+    token: str | None  # None without a tokenizer
+    probability: float
+
+
+class Encoding(ABC):
+    """Tasks on given texts; see :class:`pyllm.LLM`."""
+
+    spec: ModelSpec
+    ops: Ops
+    folder: Path
+    tokenizer: Tokenizer | None
+
+    @abstractmethod
+    def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text, if there is one, and token ids of a prompt."""
+
+    @abstractmethod
+    def _need_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or an error that says why there is none."""
+
+    @abstractmethod
+    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
+        """Run texts through the model; the hidden states of each go to its pool."""
+
+    @abstractmethod
+    def _head(self, states: F32) -> F32:
+        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
+
+    def embed(
+        self,
+        texts: Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        progress: Progress = None,
+    ) -> F32:
+        """Embeddings float32 [N, D] of N texts: their hidden states after the final norm, made one vector each.
+
+        `pooling` is "last", "cls" (the first token), "mean" or "max"; `normalize` gives vectors of length 1. Where they
+        are None the model's folder says what they are (modules.json, as sentence-transformers writes it).
+
+        Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
+        `NonFiniteError` when hidden states are no numbers.
+        """
+        if isinstance(texts, (str, Mapping)):
+            raise TypeError("embed: expected a list of texts, got one by itself")
+        rule = embedding_rule(self.folder, pooling, normalize)
+        encoded = [Encoded(*self._encode_prompt(text)) for text in texts]
+        for text in encoded:
+            rule.check(len(text.ids))
+        pools = [Pool(rule.pooling) for _ in encoded]
+        self._read_texts(encoded, pools, progress)
+        vectors = np.empty((len(pools), self.spec.hidden), np.float32)
+        for vector, pool in zip(vectors, pools, strict=True):
+            vector[:] = rule.vector(pool)
+        return vectors
+
+    def classify(self, texts: Sequence[Prompt | tuple[str, str]], *, progress: Progress = None) -> list[Classification]:
+        """The labels of texts, or of pairs of texts, by the names that the model's config gives them.
+
+        Raises `RequestError` where the model is no classifier.
+        """
+        problem = self.spec.head.problem
+        values = [_scores(row, problem) for row in self._pooled("classify", texts, progress)]
+        labels = self.spec.head.labels
+        found = []
+        for row in values:
+            best = int(row.argmax())
+            found.append(Classification(labels[best], float(row[best]), dict(zip(labels, row.tolist(), strict=True))))
+        return found
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]], *, progress: Progress = None) -> list[float]:
+        """One score for each pair of texts, as a cross-encoder gives it: higher where they belong together.
+
+        They are the model's own, not probabilities. Raises `RequestError` where it has not just one label.
+        """
+        if self.spec.head.kind is HeadKind.POOLED and len(self.spec.head.labels) != 1:
+            raise RequestError(
+                f"score_pairs: expected a model with one label, this one has {len(self.spec.head.labels)}: classify "
+                "the pairs instead"
+            )
+        return [float(value) for value in self._pooled("score_pairs", pairs, progress)[:, 0]]
+
+    def fill_mask(
+        self, texts: Sequence[Prompt], *, top_k: int = 5, progress: Progress = None
+    ) -> list[list[list[TokenProbability]]]:
+        """For each text, and each of its masks in order, the `top_k` most probable tokens, the best first.
+
+        A mask is the tokenizer's mask token (BERT's [MASK], RoBERTa's <mask>) in the text. Raises `RequestError` for a
+        text without one, and where the model does not predict masked tokens.
+        """
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= self.spec.vocab_size:
+            raise ValueError(f"top_k: expected 1 to the vocabulary's {self.spec.vocab_size}, got {top_k!r}")
+        self._need_head("fill_mask", HeadKind.TOKENS)
+        mask = self._need_tokenizer().mask_token_id
+        if mask is None:
+            raise RequestError("fill_mask: the tokenizer names no mask token (mask_token in tokenizer_config.json)")
+        encoded = self._encode("fill_mask", texts)
+        places = [[at for at, token in enumerate(text.ids) if token == mask] for text in encoded]
+        for text, at in zip(encoded, places, strict=True):
+            if not at:
+                name = self._need_tokenizer().token_of(mask)
+                raise RequestError(f"fill_mask: expected {name} in the text, found none in {shown(text.text)}")
+        logits = self._head_of_tokens(encoded, places, progress)
+        filled = []
+        for rows in logits:
+            _, _, top, ids = self.ops.logprobs(rows, np.zeros(len(rows), np.int32), top_k)
+            filled.append([self._tokens(*pair) for pair in zip(ids, np.exp(top), strict=True)])
+        return filled
+
+    def detect_replaced(self, texts: Sequence[Prompt], *, progress: Progress = None) -> list[list[TokenProbability]]:
+        """For each text the probability of each of its tokens that it was put in place of another (ELECTRA)."""
+        self._need_head("detect_replaced", HeadKind.EACH)
+        encoded = self._encode("detect_replaced", texts)
+        logits = self._head_of_tokens(encoded, [None] * len(encoded), progress)
+        return [
+            self._tokens(np.array(text.ids), _sigmoid(values[:, 0]))
+            for text, values in zip(encoded, logits, strict=True)
+        ]
+
+    # Inside
+
+    def _pooled(self, task: str, texts: Sequence[Prompt | tuple[str, str]], progress: Progress) -> F32:
+        """Scores [N, labels] of texts."""
+        self._need_head(task, HeadKind.POOLED)
+        encoded = self._encode(task, texts)
+        scores = self._head_of_tokens(encoded, [[0]] * len(encoded), progress)
+        return np.concatenate(scores) if scores else np.zeros((0, self.spec.outputs), np.float32)
+
+    def _head_of_tokens(
+        self, texts: Sequence[Encoded], places: Sequence[list[int] | None], progress: Progress
+    ) -> list[F32]:
+        """What the head gives at these places of each text (None: all), [places, outputs] each."""
+        pools = [KeptStates(at) for at in places]
+        self._read_texts(texts, pools, progress)
+        if not pools:
+            return []
+        states = np.concatenate([pool.rows for pool in pools])
+        return np.split(self._head(states), np.cumsum([len(pool.rows) for pool in pools])[:-1])
+
+    def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
+        if isinstance(texts, (str, Mapping)):
+            raise TypeError(f"{task}: expected a list of texts, got one by itself")
+        return [
+            self._encode_pair(task, text) if isinstance(text, tuple) else Encoded(*self._encode_prompt(text))
+            for text in texts
+        ]
+
+    def _encode_pair(self, task: str, pair: tuple[str, str]) -> Encoded:
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise TypeError(f"{task}: expected pairs of two texts, got {shown(pair)}")
+        encoding = self._need_tokenizer().encode_pair(*pair)
+        return Encoded(None, encoding.ids, encoding.type_ids if self.spec.embedding.types > 1 else None)
+
+    def _need_head(self, task: str, kind: HeadKind) -> None:
+        if self.spec.is_encoder and self.spec.head.kind is kind:
+            return
+        found = f"an encoder with a head for {self.spec.head.kind.value}" if self.spec.is_encoder else "a decoder"
+        if self.spec.head.kind is HeadKind.NONE:
+            found = "an encoder without a head"
+        raise RequestError(
+            f"{task}: expected a model whose config.json names a class like {CLASSES[kind]} as its architecture, this "
+            f"one is {found}"
+        )
+
+    def _tokens(self, ids: Any, probabilities: Any) -> list[TokenProbability]:
+        name = self.tokenizer.token_of if self.tokenizer is not None else lambda _: None
+        return [
+            TokenProbability(token, name(token), probability)
+            for token, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+
+def _scores(row: F32, problem: Problem | None) -> F32:
+    """A row of the head as probabilities or values."""
+    if problem is Problem.REGRESSION:
+        return row
+    if problem is Problem.MULTI_LABEL:
+        return _sigmoid(row)
+    weights = np.exp(row - row.max())
+    return np.asarray(weights / weights.sum(), np.float32)
+
+
+def _sigmoid(x: F32) -> F32:
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x.astype(np.float64))), np.float32)

@@ -1,0 +1,1 @@
+"""Objectives that make labels of tokens: each takes micro-batches and gives others."""

@@ -1,0 +1,123 @@
+"""Masked language modelling (BERT, https://arxiv.org/abs/1810.04805, section 3.1) and the detection of replaced tokens
+(ELECTRA, https://arxiv.org/abs/2003.10555)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.errors import ConfigError, DataError
+from pyllm.ops_training import IGNORED_LABEL
+from pyllm.train.report import I32, Data
+
+RULES = ("bert", "bernoulli")
+MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or any token; others stay
+
+Propose = Callable[[I32, NDArray[np.intp]], I32]  # masked tokens [T] and chosen places [n] -> tokens [n]
+
+
+class MaskedTokens:
+    """Micro-batches in which some tokens are hidden, and only those count; see :class:`pyllm.train.Data`.
+
+    Args:
+        data: micro-batches whose labels are their own tokens, -100 for those that are not to be chosen.
+        mask: the token that hides others.
+        special: tokens that are never chosen, such as [CLS] and [SEP].
+        vocab_size: random tokens are drawn from it.
+        share: of the tokens that is chosen.
+        rule: "bert" chooses max(1, round(share * length)) tokens of each sequence, "bernoulli" each token by itself.
+        seed: of what is chosen, together with the micro-batch's number.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        mask: int,
+        special: Collection[int],
+        vocab_size: int,
+        share: float = 0.15,
+        rule: str = "bert",
+        seed: int = 0,
+    ) -> None:
+        if rule not in RULES:
+            raise ConfigError(f"mask_rule: expected {' or '.join(RULES)}, got {rule!r}")
+        if not 0 < share < 1:
+            raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
+        self._data, self._mask, self._vocab_size = data, mask, vocab_size
+        self.special = np.array(sorted({*special, mask}), np.int32)
+        self._share, self._rule, self._seed = share, rule, seed
+        self._position = 0
+
+    def next_batch(self) -> tuple[I32, I32, I32]:
+        """Tokens with some hidden [T], labels [T] that are -100 elsewhere, and starts [B + 1]."""
+        tokens, labels, starts, *_ = self._data.next_batch()
+        rng = np.random.Generator(np.random.PCG64([self._seed, self._position]))
+        self._position += 1
+        eligible = (labels != IGNORED_LABEL) & ~np.isin(tokens, self.special)
+        chosen = self._choose(eligible, starts, rng)
+        hidden, aims = tokens.copy(), np.full_like(labels, IGNORED_LABEL)
+        aims[chosen] = tokens[chosen]
+        how = rng.random(len(chosen))
+        hidden[chosen[how < MASKED]] = self._mask
+        random = chosen[(how >= MASKED) & (how < MASKED + RANDOM)]
+        hidden[random] = rng.integers(0, self._vocab_size, len(random), dtype=np.int32)
+        return hidden, aims, starts
+
+    def state(self) -> dict[str, Any]:
+        """See :class:`pyllm.train.Data`."""
+        kind = [self._rule, self._share, self._seed]
+        return {"masked": self._position, "kind": kind, "data": self._data.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :class:`pyllm.train.Data`."""
+        kind = [self._rule, self._share, self._seed]
+        if state.get("kind") != kind:
+            raise DataError(f"the run masked tokens by {state.get('kind')} (rule, share, seed), now it is {kind}")
+        self._data.load_state(state["data"])
+        self._position = state["masked"]
+
+    def _choose(self, eligible: NDArray[np.bool_], starts: I32, rng: np.random.Generator) -> NDArray[np.intp]:
+        """Places, rising."""
+        if self._rule == "bernoulli":
+            return np.flatnonzero(eligible & (rng.random(len(eligible)) < self._share))
+        found = []
+        for first, end in pairwise(starts.tolist()):
+            places = first + np.flatnonzero(eligible[first:end])
+            count = min(max(1, round(self._share * (end - first))), len(places))
+            found.append(np.sort(rng.permutation(places)[:count]))
+        return np.concatenate(found) if found else np.zeros(0, np.intp)
+
+
+class ReplacedTokens:
+    """Micro-batches in which chosen tokens are replaced, and every token's label is 1 where it was and 0 elsewhere.
+
+    `masked` chooses them, and `propose` gives the tokens that stand in their place, drawn from a generator that sees
+    the masked text; one that it guesses right is not a replacement. Labels are float32 [T, 1], NaN for special tokens
+    and padding.
+    """
+
+    def __init__(self, masked: MaskedTokens, propose: Propose) -> None:
+        self._masked, self._propose = masked, propose
+
+    def next_batch(self) -> tuple[I32, NDArray[np.float32], I32]:
+        """Tokens with some replaced [T], labels [T, 1] and starts [B + 1]."""
+        hidden, aims, starts = self._masked.next_batch()
+        chosen = np.flatnonzero(aims != IGNORED_LABEL)
+        tokens = hidden.copy()
+        tokens[chosen] = self._propose(hidden, chosen)
+        labels = np.where(np.isin(hidden, self._masked.special), np.float32(np.nan), np.float32(0))
+        labels[chosen] = tokens[chosen] != aims[chosen]
+        return tokens, labels[:, None], starts
+
+    def state(self) -> dict[str, Any]:
+        """See :class:`pyllm.train.Data`."""
+        return self._masked.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See :class:`pyllm.train.Data`."""
+        self._masked.load_state(state)

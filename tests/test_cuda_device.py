@@ -1,0 +1,184 @@
+"""Memory, arrays, streams and graphs of `pyllm.device` on the emulated GPU."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import emulated_cuda
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pyllm import device as device_module
+from pyllm.errors import InsufficientMemoryError
+from pyllm.ops import Ops
+from pyllm.tensor import DTYPES
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with emulated_cuda.emulated_gpu() as gpu:
+        yield gpu
+
+
+def numbers(*shape, dtype=np.float32):
+    return np.asarray(np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (3, 1001)])
+def test_arrays_go_there_and_back(gpu, shape, dtype):
+    host = np.asarray(numbers(*shape) * 100).astype(dtype)
+    there = gpu.upload(host)
+    assert (there.shape, there.dtype, there.nbytes) == (host.shape, host.dtype, host.nbytes)
+    assert np.array_equal(there.numpy(), host) and np.array_equal(np.asarray(there), host)
+
+
+def test_views_are_those_of_numpy(gpu):
+    host = numbers(5, 12)
+    there = gpu.upload(host)
+    for view in (
+        lambda a: a[1:4], lambda a: a[:, 3:7], lambda a: a[2], lambda a: a[-1:], lambda a: a[1:3, :8],
+        lambda a: a.reshape(-1, 3), lambda a: a.reshape(5, 2, 6), lambda a: a[:, 4:10].reshape(5, 2, 3),
+        lambda a: a[:, 4:10].reshape(5, 2, -1).reshape(5, 6), lambda a: a[[4, 0, 4]], lambda a: a[1:4].copy(),
+    ):  # fmt: skip
+        assert np.array_equal(view(there).numpy(), view(host))
+    there[1] = there[3]
+    there[0] = numbers(12)
+    assert np.array_equal(there[1].numpy(), host[3]) and np.array_equal(there[0].numpy(), numbers(12))
+
+
+def test_what_a_view_cannot_be_is_an_error(gpu):
+    there = gpu.upload(numbers(4, 6))
+    for error, wrong in (
+        (IndexError, lambda: there[4]), (IndexError, lambda: there[::2]), (ValueError, lambda: there.reshape(5, -1)),
+        (ValueError, lambda: there[:, :3].reshape(-1)), (ValueError, lambda: there.__setitem__(0, numbers(5))),
+        (TypeError, lambda: gpu.empty([2], np.float64)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=r"expected|cannot"):
+            wrong()
+
+
+def test_exchange_through_dlpack(gpu):
+    host = numbers(3, 8)
+    there = gpu.upload(host)
+    assert np.array_equal(np.from_dlpack(there), host)
+    other = np.from_dlpack(there[:, 2:5])  # strided, over the same memory, which it keeps
+    there[1] = np.zeros(8, np.float32)
+    gpu.synchronize()
+    del there
+    assert np.array_equal(other[0], host[0, 2:5]) and not other[1].any()
+    theirs = numbers(4, 5)
+    mine = gpu.from_dlpack(theirs)
+    theirs[2, 2] = 7
+    assert mine.shape == (4, 5) and np.array_equal(mine.numpy(), theirs)
+    with pytest.raises(TypeError, match="type code 2 of 64 bits"):
+        gpu.from_dlpack(theirs.astype("f8"))
+
+
+def test_a_capsule_nobody_takes_frees_what_it_holds(gpu):
+    gpu.synchronize()
+    free = gpu.memory()[0]
+    capsule = gpu.empty([1 << 20], np.uint8).__dlpack__()
+    assert gpu.memory()[0] == free - (1 << 20)
+    del capsule
+    gpu.synchronize()
+    assert gpu.memory()[0] == free
+
+
+def test_bfloat16_goes_to_torch_and_back(gpu):
+    torch = pytest.importorskip("torch")
+    host = numbers(3, 4, dtype=bfloat16)
+    tensor = torch.from_dlpack(gpu.upload(host))
+    assert tensor.dtype == torch.bfloat16 and np.array_equal(tensor.float().numpy(), host.astype("f4"))
+    assert gpu.from_dlpack(tensor).dtype == bfloat16
+
+
+def test_the_array_interface_says_shape_strides_and_stream(gpu):
+    there = gpu.upload(numbers(3, 8))
+    face = there[:, 2:4].__cuda_array_interface__
+    assert face == {
+        "version": 3, "shape": (3, 2), "typestr": "<f4", "data": (there.raw.pointer + 8, False), "strides": (32, 4),
+        "stream": gpu.stream,
+    }  # fmt: skip
+    with pytest.raises(AttributeError, match="use DLPack"):
+        _ = gpu.upload(numbers(2, dtype=bfloat16)).__cuda_array_interface__
+
+
+def test_memory_comes_back_and_its_lack_is_said_with_what_to_do():
+    with emulated_cuda.emulated_gpu(memory=1 << 20) as gpu:
+        free = gpu.memory()[0]
+        array = gpu.empty([free // 2], np.uint8)
+        with pytest.raises(InsufficientMemoryError, match=r"needed .* GB, free .* Lower max_model_len \(--ctx-size\)"):
+            gpu.empty([free], np.uint8)
+        del array
+        gpu.synchronize()
+        assert gpu.memory()[0] == free
+
+
+def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):
+    monkeypatch.setattr(device_module, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(gpu, "_staging", [])
+    host = numbers(1000, 30, dtype=bfloat16)
+    assert np.array_equal(gpu.upload(host).numpy(), host)
+    pieces = []
+
+    def write(first, rows):
+        pieces.append(len(rows))
+        rows[...] = host[first : first + len(rows)]
+
+    assert np.array_equal(gpu.load(host.shape, bfloat16, write).numpy(), host)
+    assert sum(pieces) == 1000 and max(pieces) == 4096 // 60
+
+
+def test_a_graph_runs_what_was_recorded_on_what_its_arrays_hold_then(gpu):
+    x, y = gpu.upload(numbers(2, 8)), gpu.empty((2, 8), np.float32)
+    gpu.begin_graph()
+    gpu.kernels.activation(y.raw, x.raw, None, 4, gpu.stream)
+    graph = gpu.end_graph()
+    gpu.synchronize()
+    for scale in (1, -2):
+        gpu.write(x, numbers(2, 8) * scale)
+        gpu.replay(graph)
+        assert np.array_equal(y.numpy(), np.maximum(numbers(2, 8) * scale, 0))
+    gpu.begin_graph()
+    gpu.drop_graph()
+    assert not gpu.recording
+
+
+def test_the_emulation_has_the_signatures_of_cuda_core(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cuda.core", raising=False)  # that of the emulation, if it is there
+    core = pytest.importorskip("cuda.core")
+    graph = pytest.importorskip("cuda.core.graph")
+    fakes = {"Event": core.Event, "Stream": core.Stream, "Buffer": core.Buffer, "GraphBuilder": graph.GraphBuilder,
+             "Graph": graph.Graph, "LegacyPinnedMemoryResource": core.LegacyPinnedMemoryResource}  # fmt: skip
+    compared = 0
+    for name, real in fakes.items():
+        for method, function in vars(getattr(emulated_cuda, name)).items():
+            if method.startswith("_"):
+                continue
+            function = getattr(function, "__func__", function)
+            assert hasattr(real, method), f"{name}.{method}"
+            try:
+                theirs = inspect.signature(getattr(real, method))
+            except ValueError:  # compiled, without a text of its signature
+                continue
+            mine = inspect.signature(function)
+            for parameter in mine.parameters.values():
+                if parameter.name != "self":
+                    assert theirs.parameters[parameter.name].kind == parameter.kind, f"{name}.{method}"
+                    compared += 1
+    assert compared > 10
+
+
+def test_the_cpus_ops_ask_nothing_of_a_gpu():
+    ops = Ops(1)
+    array = numbers(3)
+    assert ops.place(array) is array and not ops.on_gpu
+    stage = ops.stage([array, None])
+    stage.send()
+    stage.wait()
+    assert stage.placed[0] is array is stage.host[0]

@@ -1,0 +1,199 @@
+"""Whole models on the emulated GPU: the engine's steps, graphs and cache over the kernels of csrc/cuda."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+from emulated_cuda import emulated_gpu
+
+from pyllm import LLM, StructuredOutputs
+from pyllm.errors import InsufficientMemoryError, NonFiniteError
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+PROMPTS = ["Once upon a time there was a little girl", "The quick", "Grüße aus Köln"]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with emulated_gpu() as gpu:
+        yield gpu
+
+
+def ids(outputs):
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def pair(gpu, tiny_folder):
+    """The same model on the GPU and on the CPU, in bfloat16."""
+    return tuple(LLM(tiny_folder, device=device, dtype="bfloat16", **SMALL) for device in ("cuda", "cpu"))
+
+
+@pytest.fixture(scope="module")
+def exact(gpu, tiny_folder):
+    """The same in float32."""
+    return tuple(LLM(tiny_folder, device=device, dtype="float32", **SMALL) for device in ("cuda", "cpu"))
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
+def test_every_family_is_what_transformers_computes(gpu, name):
+    llm = LLM(GOLDEN / name, device="cuda", dtype="float32", skip_tokenizer_init=True, max_num_seqs=2)
+    with np.load(GOLDEN / name / "expected.npz", allow_pickle=False) as expected:
+        got, want = llm.forward(expected["ids"].tolist()).logits, expected["logits"]
+    assert np.abs(got - want).max() < 5e-5 * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt-post", "qwen3", "phi3"])
+def test_families_decode_as_on_the_cpu_in_bfloat16(gpu, name):
+    prompts = [{"prompt_token_ids": [3, 11, 7, 5, 2]}, {"prompt_token_ids": [13]}]
+    cpu, mine = (
+        LLM(GOLDEN / name, device=device, dtype="bfloat16", skip_tokenizer_init=True, max_num_seqs=2).generate(
+            prompts, max_tokens=6, temperature=0, logprobs=2, detokenize=False, ignore_eos=True
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert agreeing(cpu, mine) >= 4
+
+
+def agreeing(cpu, gpu):
+    """Number of tokens compared: each output's as far as the two best lie further apart than rounding moves them."""
+    compared = 0
+    for theirs, mine in zip(cpu, gpu, strict=True):
+        theirs, mine = theirs.outputs[0], mine.outputs[0]
+        for entry, want, got in zip(theirs.logprobs, theirs.token_ids, mine.token_ids, strict=True):
+            best, second = sorted((value.logprob for value in entry.values()), reverse=True)[:2]
+            if best - second < 0.05:
+                break
+            assert got == want
+            compared += 1
+    return compared
+
+
+def test_what_runs_is_the_gpu(gpu, pair):
+    assert (pair[0].device, pair[1].device, pair[0].plan.gpu) == ("cuda", "cpu", gpu.name)
+
+
+def test_logits_are_the_cpus_within_rounding(pair, exact):
+    """Two layers in bfloat16: each of the some ten roundings on the way of 2^-9 of a value."""
+    tokens = list(range(5, 40))
+    for (gpu, cpu), bound in ((pair, 1.5e-2), (exact, 1e-5)):
+        mine = gpu.forward(tokens, output_hidden_states=True)
+        theirs = cpu.forward(tokens, output_hidden_states=True)
+        assert np.linalg.norm(mine.logits - theirs.logits) <= bound * np.linalg.norm(theirs.logits)
+        for a, b in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+            assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
+
+
+def test_greedy_tokens_are_the_cpus(pair, exact):
+    gpu, cpu = (llm.generate(PROMPTS, max_tokens=12, temperature=0) for llm in exact)
+    assert ids(gpu) == ids(cpu)
+    gpu, cpu = (llm.generate(PROMPTS, max_tokens=12, temperature=0, logprobs=2) for llm in pair)
+    assert agreeing(cpu, gpu) >= 12
+
+
+def test_the_same_batch_gives_the_same_bits(pair):
+    first, second = (pair[0].forward(list(range(7, 30))).logits for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_decoding_is_replayed_ahead_and_ends_where_it_should(exact, monkeypatch):
+    gpu, cpu = exact
+    replayed = []
+    real = gpu.ops.replay
+    monkeypatch.setattr(gpu.ops, "replay", lambda graph: (replayed.append(1), real(graph)))
+    want = cpu.generate(PROMPTS[1], max_tokens=30, temperature=0)[0].outputs[0]
+    got = gpu.generate(PROMPTS[1], max_tokens=30, temperature=0)[0].outputs[0]
+    assert got.token_ids == want.token_ids
+    assert len(replayed) == 29  # none in vain: how far a sequence goes on is known
+    stop = want.token_ids[9]
+    replayed.clear()
+    got = gpu.generate(PROMPTS[1], max_tokens=30, temperature=0, stop_token_ids=[stop])[0].outputs[0]
+    end = want.token_ids.index(stop)
+    assert got.token_ids == want.token_ids[: end + 1] and end <= len(replayed) <= end + 8
+
+
+def test_draws_are_the_cpus(exact):
+    params = dict(max_tokens=10, temperature=0.9, top_k=20, top_p=0.9, seed=3)
+    assert ids(exact[0].generate(PROMPTS, **params)) == ids(exact[1].generate(PROMPTS, **params))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.3, "presence_penalty": 0.2},
+        {"logit_bias": {7: 5.0, 9: -3.0}, "min_tokens": 4},
+        {"allowed_token_ids": [5, 6, 7, 8]},
+        {"logprobs": 3, "prompt_logprobs": 2},
+        {"num_beams": 3, "n": 2},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_what_a_request_may_ask_is_what_the_cpu_gives(exact, params):
+    gpu, cpu = (llm.generate(PROMPTS[:2], max_tokens=6, temperature=0, **params) for llm in exact)
+    assert ids(gpu) == ids(cpu)
+    for mine, theirs in zip(gpu, cpu, strict=True):
+        for a, b in zip(mine.outputs, theirs.outputs, strict=True):
+            if b.cumulative_logprob is not None:
+                assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
+
+
+def test_structured_output_drafts_embeddings_and_scores(gpu, tiny_folder, exact):
+    choice = StructuredOutputs(choice=["one", "two"])
+    assert exact[0].generate("x", max_tokens=8, structured_outputs=choice)[0].outputs[0].text in ("one", "two")
+    drafted = LLM(tiny_folder, device="cuda", dtype="float32", speculative="ngram", **SMALL)
+    text = "one two one two one two one"
+    assert ids(drafted.generate(text, max_tokens=8, temperature=0)) == ids(
+        exact[1].generate(text, max_tokens=8, temperature=0)
+    )
+    vectors = [llm.embed(PROMPTS, pooling="mean") for llm in exact]
+    assert np.allclose(*vectors, atol=1e-4)
+    scores = [llm.score(PROMPTS) for llm in exact]
+    for a, b in zip(*scores, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+def test_a_bidirectional_prefix_sees_all_of_itself(gpu, tiny_folder):
+    mine, theirs = (LLM(tiny_folder, device=name, dtype="float32", prefix=True, **SMALL) for name in ("cuda", "cpu"))
+    tokens = list(range(5, 40))
+    for prefix in (0, 20, None):
+        got, want = (llm.forward(tokens, prefix=prefix).logits for llm in (mine, theirs))
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    assert ids(mine.generate(PROMPTS, max_tokens=6, temperature=0)) == ids(
+        theirs.generate(PROMPTS, max_tokens=6, temperature=0)
+    )
+
+
+def test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch(gpu, tiny_folder):
+    llm = LLM(tiny_folder, device="cuda", dtype="bfloat16", batch_invariant=True, **SMALL)
+    params = dict(max_tokens=5, temperature=0, logprobs=1)
+    together = llm.generate(PROMPTS, **params)
+    for prompt, output in zip(PROMPTS, together, strict=True):
+        [alone] = llm.generate(prompt, **params)
+        assert alone.outputs[0].logprobs == output.outputs[0].logprobs
+
+
+def test_auto_takes_the_gpu_unless_it_cannot_do_what_is_asked(gpu, tiny_folder):
+    assert LLM(tiny_folder, device="auto", **SMALL).device == "cuda"
+    assert LLM(tiny_folder, device="auto", quantization="int8", **SMALL).device == "cpu"
+    for wrong in ({"quantization": "int8"}, {"dtype": "float16"}, {"kv_cache_dtype": "int8"}):
+        with pytest.raises(ValueError, match=r"expected .* on a GPU.*, got .* use device='cpu'"):
+            LLM(tiny_folder, device="cuda", **wrong)
+
+
+def test_a_model_that_does_not_fit_the_gpu_says_so(tiny_folder):
+    with (
+        emulated_gpu(memory=1 << 20),
+        pytest.raises(InsufficientMemoryError, match=r"not enough memory on Emulated GPU: needed .* free"),
+    ):
+        LLM(tiny_folder, device="cuda")
+
+
+def test_weights_that_are_no_numbers_are_named(gpu, tmp_path):
+    folder = tiny_model.make(tmp_path / "bad", poison="model.layers.1.mlp.up_proj.weight")
+    llm = LLM(folder, device="cuda", **SMALL)
+    with pytest.raises(NonFiniteError, match="from layer 1 on"):
+        llm.generate("Once", max_tokens=2)

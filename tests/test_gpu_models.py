@@ -1,0 +1,48 @@
+"""Whole models on a GPU: the cases of the emulated one, and the model of the package; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+from test_cuda_models import (  # noqa: F401
+    agreeing,
+    exact,
+    ids,
+    pair,
+    test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch,
+    test_decoding_is_replayed_ahead_and_ends_where_it_should,
+    test_every_family_is_what_transformers_computes,
+    test_families_decode_as_on_the_cpu_in_bfloat16,
+    test_greedy_tokens_are_the_cpus,
+    test_logits_are_the_cpus_within_rounding,
+    test_structured_output_drafts_embeddings_and_scores,
+    test_the_same_batch_gives_the_same_bits,
+    test_weights_that_are_no_numbers_are_named,
+    test_what_a_request_may_ask_is_what_the_cpu_gives,
+    test_what_runs_is_the_gpu,
+)
+
+from pyllm import LLM, device
+from pyllm.default_model import default_model
+
+MISSING = device.unavailable()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"no GPU to run on: {MISSING}")]
+STORY = ["Once upon a time", "The little dog was very"]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return device.open_device()
+
+
+def test_the_packages_model_tells_the_cpus_story():
+    outputs = [
+        LLM(default_model(), device=name, dtype="bfloat16").generate(STORY, max_tokens=48, temperature=0, logprobs=2)
+        for name in ("cpu", "cuda")
+    ]
+    assert agreeing(*outputs) >= 20
+
+
+def test_decoding_gives_the_same_bits_three_times():
+    llm = LLM(default_model(), device="cuda", dtype="bfloat16")
+    runs = [llm.generate(STORY, max_tokens=48, temperature=0.8, seed=1) for _ in range(3)]
+    assert ids(runs[0]) == ids(runs[1]) == ids(runs[2])
