@@ -138,11 +138,11 @@ class Wording:
         """Names of the slots."""
         return {slot for _, slot, _, _ in self.parts}
 
-    def tell(self, slots: Mapping[str, str | Person], looks: Mapping[str, str | None], short: bool) -> str:
-        """The text with its slots filled; `short` says he or she for the subject."""
+    def tell(self, slots: Mapping[str, str | Person], looks: Mapping[str, str | None], short: bool, full: bool) -> str:
+        """The text with its slots filled; `short` says he or she for the subject, `full` how things look, each time."""
         out = []
         for index, (literal, slot, modifier, capital) in enumerate(self.parts):
-            word = _say(slot, modifier, slots[slot], looks, short and index == self.pronoun_at)
+            word = _say(slot, modifier, slots[slot], looks, short and index == self.pronoun_at, full)
             out.append(literal + (word[0].upper() + word[1:] if capital else word))
         return "".join(out) + self.tail
 
@@ -200,9 +200,11 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _say(slot: str, modifier: str, value: str | Person, looks: Mapping[str, str | None], short: bool) -> str:
+def _say(
+    slot: str, modifier: str, value: str | Person, looks: Mapping[str, str | None], short: bool, full: bool
+) -> str:
     if isinstance(value, Person):
-        return value.new if modifier == "new" else _say(slot, modifier, value.key, looks, short)
+        return value.new if modifier == "new" else _say(slot, modifier, value.key, looks, short, full)
     if slot in "abc":
         gender = pronoun(value)
         if modifier == "call":
@@ -212,7 +214,7 @@ def _say(slot: str, modifier: str, value: str | Person, looks: Mapping[str, str 
         return gender if short and gender else (value if gender else f"the {value}")
     if slot in "tu":
         adjective = looks.get(value)
-        noun = f"{adjective} {value}" if adjective and modifier in ("new", "long") else value
+        noun = f"{adjective} {value}" if adjective and (full or modifier in ("new", "long")) else value
         if modifier == "new":
             return f"{article(noun)} {noun}"
         if modifier == "noun":

@@ -38,7 +38,9 @@ class Teller:
         subject = keys.get(form.subject, "")
         others = {other for other in self._last - {subject} if pronoun(other) == pronoun(subject)}
         clear = bool(self.paragraphs[-1]) and subject == self.world.subject and not others
-        text = wording.tell(given, self.world.looks, clear and self.rng.random() < 0.6)
+        text = wording.tell(
+            given, self.world.looks, short=clear and self.rng.random() < 0.6, full=self.rng.random() < 0.5
+        )
         form.happen(self.world, keys)
         self._quoted = '"' in text
         self._last = {keys[slot] for slot in "abc" if slot in keys}
@@ -65,13 +67,13 @@ class Teller:
         """One of the options that is none of those."""
         return self.rng.choice([option for option in options if option not in but])
 
-    def somebody(self, natures: list[str] = words.NATURES, human: float = 0.4) -> Person:
-        """Somebody with a name that nobody has yet."""
+    def somebody(self, names: dict[str, str] = words.FRIENDS, human: float = 0.4) -> Person:
+        """Somebody with one of these names."""
         girl = self.rng.random() < 0.5
-        name = self.pick(words.GIRLS if girl else words.BOYS, *self.world.people)
+        name = self.rng.choice([name for name, gender in names.items() if gender == ("she" if girl else "he")])
         child = "girl" if girl else "boy"
         kind = child if self.rng.random() < human else self.pick(words.ANIMALS, *self.world.people.values())
-        return Person(name, kind, self.rng.choice(natures))
+        return Person(name, kind, self.rng.choice(words.NATURES))
 
     def stranger(self, kinds: list[str] = words.HELPERS) -> Person:
         """Somebody without a name: "an old owl"."""
@@ -88,7 +90,7 @@ class Teller:
 
     def hero(self) -> str:
         """The beginning: who it is about."""
-        a = self.somebody()
+        a = self.somebody(words.HEROES)
         self.tell("open", a=a)
         self.maybe(0.35, self.pick(["hobby", "virtue"]), a=a.key)
         return a.key
@@ -357,7 +359,7 @@ def birthday(s: Teller) -> None:
     b = s.pick(list(words.FAMILY))
     cake, part = s.pick(words.LISTS["cake"]), s.pick(words.LISTS["part"])
     s.tell("wish_cake", a=a, b=b, cake=cake)
-    s.tell("missing", a=a, part=part)
+    s.tell("missing", a=a, part=part, cake=cake)
     s.maybe(0.3, "sad", a=a)
     s.paragraph()
     s.tell("go", a=a, p=s.pick(words.OUTDOORS))
@@ -367,7 +369,7 @@ def birthday(s: Teller) -> None:
         person = s.stranger()
         c = person.key
         s.tell("meet", a=a, b=person)
-        s.tell("ask_part", a=a, c=c, part=part)
+        s.tell("ask_part", a=a, b=b, c=c, part=part)
         if index < none:
             s.tell("has_none", c=c)
         else:
@@ -375,11 +377,11 @@ def birthday(s: Teller) -> None:
     s.maybe(0.6, "thanks", a=a, b=c)
     s.paragraph()
     s.tell("home", a=a)
-    s.tell("bakes", a=a, cake=cake)
+    s.tell("bakes", a=a, b=b, cake=cake)
     s.maybe(0.4, "smell")
     s.tell("gives_cake", a=a, b=b, cake=cake)
     s.maybe(0.6, "tastes", b=b)
-    s.end(a, b, "cake")
+    s.end(a, b, "baking")
 
 
 def lost_way(s: Teller) -> None:
@@ -387,11 +389,10 @@ def lost_way(s: Teller) -> None:
     a = s.hero()
     s.maybe(0.4, "morning", a=a)
     lure = s.pick(words.LISTS["lure"])
-    p, q = s.rng.sample(words.WILD, 2)
-    s.tell("go", a=a, p=p)
+    s.tell("go", a=a, p=s.pick(words.WILD))
     s.tell("wish_follow", a=a, lure=lure)
-    s.tell("follows", a=a, p=q)
-    s.tell("astray", a=a)
+    s.tell("follows", a=a, lure=lure)
+    s.tell("astray", a=a, lure=lure)
     s.maybe(0.7, "scared", a=a)
     s.paragraph()
     b = s.helped_by(a, None)
@@ -414,8 +415,8 @@ def honesty(s: Teller) -> None:
     s.paragraph()
     s.tell("crash", a=a, b=b, crockery=pot)
     if s.rng.random() < 0.7:
-        s.tell("hides", a=a)
-        s.tell("ashamed", a=a)
+        s.tell("hides", a=a, b=b)
+        s.tell("ashamed", a=a, b=b)
     s.maybe(0.5, "where", a=a, b=b, crockery=pot)
     s.tell("confess", a=a, b=b, crockery=pot)
     s.tell("forgive", a=a, b=b)
@@ -432,13 +433,13 @@ def seed(s: Teller) -> None:
     plant = s.pick(words.LISTS["plant"])
     s.tell("wish_plant", a=a, plant=plant)
     s.tell("go", a=a, p="garden")
-    s.tell("plants", a=a)
-    s.maybe(0.7, "bare", a=a)
+    s.tell("plants", a=a, plant=plant)
+    s.maybe(0.7, "bare", a=a, plant=plant)
     s.paragraph()
     s.tell("comes", a=a, b=b)
-    s.maybe(0.7, "patience", a=a, b=b)
-    s.tell("sprout", a=a)
-    s.tell("pest", a=a)
+    s.maybe(0.7, "patience", a=a, b=b, plant=plant)
+    s.tell("sprout", a=a, plant=plant)
+    s.tell("pest", a=a, plant=plant)
     s.tell("tells", a=a, b=b)
     s.tell("offer", b=b)
     s.tell("guard", a=a, b=b)
@@ -480,7 +481,7 @@ def storm(s: Teller) -> None:
     s.tell("storm", b=b)
     s.tell("knock", a=a, b=b)
     s.maybe(0.5, "tells", a=b, b=a)
-    s.tell("invite_in", a=a, b=b)
+    s.tell("invite_in", a=a, b=b, warmth=warmth)
     s.tell("drink", a=a, b=b, warmth=warmth)
     s.paragraph()
     s.tell("repair", a=a, b=b)

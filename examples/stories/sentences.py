@@ -227,7 +227,7 @@ LESSONS = {
     "skill": ("we only need to try again", "everybody falls before they can fly"),
     "quarrel": ("sharing makes everything twice as nice", "taking turns is better than shouting"),
     "helping": ("helping others makes a day beautiful", "nobody is too small to help"),
-    "cake": ("good neighbors are worth more than gold", "a gift made with love is the best gift"),
+    "baking": ("good neighbors are worth more than gold", "a gift made with love is the best gift"),
     "way": ("it is wise to stay on the path", "there is always a light in the dark"),
     "honest": ("the truth is the best way out", "telling the truth makes the heart light"),
     "seed": ("good things take time", "with patience small things become great"),

@@ -8,11 +8,17 @@ def listed(text: str) -> list[str]:
     return text.split()
 
 
-# Few, since every name is one more that a small model must learn to hold on to.
-GIRLS = listed("Mia Lily Anna Zoe Ruby Clara Lucy Ivy Hazel Daisy Molly Luna")
-BOYS = listed("Tom Ben Max Leo Sam Finn Jack Oscar Milo Felix Otto Pip")
+# Few, since every name is one more that a small model must learn to hold on to. Nobody can be friends with a namesake.
+HEROES = {
+    **dict.fromkeys(listed("Mia Lily Anna Zoe Ruby Clara Lucy"), "she"),
+    **dict.fromkeys(listed("Tom Ben Max Leo Sam Finn Jack"), "he"),
+}
+FRIENDS = {
+    **dict.fromkeys(listed("Ivy Hazel Daisy Molly Luna"), "she"),
+    **dict.fromkeys(listed("Oscar Milo Felix Otto Pip"), "he"),
+}
 FAMILY = {"Mama": "she", "Papa": "he", "Grandma": "she", "Grandpa": "he"}
-GENDER = {**dict.fromkeys(GIRLS, "she"), **dict.fromkeys(BOYS, "he"), **FAMILY}
+GENDER = {**HEROES, **FRIENDS, **FAMILY}
 
 CHILDREN = {"girl": "she", "boy": "he"}
 ANIMALS = listed(
