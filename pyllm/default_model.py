@@ -7,7 +7,7 @@ from pathlib import Path
 from pyllm.errors import ModelNotFoundError
 
 # What suits it where the user says nothing: a whole story.
-MAX_TOKENS, TEMPERATURE = 320, 0.6
+MAX_TOKENS, TEMPERATURE = 320, 0.4
 
 
 def default_model() -> Path:
