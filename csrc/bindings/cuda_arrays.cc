@@ -105,7 +105,8 @@ void check_aligned(const DeviceArray& a, const char* name) {
 }
 
 void bind_cuda_arrays(py::module_& module) {
-  py::class_<DeviceArray>(module, "Array", "A view of device memory, which `owner` keeps.")
+  // Of this module alone: the tests load a second build of it, which runs on the host, beside it.
+  py::class_<DeviceArray>(module, "Array", "A view of device memory, which `owner` keeps.", py::module_local())
       .def(py::init(&make_array), py::arg("pointer"), py::arg("shape"), py::arg("dtype"), py::kw_only(),
            py::arg("strides") = py::none(), py::arg("owner") = py::none())
       .def_property_readonly("pointer", [](const DeviceArray& a) { return reinterpret_cast<uintptr_t>(a.data); })
