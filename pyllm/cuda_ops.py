@@ -499,7 +499,7 @@ def refusal(
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
     if spec.is_encoder or spec.encoder is not None:
-        return f"device: expected a decoder on a GPU, got {spec.family}: encoders and encoder-decoders run on the CPU so far"
+        return f"device: expected a decoder on a GPU, got {spec.family}: what encodes runs on the CPU so far"
     return None
 
 

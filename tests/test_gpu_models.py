@@ -10,7 +10,7 @@ from test_cuda_models import (  # noqa: F401
     pair,
     test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch,
     test_decoding_is_replayed_ahead_and_ends_where_it_should,
-    test_every_family_is_what_transformers_computes,
+    test_every_decoder_is_what_transformers_computes,
     test_families_decode_as_on_the_cpu_in_bfloat16,
     test_greedy_tokens_are_the_cpus,
     test_logits_are_the_cpus_within_rounding,
