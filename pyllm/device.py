@@ -8,6 +8,7 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,6 +78,7 @@ class Device:
         self._core = core
         self._stream = core.create_stream()
         self._builder: Any = None  # while a graph is recorded
+        self._collects = True  # whether garbage was collected before it
         self._current = threading.local()
         self._staging: list[NDArray[np.uint8]] = []
         self.name = str(core.name)
@@ -230,12 +232,14 @@ class Device:
     def begin_graph(self) -> None:
         """From here what the stream is given is recorded, not run."""
         self._ready()
+        self._collects = gc.isenabled()
+        gc.disable()  # arrays in cycles that are collected now would be freed by the graph, each time it runs
         self._builder = self._stream.create_graph_builder()
         self._builder.begin_building()
 
     def end_graph(self) -> Any:
         """The graph of what was given since :meth:`begin_graph`, a ``cuda.core`` Graph, ready to run."""
-        builder, self._builder = self._builder, None
+        builder = self._take_builder()
         graph = builder.end_building().complete()
         builder.close()
         graph.upload(self._stream)
@@ -243,8 +247,8 @@ class Device:
 
     def drop_graph(self) -> None:
         """End a recording that failed."""
-        builder, self._builder = self._builder, None
-        if builder is not None:
+        if self.recording:
+            builder = self._take_builder()
             builder.end_building()
             builder.close()
 
@@ -257,6 +261,13 @@ class Device:
         """Run a graph."""
         self._ready()
         graph.launch(self._stream)
+
+    def _take_builder(self) -> Any:
+        """Take the builder: what follows is not recorded any more."""
+        builder, self._builder = self._builder, None
+        if self._collects:
+            gc.enable()
+        return builder
 
     @property
     def _lane(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 
@@ -117,6 +118,23 @@ def test_memory_comes_back_and_its_lack_is_said_with_what_to_do():
         del array
         gpu.synchronize()
         assert gpu.memory()[0] == free
+
+
+def test_what_is_collected_during_a_recording_is_not_freed_by_the_graph(gpu):
+    cycle = [gpu.empty([64], np.float32)]
+    cycle.append(cycle)
+    gpu.synchronize()
+    free = gpu.memory()[0]
+    gpu.begin_graph()
+    del cycle
+    for _ in range(5000):  # more objects than start a collection
+        garbage = []
+        garbage.append(garbage)
+    graph = gpu.end_graph()
+    assert graph.nodes == 0
+    gc.collect()
+    gpu.synchronize()
+    assert gpu.memory()[0] == free + 256
 
 
 def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):
