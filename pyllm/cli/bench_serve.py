@@ -214,11 +214,11 @@ def _running(url: str) -> Iterator[tuple[str, int]]:
 
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 80
-        here = host is not None and is_loopback(address_of(host))
+        host, port = parts.hostname or "", parts.port or 80
+        here = bool(host) and parts.scheme == "http" and parts.path in ("", "/") and is_loopback(address_of(host))
     except (ValueError, OSError):
-        here = False
-    if host is None or not here or parts.scheme != "http" or parts.path not in ("", "/"):
+        host, port, here = "", 0, False
+    if not here:
         raise typer.BadParameter(f"--url: expected a server of this machine, as http://127.0.0.1:8000, got {url!r}.")
     yield host, port
 

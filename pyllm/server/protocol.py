@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -147,7 +148,7 @@ class GenerationBody(Body):
         _at_most("n", self.n, limits.max_n)
         _at_most("stop", len(stops), limits.max_stop_strings, " strings")
         _at_most("stop", max(map(len, stops), default=0), limits.max_stop_chars, " characters each")
-        _at_most("max_tokens", max_tokens, limits.max_tokens)
+        _at_most(self._given_as("max_tokens"), max_tokens, limits.max_tokens)
         values = {name: getattr(self, name) for name in _SAMPLING}
         values = {name: value for name, value in values.items() if value is not None}
         if "seed" in values:
@@ -158,8 +159,16 @@ class GenerationBody(Body):
             values |= {"structured_outputs": wanted} if (wanted := self._structured()) else {}
             return SamplingParams(max_tokens=max_tokens, stop=stops, **values, **more)
         except (ValueError, TypeError) as error:
-            param, colon, _ = str(error).partition(":")
-            raise ApiError(400, str(error), param=param if colon else None) from error
+            name, colon, reason = str(error).partition(":")
+            field, inside = re.match(r"(\w*)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+            if not colon or field not in SamplingParams.__dataclass_fields__:
+                raise ApiError(400, str(error)) from error
+            given = self._given_as(field)
+            raise ApiError(400, f"{given}{inside}:{reason}", param=given) from error
+
+    def _given_as(self, field: str) -> str:
+        """The request's field that became this one of `SamplingParams`."""
+        return "response_format" if field == "structured_outputs" and self.structured_outputs is None else field
 
     def _structured(self) -> StructuredOutputs | None:
         """What the output must match, given in OpenAI's way or in vLLM's."""
@@ -314,8 +323,13 @@ class ChatBody(GenerationBody):
             raise refused("max_tokens", "the same as max_completion_tokens, which is given too: give one of them alone")
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if max_tokens is not None and max_tokens < 1:
-            raise refused("max_tokens", f"expected at least 1, got {max_tokens}")
+            raise refused(self._given_as("max_tokens"), f"expected at least 1, got {max_tokens}")
         return self._params(limits, max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+    def _given_as(self, field: str) -> str:
+        if field == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "top_logprobs" if field == "logprobs" else super()._given_as(field)
 
 
 class EmbeddingBody(Body):
