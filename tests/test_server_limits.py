@@ -323,19 +323,32 @@ def test_an_error_between_steps_ends_what_runs_but_not_the_thread(server: Runnin
     assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
 
 
+@pytest.mark.parametrize("error", [ValueError, PanicError])
 def test_a_fault_of_the_server_is_none_of_the_request(
-    server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     def broken(*given: Any, **more: Any) -> Any:
-        raise ValueError("secret path /root")
+        raise error("secret path /root")
 
-    for owner, name in ((llm.engine, "add"), (llm, "encode")):
+    for owner, name in ((llm.engine, "add"), (llm.engine, "prepare"), (llm, "encode")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken)
-            response = server.client.post("/v1/completions", json={"prompt": "once"})
+            response = server.client.post("/v1/completions", json={"prompt": "once", "bad_words": ["twice"]})
         assert response.status_code == 500 and "secret" not in response.text
         until(lambda: any("secret path" in line.get("error", "") for line in server.log))
         server.log[:] = [line for line in server.log if "error" not in line]
+
+
+def test_what_completions_share_is_made_once(server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, prepare = [], llm.engine.prepare
+
+    def counted(params: SamplingParams) -> Any:
+        made.append(params)
+        return prepare(params)
+
+    monkeypatch.setattr(llm.engine, "prepare", counted)
+    answer = server.post("/v1/completions", prompt=["a", "b"], n=2, bad_words=["once"], max_tokens=2)
+    assert len(answer["choices"]) == 4 and len(made) == 1
 
 
 def test_an_end_that_comes_as_the_thread_looks_for_work_is_seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ class Service:
             shared = await aside(size, lambda: self.llm.engine.prepare(params))
         if params.structured_outputs is not None:
             self.engine.admit(len(prompts) * params.n)
-            compiled = asyncio.wrap_future(self._grammars.submit(self._compiled, params))
+            compiled = asyncio.wrap_future(self._grammars.submit(_calmly, lambda: self._compiled(params)))
             try:
                 shared = await asyncio.wait_for(compiled, deadline - time.monotonic())
             except asyncio.TimeoutError as error:
@@ -174,10 +174,6 @@ class Service:
             return self.llm.engine.prepare(params)
         except ValueError as error:  # what is wrong with the grammar
             raise ApiError(400, str(error), param="structured_outputs") from error
-        except Exception:
-            raise
-        except BaseException as error:  # a panic of an extension, which an event loop would not survive
-            raise RuntimeError("a grammar could not be compiled") from error
 
     def _salt(self, key: bytes, salt: str) -> bytes:
         """What begins the hash chains of a client's cached prompts: others neither share nor guess them."""
@@ -199,4 +195,14 @@ class Service:
 
 async def aside(size: int, job: Callable[[], T]) -> T:
     """The job's result; from a thread where `size`, in characters, says that it may take long."""
-    return job() if size <= _AT_ONCE else await asyncio.to_thread(job)
+    return _calmly(job) if size <= _AT_ONCE else await asyncio.to_thread(_calmly, job)
+
+
+def _calmly(job: Callable[[], T]) -> T:
+    """The job's result; a panic of an extension, which is no `Exception`, is a `RuntimeError`."""
+    try:
+        return job()
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError("an extension panicked: expected a result or an Exception") from error
