@@ -151,6 +151,7 @@ def plan_memory(
     spec = checkpoint.spec
     if prefix and spec.prefix is None:
         spec = replace(spec, prefix=PrefixSpec())
+    _check_length(spec, max_model_len)
     drafts = drafts_per_step(speculative, draft, num_speculative_tokens)
     for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
@@ -283,7 +284,6 @@ def _cache_size(
     spec: ModelSpec, block: int, length: int | None, asked: int | None, sequences: int, room: int
 ) -> tuple[int, int]:
     """Context length and number of blocks: at least one full context, at most what all sequences need."""
-    _check_length(spec, length)
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < block:
             raise ValueError(
@@ -308,7 +308,6 @@ def _encoder_cache_size(
     spec: ModelSpec, length: int | None, asked: int | None, sequences: int, tokens: int
 ) -> tuple[int, int]:
     """Context length and number of blocks of an encoder: those of one step, which takes texts whole."""
-    _check_length(spec, length)
     if asked is not None:
         raise ValueError("kv_cache_bytes: expected None for an encoder, which keeps no keys and values: leave it out")
     return length or spec.max_positions, tokens // BLOCK_TOKENS + min(sequences, tokens)

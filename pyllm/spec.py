@@ -141,8 +141,10 @@ class BlockSpec:
         """Refuse impossible values."""
         require(self.cross is None or not self.placement.is_parallel, "cross attention",
                 "none in a block of parallel parts", self.placement)  # fmt: skip
-        plain = self.cross is None or (not self.cross.causal and self.cross.window is None and not self.cross.qk_norm)
-        require(plain, "cross attention", "one to all of the source, without q/k norm", self.cross)
+        plain = self.cross is None or not (
+            self.cross.causal or self.cross.window or self.cross.qk_norm or self.cross.bias or self.cross.softcap
+        )
+        require(plain, "cross attention", "one to all of the source, without q/k norm, bias or soft cap", self.cross)
         allowed = self.placement is Placement.NORMED or self.residual_scale == 1
         require(allowed and math.isfinite(self.residual_scale), "residual scale",
                 "a finite number, and 1 unless the residual stream is normed", self.residual_scale)  # fmt: skip
@@ -182,6 +184,8 @@ class EmbeddingSpec:
         alone = self.width is not None and not self.projects_sum
         require(not (alone and self.types), "embedding projection", "of the sum where there are token types",
                 "one of the table's row alone")  # fmt: skip
+        require(self.scale == 1 or not (self.types or self.projects_sum), "embedding scale",
+                "1 where there are token types or the sum is projected", self.scale)  # fmt: skip
 
 
 class Pooling(str, Enum):
@@ -299,8 +303,6 @@ class ModelSpec:
         require(e.positions == 0 or e.positions - e.position_offset >= self.max_positions,
                 "rows of the position table", f"0, or at least the context of {self.max_positions} beyond the offset "
                 f"of {e.position_offset}", e.positions)  # fmt: skip
-        require(len({block.attention.causal for block in self.blocks}) == 1, "attention of the blocks",
-                "causal in all of them or in none", "both")  # fmt: skip
         crossed = {block.cross is not None for block in self.blocks}
         require(crossed == {self.encoder is not None}, "cross attention",
                 "one in every block of a decoder with an encoder, else in none", crossed)  # fmt: skip

@@ -73,6 +73,19 @@ def test_families_decode_as_on_the_cpu_in_bfloat16(gpu, name):
     assert agreeing(cpu, mine) >= 4
 
 
+@pytest.mark.parametrize("name", ["chatglm", "glm2021"])
+def test_models_that_count_twice_decode_as_on_the_cpu(gpu, name):
+    with np.load(GOLDEN / name / "expected.npz", allow_pickle=False) as expected:
+        prompt = {"prompt_token_ids": expected["ids"].tolist()}
+    cpu, mine = (
+        LLM(GOLDEN / name, device=device, dtype="float32", skip_tokenizer_init=True).generate(
+            prompt, max_tokens=24, temperature=0, detokenize=False, ignore_eos=True
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert ids(mine) == ids(cpu)
+
+
 def agreeing(cpu, gpu):
     """Number of tokens compared: each output's as far as the two best lie further apart than rounding moves them."""
     compared = 0

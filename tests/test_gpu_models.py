@@ -26,7 +26,11 @@ from pyllm.default_model import default_model
 
 MISSING = device.unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"no GPU to run on: {MISSING}")]
-STORY = ["Once upon a time", "The little dog was very"]
+STORY = [
+    "Once upon a time, there was a shy boy named Finn. He had a yellow scooter and took it everywhere.",
+    "There once was a merry girl named Lily who lived in a hollow tree. Lily had a seed and wanted to grow a tulip.",
+    "Long ago, a quiet boy named Leo lived in a snug little hut. Leo's best friend was a lamb named Ivy.",
+]
 
 
 @pytest.fixture(scope="module")

@@ -233,13 +233,14 @@ def test_two_runs_of_one_seed_are_identical(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
     """SIGKILL at random moments, 20 times; what comes out is what an undisturbed run gives."""
-    train(tmp_path / "whole", steps=120, save_every=1, accumulation=1)[0].run()
+    steps = 600  # more than the fastest machine makes in the second that all kills leave it
+    train(tmp_path / "whole", steps=steps, save_every=1, accumulation=1)[0].run()
     out, script = tmp_path / "killed", HERE / "train_endlessly.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
     rng, kills, finished = random.Random(0), 0, False
     while not finished:
         process = subprocess.Popen(
-            [sys.executable, str(script), str(out)], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(script), str(out), str(steps)], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         first = process.stdout.readline()

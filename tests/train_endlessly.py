@@ -1,4 +1,4 @@
-"""Begin or go on with the run in the folder given; say the first step as soon as it is made, and when all is done."""
+"""Begin or go on with a run in the folder given, of so many steps; say each step as it is made, and the end."""
 
 import sys
 from pathlib import Path
@@ -16,9 +16,9 @@ class Say(Callbacks):
         print("step", report.step, flush=True)
 
 
-out = Path(sys.argv[1])
+out, steps = Path(sys.argv[1]), int(sys.argv[2])
 config = TrainConfig(
-    out, steps=120, save_every=1, accumulation=1, learning_rate=3e-3, warmup_steps=2, dropout=0.1, threads=2
+    out, steps=steps, save_every=1, accumulation=1, learning_rate=3e-3, warmup_steps=2, dropout=0.1, threads=2
 )
 Trainer(TINY, CountedData(), config, callbacks=[Say()], resume=(out / "last").exists()).run()
 print("done", flush=True)

@@ -140,7 +140,7 @@ class Runner:
         room for as many steps `more` after this one."""
         step = self._last
         assert step is not None
-        if self.ops.on_gpu and step.batch.rope_rows is None:
+        if self.ops.on_gpu and step.batch.rope_rows is None and not self._counts_twice:
             while len(self._ahead) <= min(more, AHEAD - 1):
                 self.ops.replay(step.graph)
                 self._ahead.append(self.ops.fetch(step.chosen))

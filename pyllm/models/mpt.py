@@ -13,7 +13,7 @@ from pyllm.spec import Activation, AttentionSpec, BlockSpec, HeadSpec, MlpSpec, 
 from pyllm.weight_names import NameTable, Row
 
 # Of training, or of a choice between kernels.
-_DROPPED = ("emb_pdrop", "embedding_fraction", "init_config", "init_device", "norm_type", "tokenizer_name", "verbose")
+_DROPPED = ("emb_pdrop", "embedding_fraction", "init_config", "init_device", "tokenizer_name", "verbose")
 _ATTENTION_DROPPED = ("attn_impl", "dtype", "is_encoder_decoder")
 
 
@@ -34,6 +34,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     )
     reader.only("expansion_ratio", 4)
     reader.only("no_bias", True)
+    reader.only("norm_type", "low_precision_layernorm", "layernorm")
     reader.only("logit_scale", None)
     reader.get("learned_pos_emb")  # true by default, but there is no table where there are linear biases
     tied = reader.boolean("tie_word_embeddings", default=True)
