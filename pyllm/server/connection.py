@@ -91,7 +91,9 @@ async def read(request: Request, kind: type[B]) -> B:
     if media != "application/json":
         # Pages of other sites can make a browser send anything but this without asking first.
         raise ApiError(415, f"Content-Type: expected application/json, got {media[:100] or 'none'}")
-    too_large = ApiError(413, f"the body is larger than {limits.max_body_bytes} bytes, a limit of this server")
+    too_large = ApiError(
+        413, f"the body: expected at most {limits.max_body_bytes} bytes (a limit of this server), got more: send less"
+    )
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limits.max_body_bytes:
         raise too_large
@@ -107,7 +109,9 @@ async def read(request: Request, kind: type[B]) -> B:
     try:
         body = await asyncio.wait_for(all_of_it(), limits.body_seconds)
     except asyncio.TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from error
+        raise ApiError(
+            408, f"the body: expected all of it within {limits.body_seconds:g} seconds, got a part: send it faster"
+        ) from error
     except ClientDisconnect as error:
         raise ClientGoneError from error
     return await aside(len(body) // _PARSED, lambda: parse(kind, body))

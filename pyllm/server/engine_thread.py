@@ -413,7 +413,10 @@ class EngineThread:
 def late() -> ApiError:
     """The answer to requests whose time is up."""
     return ApiError(
-        503, "the request took longer than this server allows", code="deadline_exceeded", retry_after=RETRY_SECONDS
+        503,
+        "the request took longer than this server allows: ask for fewer tokens, or try again when less is going on",
+        code="deadline_exceeded",
+        retry_after=RETRY_SECONDS,
     )
 
 

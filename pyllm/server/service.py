@@ -61,7 +61,7 @@ class Service:
         if model not in (None, self.model):
             raise ApiError(
                 404,
-                f"model {str(model)[:100]!r} is not served here: {self.model!r} is",
+                f"model: expected {self.model!r}, which is served here, or none, got {str(model)[:100]!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -185,7 +185,9 @@ class Service:
     def _checked(self, field: str, prompt: Prompt) -> Prompt:
         limit = self.limits.max_prompt_tokens
         if limit is not None and len(prompt.ids) > limit:
-            raise refused(field, f"{len(prompt.ids)} tokens, at most {limit} are taken (a limit of this server)")
+            raise refused(
+                field, f"expected at most {limit} tokens (a limit of this server), got {len(prompt.ids)}: shorten it"
+            )
         try:
             self.llm.engine.check_prompt(prompt.ids)
         except PyllmError as error:
