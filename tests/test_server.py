@@ -228,7 +228,7 @@ def test_openai_client(server: Running, client: openai.OpenAI, llm: LLM) -> None
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == said
     assert last.usage is not None and last.usage.completion_tokens <= 8
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
-    with pytest.raises(openai.NotFoundError, match="expected .tiny., which is served here"):
+    with pytest.raises(openai.NotFoundError, match="which is served here"):
         client.completions.create(model="other", prompt="Once")
     with pytest.raises(openai.BadRequestError, match="max_tokens") as caught:
         client.completions.create(model="tiny", prompt="Once", max_tokens=-1)

@@ -184,9 +184,13 @@ def test_a_full_queue_says_when_to_come_back(server: Running, llm: LLM) -> None:
     with slowed(llm, 0.01), ThreadPoolExecutor(6) as crowd:
         running_now = [crowd.submit(server.post, "/v1/completions", **body) for _ in range(6)]
         until(lambda: server.service.engine.open == 6)
-        response = server.client.post("/v1/completions", json=body)
-        assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
-        assert int(response.headers["retry-after"]) > 0
+        for path, unread in (("/v1/completions", body), ("/v1/chat/completions", {"messages": HELLO})):
+            with pytest.MonkeyPatch.context() as patch:  # nothing is read of what cannot be taken
+                patch.setattr(llm, "encode", None)
+                patch.setattr(llm, "chat_prompt", None)
+                response = server.client.post(path, json=unread)
+            assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) > 0
         for one in running_now:
             one.result()
     with pytest.MonkeyPatch.context() as patch:

@@ -35,6 +35,7 @@ async def chat(request: Request) -> Response:
     service.check_model(body.model)
     params = body.sampling_params(service.limits)
     tools = body.offered_tools()
+    service.engine.admit(params.n)  # before the work of reading it
     prompt = await service.chat_prompt(body.conversation(), tools)
     generation = await submit(request, [prompt], params, streamed=bool(body.stream), salt=body.cache_salt)
     form = service.tool_format if tools else None

@@ -122,11 +122,15 @@ class Service:
         values = [value for message in messages for value in message.values()]
         size = sum(len(value) if isinstance(value, str) else _AT_ONCE for value in values)  # calls are of any size
         size += _AT_ONCE if tools else 0
+
+        def read() -> Prompt:
+            made = self.llm.chat_prompt(messages, tools=tools)
+            return self._checked("messages", Prompt(made["prompt_token_ids"], made["prompt"]))
+
         try:
-            made = await aside(size, lambda: self.llm.chat_prompt(messages, tools=tools))
+            return await aside(size, read)
         except PyllmError as error:
             raise api_error(error) from error
-        return self._checked("messages", Prompt(made["prompt_token_ids"], made["prompt"]))
 
     async def submit(
         self,
