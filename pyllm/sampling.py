@@ -240,6 +240,11 @@ class SamplingParams:
         """Whether the most probable token is always chosen."""
         return self.temperature < GREEDY_BELOW
 
+    @functools.cached_property
+    def allowed(self) -> Int32s:
+        """`allowed_token_ids` as the kernel reads them, made once for all completions; none: all are allowed."""
+        return np.array(self.allowed_token_ids or (), np.int32)
+
     @property
     def penalised(self) -> bool:
         """Whether the choice depends on the tokens before it."""
@@ -396,7 +401,7 @@ class SamplingState:
             if name not in ("seed", "position", "stream"):
                 self._row[name] = getattr(params, name)
         self._row["seed"], self._row["stream"] = seed, stream
-        self.allowed = np.array(params.allowed_token_ids or (), np.int32)
+        self.allowed = params.allowed
         self.bias_ids = np.array(list(params.logit_bias), np.int32)
         self.bias_values = np.array(list(params.logit_bias.values()), np.float32)
         self._place: dict[int, int] | None = None  # of a token in the history

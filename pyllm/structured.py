@@ -140,7 +140,9 @@ class Matcher:
 
     def fork(self) -> Matcher:
         """One that goes on by itself from here."""
-        return Matcher(self._matcher.deep_copy(), self._vocabulary, self._cost)
+        with self._cost.counted():
+            twin = self._matcher.deep_copy()
+        return Matcher(twin, self._vocabulary, self._cost)
 
 
 class GrammarCompiler:

@@ -56,11 +56,14 @@ IDLE_TASKS = 2  # of the event loop: the server's own
 
 @dataclass
 class Report:
-    """`slope_kib`: growth of resident memory a request, over the second half; `tasks` of the event loop at the end."""
+    """`health_seconds`: the longest that `/health` took. `slope_kib`: growth of resident memory a request, over the
+    second half; `tasks` of the event loop at the end.
+    """
 
     sent: int = 0
     answered: int = 0
     health_failures: int = 0
+    health_seconds: float = 0.0
     tasks: int = 0
     slope_kib: float = 0.0
     memory: list[tuple[int, int]] = field(default_factory=list)  # (requests sent, KiB resident)
@@ -129,7 +132,9 @@ def _request(server: _Server, rng: random.Random) -> bool:
         return _read_slowly(server, {**body, "stream": True})
     if kind == 3:
         with server.client.stream("POST", "/v1/completions", json={**body, "stream": True, "n": 2}) as response:
-            return response.status_code == 429 or [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+            lines = [line for line in response.iter_lines() if line]
+        ends = sum('"finish_reason":"' in line for line in lines)
+        return response.status_code == 429 or (lines[-1] == "data: [DONE]" and ends == 2)
     if kind == 4:  # in the middle of its prompt
         return _leave(server, {**body, "prompt": [rng.randrange(9, 99) for _ in range(PROMPT_TOKENS)]}, rng)
     if kind == 5:  # in the middle of its body
@@ -138,15 +143,22 @@ def _request(server: _Server, rng: random.Random) -> bool:
         return True
     if kind == 6:
         answer = server.client.post("/v1/completions", json={**body, "structured_outputs": rng.choice(HOSTILE)})
-        return answer.status_code in (200, 400, 429)
+        if answer.status_code == 400:
+            return "structured_outputs" in answer.json()["error"]["message"]
+        return answer.status_code == 429 or len(answer.json()["choices"]) == 1
     if kind == 7:
         wanted = {"temperature": 1, "max_tokens": 40, "structured_outputs": {"regex": "[a-d]{3}"}}
         answer = server.client.post("/v1/completions", json={**body, **wanted})
         found = [choice["text"] for choice in answer.json().get("choices", ())]
         return answer.status_code == 429 or re.fullmatch("[a-d]{3}", *found) is not None
     if kind == 8:
-        return server.client.post("/v1/completions", json={**body, "n": MAX_N}).status_code in (200, 429)
-    return server.client.post("/v1/completions", json={**body, "logprobs": 1}).status_code in (200, 429)
+        answer = server.client.post("/v1/completions", json={**body, "n": MAX_N})
+        return answer.status_code == 429 or [one["index"] for one in answer.json()["choices"]] == list(range(MAX_N))
+    answer = server.client.post("/v1/completions", json={**body, "logprobs": 1})
+    if answer.status_code == 429:
+        return True
+    [choice], usage = answer.json()["choices"], answer.json()["usage"]
+    return len(choice["logprobs"]["token_logprobs"]) == usage["completion_tokens"] <= body["max_tokens"]
 
 
 def _tasks(server: Running) -> int:
@@ -173,13 +185,16 @@ def _read_slowly(server: _Server, body: dict[str, Any]) -> bool:
         while piece := client.recv(2000):
             received += piece
             time.sleep(0.002)
-    return b"[DONE]" in received or received.startswith(b"HTTP/1.1 429")
+    whole = b"[DONE]" in received and received.count(b'"finish_reason":"') == 1 and b'"error"' not in received
+    return whole or received.startswith(b"HTTP/1.1 429")
 
 
 def _watch(server: Running, done: threading.Event, report: Report) -> None:
     with httpx.Client(base_url=server.url) as client:
         while not done.wait(0.05):
+            began = time.monotonic()
             report.health_failures += client.get("/health").status_code != 200
+            report.health_seconds = max(report.health_seconds, time.monotonic() - began)
 
 
 def _resident_kib() -> int:

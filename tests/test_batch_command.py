@@ -115,6 +115,17 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, end: signal.Signals) -> No
     }
 
 
+def test_faults_of_the_server_are_asked_again(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(ask(1) + "\n" + line("refused", {"prompt": "a", "temperature": -1}))
+    fault = {"id": "batch_req_1", "custom_id": "task-1", "response": {"status_code": 500}, "error": None}
+    refusal = {"id": "batch_req_2", "custom_id": "refused", "response": {"status_code": 400}, "error": None}
+    target.write_text(json.dumps(fault) + "\n" + json.dumps(refusal) + "\n")
+    assert pyllm("batch", source, target).returncode == 0
+    *first, again = map(json.loads, target.read_text().splitlines())
+    assert first == [fault, refusal] and again["id"] == "batch_req_1" and again["response"]["status_code"] == 200
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(ask(1))

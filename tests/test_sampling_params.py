@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllm.engine.sampler import BadWords
 from pyllm.sampling import SamplingParams, SamplingState, sample_inputs
 
 NAMES = [f.name for f in dataclasses.fields(SamplingParams)]
@@ -195,3 +196,22 @@ def test_inputs_hold_only_what_is_needed() -> None:
     assert [a.tolist() for a in both.bias] == [[0, 1, 2], [7, 4], [-math.inf, 2.0]]
     assert both.allowed is not None
     assert [a.tolist() for a in both.allowed] == [[0, 0, 2], [4, 5]]
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(map(ord, text))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=6),
+    st.text("ab ", max_size=8),
+)
+def test_bad_words_end_where_their_last_token_would_come(words: list[str], output: str) -> None:
+    spelled = {text for word in words for text in (word, f" {word}")}
+    expected = {ord(text[-1]) for text in spelled if output.endswith(text[:-1])}
+    found = BadWords(words, Letters()).banned(list(map(ord, output)))  # type: ignore[arg-type]
+    assert set(found) == expected

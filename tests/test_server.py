@@ -149,6 +149,25 @@ def test_echoed_log_probabilities_are_those_of_score(server: Running, llm: LLM) 
     assert logprobs == again.logprobs[-9:]
 
 
+def test_an_echoed_prompt_without_text_is_told_of_once(server: Running, llm: LLM) -> None:
+    [end] = llm.engine.end_ids
+    body = {"prompt": [end], "echo": True, "logprobs": 0, "max_tokens": 3, "ignore_eos": True}
+    body["logit_bias"] = {str(end): 100}
+    pieces = events(server, "/v1/completions", **body)
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == ""
+    assert sum(len(piece["choices"][0]["logprobs"]["tokens"]) for piece in pieces) == 1 + 3
+
+
+def test_completions_with_echoed_log_probabilities_share_their_prompt(server: Running, llm: LLM) -> None:
+    body = {"prompt": "share this beginning, all of you: " * 4, "echo": True, "logprobs": 0, "max_tokens": 2, "seed": 4}
+    before = llm.stats.cached_tokens
+    first, *others = server.post("/v1/completions", **body, n=3)["choices"]
+    assert llm.stats.cached_tokens - before >= 2 * 32
+    known = len(first["logprobs"]["tokens"]) - 2
+    for other in others:
+        assert other["logprobs"]["token_logprobs"][:known] == first["logprobs"]["token_logprobs"][:known]
+
+
 def test_stop_strings_over_several_tokens_cut_exactly(server: Running, llm: LLM) -> None:
     text = alone(llm, "Once", temperature=0, max_tokens=40, ignore_eos=True).outputs[0].text
     whole = [i for i in range(8, len(text) - 3) if "�" not in text[i : i + 3] and len(llm.encode(text[i : i + 3])) > 1]
@@ -209,7 +228,7 @@ def test_openai_client(server: Running, client: openai.OpenAI, llm: LLM) -> None
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == said
     assert last.usage is not None and last.usage.completion_tokens <= 8
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
-    with pytest.raises(openai.NotFoundError, match="not served here"):
+    with pytest.raises(openai.NotFoundError, match="which is served here"):
         client.completions.create(model="other", prompt="Once")
     with pytest.raises(openai.BadRequestError, match="max_tokens") as caught:
         client.completions.create(model="tiny", prompt="Once", max_tokens=-1)

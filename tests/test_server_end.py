@@ -14,10 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 import tiny_model
 from serving import raw_request, running, until
 
 from pyllm import LLM
+from pyllm.errors import PyllmError
+from pyllm.server.limits import Limits
+from pyllm.server.run import serve
+from pyllm.server.service import Service
 
 
 def test_a_soak_leaves_nothing_behind(tiny_folder: Path) -> None:
@@ -27,6 +32,7 @@ def test_a_soak_leaves_nothing_behind(tiny_folder: Path) -> None:
     requests = int(os.environ.get("PYLLM_SOAK", "100"))
     report = soak(tiny_folder, requests, warm_up=2000 if requests >= 1000 else 0)
     assert report.answered == report.sent and report.health_failures == 0 and report.tasks <= IDLE_TASKS
+    assert report.health_seconds < 3  # 0.015 at most in 300 requests, on two cores
     if report.sent >= 1000:
         assert report.slope_kib < 0.5, report.memory  # for each request, over the second half: noise
 
@@ -115,6 +121,31 @@ def test_a_second_signal_does_not_wait_for_the_step_under_way(tiny_folder: Path)
         server.thread.join(10)
         assert not server.thread.is_alive()
         assert server.service.engine.open == 0
+
+
+def test_the_drain_ends_for_clients_that_neither_send_nor_read(tiny_folder: Path) -> None:
+    with (
+        running(LLM(tiny_folder, threads=1), Limits(drain_seconds=0.2)) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as silent,
+    ):
+        silent.sendall(raw_request({"prompt": "once"}, of=0.5))
+        until(lambda: len(server.server.server_state.tasks) == 1)
+        began = time.monotonic()
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(20)
+        assert not server.thread.is_alive() and time.monotonic() - began < 6  # uvicorn's own wait is 10
+
+
+def test_what_does_not_start_does_not_serve(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("can't start new thread")
+
+    service = Service(LLM(tiny_folder, threads=1), "tiny", Limits(), (), lambda line: None)
+    monkeypatch.setattr(service.engine, "start", broken)
+    ready: list[int] = []
+    with pytest.raises(PyllmError, match="did not start"):
+        serve(service, "127.0.0.1", 0, lambda at, port: ready.append(port))
+    assert not ready
 
 
 def test_an_address_in_use_and_a_wide_one_are_told(tiny_folder: Path) -> None:

@@ -17,12 +17,15 @@ from typing import Any
 import httpx
 import pytest
 import tiny_model
+from pydantic import ValidationError
 from serving import JSON, Running, raw_request, running, slowed, until
 
 from pyllm import LLM, SamplingParams
 from pyllm.cli import main
 from pyllm.server.app import ROUTES
+from pyllm.server.errors import ApiError
 from pyllm.server.limits import Limits
+from pyllm.server.protocol import CompletionBody, parse
 
 LIMITS = Limits(
     max_body_bytes=4096,
@@ -88,7 +91,8 @@ def server(shared: Running) -> Iterator[Running]:
         ({"seed": 1.5}, "seed"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"logit_bias": {"x": 1}}, "logit_bias key"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"logit_bias": {"99999999": 1}}, None),
         ({"prompt_logprob": 1}, "prompt_logprob"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
@@ -114,6 +118,10 @@ def test_what_a_completion_may_not_ask(server: Running, body: dict[str, Any], pa
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 65}, "max_completion_tokens"),
+        ({"max_completion_tokens": 1, "min_tokens": 2}, "min_tokens"),
         ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
         ({"tools": [TOOL]}, "tools"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
@@ -131,6 +139,24 @@ def test_what_a_chat_may_not_ask(server: Running, body: dict[str, Any], param: s
 def test_bodies_that_are_no_json(server: Running, raw: bytes) -> None:
     response = server.client.post("/v1/completions", content=raw, headers=JSON)
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [1.5] * 9999},
+        {"prompt": [[1.5] * 9999]},
+        {"prompt": "x", "stop": [1] * 9999},
+        {"prompt": "x", "logit_bias": {str(i): "x" for i in range(9999)}},
+        {"prompt": "x", **{f"field{i}": i for i in range(9999)}},
+        {"prompt": "x", "structured_outputs": {f"field{i}": i for i in range(9999)}},
+    ],
+)
+def test_of_many_faults_in_a_body_few_are_looked_at(body: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(CompletionBody, json.dumps(body).encode())
+    cause = refused.value.__cause__
+    assert refused.value.status == 400 and isinstance(cause, ValidationError) and cause.error_count() < 10
 
 
 def test_routes_methods_and_media(server: Running) -> None:
@@ -158,12 +184,18 @@ def test_a_full_queue_says_when_to_come_back(server: Running, llm: LLM) -> None:
     with slowed(llm, 0.01), ThreadPoolExecutor(6) as crowd:
         running_now = [crowd.submit(server.post, "/v1/completions", **body) for _ in range(6)]
         until(lambda: server.service.engine.open == 6)
-        response = server.client.post("/v1/completions", json=body)
-        assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
-        assert int(response.headers["retry-after"]) > 0
+        for path, unread in (("/v1/completions", body), ("/v1/chat/completions", {"messages": HELLO})):
+            with pytest.MonkeyPatch.context() as patch:  # nothing is read of what cannot be taken
+                patch.setattr(llm, "encode", None)
+                patch.setattr(llm, "chat_prompt", None)
+                response = server.client.post(path, json=unread)
+            assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) > 0
         for one in running_now:
             one.result()
-    assert "more than this server" in server.refusal("/v1/completions", 400, prompt=["a"] * 7)["message"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "encode", None)  # nothing is read of what cannot be taken
+        assert "at most 6 completions" in server.refusal("/v1/completions", 400, prompt=["a"] * 7)["message"]
 
 
 def test_too_many_requests_at_a_time(llm: LLM) -> None:
@@ -259,8 +291,14 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(tiny_folder: Path, 
         assert server.log[-1]["finish_reasons"] == ["abort"]
 
 
-@pytest.mark.parametrize("error", [OSError, ValueError])
-def test_a_failing_step_ends_its_requests_and_nothing_else(server: Running, llm: LLM, error: type[Exception]) -> None:
+class PanicError(BaseException):
+    """As extensions written in Rust raise it."""
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, PanicError])
+def test_a_failing_step_ends_its_requests_and_nothing_else(
+    server: Running, llm: LLM, error: type[BaseException]
+) -> None:
     step = llm.engine.step
 
     def broken() -> None:
@@ -287,6 +325,52 @@ def test_an_error_between_steps_ends_what_runs_but_not_the_thread(server: Runnin
         server.service.engine.command(broken)
         assert running.result(10).status_code == 500
     assert server.post("/v1/completions", prompt="once", max_tokens=2)["choices"]
+
+
+@pytest.mark.parametrize("error", [ValueError, PanicError])
+def test_a_fault_of_the_server_is_none_of_the_request(
+    server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def broken(*given: Any, **more: Any) -> Any:
+        raise error("secret path /root")
+
+    for owner, name in ((llm.engine, "add"), (llm.engine, "prepare"), (llm, "encode")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            response = server.client.post("/v1/completions", json={"prompt": "once", "bad_words": ["twice"]})
+        assert response.status_code == 500 and "secret" not in response.text
+        until(lambda: any("secret path" in line.get("error", "") for line in server.log))
+        server.log[:] = [line for line in server.log if "error" not in line]
+
+
+def test_what_completions_share_is_made_once(server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, prepare = [], llm.engine.prepare
+
+    def counted(params: SamplingParams) -> Any:
+        made.append(params)
+        return prepare(params)
+
+    monkeypatch.setattr(llm.engine, "prepare", counted)
+    answer = server.post("/v1/completions", prompt=["a", "b"], n=2, bad_words=["once"], max_tokens=2)
+    assert len(answer["choices"]) == 4 and len(made) == 1
+
+
+def test_an_end_that_comes_as_the_thread_looks_for_work_is_seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(llm) as server:
+        thread, seen = server.service.engine, threading.Event()
+        clear = thread._wake.clear
+
+        def late() -> None:
+            thread._stopping = True
+            thread._wake.set()
+            clear()
+            seen.set()
+
+        monkeypatch.setattr(thread._wake, "clear", late)
+        thread._wake.set()
+        assert seen.wait(10)
+        thread._thread.join(10)
+        assert not thread._thread.is_alive()
 
 
 def test_a_broken_model_is_an_error_of_the_server(tmp_path: Path) -> None:
@@ -369,6 +453,39 @@ def test_requests_that_name_another_host_are_refused(llm: LLM, keys: tuple[str, 
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--allowed-hosts", "a.example:80"), "without a port"),
+        (("--allowed-hosts", "::1"), "without a port"),
+        (("--max-seconds", "inf"), "finite"),
+        (("--drain-seconds", "inf"), "finite"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", *options])
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_loopback_is_told_by_the_address(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr("pyllm.server.run.serve", lambda *given: made.append(given) or signal.SIGTERM)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    for address, warned in (("127.0.0.3", False), ("192.0.2.1", True)):
+        known = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="0"):
+            patch.setattr(socket, "getaddrinfo", lambda *given, known=known: known)
+            main(["serve", "-m", str(tiny_folder), "--host", "localhost"])
+        service, bound, *_ = made.pop()
+        assert bound == address and bool(service.hosts) is not warned
+        assert ("no --api-key" in capsys.readouterr().err) is warned
+
+
+@pytest.mark.parametrize(
     ("options", "hosts"),
     [
         ((), {"localhost", "127.0.0.1", "[::1]"}),
@@ -393,13 +510,13 @@ def test_hosts_are_checked_where_a_page_could_reach_the_server(
 
 def test_a_grammar_that_takes_long_holds_nobody_up(server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
-    gate, make = threading.Event(), llm.engine.matcher
+    gate, make = threading.Event(), llm.engine.prepare
 
     def slow(params: SamplingParams) -> Any:
         assert params.structured_outputs is None or gate.wait(10)
         return make(params)
 
-    monkeypatch.setattr(llm.engine, "matcher", slow)
+    monkeypatch.setattr(llm.engine, "prepare", slow)
     with ThreadPoolExecutor(1) as crowd:
         body = {"prompt": "once", "structured_outputs": {"choice": ["yes"]}}
         held = crowd.submit(server.post, "/v1/completions", **body)
@@ -408,6 +525,38 @@ def test_a_grammar_that_takes_long_holds_nobody_up(server: Running, llm: LLM, mo
         assert not held.done()
         gate.set()
         assert held.result(10)["choices"][0]["text"] == "yes"
+
+
+def test_a_grammar_is_compiled_for_those_alone_who_wait_for_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    gate, entered, make = threading.Event(), threading.Event(), llm.engine.prepare
+    compiled: list[str] = []
+
+    def slow(params: SamplingParams) -> Any:
+        if params.structured_outputs is not None:
+            compiled.append(str(params.structured_outputs.regex))
+            entered.set()
+            assert gate.wait(10)
+        return make(params)
+
+    monkeypatch.setattr(llm.engine, "prepare", slow)
+    with running(llm, Limits(max_seconds=0.5)) as server, ThreadPoolExecutor(1) as crowd:
+        late = crowd.submit(server.client.post, "/v1/completions", json=grammar("first"))
+        assert entered.wait(10)
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(raw_request(grammar("second")))
+            until(lambda: server.service._grammars._work_queue.qsize() == 1)
+        until(lambda: any(line["status"] == 499 for line in server.log))
+        answer = late.result(10)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "deadline_exceeded"
+        gate.set()
+        until(lambda: server.service._grammars._work_queue.qsize() == 0)
+        server.post("/v1/completions", **grammar("third"))
+    assert compiled == ["first", "third"]
+
+
+def grammar(regex: str) -> dict[str, Any]:
+    return {"prompt": "once", "structured_outputs": {"regex": regex}}
 
 
 def test_no_answer_repeats_the_host_header(server: Running) -> None:

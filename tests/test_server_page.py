@@ -155,9 +155,16 @@ def test_a_conversation(server: Running, tmp_path: Path) -> None:
         page.run("document.getElementById('top_p').value = 2")
         page.send("too much")
         until(lambda: page.run("document.querySelectorAll('.error').length") == 1)
-        assert "top_p" in page.said[-1]
-        page.run("document.getElementById('fresh').click()")
-        assert page.said == []
+        assert "top_p" in page.said[-1] and "too much" not in page.said
+        assert page.run("document.getElementById('prompt').value") == "too much"  # to be sent again
+        assert page.run("messages.at(-1).role") == "assistant"
+        page.run("document.getElementById('top_p').value = document.getElementById('prompt').value = ''")
+        with slowed(server.llm, 0.05):
+            page.send("Who was she?")
+            until(lambda: len(page.said) == 7 and bool(page.said[6]))
+            page.run("document.getElementById('fresh').click()")
+            until(lambda: page.run("running === null"))
+        assert page.said == [] and page.run("messages.length") == 0  # nothing of the old answer is in the new one
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

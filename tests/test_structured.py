@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from pyllm import LLM, SamplingParams, StructuredOutputs
 from pyllm.cache import KVCache
 from pyllm.cli import main
+from pyllm.engine.sampler import Shared
 from pyllm.errors import RequestError
 from pyllm.structured import MAX_GRAMMAR_BYTES, GrammarCompiler, Matcher
 from pyllm.tokenizer import Tokenizer
@@ -242,14 +243,14 @@ def test_what_a_grammar_may_cost_grows_with_its_tokens(llm: LLM, monkeypatch: py
     wanted = params(regex="[a-z]{30}")
     with pytest.raises(ValueError, match=r"structured_outputs: it is too costly to match: 0\.0 s for 0 tokens"):
         llm.generate("x", wanted)  # compiling counts
-    compiled = llm.engine.matcher  # of what the first mask and compiling took nothing is counted here
+    compiled = llm.engine.prepare  # of what the first mask and compiling took nothing is counted here
 
-    def free(given: SamplingParams) -> Matcher | None:
+    def free(given: SamplingParams) -> Shared:
         with monkeypatch.context() as patch:
             patch.setattr("pyllm.structured._SECONDS", 1.0)
             return compiled(given)
 
-    monkeypatch.setattr(llm.engine, "matcher", free)
+    monkeypatch.setattr(llm.engine, "prepare", free)
     with pytest.raises(RequestError, match="cannot go on after 0 tokens: it is too costly to match"):
         llm.generate("x", wanted)
     assert llm.engine.idle

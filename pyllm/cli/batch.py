@@ -6,14 +6,14 @@ import asyncio
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pyllm.cli import FAILED, INTERRUPTED, OK
 from pyllm.cli import options as o
 from pyllm.cli.inputs import load
-from pyllm.cli.output import be_quiet, complain, note, progress_bar
+from pyllm.cli.output import be_quiet, complain, log_json, note, progress_bar
 from pyllm.cli.serve import embedding_of, missing_extra, served_name
 
 if TYPE_CHECKING:
@@ -74,7 +74,12 @@ def batch(
     )
     limits = Limits(max_queue=sys.maxsize, max_requests=sys.maxsize, max_seconds=float("inf"))
     name = served_model_name or served_name(model)
-    service = Service(llm, name, limits, (), lambda line: None, embedding_of(llm.folder, pooling, normalize))
+
+    def log(line: dict[str, Any]) -> None:
+        if "error" in line:  # the server's own faults, with their tracebacks
+            log_json(line)
+
+    service = Service(llm, name, limits, (), log, embedding_of(llm.folder, pooling, normalize))
     began = time.monotonic()
     try:
         with progress_bar("answering") as bar:

@@ -210,12 +210,15 @@ def _compare(
 @contextmanager
 def _running(url: str) -> Iterator[tuple[str, int]]:
     """Host and port of a URL of this machine."""
+    from pyllm.server.run import address_of
+
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
-        host, port = None, 0
-    if host is None or parts.scheme != "http" or parts.path not in ("", "/") or not is_loopback(host):
+        host, port = parts.hostname or "", parts.port or 80
+        here = bool(host) and parts.scheme == "http" and parts.path in ("", "/") and is_loopback(address_of(host))
+    except (ValueError, OSError):
+        host, port, here = "", 0, False
+    if not here:
         raise typer.BadParameter(f"--url: expected a server of this machine, as http://127.0.0.1:8000, got {url!r}.")
     yield host, port
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import logging
+import math
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pyllm.pooling import EmbeddingRule
     from pyllm.server.limits import Limits
 
+_PORT = re.compile(r":[0-9]*\Z")
 _NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
 
@@ -122,12 +125,23 @@ def serve(
         complain(f"pyllm serve needs the package {missing}: pip install 'pyllm[serve]'")
         return FAILED
     from pyllm.server.limits import Limits
+    from pyllm.server.run import address_of
     from pyllm.server.run import serve as run
     from pyllm.server.service import Service
 
     keys = api_key or []
     if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise typer.BadParameter("--api-key: expected printable ASCII without spaces.")
+    for name in allowed_hosts or ():
+        if _PORT.search(name):
+            raise typer.BadParameter(
+                f"--allowed-hosts: expected a name without a port (IPv6 addresses in brackets), got {name!r}."
+            )
+    seconds = {"--max-seconds": max_seconds, "--body-seconds": body_seconds, "--drain-seconds": drain_seconds}
+    for flag, value in seconds.items():
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"{flag}: expected a finite number of seconds, got {value}.")
+    address = address_of(host)
     limits: Limits = Limits(
         **present(
             {
@@ -146,7 +160,7 @@ def serve(
             }
         )
     )
-    if not keys and not is_loopback(host):
+    if not keys and not is_loopback(address):
         note(f"pyllm: warning: {host} is open to others and no --api-key is set: whoever reaches it can use the model")
     llm = load(
         model,
@@ -181,9 +195,9 @@ def serve(
             keys,
             log_json,
             embedding_of(llm.folder, pooling, normalize),
-            _hosts(allowed_hosts or (), host, bool(keys)),
+            _hosts(allowed_hosts or (), host, address, bool(keys)),
         ),
-        host,
+        address,
         port,
         lambda at, number: note(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{number}"),
     )
@@ -202,13 +216,13 @@ def embedding_of(folder: Path, pooling: str | None, normalize: bool | None) -> E
     return embedding_rule(folder, pooling, normalize) if pooling is not None or says_how(folder) else None
 
 
-def _hosts(given: Sequence[str], host: str, keys: bool) -> tuple[str, ...]:
-    """Names by which requests may call a server at `host`; none where any will do.
+def _hosts(given: Sequence[str], host: str, address: str, keys: bool) -> tuple[str, ...]:
+    """Names by which requests may call a server at `host`, which is that `address`; none where any will do.
 
     Without keys, one that only this machine reaches must be called so: pages of others could reach it through a browser
     here by a name of their own.
     """
-    if "*" in given or (not given and (keys or not is_loopback(host))):
+    if "*" in given or (not given and (keys or not is_loopback(address))):
         return ()
     return ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *given)
 
@@ -230,11 +244,6 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches that IP address."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -14,7 +14,7 @@ from pyllm.engine.beam import BeamSearch, best_next, check_beams
 from pyllm.engine.outputs import DraftCounts, Logprob
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
-from pyllm.engine.sampler import Chosen, RowState, Sampler
+from pyllm.engine.sampler import BadWords, Chosen, RowState, Sampler, Shared
 from pyllm.engine.scheduler import Scheduler, Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
@@ -25,7 +25,7 @@ from pyllm.generation_config import GenerationConfig
 from pyllm.ops import F32
 from pyllm.pooling import KeptStates, Pool
 from pyllm.sampling import SamplingParams
-from pyllm.structured import GrammarCompiler, Matcher
+from pyllm.structured import GrammarCompiler
 from pyllm.tokenizer import Tokenizer
 
 
@@ -104,7 +104,7 @@ class Engine:
         salt: bytes = b"",
         pool: Pool | KeptStates | None = None,
         types: Seq[int] | None = None,
-        matcher: Matcher | None = None,
+        shared: Shared | None = None,
         prefix: int | None = None,
         target_ids: Seq[int] = (),
     ) -> Request:
@@ -116,7 +116,7 @@ class Engine:
 
         Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. The hidden states of
         the prompt's tokens, after the final norm, go to `pool`; which an encoder must be given, as it generates
-        nothing. `types` tell which text of a pair each token belongs to. `matcher` is what `matcher()` gave for the
+        nothing. `types` tell which text of a pair each token belongs to. `shared` is what `prepare` gave for the
         parameters; None: it is made here.
 
         Where the model has a bidirectional prefix, its length is `prefix`, or by default what the model says of the
@@ -140,7 +140,7 @@ class Engine:
         seen = len(prompt_ids) if self.encodes else 0 if rule is None else self.prefix_length(prompt_ids, prefix)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
-        matcher = self.matcher(params) if matcher is None else matcher
+        shared = self.prepare(params) if shared is None else shared
         request = Request(str(next(self._names)), prompt, list(given), params)
         request.source = source
         if request.prompt_logprobs is not None:
@@ -154,16 +154,16 @@ class Engine:
             rule.check(prompt_ids, generates=limit > 0)
         ends = () if params.ignore_eos else self.end_ids
         for index in range(params.n):
-            share = params.prompt_logprobs is None and pool is None and self.scheduler.share_prefixes
+            scored = params.prompt_logprobs is not None and index == 0  # the first gives those of all
+            share = not scored and pool is None and self.scheduler.share_prefixes
             sequence = Sequence(prompt_ids, limit, share, salt, seen, types, source)
             detokenizer = None
             if self.tokenizer is not None and params.detokenize:
                 detokenizer = self.tokenizer.stream(params.skip_special_tokens, prompt_ids)
             text = CompletionText(detokenizer, params.stop, params.include_stop_str_in_output)
             forced = self._forced(params)
-            sequence.draftable = matcher is None
-            own = None if matcher is None else matcher.fork()
-            row = RowState(params, seed, index, prompt_ids, vocabulary, self.tokenizer, ends, limit, forced, own)
+            sequence.draftable = shared.matcher is None
+            row = RowState(params, seed, index, prompt_ids, vocabulary, ends, limit, forced, shared)
             request.completions.append(Completion(request, index, sequence, text, row, ends))
         request.running = len(request.completions)
         started = request.completions
@@ -176,17 +176,18 @@ class Engine:
             self.scheduler.add(completion.sequence)
         return request
 
-    def matcher(self, params: SamplingParams) -> Matcher | None:
-        """At the beginning of the grammar that parameters ask for; None where they ask for none.
+    def prepare(self, params: SamplingParams) -> Shared:
+        """What all completions with these parameters share: the beginning of their grammar, and their bad words.
 
-        Takes its time, the first one for the model's vocabulary too, and may run in a thread of its own, beside steps.
-        Raises `ValueError` for a grammar that cannot be used, `RequestError` where none can.
+        A grammar takes its time, the first one for the model's vocabulary too: this may run in a thread of its own,
+        beside steps. Raises `ValueError` for a grammar that cannot be used, `RequestError` where none can.
         """
+        bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
         if params.structured_outputs is None:
-            return None
+            return Shared(None, bad_words)
         if self._grammars is None:
             self._grammars = GrammarCompiler(self.tokenizer, self.runner.model.spec.vocab_size, self.end_ids)
-        return self._grammars.compile(params.structured_outputs)
+        return Shared(self._grammars.compile(params.structured_outputs), bad_words)
 
     def _forced(self, params: SamplingParams) -> tuple[int | None, int | None]:
         """First and last token of an output: as asked for, or as the model's folder says, but not where a grammar
@@ -514,10 +515,6 @@ class Engine:
         """Raise `RequestError` for a prompt, or token types, that cannot be run."""
         if not len(prompt_ids):
             raise RequestError("the prompt is empty: expected at least one token (text, or a start token of the model)")
-        vocabulary = self.runner.model.spec.vocab_size
-        for i, token in enumerate(prompt_ids):
-            if not 0 <= token < vocabulary:
-                raise RequestError(f"prompt token {i}: expected an id in [0, {vocabulary}), got {token}")
         if self.runner.model.encoder is not None:
             self._check_source(prompt_ids)
         elif len(prompt_ids) > self.max_length:
@@ -525,6 +522,10 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
             )
+        vocabulary = self.runner.model.spec.vocab_size
+        for i, token in enumerate(prompt_ids):
+            if not 0 <= token < vocabulary:
+                raise RequestError(f"prompt token {i}: expected an id in [0, {vocabulary}), got {token}")
         if types is None:
             return
         known = self.runner.model.spec.embedding.types

@@ -17,6 +17,38 @@ from pyllm.structured import Matcher
 from pyllm.tokenizer import Tokenizer
 
 
+class BadWords:
+    """Token sequences that must not be generated: each bad word, at the start of a text and after a space."""
+
+    def __init__(self, words: Sequence[str], tokenizer: Tokenizer | None) -> None:
+        """Raises `RequestError` where there is no tokenizer."""
+        if tokenizer is None:
+            raise RequestError("bad_words need a tokenizer; this model was loaded with skip_tokenizer_init")
+        self._alone: list[int] = []  # words of one token
+        self._begun: dict[int, list[list[int]]] = {}  # the others, by the last token but one
+        texts = dict.fromkeys(text for word in words for text in (word, f" {word.lstrip()}"))
+        for word in dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts):
+            if len(word) == 1:
+                self._alone.append(word[0])
+            elif word:
+                self._begun.setdefault(word[-2], []).append(list(word))
+
+    def banned(self, output: Sequence[int]) -> list[int]:
+        """Tokens that would end a bad word after this output."""
+        begun = self._begun.get(output[-1], ()) if output else ()
+        return [*self._alone, *(word[-1] for word in begun if list(output[1 - len(word) :]) == word[:-1])]
+
+
+class Shared(NamedTuple):
+    """What a request's parameters become once, for all its prompts and completions; made by `Engine.prepare`.
+
+    A `matcher` at the beginning of its grammar, and its bad words.
+    """
+
+    matcher: Matcher | None = None
+    bad_words: BadWords | None = None
+
+
 class RowState(SamplingState):
     """What choosing the next token of one completion depends on, beside its logits."""
 
@@ -27,35 +59,33 @@ class RowState(SamplingState):
         index: int,
         prompt: Sequence[int],
         vocab: int,
-        tokenizer: Tokenizer | None,
         end_ids: Sequence[int],
         most: int,
         forced: tuple[int | None, int | None] = (None, None),
-        matcher: Matcher | None = None,
+        shared: Shared = Shared(),  # noqa: B008 immutable
     ) -> None:
         """State before the first of `most` output tokens; the first and the last of these may be `forced`.
 
-        `prompt` is what penalties and n-grams count besides the output; `matcher` says which tokens may come.
+        `prompt` is what penalties and n-grams count besides the output; `shared` with the request's other completions.
         """
-        for where, ids in (
-            ("logit_bias", params.logit_bias),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("forced_bos_token_id, forced_eos_token_id", [token for token in forced if token is not None]),
+        for where, largest in (
+            ("logit_bias", max(params.logit_bias, default=0)),
+            ("allowed_token_ids", params.allowed.max(initial=0)),
+            ("forced_bos_token_id, forced_eos_token_id", max((token for token in forced if token), default=0)),
         ):
-            for token in ids:
-                if token >= vocab:
-                    raise RequestError(
-                        f"{where}: expected token ids below {vocab}, the size of the vocabulary, got {token}"
-                    )
+            if largest >= vocab:
+                raise RequestError(
+                    f"{where}: expected token ids below {vocab}, the size of the vocabulary, got {largest}"
+                )
         super().__init__(params, prompt, seed, index)
         self.params = params
         self._output: list[int] = []
         self._ends = sorted({*end_ids, *(i for i in params.stop_token_ids if i < vocab)})
-        self._bad_words = _bad_words(params, tokenizer)
+        self._bad_words = shared.bad_words
         self._ngrams = NgramBans(params.no_repeat_ngram_size, prompt) if params.no_repeat_ngram_size else None
         self._most, self._forced = most, forced
-        self.matcher = matcher
-        bans = self._bad_words or params.min_tokens or self._ngrams or matcher
+        self.matcher = None if shared.matcher is None else shared.matcher.fork()
+        bans = self._bad_words or params.min_tokens or self._ngrams or self.matcher
         self.unchanged = self.plain and not bans and forced == (None, None)  # the logits decide as they are
         self.plain = self.unchanged and params.logprobs is None and params.num_beams == 1
 
@@ -89,10 +119,8 @@ class RowState(SamplingState):
         if self.forced() is not None:
             return []
         banned = list(self._ends) if len(self._output) < self.params.min_tokens else []
-        for word in self._bad_words:
-            begun = len(word) - 1
-            if len(self._output) >= begun and self._output[len(self._output) - begun :] == word[:-1]:
-                banned.append(word[-1])
+        if self._bad_words is not None:
+            banned.extend(self._bad_words.banned(self._output))
         if self._ngrams is not None:
             banned.extend(self._ngrams.banned())
         return banned
@@ -173,18 +201,3 @@ class Sampler:
 def _first(entry: dict[int, Logprob], top: int) -> dict[int, Logprob]:
     """The chosen token and those of rank `top` or better."""
     return {token: value for i, (token, value) in enumerate(entry.items()) if i == 0 or value.rank <= top}
-
-
-def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """Token sequences of the bad words, at the start of a text and after a space."""
-    if not params.bad_words:
-        return []
-    if tokenizer is None:
-        raise RequestError("bad_words need a tokenizer; this model was loaded with skip_tokenizer_init")
-    words: list[list[int]] = []
-    for word in params.bad_words:
-        for text in (word, f" {word.lstrip()}"):
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if ids and ids not in words:
-                words.append(ids)
-    return words

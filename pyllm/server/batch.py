@@ -2,7 +2,7 @@
 without a network.
 
 Each line of the output is written whole as soon as its answer is there, and carries the number of its line of the
-input: a run that was ended goes on with the lines that have no answer yet.
+input: a run that was ended goes on with the lines that have no answer yet, or one that was the server's own fault.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pyllm.server.app import make_app
 from pyllm.server.service import Service
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+FAULTS = 500  # answers of this status and above are not the request's fault: another run asks again
 _ENVELOPE = 1 << 16  # bytes of a line beside the request's body
 
 
@@ -179,7 +180,8 @@ def _answers(target: Path) -> IO[bytes]:
 
 
 def _done(out: IO[bytes], target: Path) -> dict[str, str | None]:
-    """Ids of the answers that are there, with their custom_id; a last line that was not written whole is cut off."""
+    """Ids of the answers that are there, with their custom_id, but for faults of the run that gave them; a last line
+    that was not written whole is cut off."""
     done: dict[str, str | None] = {}
     out.seek(0)
     end = 0
@@ -190,7 +192,9 @@ def _done(out: IO[bytes], target: Path) -> dict[str, str | None]:
         end += len(line)
         try:
             answer = json.loads(line)
-            done[answer["id"]] = answer["custom_id"]
+            status = answer["response"]["status_code"] if answer["response"] is not None else 0
+            if status < FAULTS:
+                done[answer["id"]] = answer["custom_id"]
         except (ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{target}: holds something else than answers of a batch: give another file") from error
     out.seek(0, os.SEEK_END)

@@ -17,11 +17,11 @@ from pyllm.server.connection import (
     EventStream,
     ended_well,
     event,
-    facts_of,
     finish,
     read,
     reply,
     service_of,
+    submit,
 )
 from pyllm.server.engine_thread import Generation
 from pyllm.server.protocol import ChatBody
@@ -35,15 +35,9 @@ async def chat(request: Request) -> Response:
     service.check_model(body.model)
     params = body.sampling_params(service.limits)
     tools = body.offered_tools()
+    service.engine.admit(params.n)  # before the work of reading it
     prompt = await service.chat_prompt(body.conversation(), tools)
-    generation = await service.submit(
-        [prompt],
-        params,
-        streamed=bool(body.stream),
-        key=request.scope.get("pyllm.key", b""),
-        salt=body.cache_salt,
-    )
-    facts_of(request.scope)["generation"] = generation
+    generation = await submit(request, [prompt], params, streamed=bool(body.stream), salt=body.cache_salt)
     form = service.tool_format if tools else None
     head = replies.Head.chat(service.model, bool(body.stream))
     top = body.top_logprobs or 0

@@ -15,11 +15,11 @@ from pyllm.server.connection import (
     EventStream,
     ended_well,
     event,
-    facts_of,
     finish,
     read,
     reply,
     service_of,
+    submit,
 )
 from pyllm.server.engine_thread import Generation
 from pyllm.server.protocol import CompletionBody
@@ -33,18 +33,10 @@ async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
     service.check_model(body.model)
     params = body.sampling_params(service.limits)
-    prompts = [await service.prompt(given) for given in body.prompts()]
-    generation = await service.submit(
-        prompts,
-        params,
-        streamed=bool(body.stream),
-        key=request.scope.get("pyllm.key", b""),
-        salt=body.cache_salt,
-    )
-    facts_of(request.scope)["generation"] = generation
+    prompts = await service.prompts("prompt", body.prompts(), params.n, echo=bool(body.echo))
+    generation = await submit(request, prompts, params, streamed=bool(body.stream), salt=body.cache_salt)
     head = replies.Head.completion(service.model)
-    decode = service.llm.decode
-    echoed = [decode(p.ids) if p.text is None else p.text for p in prompts] if body.echo else None
+    echoed = [prompt.text or "" for prompt in prompts] if body.echo else None
     if body.stream:
         await generation.accepted()
         events = _events(service, generation, head, echoed, body.include_usage)
@@ -58,7 +50,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     count = generation.params.n
     chunks = ChoiceEvents(head, {"usage": None} if include_usage else {})
-    lengths = [0] * generation.completions  # of the text sent
+    begun: set[int] = set()  # choices whose echoed prompt was sent
     logged = [0] * generation.completions  # of the text that log-probabilities were sent of
     async for item in generation.pieces(PING_SECONDS):
         if item is None:
@@ -72,14 +64,14 @@ async def _events(
         if piece.logprobs is not None:
             entries.extend(zip(piece.token_ids, piece.logprobs, strict=True))
         text = piece.text
-        if echoed is not None and not lengths[index]:
+        if echoed is not None and index not in begun:
+            begun.add(index)
             text = echoed[number] + text
             entries = [*replies.prompt_entries(generation.requests[number].result()), *entries]
         logprobs = None
         if piece.logprobs is not None:
             logprobs = replies.completion_logprobs(entries, logged[index], service.token_text)
             logged[index] += sum(map(len, logprobs["tokens"]))
-        lengths[index] += len(text)
         yield chunks.of(replies.completion_choice(index, text, logprobs, piece.finish_reason))
     if include_usage:
         outputs = [request.result() for request in generation.requests]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -12,16 +12,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pyllm.server.engine_thread import Generation
+from pyllm.sampling import SamplingParams
+from pyllm.server.engine_thread import Generation, Prompt
 from pyllm.server.errors import ApiError, api_error
 from pyllm.server.protocol import Body, parse
 from pyllm.server.replies import Head
-from pyllm.server.service import Service
+from pyllm.server.service import Service, aside
+from pyllm.spec import Pooling
 
 T = TypeVar("T")
 B = TypeVar("B", bound=Body)
 PING_SECONDS = 30.0
 _GRACE = 5.0  # seconds for a reader to take what is left once its request has ended
+_PARSED = 16  # bytes of a body are parsed in the time that a character takes to tokenize
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -88,7 +91,9 @@ async def read(request: Request, kind: type[B]) -> B:
     if media != "application/json":
         # Pages of other sites can make a browser send anything but this without asking first.
         raise ApiError(415, f"Content-Type: expected application/json, got {media[:100] or 'none'}")
-    too_large = ApiError(413, f"the body is larger than {limits.max_body_bytes} bytes, a limit of this server")
+    too_large = ApiError(
+        413, f"the body: expected at most {limits.max_body_bytes} bytes (a limit of this server), got more: send less"
+    )
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limits.max_body_bytes:
         raise too_large
@@ -104,10 +109,37 @@ async def read(request: Request, kind: type[B]) -> B:
     try:
         body = await asyncio.wait_for(all_of_it(), limits.body_seconds)
     except asyncio.TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from error
+        raise ApiError(
+            408, f"the body: expected all of it within {limits.body_seconds:g} seconds, got a part: send it faster"
+        ) from error
     except ClientDisconnect as error:
         raise ClientGoneError from error
-    return parse(kind, body)
+    return await aside(len(body) // _PARSED, lambda: parse(kind, body))
+
+
+async def submit(
+    request: Request,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    streamed: bool = False,
+    salt: str | None = None,
+    pooling: Pooling | None = None,
+) -> Generation:
+    """Queue the prompts of a request; nothing is queued for a client that goes away first. Raises `ApiError`."""
+    scope = request.scope
+    work = service_of(request).submit(
+        prompts,
+        params,
+        streamed=streamed,
+        arrival=scope["pyllm.arrival"],
+        key=scope.get("pyllm.key", b""),
+        salt=salt,
+        pooling=pooling,
+    )
+    generation = await (work if params.structured_outputs is None else unless_gone(request.receive, work))
+    facts_of(scope)["generation"] = generation
+    return generation
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -11,7 +11,7 @@ from pyllm.errors import RequestError
 from pyllm.ops import F32
 from pyllm.pooling import Pool
 from pyllm.sampling import SamplingParams
-from pyllm.server.connection import facts_of, finish, read, reply, service_of
+from pyllm.server.connection import finish, read, reply, service_of, submit
 from pyllm.server.errors import ApiError, refused
 from pyllm.server.protocol import EmbeddingBody
 
@@ -26,21 +26,14 @@ async def embeddings(request: Request) -> Response:
         raise ApiError(400, "this model does not say how texts are embedded: serve it with --pooling")
     if body.dimensions not in (None, width):
         raise refused("dimensions", f"expected {width} or none: vectors are not cut")
-    prompts = [await service.prompt(given, "input") for given in body.prompts()]
+    prompts = await service.prompts("input", body.prompts())
     for prompt in prompts:
         try:
             rule.check(len(prompt.ids))
         except RequestError as error:
             raise refused("input", str(error)) from error
-    generation = await service.submit(
-        prompts,
-        SamplingParams(max_tokens=0, detokenize=False),
-        streamed=False,
-        key=request.scope.get("pyllm.key", b""),
-        salt=None,
-        pooling=rule.pooling,
-    )
-    facts_of(request.scope)["generation"] = generation
+    params = SamplingParams(max_tokens=0, detokenize=False)
+    generation = await submit(request, prompts, params, pooling=rule.pooling)
     await finish(request, generation, generation.results())
     vectors = [rule.vector(one.pool) for one in generation.requests if isinstance(one.pool, Pool)]
     data = [

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 from pyllm.engine.outputs import RequestOutput, StreamOutput
 from pyllm.engine.request import Request
+from pyllm.engine.sampler import Shared
+from pyllm.errors import PyllmError
 from pyllm.llm import LLM
 from pyllm.pooling import Pool
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import RETRY_SECONDS, ApiError, api_error, internal_error
 from pyllm.spec import Pooling
-from pyllm.structured import Matcher
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Generation:
         salt: bytes,
         deadline: float,
         pooling: Pooling | None = None,
-        matcher: Matcher | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.prompts, self.params, self.streamed = prompts, params, streamed
-        self.pooling, self.matcher = pooling, matcher
+        self.pooling, self.shared = pooling, shared
         self.salt, self.deadline = salt, deadline
         self.requests: list[Request] = []  # the engine's, once it took them in
         self.times = [Times(time.monotonic()) for _ in prompts]
@@ -196,37 +197,46 @@ class EngineThread:
         """Whether it takes requests."""
         return self._thread.is_alive() and not (self._draining or self._stopping)
 
+    def admit(self, count: int) -> None:
+        """Raise `ApiError` where so many completions more cannot be taken now: 400, 429 or 503."""
+        if not self.ready:
+            raise stopped()
+        if count > self.capacity:
+            raise ApiError(
+                400,
+                f"expected at most {self.capacity} completions (n of each prompt), which this server runs and queues, "
+                f"got {count}: ask for fewer",
+            )
+        if self.open + count > self.capacity:
+            raise ApiError(
+                429, "too many requests are waiting: try again later", code="queue_full", retry_after=RETRY_SECONDS
+            )
+
     def submit(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         streamed: bool,
-        seconds: float,
+        deadline: float,
         salt: bytes = b"",
         pooling: Pooling | None = None,
-        matcher: Matcher | None = None,
+        shared: Shared | None = None,
     ) -> Generation:
-        """Queue prompts, which end after so many `seconds` at the latest. Raises `ApiError` 429 where too many wait."""
+        """Queue prompts, which end at the `deadline` (monotonic clock) at the latest; `shared` is what
+        `Engine.prepare` gave for `params`. Raises `ApiError` as `admit` does.
+        """
         generation = Generation(
             self,
             prompts,
             params,
             streamed=streamed,
             salt=salt,
-            deadline=time.monotonic() + seconds,
+            deadline=deadline,
             pooling=pooling,
-            matcher=matcher,
+            shared=shared,
         )
-        count = generation.completions
-        if not self.ready:
-            raise stopped()
-        if count > self.capacity:
-            raise ApiError(400, f"{count} completions are more than this server takes ({self.capacity}): ask for fewer")
-        if self.open + count > self.capacity:
-            raise ApiError(
-                429, "too many requests are waiting: try again later", code="queue_full", retry_after=RETRY_SECONDS
-            )
+        self.admit(generation.completions)
         self._open.add(generation)
         self.command(lambda: self._begin(generation))
         return generation
@@ -266,19 +276,24 @@ class EngineThread:
         self._end(generation, error=error)
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._turn()
-            except Exception as error:
-                self._fail(error)
-        for generation in list(self._live):
-            self.cancel(generation, stopped())
-        while self._commands:  # requests that came too late are told so
-            self._commands.popleft()()
-        self._tell()
+        try:
+            while not self._stopping:
+                try:
+                    self._turn()
+                except BaseException as error:  # panics of extensions are no Exception
+                    self._fail(error)
+        finally:
+            self._stopping = True
+            while self._commands:  # requests that came too late are told so
+                with suppress(BaseException):
+                    self._commands.popleft()()
+            self._end_live(stopped())
+            self._tell()
 
     def _turn(self) -> None:
         self._wake.clear()
+        if self._stopping:  # told just before, and nobody wakes this thread again
+            return
         while self._commands:
             self._commands.popleft()()
         if self.llm.engine.idle:
@@ -291,18 +306,25 @@ class EngineThread:
         self._collect()
         self._tell()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Something that is no request's fault went wrong: everything that runs ends, and the log says why."""
+        self._report(error)
+        self._end_live(internal_error(error))
+        self._tell()
+
+    def _report(self, error: BaseException) -> None:
+        """A line of the log with the traceback."""
         if self._log is not None and self._loop is not None:
             line = {"time": round(time.time(), 3), "event": "error", "error": "".join(format_exception(error))}
             self._loop.call_soon_threadsafe(self._log, line)
-        answer = internal_error(error)
+
+    def _end_live(self, error: ApiError) -> None:
+        """End all generations, whatever state the engine is in."""
         for generation in list(self._live):
-            with suppress(Exception), self.llm.lock:
+            with suppress(BaseException), self.llm.lock:
                 for request in generation.requests:
                     self.llm.engine.abort(request)
-            self._end(generation, error=answer)
-        self._tell()
+            self._end(generation, error=error)
 
     def _begin(self, generation: Generation) -> None:
         self._live.add(generation)
@@ -324,11 +346,13 @@ class EngineThread:
                             each,
                             generation.salt,
                             None if generation.pooling is None else Pool(generation.pooling),
-                            matcher=generation.matcher,
+                            shared=generation.shared,
                         )
                     )
                     requests[-1].streamed = generation.streamed
         except Exception as error:
+            if not isinstance(error, PyllmError):
+                self._report(error)
             generation.requests = requests
             self.cancel(generation, api_error(error))
             return
@@ -358,7 +382,7 @@ class EngineThread:
             if pieces:
                 self._news.append(News(generation, pieces))
             if now > generation.deadline:
-                self.cancel(generation, stopped() if self._draining else _late())
+                self.cancel(generation, stopped() if self._draining else late())
 
     def _end(
         self, generation: Generation, pieces: Sequence[tuple[int, StreamOutput]] = (), error: ApiError | None = None
@@ -379,16 +403,20 @@ class EngineThread:
             generation = each.generation
             if generation.ended:  # by `end_all`, while the step was computed
                 continue
+            generation.deliver(each)
             if each.ended:
                 self._open.remove(generation)
                 if self._on_end is not None:
                     self._on_end(generation)
-            generation.deliver(each)
 
 
-def _late() -> ApiError:
+def late() -> ApiError:
+    """The answer to requests whose time is up."""
     return ApiError(
-        503, "the request took longer than this server allows", code="deadline_exceeded", retry_after=RETRY_SECONDS
+        503,
+        "the request took longer than this server allows: ask for fewer tokens, or try again when less is going on",
+        code="deadline_exceeded",
+        retry_after=RETRY_SECONDS,
     )
 
 

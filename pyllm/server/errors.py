@@ -41,15 +41,16 @@ def refused(field: str, message: str) -> ApiError:
     return ApiError(400, f"{field}: {message}", param=field)
 
 
-def api_error(error: Exception) -> ApiError:
-    """The answer to a request that ended with `error`; what is nobody's business outside stays here."""
+def api_error(error: BaseException) -> ApiError:
+    """The answer to a request that ended with `error`.
+
+    Only errors raised on purpose are the request's fault. Others are the server's: 500, and what they say is nobody's
+    business outside; who calls this writes it into the log.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (MemoryError, InsufficientMemoryError)):
         return internal_error(error)
-    if isinstance(error, (ValueError, TypeError)):
-        param, colon, _ = str(error).partition(":")
-        return ApiError(400, str(error), param=param if colon and param.isidentifier() else None)
     if isinstance(error, NonFiniteError):
         return ApiError(500, str(error), code="non_finite")
     if isinstance(error, PyllmError):
@@ -57,7 +58,7 @@ def api_error(error: Exception) -> ApiError:
     return internal_error(error)
 
 
-def internal_error(error: Exception) -> ApiError:
+def internal_error(error: BaseException) -> ApiError:
     """The answer to requests that ended with an error which is not theirs."""
     if isinstance(error, (MemoryError, InsufficientMemoryError)):
         return ApiError(503, "the server is out of memory: try again later", retry_after=RETRY_SECONDS)

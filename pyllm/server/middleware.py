@@ -36,7 +36,7 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
+        began = scope["pyllm.arrival"] = time.monotonic()
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
         status = 0

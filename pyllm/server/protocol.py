@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, from_json
 
 from pyllm.sampling import SamplingParams
 from pyllm.server.errors import ApiError, refused
@@ -15,17 +26,51 @@ from pyllm.server.limits import Limits
 from pyllm.structured import StructuredOutputs
 
 COMPLETION_TOKENS = 16  # of /v1/completions where the request says nothing, as in OpenAI's interface
-MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids; tokens of a list are limited by the body alone
+MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids; tokens of a prompt are limited by the body alone
+MAX_ALLOWED = 1 << 14  # entries of allowed_token_ids, which every step reads
 
 # Taken and without effect: they concern OpenAI's own bookkeeping, not the text.
 _Ignored = Any
-_Words = list[Annotated[str, StringConstraints(min_length=1, max_length=256)]]
+_Word = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+# Of a list only the first fault is kept: a body of 8 MiB may have millions.
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+_Ids = Annotated[list[int], Field(fail_fast=True)]
+_Prompts = str | _Texts | _Ids | Annotated[list[_Ids], Field(fail_fast=True)]
+
+
+def _few(value: Any) -> Any:
+    """A mapping whose entries may be looked at: faults of all of them would be kept."""
+    if isinstance(value, dict) and len(value) > MAX_LISTED:
+        raise PydanticCustomError("too_long", f"expected at most {MAX_LISTED} entries, got {len(value)}")
+    return value
 
 
 class Body(BaseModel):
     """A request body: unknown fields are refused, and so are values of another type than the documented one."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """Refuses the first unknown field; pydantic would keep an error for each."""
+        if not isinstance(value, dict):
+            return value
+        known = _fields(cls)
+        unknown = next((name for name in value if name not in known), None)
+        if unknown is None:
+            return value
+        near = difflib.get_close_matches(unknown[:100], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ": leave it out"
+        raise PydanticCustomError(_UNKNOWN, "this field is not supported{hint}", {"hint": hint, "name": unknown})
+
+
+@functools.cache
+def _fields(kind: type[Body]) -> tuple[str, ...]:
+    return tuple(field.alias or name for name, field in kind.model_fields.items())
+
+
+_UNKNOWN = "unknown_field"
 
 
 Request = TypeVar("Request", bound=Body)
@@ -44,7 +89,7 @@ class Structure(Body):
     json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: _Texts | None = None
     grammar: str | None = None
 
 
@@ -60,10 +105,10 @@ class GenerationBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _Texts | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LISTED)] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -71,9 +116,9 @@ class GenerationBody(Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_LISTED)] | None = None
-    bad_words: Annotated[_Words, Field(max_length=MAX_LISTED)] | None = None
-    allowed_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MAX_LISTED)] | None = None
+    bad_words: Annotated[list[_Word], Field(fail_fast=True, max_length=MAX_LISTED)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MAX_ALLOWED)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -103,7 +148,7 @@ class GenerationBody(Body):
         _at_most("n", self.n, limits.max_n)
         _at_most("stop", len(stops), limits.max_stop_strings, " strings")
         _at_most("stop", max(map(len, stops), default=0), limits.max_stop_chars, " characters each")
-        _at_most("max_tokens", max_tokens, limits.max_tokens)
+        _at_most(self._given_as("max_tokens"), max_tokens, limits.max_tokens)
         values = {name: getattr(self, name) for name in _SAMPLING}
         values = {name: value for name, value in values.items() if value is not None}
         if "seed" in values:
@@ -114,8 +159,16 @@ class GenerationBody(Body):
             values |= {"structured_outputs": wanted} if (wanted := self._structured()) else {}
             return SamplingParams(max_tokens=max_tokens, stop=stops, **values, **more)
         except (ValueError, TypeError) as error:
-            param, colon, _ = str(error).partition(":")
-            raise ApiError(400, str(error), param=param if colon else None) from error
+            name, colon, reason = str(error).partition(":")
+            field, inside = re.match(r"(\w*)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+            if not colon or field not in SamplingParams.__dataclass_fields__:
+                raise ApiError(400, str(error)) from error
+            given = self._given_as(field)
+            raise ApiError(400, f"{given}{inside}:{reason}", param=given) from error
+
+    def _given_as(self, field: str) -> str:
+        """The request's field that became this one of `SamplingParams`."""
+        return "response_format" if field == "structured_outputs" and self.structured_outputs is None else field
 
     def _structured(self) -> StructuredOutputs | None:
         """What the output must match, given in OpenAI's way or in vLLM's."""
@@ -144,7 +197,7 @@ _SAMPLING = (
 class CompletionBody(GenerationBody):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: _Prompts
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
@@ -197,9 +250,9 @@ class Message(Body):
     """One message of a conversation; `developer` is another name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -240,12 +293,12 @@ class Tool(Body):
 class ChatBody(GenerationBody):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -270,15 +323,20 @@ class ChatBody(GenerationBody):
             raise refused("max_tokens", "the same as max_completion_tokens, which is given too: give one of them alone")
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if max_tokens is not None and max_tokens < 1:
-            raise refused("max_tokens", f"expected at least 1, got {max_tokens}")
+            raise refused(self._given_as("max_tokens"), f"expected at least 1, got {max_tokens}")
         return self._params(limits, max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+    def _given_as(self, field: str) -> str:
+        if field == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "top_logprobs" if field == "logprobs" else super()._given_as(field)
 
 
 class EmbeddingBody(Body):
     """Body of ``POST /v1/embeddings``."""
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: _Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: _Ignored = None
@@ -293,7 +351,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
     add_special_tokens: bool = True
 
 
@@ -301,30 +359,51 @@ class DetokenizeBody(Body):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: _Ids
+
+
+_ADDED = ("str", "nullable")  # by pydantic, to the place of a fault
+_PROMPTS = "a text, a list of texts, a list of token ids, or a list of lists of token ids"
+_EITHER = {
+    "prompt": _PROMPTS,
+    "input": _PROMPTS,
+    "stop": "a text or a list of texts",
+    "content": "a text or a list of parts of type text",
+}  # of these types pydantic names the first alone
+_JSON_NAMES = {
+    str: "a string", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "a bool",
+    type(None): "null",
+}  # fmt: skip
 
 
 def parse(kind: type[Request], body: bytes) -> Request:
     """The request in a body; raises `ApiError` 400 that names the first field at fault."""
     try:
-        return kind.model_validate_json(body)
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body: expected JSON in UTF-8: {error}") from error
+    try:
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise _explained(kind, error) from error
+        raise _explained(error) from error
     except RecursionError as error:
-        raise ApiError(400, "the body is nested too deeply") from error
+        raise ApiError(400, "the body is nested too deeply: expected what the route's documentation shows") from error
 
 
-def _explained(kind: type[Body], error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+def _explained(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
     # Without what pydantic adds for the alternatives of a type.
-    place = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    place = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _ADDED)]
+    if first["type"] == _UNKNOWN:
+        place.append(first["ctx"]["name"])
     message = first["msg"]
-    if first["type"] == "extra_forbidden":
-        known = list(kind.model_fields) if len(place) == 1 else []
-        near = difflib.get_close_matches(str(place[-1]) if place else "", known, 1)
-        message = "this field is not supported" + (f"; did you mean {near[0]}?" if near else ": leave it out")
-    return ApiError(400, f"{param[:200]}: {message}" if param else message, param=param[:200] or None)
+    if first["type"].endswith("_type"):
+        expected = _EITHER.get(str(place[-1])) if first["type"] == "string_type" and place else None
+        message = f"expected {expected}" if expected else message
+        got = _JSON_NAMES.get(type(first["input"]), "another value")
+        message += f", got {got}{' of others' if expected and got == 'a list' else ''}"
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:200]
+    return ApiError(400, f"{param}: {message}" if param else message, param=param or None)
 
 
 def _at_most(field: str, value: int | None, limit: int | None, of: str = "") -> None:

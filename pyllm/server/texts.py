@@ -7,7 +7,8 @@ from starlette.responses import Response
 
 from pyllm import __version__
 from pyllm.server.connection import read, reply, service_of
-from pyllm.server.errors import ApiError, refused
+from pyllm.server.engine_thread import stopped
+from pyllm.server.errors import refused
 from pyllm.server.protocol import DetokenizeBody, TokenizeBody
 from pyllm.server.service import Service
 
@@ -32,10 +33,6 @@ async def detokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, DetokenizeBody)
     service.check_model(body.model)
-    vocabulary = service.llm.spec.vocab_size
-    for index, token in enumerate(body.tokens):
-        if not 0 <= token < vocabulary:
-            raise refused(f"tokens[{index}]", f"expected an id in [0, {vocabulary}), got {token}")
     return reply({"prompt": await service.decode(body.tokens)})
 
 
@@ -54,7 +51,7 @@ async def model(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """``GET /health``: 200 while requests are taken."""
     if not service_of(request).engine.ready:
-        raise ApiError(503, "the server takes no requests: it is shutting down", code="shutting_down", retry_after=1)
+        raise stopped()
     return reply({"status": "ok"})
 
 
