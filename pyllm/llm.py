@@ -232,9 +232,7 @@ class LLM(Encoding):
         """
         single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
         listed: list[Any] = [prompts] if single else list(prompts)
-        if sampling_params is None and not params and self.spec.encoder is not None:
-            sampling_params = self.engine.defaults.params
-        each = _params_for(len(listed), sampling_params, params)
+        each = self._params_for(len(listed), sampling_params, params)
         encoded = [(self._encode_prompt(prompt), self._target_of(prompt)) for prompt in listed]
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
@@ -246,10 +244,18 @@ class LLM(Encoding):
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **params: Any
     ) -> Iterator[StreamOutput]:
-        """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends it."""
-        [one] = _params_for(1, sampling_params, params)
+        """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends it.
+
+        Parameters as those of `generate`; beams have no text to stream, so that a model with an encoder whose folder
+        asks for them needs some.
+        """
+        [one] = self._params_for(1, sampling_params, params)
         if one.num_beams > 1:
-            raise ValueError(f"num_beams: expected 1, got {one.num_beams}: beams have no text to stream; use generate")
+            whose = "" if sampling_params is not None or params else ", as the model's folder says"
+            raise ValueError(
+                f"num_beams: expected 1, got {one.num_beams}{whose}: beams have no text to stream; use generate, or "
+                "give parameters without beams"
+            )
         encoded = self._encode_prompt(prompt)
         self.engine.check_prompt(encoded[1])
         return self._stream(encoded, one, self._target_of(prompt))
@@ -470,6 +476,23 @@ class LLM(Encoding):
             )
         return prompt, start
 
+    def _params_for(self, count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
+        """One `SamplingParams` for each of `count` prompts; where none are given, what the model's folder says."""
+        if given is not None and keywords:
+            raise TypeError(
+                f"give either sampling_params or keywords, not both: got also {', '.join(sorted(keywords))}"
+            )
+        if given is None and not keywords and self.spec.encoder is not None:
+            given = self.engine.defaults.params()
+        if given is None or isinstance(given, SamplingParams):
+            return [given or SamplingParams(**keywords)] * count
+        each = list(given)
+        if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
+            raise ValueError(
+                f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
+            )
+        return each
+
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
@@ -659,20 +682,6 @@ def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:
         raise TypeError(f"score: expected a pair (context, continuation) of strings, got {shown(pair)}")
     context = pair[0].rstrip()
     return context, pair[0][len(context) :] + pair[1]
-
-
-def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
-    """One `SamplingParams` for each of `count` prompts."""
-    if given is not None and keywords:
-        raise TypeError(f"give either sampling_params or keywords, not both: got also {', '.join(sorted(keywords))}")
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams(**keywords)] * count
-    each = list(given)
-    if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
-        raise ValueError(
-            f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
-        )
-    return each
 
 
 def _check_device(device: str) -> None:
