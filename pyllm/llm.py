@@ -17,7 +17,7 @@ from pyllm import isa
 from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
 from pyllm.cuda_ops import CudaOps, refusal
 from pyllm.device import Device, open_device, unavailable
-from pyllm.encoding import Encoded, Encoding, Progress, Prompt
+from pyllm.encoding import Encoded, Encoding, Progress, Prompt, T
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
@@ -27,7 +27,7 @@ from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.sources import Source
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
-from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
+from pyllm.errors import ConfigError, CudaUnavailable, NonFiniteError, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
 from pyllm.generation_config import GenerationConfig
 from pyllm.interrupts import Interrupts
@@ -530,14 +530,18 @@ class LLM(Encoding):
         for request in requests:
             self._result(request)
 
-    def _head(self, states: F32) -> F32:
-        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
-        values = np.empty((len(states), self.spec.outputs), np.float32)
-        with self._lock:
-            for first in range(0, len(states), HEAD_ROWS):
-                rows = slice(first, first + HEAD_ROWS)
-                self.model.head(self.ops, self.model.before_head(self.ops, states[rows]), out=values[rows])
-        return values
+    def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
+        values, found = np.empty((HEAD_ROWS, self.spec.outputs), np.float32), []
+        for rows in _regrouped(states, HEAD_ROWS):
+            with self._lock:
+                given = self.model.head(self.ops, self.model.before_head(self.ops, rows), out=values[: len(rows)])
+                if not np.isfinite(given).all():
+                    raise NonFiniteError(
+                        "the model's head gives values that are not finite for one of these texts. Check the "
+                        "checkpoint, or load it with dtype float32 if it overflows in a smaller one."
+                    )
+                found += reduce(given)
+        return found
 
     def _add(
         self,
@@ -674,6 +678,20 @@ def _generation_end_ids(folder: Path) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
         raise ConfigError(f"{path}: eos_token_id: expected an integer or a list of integers, found {shown(ids)}")
     return listed
+
+
+def _regrouped(arrays: Iterable[F32], size: int) -> Iterator[F32]:
+    """The rows of all these arrays, `size` at a time; the last are fewer."""
+    waiting, room = list[F32](), size
+    for rows in arrays:
+        while len(rows):
+            waiting.append(rows[:room])
+            rows, room = rows[room:], room - len(waiting[-1])
+            if room == 0:
+                yield np.concatenate(waiting)
+                waiting, room = [], size
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:
