@@ -346,7 +346,10 @@ class LLM(Encoding):
         ids = self.encode(text) if isinstance(text, str) else list(text)
         size = len(text.encode()) if isinstance(text, str) else 0
         if self.spec.encoder is not None:
-            raise RequestError("perplexity: not of a model with an encoder: score pairs (source, target)")
+            raise RequestError(
+                "perplexity: expected a model that continues a text, this one has an encoder and writes about a "
+                "source: score pairs (source, target)"
+            )
         if len(ids) < 2:
             raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         window = self.max_model_len
@@ -382,8 +385,8 @@ class LLM(Encoding):
 
         `token_type_ids` tell which text of a pair each token belongs to, by default all to the first. The first
         `prefix` tokens see one another; None: as the model takes a prompt. Attention weights are those of texts that a
-        step holds whole, else `RequestError`. Where the model has an encoder it reads `source_token_ids`, and
-        `token_ids` are all of the decoder's, the start token first.
+        step holds whole, of models without an encoder beside the decoder, else `RequestError`. Where the model has one
+        it reads `source_token_ids`, and `token_ids` are all of the decoder's, the start token first.
         """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         if (source_token_ids is not None) != (self.spec.encoder is not None):
@@ -391,6 +394,15 @@ class LLM(Encoding):
                 "tokens for the encoder" if self.spec.encoder is not None else "none, for the model has no encoder"
             )
             raise RequestError(f"source_token_ids: expected {expected}, got {shown(source_token_ids)}")
+        if prefix is not None and (self.spec.is_encoder or self.spec.encoder is not None):
+            raise RequestError(
+                f"prefix: expected None, got {prefix!r}: this model has an encoder, which sees its whole text anyway"
+            )
+        if output_attentions and self.spec.encoder is not None:
+            raise RequestError(
+                "output_attentions: expected False for a model with an encoder, got True: the weights of its cross "
+                "attention are not given; ask for output_hidden_states"
+            )
         with self._lock:
             scheduler, source = self.engine.scheduler, None
             if source_token_ids is None:

@@ -16,7 +16,7 @@ from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
 from pyllm.packed import Precision, packed_bytes, plain_bytes, precision_of
 from pyllm.prefix import PrefixSpec
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
 
@@ -149,6 +149,11 @@ def plan_memory(
     """Plan for an open checkpoint, with a draft model's or not, on the CPU or a GPU; `ValueError` for arguments out of
     range."""
     spec = checkpoint.spec
+    if prefix and (spec.is_encoder or spec.encoder is not None):
+        raise ValueError(
+            f"prefix: expected False, got True: this {spec.family} model has an encoder, which sees its whole text "
+            "anyway: leave it out"
+        )
     if prefix and spec.prefix is None:
         spec = replace(spec, prefix=PrefixSpec())
     _check_length(spec, max_model_len)
@@ -243,8 +248,18 @@ def _draft_plan(
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
-    if spec.encoder is not None or target.encoder is not None:
-        raise ConfigError("draft_model: not with encoders: guess with speculative='ngram' instead")
+    if target.encoder is not None:
+        raise ConfigError(
+            f"draft_model: expected none, for this {target.family} model has an encoder, whose source a draft model "
+            "does not read: guess with speculative='ngram' instead"
+        )
+    if spec.is_encoder or spec.encoder is not None or spec.head.kind is not HeadKind.TOKENS:
+        found = "an encoder" if spec.is_encoder else "one with an encoder"
+        found = found if spec.encoder is not None or spec.is_encoder else f"a head for {spec.head.kind.value}"
+        raise ConfigError(
+            f"draft_model: expected a decoder that predicts tokens, got {found} ({spec.family}): choose a smaller "
+            "model of the same kind, or guess with speculative='ngram'"
+        )
     if spec.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "

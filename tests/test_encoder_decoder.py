@@ -314,8 +314,18 @@ def test_matrices_of_both_stacks_are_converted(tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    with pytest.raises(ConfigError, match="draft_model"):
+    with pytest.raises(ConfigError, match=r"draft_model: expected none, for this t5 model has an encoder"):
         load("t5", draft_model=GOLDEN / "t5")
+    for name, found in (("t5", "one with an encoder"), ("bert", "an encoder")):
+        with pytest.raises(ConfigError, match=f"predicts tokens, got {found}"):
+            load("llama", draft_model=GOLDEN / name)
+    for name, more in (("t5", {"source_token_ids": [5]}), ("bert", {})):
+        with pytest.raises(ValueError, match="prefix: expected False"):
+            load(name, prefix=True)
+        with pytest.raises(RequestError, match="prefix: expected None, got 1"):
+            load(name).forward([5, 6], prefix=1, **more)
+    with pytest.raises(RequestError, match="output_attentions: expected False for a model with an encoder"):
+        load("t5").forward([5, 6], source_token_ids=[5], output_attentions=True)
     with pytest.raises(ConfigError, match="cannot be trained"):
         plan_training(read_spec(GOLDEN / "t5"), StepShape(8, 1))
 

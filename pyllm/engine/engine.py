@@ -131,9 +131,15 @@ class Engine:
         given, source = prompt_ids, None
         if self.runner.model.spec.encoder is not None:
             if pool is not None:
-                raise RequestError("embed: not of a model that writes about a source: load an encoder, or a decoder")
+                raise RequestError(
+                    "embed: expected an encoder or a decoder, this model is both, and writes about a source: embed "
+                    "with a model that was made for it"
+                )
             if params.prompt_logprobs is not None and not target_ids:
-                raise RequestError("prompt_logprobs: a source has none: give target_token_ids, or score the two")
+                raise RequestError(
+                    "prompt_logprobs: expected target_token_ids with it, got none, and a source has no probabilities: "
+                    "give them, or score pairs (source, target)"
+                )
             prompt_ids, source = self.decoder_ids(target_ids), Source(prompt_ids)
             salt = chain_hash(salt, source.tokens)
         rule = self.runner.model.spec.prefix
