@@ -320,7 +320,12 @@ class LLM(Encoding):
             for item, (prompt, start) in zip(items, given, strict=True):
                 target = self._target_of(item)
                 self._add(
-                    requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start, target=target
+                    requests,
+                    prompt,
+                    params,
+                    interrupts,
+                    prefix=None if self.spec.fills_blanks else start,
+                    target=target,
                 )
             self._run(requests, progress, interrupts)
         scores = []
@@ -456,10 +461,6 @@ class LLM(Encoding):
 
     # Inside
 
-    @property
-    def _fills_blanks(self) -> bool:
-        return self.spec.prefix is not None and self.spec.prefix.start_id is not None
-
     def _scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[tuple[str | None, list[int]], int]:
         """A text to score with its tokens, and the first of these that counts; for an encoder the source."""
         if self.spec.encoder is not None:
@@ -472,12 +473,12 @@ class LLM(Encoding):
             return self._encode_prompt(item[0] if isinstance(item, tuple) else item), 1
         if isinstance(item, tuple):
             text = "".join(item)
-            if not self._fills_blanks:
+            if not self.spec.fills_blanks:
                 return (text, self.encode(text)), max(1, len(self.encode(item[0])))
             context = self.encode(item[0])
             return (text, context + self.encode(item[1], add_special_tokens=False)), len(context)
         prompt = self._encode_prompt(item)
-        if not self._fills_blanks:
+        if not self.spec.fills_blanks:
             return prompt, 1
         assert self.spec.prefix is not None
         start = self.spec.prefix.length(prompt[1]) + 1
