@@ -202,6 +202,7 @@ class LLM(Encoding):
             sorted(i for i in end_ids if 0 <= i < self.spec.vocab_size),
             max_sequences=max_num_seqs,
             max_tokens=self.plan.step_tokens,
+            max_prefix=self.plan.prefix_tokens,
             max_length=self.max_model_len,
             share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
             speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),

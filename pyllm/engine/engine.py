@@ -69,6 +69,7 @@ class Engine:
         max_sequences: int,
         max_tokens: int,
         max_length: int,
+        max_prefix: int | None = None,
         share_prefixes: bool,
         use_graphs: bool = True,
         speculation: Speculation | None = None,
@@ -84,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
         self.max_length = max_length
+        self.max_prefix = max_tokens if max_prefix is None else max_prefix  # tokens that one step takes together
         self.use_graphs = use_graphs
         self.speculation = speculation
         self.stats = Stats()
@@ -582,10 +584,10 @@ class Engine:
             length = 0 if rule is None else rule.length(prompt_ids)
         if not 0 <= length <= len(prompt_ids):
             raise RequestError(f"prefix: expected 0 to the {len(prompt_ids)} tokens of the prompt, got {length}")
-        if length > self.scheduler.max_tokens:
+        if length > self.max_prefix:
             raise RequestError(
-                f"the prompt's bidirectional prefix has {length} tokens, which one step must hold, and a step has "
-                f"{self.scheduler.max_tokens}: shorten it, or raise max_num_batched_tokens"
+                f"the prompt's bidirectional prefix has {length} tokens, which one step must hold, and a step has room "
+                f"for {self.max_prefix}: shorten it, or raise max_num_batched_tokens"
             )
         return length
 
