@@ -282,6 +282,17 @@ def test_an_array_that_nothing_reads_is_refused() -> None:
         gradients(at_hand("llama", TrainingOps(threads=1)), (*batch, np.zeros(30, np.int32)))
 
 
+def test_both_positions_are_dropped_with_the_token() -> None:
+    """With one mask: where each position is that of one token, the gradients of both are those of the token."""
+    tokens = np.array([5, 6, 60, 9, 62, 7, 8], np.int32)
+    labels = np.array([IGNORED] * 4 + [7, 8, 63], np.int32)
+    batch = (tokens, labels, np.array([0, 7], np.int32), np.arange(7, dtype=np.int32))
+    _, found = gradients(at_hand("glm2021", TrainingOps(threads=1)), batch, dropout=0.4, seed=3)
+    first, second = found["positions.weight"][4:7], found["second_positions.weight"][1:4]
+    np.testing.assert_array_equal(first, second)
+    assert 0 < (first == 0).mean() < 1
+
+
 def test_gradients_of_blanks_in_another_order() -> None:
     """The written-out model is told the positions that the batch has."""
     need_torch()
