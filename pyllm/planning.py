@@ -257,9 +257,10 @@ def _draft_plan(
             f"draft_model: expected none, for this {target.family} model has an encoder, whose source a draft model "
             "does not read: guess with speculative='ngram' instead"
         )
-    if spec.is_encoder or spec.encoder is not None or spec.head.kind is not HeadKind.TOKENS:
+    found = None if spec.head.kind is HeadKind.TOKENS else f"one with a head for {spec.head.kind.value}"
+    if spec.is_encoder or spec.encoder is not None:
         found = "an encoder" if spec.is_encoder else "one with an encoder"
-        found = found if spec.encoder is not None or spec.is_encoder else f"a head for {spec.head.kind.value}"
+    if found is not None:
         raise ConfigError(
             f"draft_model: expected a decoder that predicts tokens, got {found} ({spec.family}): choose a smaller "
             "model of the same kind, or guess with speculative='ngram'"
