@@ -7,10 +7,12 @@ hidden states that matter, and pass those through the model's head.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from pyllm.tokenizer import Tokenizer
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 Progress: TypeAlias = "Callable[[int, int], None] | None"  # gets (finished, all) texts
+T = TypeVar("T")
 
 CLASSES = {  # what transformers calls the classes of models that have these heads
     HeadKind.TOKENS: "ForMaskedLM",
@@ -82,8 +85,12 @@ class Encoding(ABC):
         """Run texts through the model; the hidden states of each go to its pool."""
 
     @abstractmethod
-    def _head(self, states: F32) -> F32:
-        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
+    def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
+        """What `reduce` makes of the head's rows for hidden states, as pools kept them, [n, D] each; a thing for each.
+
+        It gets few rows [R, outputs] at a time, which are numbers, in memory that is used again; `NonFiniteError` where
+        they are not.
+        """
 
     def embed(
         self,
@@ -117,7 +124,7 @@ class Encoding(ABC):
     def classify(self, texts: Sequence[Prompt | tuple[str, str]], *, progress: Progress = None) -> list[Classification]:
         """The labels of texts, or of pairs of texts, by the names that the model's config gives them.
 
-        Raises `RequestError` where the model is no classifier.
+        Raises `RequestError` where the model is no classifier, `NonFiniteError` when its scores are no numbers.
         """
         problem = self.spec.head.problem
         values = [_scores(row, problem) for row in self._pooled("classify", texts, progress)]
@@ -131,7 +138,8 @@ class Encoding(ABC):
     def score_pairs(self, pairs: Sequence[tuple[str, str]], *, progress: Progress = None) -> list[float]:
         """One score for each pair of texts, as a cross-encoder gives it: higher where they belong together.
 
-        They are the model's own, not probabilities. Raises `RequestError` where it has not just one label.
+        They are the model's own, not probabilities. Raises `RequestError` where it has not just one label,
+        `NonFiniteError` when its scores are no numbers.
         """
         if self.spec.head.kind is HeadKind.POOLED and len(self.spec.head.labels) != 1:
             raise RequestError(
@@ -146,7 +154,8 @@ class Encoding(ABC):
         """For each text, and each of its masks in order, the `top_k` most probable tokens, the best first.
 
         A mask is the tokenizer's mask token (BERT's [MASK], RoBERTa's <mask>) in the text. Raises `RequestError` for a
-        text without one, and where the model does not predict masked tokens.
+        text without one, and where the model does not predict masked tokens; `NonFiniteError` when logits are no
+        numbers.
         """
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= self.spec.vocab_size:
             raise ValueError(f"top_k: expected 1 to the vocabulary's {self.spec.vocab_size}, got {top_k!r}")
@@ -160,21 +169,24 @@ class Encoding(ABC):
             if not at:
                 name = self._need_tokenizer().token_of(mask)
                 raise RequestError(f"fill_mask: expected {name} in the text, found none in {shown(text.text)}")
-        logits = self._head_of_tokens(encoded, places, progress)
-        filled = []
-        for rows in logits:
-            _, _, top, ids = self.ops.logprobs(rows, np.zeros(len(rows), np.int32), top_k)
-            filled.append([self._tokens(*pair) for pair in zip(ids, np.exp(top), strict=True)])
-        return filled
+
+        def best(logits: F32) -> list[list[TokenProbability]]:
+            _, _, top, ids = self.ops.logprobs(logits, np.zeros(len(logits), np.int32), top_k)
+            return [self._tokens(*pair) for pair in zip(ids, np.exp(top), strict=True)]
+
+        return self._head_of_tokens(encoded, places, best, progress)
 
     def detect_replaced(self, texts: Sequence[Prompt], *, progress: Progress = None) -> list[list[TokenProbability]]:
-        """For each text the probability of each of its tokens that it was put in place of another (ELECTRA)."""
+        """For each text the probability of each of its tokens that it was put in place of another (ELECTRA).
+
+        Raises `RequestError` where the model was not made for it, `NonFiniteError` when its logits are no numbers.
+        """
         self._need_head("detect_replaced", HeadKind.EACH)
         encoded = self._encode("detect_replaced", texts)
-        logits = self._head_of_tokens(encoded, [None] * len(encoded), progress)
+        found = self._head_of_tokens(encoded, [None] * len(encoded), lambda x: list(_sigmoid(x[:, 0])), progress)
         return [
-            self._tokens(np.array(text.ids), _sigmoid(values[:, 0]))
-            for text, values in zip(encoded, logits, strict=True)
+            self._tokens(np.array(text.ids), np.array(probabilities, np.float32))
+            for text, probabilities in zip(encoded, found, strict=True)
         ]
 
     # Inside
@@ -183,19 +195,29 @@ class Encoding(ABC):
         """Scores [N, labels] of texts."""
         self._need_head(task, HeadKind.POOLED)
         encoded = self._encode(task, texts)
-        scores = self._head_of_tokens(encoded, [[0]] * len(encoded), progress)
-        return np.concatenate(scores) if scores else np.zeros((0, self.spec.outputs), np.float32)
+        scores = self._head_of_tokens(encoded, [[0]] * len(encoded), lambda rows: list(rows.copy()), progress)
+        return np.array(scores, np.float32).reshape(-1, self.spec.outputs)
 
     def _head_of_tokens(
-        self, texts: Sequence[Encoded], places: Sequence[list[int] | None], progress: Progress
-    ) -> list[F32]:
-        """What the head gives at these places of each text (None: all), [places, outputs] each."""
-        pools = [KeptStates(at) for at in places]
+        self,
+        texts: Sequence[Encoded],
+        places: Sequence[list[int] | None],
+        reduce: Callable[[F32], list[T]],
+        progress: Progress,
+    ) -> list[list[T]]:
+        """What `reduce` makes of the head's rows at these places of each text (None: all), see `_head`."""
+        pools = deque(KeptStates(at) for at in places)
         self._read_texts(texts, pools, progress)
-        if not pools:
-            return []
-        states = np.concatenate([pool.rows for pool in pools])
-        return np.split(self._head(states), np.cumsum([len(pool.rows) for pool in pools])[:-1])
+        counts = []
+
+        def states() -> Iterator[F32]:
+            while pools:
+                rows = pools.popleft().rows  # no other reference: they are free once they are reduced
+                counts.append(len(rows))
+                yield rows
+
+        found = iter(self._head(states(), reduce))
+        return [list(islice(found, count)) for count in counts]
 
     def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
         if isinstance(texts, (str, Mapping)):

@@ -17,7 +17,7 @@ from pyllm import isa
 from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
 from pyllm.cuda_ops import CudaOps, refusal
 from pyllm.device import Device, open_device, unavailable
-from pyllm.encoding import Encoded, Encoding, Progress, Prompt
+from pyllm.encoding import Encoded, Encoding, Progress, Prompt, T
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
@@ -27,7 +27,7 @@ from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence as EngineSequence
 from pyllm.engine.sources import Source
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
-from pyllm.errors import ConfigError, CudaUnavailable, RequestError, TokenizerError, shown
+from pyllm.errors import ConfigError, CudaUnavailable, NonFiniteError, RequestError, TokenizerError, shown
 from pyllm.folder import read_json
 from pyllm.generation_config import GenerationConfig
 from pyllm.interrupts import Interrupts
@@ -202,6 +202,7 @@ class LLM(Encoding):
             sorted(i for i in end_ids if 0 <= i < self.spec.vocab_size),
             max_sequences=max_num_seqs,
             max_tokens=self.plan.step_tokens,
+            max_prefix=self.plan.prefix_tokens,
             max_length=self.max_model_len,
             share_prefixes=enable_prefix_caching and not _rope_varies(self.spec),
             speculation=None if proposer is None else Speculation(proposer, self.plan.drafts, self._runner.max_rows),
@@ -232,9 +233,7 @@ class LLM(Encoding):
         """
         single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
         listed: list[Any] = [prompts] if single else list(prompts)
-        if sampling_params is None and not params and self.spec.encoder is not None:
-            sampling_params = self.engine.defaults.params
-        each = _params_for(len(listed), sampling_params, params)
+        each = self._params_for(len(listed), sampling_params, params)
         encoded = [(self._encode_prompt(prompt), self._target_of(prompt)) for prompt in listed]
         requests: list[Request] = []
         with self._ended(requests) as interrupts:
@@ -246,10 +245,18 @@ class LLM(Encoding):
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **params: Any
     ) -> Iterator[StreamOutput]:
-        """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends it."""
-        [one] = _params_for(1, sampling_params, params)
+        """Complete one prompt piece by piece. It starts with the first `next`; closing the iterator ends it.
+
+        Parameters as those of `generate`; beams have no text to stream, so that a model with an encoder whose folder
+        asks for them needs some.
+        """
+        [one] = self._params_for(1, sampling_params, params)
         if one.num_beams > 1:
-            raise ValueError(f"num_beams: expected 1, got {one.num_beams}: beams have no text to stream; use generate")
+            whose = "" if sampling_params is not None or params else ", as the model's folder says"
+            raise ValueError(
+                f"num_beams: expected 1, got {one.num_beams}{whose}: beams have no text to stream; use generate, or "
+                "give parameters without beams"
+            )
         encoded = self._encode_prompt(prompt)
         self.engine.check_prompt(encoded[1])
         return self._stream(encoded, one, self._target_of(prompt))
@@ -314,7 +321,12 @@ class LLM(Encoding):
             for item, (prompt, start) in zip(items, given, strict=True):
                 target = self._target_of(item)
                 self._add(
-                    requests, prompt, params, interrupts, prefix=None if self._fills_blanks else start, target=target
+                    requests,
+                    prompt,
+                    params,
+                    interrupts,
+                    prefix=None if self.spec.fills_blanks else start,
+                    target=target,
                 )
             self._run(requests, progress, interrupts)
         scores = []
@@ -340,7 +352,10 @@ class LLM(Encoding):
         ids = self.encode(text) if isinstance(text, str) else list(text)
         size = len(text.encode()) if isinstance(text, str) else 0
         if self.spec.encoder is not None:
-            raise RequestError("perplexity: not of a model with an encoder: score pairs (source, target)")
+            raise RequestError(
+                "perplexity: expected a model that continues a text, this one has an encoder and writes about a "
+                "source: score pairs (source, target)"
+            )
         if len(ids) < 2:
             raise RequestError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
         window = self.max_model_len
@@ -376,8 +391,8 @@ class LLM(Encoding):
 
         `token_type_ids` tell which text of a pair each token belongs to, by default all to the first. The first
         `prefix` tokens see one another; None: as the model takes a prompt. Attention weights are those of texts that a
-        step holds whole, else `RequestError`. Where the model has an encoder it reads `source_token_ids`, and
-        `token_ids` are all of the decoder's, the start token first.
+        step holds whole, of models without an encoder beside the decoder, else `RequestError`. Where the model has one
+        it reads `source_token_ids`, and `token_ids` are all of the decoder's, the start token first.
         """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         if (source_token_ids is not None) != (self.spec.encoder is not None):
@@ -385,6 +400,15 @@ class LLM(Encoding):
                 "tokens for the encoder" if self.spec.encoder is not None else "none, for the model has no encoder"
             )
             raise RequestError(f"source_token_ids: expected {expected}, got {shown(source_token_ids)}")
+        if prefix is not None and (self.spec.is_encoder or self.spec.encoder is not None):
+            raise RequestError(
+                f"prefix: expected None, got {prefix!r}: this model has an encoder, which sees its whole text anyway"
+            )
+        if output_attentions and self.spec.encoder is not None:
+            raise RequestError(
+                "output_attentions: expected False for a model with an encoder, got True: the weights of its cross "
+                "attention are not given; ask for output_hidden_states"
+            )
         with self._lock:
             scheduler, source = self.engine.scheduler, None
             if source_token_ids is None:
@@ -438,10 +462,6 @@ class LLM(Encoding):
 
     # Inside
 
-    @property
-    def _fills_blanks(self) -> bool:
-        return self.spec.prefix is not None and self.spec.prefix.start_id is not None
-
     def _scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[tuple[str | None, list[int]], int]:
         """A text to score with its tokens, and the first of these that counts; for an encoder the source."""
         if self.spec.encoder is not None:
@@ -454,12 +474,12 @@ class LLM(Encoding):
             return self._encode_prompt(item[0] if isinstance(item, tuple) else item), 1
         if isinstance(item, tuple):
             text = "".join(item)
-            if not self._fills_blanks:
+            if not self.spec.fills_blanks:
                 return (text, self.encode(text)), max(1, len(self.encode(item[0])))
             context = self.encode(item[0])
             return (text, context + self.encode(item[1], add_special_tokens=False)), len(context)
         prompt = self._encode_prompt(item)
-        if not self._fills_blanks:
+        if not self.spec.fills_blanks:
             return prompt, 1
         assert self.spec.prefix is not None
         start = self.spec.prefix.length(prompt[1]) + 1
@@ -469,6 +489,23 @@ class LLM(Encoding):
                 "nothing does here: give a pair (context, continuation), or token ids with a start token"
             )
         return prompt, start
+
+    def _params_for(self, count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
+        """One `SamplingParams` for each of `count` prompts; where none are given, what the model's folder says."""
+        if given is not None and keywords:
+            raise TypeError(
+                f"give either sampling_params or keywords, not both: got also {', '.join(sorted(keywords))}"
+            )
+        if given is None and not keywords and self.spec.encoder is not None:
+            given = self.engine.defaults.params()
+        if given is None or isinstance(given, SamplingParams):
+            return [given or SamplingParams(**keywords)] * count
+        each = list(given)
+        if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
+            raise ValueError(
+                f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
+            )
+        return each
 
     def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -507,14 +544,18 @@ class LLM(Encoding):
         for request in requests:
             self._result(request)
 
-    def _head(self, states: F32) -> F32:
-        """What the head gives for hidden states [R, D] that a pool kept: [R, outputs]."""
-        values = np.empty((len(states), self.spec.outputs), np.float32)
-        with self._lock:
-            for first in range(0, len(states), HEAD_ROWS):
-                rows = slice(first, first + HEAD_ROWS)
-                self.model.head(self.ops, self.model.before_head(self.ops, states[rows]), out=values[rows])
-        return values
+    def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
+        values, found = np.empty((HEAD_ROWS, self.spec.outputs), np.float32), []
+        for rows in _regrouped(states, HEAD_ROWS):
+            with self._lock:
+                given = self.model.head(self.ops, self.model.before_head(self.ops, rows), out=values[: len(rows)])
+                if not np.isfinite(given).all():
+                    raise NonFiniteError(
+                        "the model's head gives values that are not finite for one of these texts. Check the "
+                        "checkpoint, or load it with dtype float32 if it overflows in a smaller one."
+                    )
+                found += reduce(given)
+        return found
 
     def _add(
         self,
@@ -653,26 +694,26 @@ def _generation_end_ids(folder: Path) -> list[int]:
     return listed
 
 
+def _regrouped(arrays: Iterable[F32], size: int) -> Iterator[F32]:
+    """The rows of all these arrays, `size` at a time; the last are fewer."""
+    waiting, room = list[F32](), size
+    for rows in arrays:
+        while len(rows):
+            waiting.append(rows[:room])
+            rows, room = rows[room:], room - len(waiting[-1])
+            if room == 0:
+                yield np.concatenate(waiting)
+                waiting, room = [], size
+    if waiting:
+        yield np.concatenate(waiting)
+
+
 def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:
     """Spaces at the end of the context belong to the continuation: that is how tokenizers cut words."""
     if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
         raise TypeError(f"score: expected a pair (context, continuation) of strings, got {shown(pair)}")
     context = pair[0].rstrip()
     return context, pair[0][len(context) :] + pair[1]
-
-
-def _params_for(count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
-    """One `SamplingParams` for each of `count` prompts."""
-    if given is not None and keywords:
-        raise TypeError(f"give either sampling_params or keywords, not both: got also {', '.join(sorted(keywords))}")
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams(**keywords)] * count
-    each = list(given)
-    if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
-        raise ValueError(
-            f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
-        )
-    return each
 
 
 def _check_device(device: str) -> None:

@@ -16,13 +16,13 @@ from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.models import open_checkpoint
 from pyllm.packed import Precision, packed_bytes, plain_bytes, precision_of
 from pyllm.prefix import PrefixSpec
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.system import available_memory
 from pyllm.weights import Checkpoint, resolve
 
 GB = 1e9
 SPARE = 200_000_000  # left to the interpreter and its libraries
-PREFIX_TOKENS = 2048  # of a bidirectional prefix that every step has room for, where the context is as long
+PREFIX_TOKENS = 2048  # of a bidirectional prefix that a step has room for at least, where the context is as long
 
 
 CATCH_UP = 1  # tokens that a draft model has to take in beside the newest, after a step whose drafts were all right
@@ -50,9 +50,9 @@ class Plan:
     """Bytes by purpose; `available` is what the system can give now without swapping, within this process's limits, or
     what is free on the GPU `gpu` where the model goes there.
 
-    `step_tokens` is what a step computes at most. `drafts` is the number of tokens guessed for a sequence in a step, 0
-    without speculative decoding. With an encoder `cross` is the cache of its sources, of as many blocks as the other,
-    and `max_source` the tokens of the longest.
+    `step_tokens` is what a step computes at most, `prefix_tokens` the longest bidirectional prefix that it takes.
+    `drafts` is the number of tokens guessed for a sequence in a step, 0 without speculative decoding. With an encoder
+    `cross` is the cache of its sources, of as many blocks as the other, and `max_source` the tokens of the longest.
     """
 
     spec: ModelSpec
@@ -60,6 +60,7 @@ class Plan:
     cache_dtype: str
     max_model_len: int
     step_tokens: int
+    prefix_tokens: int
     cache_blocks: int
     weights: int
     cache: int
@@ -149,6 +150,11 @@ def plan_memory(
     """Plan for an open checkpoint, with a draft model's or not, on the CPU or a GPU; `ValueError` for arguments out of
     range."""
     spec = checkpoint.spec
+    if prefix and (spec.is_encoder or spec.encoder is not None):
+        raise ValueError(
+            f"prefix: expected False, got True: this {spec.family} model has an encoder, which sees its whole text "
+            "anyway: leave it out"
+        )
     if prefix and spec.prefix is None:
         spec = replace(spec, prefix=PrefixSpec())
     _check_length(spec, max_model_len)
@@ -164,11 +170,12 @@ def plan_memory(
     weights = packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
     if spec.is_encoder and drafts:
         raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
-    step_tokens = max_num_batched_tokens
+    step_tokens = prefix_tokens = max_num_batched_tokens
     if spec.is_encoder:
         step_tokens = max(step_tokens, max_model_len or spec.max_positions)
     if spec.prefix is not None:
-        step_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
+        prefix_tokens = max(step_tokens, min(max_model_len or spec.max_positions, PREFIX_TOKENS))
+        step_tokens = prefix_tokens + max_num_seqs * (1 + drafts)  # others that decode keep no prefix waiting
     longest = min(spec.max_positions, max_model_len) if isinstance(max_model_len, int) else spec.max_positions
     max_source = 0 if spec.encoder is None else min(spec.encoder.max_positions, longest)
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
@@ -182,6 +189,7 @@ def plan_memory(
             cache_dtype=cache_as,
             max_model_len=length,
             step_tokens=step_tokens,
+            prefix_tokens=prefix_tokens,
             cache_blocks=blocks,
             weights=weights,
             cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
@@ -215,6 +223,7 @@ def plan_memory(
         cache_dtype=cache_as,
         max_model_len=length,
         step_tokens=step_tokens,
+        prefix_tokens=prefix_tokens,
         cache_blocks=blocks,
         weights=weights,
         cache=blocks * block,
@@ -243,8 +252,19 @@ def _draft_plan(
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
-    if spec.encoder is not None or target.encoder is not None:
-        raise ConfigError("draft_model: not with encoders: guess with speculative='ngram' instead")
+    if target.encoder is not None:
+        raise ConfigError(
+            f"draft_model: expected none, for this {target.family} model has an encoder, whose source a draft model "
+            "does not read: guess with speculative='ngram' instead"
+        )
+    found = None if spec.head.kind is HeadKind.TOKENS else f"one with a head for {spec.head.kind.value}"
+    if spec.is_encoder or spec.encoder is not None:
+        found = "an encoder" if spec.is_encoder else "one with an encoder"
+    if found is not None:
+        raise ConfigError(
+            f"draft_model: expected a decoder that predicts tokens, got {found} ({spec.family}): choose a smaller "
+            "model of the same kind, or guess with speculative='ngram'"
+        )
     if spec.vocab_size != target.vocab_size:
         raise ConfigError(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "

@@ -335,6 +335,11 @@ class ModelSpec:
         return self.embedding.width or self.hidden
 
     @property
+    def fills_blanks(self) -> bool:
+        """Whether the model predicts what stands in blanks, behind a start token, and nothing else."""
+        return self.prefix is not None and self.prefix.start_id is not None
+
+    @property
     def stream_width(self) -> int:
         """Columns of what the embedding's tables add up to, before a projection of the sum."""
         return self.table_width if self.embedding.projects_sum else self.hidden

@@ -66,6 +66,7 @@ class Tape:
         self._gradient_of = gradient_of
         self._dropout = dropout
         self._sites = 0
+        self._embedding_sites: dict[int, tuple[float, NDArray[np.uint64], int] | None] = {}  # by width
         self._values = _Values()
         self._calls: list[_Call] = []
         self._parts: list[tuple[int, int]] = []  # first call and end of each part
@@ -77,6 +78,7 @@ class Tape:
     def mark(self) -> int:
         """A part of a block begins: what is computed in it is used in it only, but for the residual stream."""
         self._open = len(self._calls)
+        self._embedding_sites.clear()
         return self._open
 
     def release(self, mark: int) -> None:
@@ -99,12 +101,17 @@ class Tape:
         types: I32 | None = None,
         type_table: F32 | None = None,
     ) -> F32:
-        """See :meth:`pyllm.ops.Ops.embedding`."""
+        """See :meth:`pyllm.ops.Ops.embedding`. What is looked up before a block begins is added up, tokens and their
+        positions, and dropped with one mask, as if the sum were.
+        """
         out = self._new((tokens.shape[0], table.shape[1]), kept=True)
         ops, y = self.ops, self._view(out)
         gradient, position_gradient = self._gradient(table), self._gradient(position_table)
         type_gradient = self._gradient(type_table)
-        dropped = self._site()
+        width = table.shape[1]
+        if width not in self._embedding_sites:
+            self._embedding_sites[width] = self._site()
+        dropped = self._embedding_sites[width]
 
         def forward() -> None:
             ops.embedding(tokens, table, positions, position_table, types, type_table, out=out)

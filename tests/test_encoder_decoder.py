@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from pyllm import LLM, SamplingParams
 from pyllm.convert import convert
 from pyllm.convert.calibration import mean_squares
 from pyllm.errors import ConfigError, RequestError
+from pyllm.generation_config import GenerationConfig
 from pyllm.models import open_checkpoint, read_spec
 from pyllm.planning import plan
+from pyllm.structured import StructuredOutputs
 from pyllm.train.memory import StepShape, plan_training
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -208,6 +211,45 @@ def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
     assert plain.outputs[0].token_ids[0] == 11  # what the model says, where nothing else is asked for
 
 
+def test_what_the_folder_says_is_replaced_value_by_value(tmp_path: Path) -> None:
+    said = {"num_beams": 3, "max_length": 13, "min_length": 8, "length_penalty": 2.0, "no_repeat_ngram_size": 2}
+    config = GenerationConfig.read(changed("bart", tmp_path / "model", said), 67)
+    plain = SamplingParams(temperature=0, max_tokens=12, min_tokens=7, num_beams=3, length_penalty=2.0,
+                           no_repeat_ngram_size=2)  # fmt: skip
+    assert config.params() == plain
+    assert config.params({"length_penalty": 1.5}) == replace(plain, length_penalty=1.5)
+    assert config.params({"max_tokens": 5}) == replace(plain, max_tokens=5, min_tokens=5)
+    assert config.params({"num_beams": 1}) == replace(plain, num_beams=1, length_penalty=1.0)
+    grammar = StructuredOutputs(choice=["a"])
+    assert config.params({"structured_outputs": grammar}).num_beams == 1
+    with pytest.raises(ValueError, match=r"temperature: expected 0 where num_beams is 3.*folder says num_beams=3"):
+        config.params({"temperature": 1})
+    assert GenerationConfig().params() == SamplingParams(temperature=0)
+
+
+def test_a_stream_follows_the_folder_too(tmp_path: Path) -> None:
+    llm = load(changed("bart", tmp_path / "greedy", {"max_length": 9, "no_repeat_ngram_size": 2}))
+    [result] = llm.generate(sources(1))
+    streamed = [token for piece in llm.stream(sources(1)[0]) for token in piece.token_ids]
+    assert streamed == list(result.outputs[0].token_ids) and len(streamed) <= 8
+    with pytest.raises(ValueError, match="got 2, as the model's folder says"):
+        load(changed("bart", tmp_path / "beams", {"num_beams": 2})).stream(sources(1)[0])
+
+
+def test_what_a_folder_asks_for_in_vain(tmp_path: Path) -> None:
+    """It is refused where it would be followed, and only there."""
+    folder = changed("bart", tmp_path / "a", {"bad_words_ids": [[3]], "do_sample": True, "num_beam_groups": 1})
+    llm = load(folder)
+    with pytest.raises(ConfigError, match="expected none of do_sample, bad_words_ids, found"):
+        llm.generate(sources(1))
+    assert ids(llm, sources(1))
+    llm = load(changed("bart", tmp_path / "b", {"min_length": 200}))
+    with pytest.raises(ConfigError, match="min_tokens: expected at most max_tokens"):
+        llm.generate(sources(1))
+    assert ids(llm, sources(1))
+    assert ids(load(changed("llama", tmp_path / "c", {"min_length": 200, "bad_words_ids": [[3]]})), sources(1))
+
+
 def test_a_plan_names_the_cache_of_sources() -> None:
     found = plan(GOLDEN / "bart", dtype="float32", max_model_len=64, max_num_seqs=4)
     assert found.max_source == 64
@@ -272,8 +314,18 @@ def test_matrices_of_both_stacks_are_converted(tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    with pytest.raises(ConfigError, match="draft_model"):
+    with pytest.raises(ConfigError, match=r"draft_model: expected none, for this t5 model has an encoder"):
         load("t5", draft_model=GOLDEN / "t5")
+    for name, found in (("t5", "one with an encoder"), ("bert", "an encoder")):
+        with pytest.raises(ConfigError, match=f"predicts tokens, got {found}"):
+            load("llama", draft_model=GOLDEN / name)
+    for name, more in (("t5", {"source_token_ids": [5]}), ("bert", {})):
+        with pytest.raises(ValueError, match="prefix: expected False"):
+            load(name, prefix=True)
+        with pytest.raises(RequestError, match="prefix: expected None, got 1"):
+            load(name).forward([5, 6], prefix=1, **more)
+    with pytest.raises(RequestError, match="output_attentions: expected False for a model with an encoder"):
+        load("t5").forward([5, 6], source_token_ids=[5], output_attentions=True)
     with pytest.raises(ConfigError, match="cannot be trained"):
         plan_training(read_spec(GOLDEN / "t5"), StepShape(8, 1))
 
@@ -307,6 +359,11 @@ def test_text_in_text_out(worded: Path, tmp_path: Path) -> None:
     result = pyllm("generate", "w5 w9 w33", *options)
     assert result.returncode == 0, result.stderr
     assert text in result.stdout.decode()
+    (worded / "generation_config.json").write_text(json.dumps({"max_length": 25, "num_beams": 3, "eos_token_id": 66}))
+    result = pyllm("generate", "w5 w9 w33", "-m", worded, "--num-beams", 1, "--ignore-eos", "--json", "--quiet")
+    (worded / "generation_config.json").unlink()
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["text"] == text
     scored = pyllm("score", "w7 w8", "--prompt", "w5 w9", "-m", worded, "--json", "--quiet")
     assert scored.returncode == 0, scored.stderr
     [score] = llm.score([("w5 w9", "w7 w8")])

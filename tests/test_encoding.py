@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from encoder_folder import GOLDEN, encoder_folder
 from oracle.transformer import forward
+from safetensors.numpy import load_file, save_file
 from serving import running
 from test_cli import pyllm, refused
 
 from pyllm import LLM
-from pyllm.errors import CheckpointError, ConfigError, RequestError
+from pyllm.engine.runner import HEAD_ROWS
+from pyllm.errors import CheckpointError, ConfigError, NonFiniteError, RequestError
 from pyllm.models import open_checkpoint
 from pyllm.pooling import EmbeddingRule
 from pyllm.spec import Pooling
@@ -105,8 +107,6 @@ def test_score_pairs(tmp_path: Path) -> None:
 
 def shrink(folder: Path) -> None:
     """Keep the first label of a classifier only."""
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     for part in ("weight", "bias"):
         tensors[f"classifier.{part}"] = tensors[f"classifier.{part}"][:1].copy()
@@ -120,6 +120,41 @@ def test_detect_replaced(tmp_path: Path) -> None:
         assert [token.token_id for token in tokens] == ids
         expected = 1 / (1 + np.exp(-oracle(llm, ids)[:, 0]))
         np.testing.assert_allclose([token.probability for token in tokens], expected, atol=2e-5)
+
+
+def test_many_rows_go_through_the_head_a_few_at_a_time(tmp_path: Path) -> None:
+    llm = loaded("bert", tmp_path)
+    texts = ["[MASK] " * count for count in (1, 40, 31, 2, 20)]  # 94 rows, in pieces of HEAD_ROWS
+    seen, head = [], llm.model.head
+
+    def watched(ops: Any, x: Any, out: Any = None) -> Any:
+        seen.append(len(x))
+        return head(ops, x, out=out)
+
+    llm.model.head = watched  # type: ignore[method-assign]
+    found = llm.fill_mask(texts, top_k=2)
+    assert [rows for rows in seen if rows] == [HEAD_ROWS, 94 - HEAD_ROWS]
+    assert found == [llm.fill_mask([text], top_k=2)[0] for text in texts]
+    assert llm.fill_mask([]) == []
+
+
+def test_heads_that_give_no_numbers(tmp_path: Path) -> None:
+    tasks: list[tuple[str, str, Any]] = [
+        ("bert", "cls.predictions.bias", lambda llm: llm.fill_mask(["a [MASK]"])),
+        ("bert-classifier", "classifier.bias", lambda llm: llm.classify(["a"])),
+        (
+            "electra-discriminator",
+            "discriminator_predictions.dense_prediction.bias",
+            lambda llm: llm.detect_replaced(["a"]),
+        ),
+    ]
+    for name, bias, task in tasks:
+        folder = encoder_folder(name, tmp_path / name)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[bias] = np.full_like(tensors[bias], np.nan)
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(NonFiniteError, match="head gives values that are not finite"):
+            task(LLM(folder, threads=1))
 
 
 def test_embeddings_of_an_encoder(tmp_path: Path) -> None:
@@ -178,8 +213,6 @@ def test_heads_that_are_missing(tmp_path: Path) -> None:
 
 def test_a_model_without_a_head(tmp_path: Path) -> None:
     """sentence-transformers writes the base model with its pooler, which is not used."""
-    from safetensors.numpy import load_file, save_file
-
     folder = encoder_folder("bert-classifier", tmp_path / "base", architectures=["BertModel"])
     tensors = load_file(folder / "model.safetensors")
     kept = {name.removeprefix("bert."): value for name, value in tensors.items() if "classifier" not in name}
@@ -195,8 +228,6 @@ def test_a_model_without_a_head(tmp_path: Path) -> None:
 
 def test_older_files(tmp_path: Path) -> None:
     """BERT as it was first published: gamma and beta, heads that are not asked for, second names of tied weights."""
-    from safetensors.numpy import load_file, save_file
-
     folder = encoder_folder("bert", tmp_path / "old", architectures=["BertForPreTraining"])
     expected = LLM(folder, threads=1).forward([2, 5, 3]).logits
     tensors = load_file(folder / "model.safetensors")

@@ -42,7 +42,7 @@ class Texts:
 
 
 def masked(**options: Any) -> MaskedTokens:
-    return MaskedTokens(Texts(), mask=MASK, special=SPECIAL, vocab_size=VOCAB, **options)
+    return MaskedTokens(Texts(), mask=MASK, vocab_size=VOCAB, **{"special": SPECIAL, **options})
 
 
 @pytest.mark.parametrize("rule", ["bert", "bernoulli"])
@@ -84,8 +84,10 @@ def test_masking_goes_on_where_it_stood() -> None:
         masked(share=1)
 
 
-def test_what_is_replaced() -> None:
-    """Labels are 1 where a token is another than it was, 0 elsewhere, and nothing at special tokens and padding."""
+@pytest.mark.parametrize("special", [SPECIAL, SPECIAL[1:]])
+def test_what_is_replaced(special: tuple[int, ...]) -> None:
+    """Labels are 1 where a token is another than it was, 0 elsewhere, and nothing at special tokens and padding, which
+    may be an ordinary token."""
 
     def propose(hidden: Any, places: Any) -> Any:
         seen.append(hidden.copy())
@@ -95,7 +97,7 @@ def test_what_is_replaced() -> None:
 
     originals: list[np.ndarray] = []
     seen: list[np.ndarray] = []
-    data, plain = ReplacedTokens(masked(seed=5), propose), Texts()
+    data, plain = ReplacedTokens(masked(seed=5, special=special), propose), Texts()
     for _ in range(3):
         tokens, _, _ = plain.next_batch()
         originals.append(tokens)

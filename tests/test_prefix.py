@@ -115,17 +115,27 @@ def test_generated_tokens_follow_from_the_whole_forward_pass() -> None:
 def test_a_prefix_is_never_cut_and_waits_for_room() -> None:
     """Steps are shorter than all prompts together; a plan is looked at as it is made."""
     llm = load("llama", max_num_batched_tokens=7, max_model_len=100)
-    assert llm.plan.step_tokens == 100
+    assert (llm.plan.prefix_tokens, llm.plan.step_tokens) == (100, 132)
     scheduler, plans = llm.engine.scheduler, []
     schedule = scheduler.schedule
     scheduler.schedule = lambda: plans.append([(w.start, w.rows) for w in schedule()]) or scheduler._plan
     llm.generate(prompts_of(llm, (60, 60, 60, 3)), **GREEDY)
     firsts = [rows for plan in plans for start, rows in plan if start == 0]
     assert sorted(firsts) == [3, 60, 60, 60]
-    assert all(sum(rows for _, rows in plan) <= 100 for plan in plans)
-    with pytest.raises(RequestError, match="step"):
-        scheduler.max_tokens = 50
+    assert all(sum(rows for _, rows in plan) <= 132 for plan in plans)
+    with pytest.raises(RequestError, match="a step has room for 50"):
+        llm.engine.max_prefix = 50
         llm.generate(prompts_of(llm, (60,)), **GREEDY)
+
+
+@pytest.mark.parametrize("options", [{}, {"speculative": "ngram"}])
+def test_a_prefix_as_long_as_the_context_does_not_wait_for_others_to_end(options: dict[str, Any]) -> None:
+    llm = load("llama", max_num_batched_tokens=7, max_model_len=100, max_num_seqs=2, **options)
+    other = llm.stream(prompts_of(llm, (3,))[0], temperature=0, max_tokens=60, ignore_eos=True)
+    next(other)
+    llm.generate({"prompt_token_ids": ids_of(llm, 100)}, max_tokens=0)
+    assert llm.stats.generated_tokens < 30
+    assert sum(len(piece.token_ids) for piece in other) > 30
 
 
 def test_blocks_are_shared_by_equal_prefixes_only() -> None:

@@ -58,6 +58,17 @@ def test_equal_prefix_is_computed_once_even_within_a_step() -> None:
     assert a.blocks[:2] == b.blocks[:2] and a.blocks[2] != b.blocks[2]
 
 
+def test_a_prefix_as_long_as_a_block_is_not_taken_for_one() -> None:
+    """The second block of a text that says the same twice is not the first one behind such a prefix."""
+    s = scheduler(max_tokens=4 * BLOCK_TOKENS)
+    block = list(range(BLOCK_TOKENS))
+    s.add(Sequence([*block, *block, 1], 1, True))
+    s.schedule()
+    other = Sequence([*block, 1], 1, True, prefix=BLOCK_TOKENS)
+    other.adopt_prefix(s.pool)
+    assert other.computed == 0
+
+
 def test_last_prompt_token_is_always_computed() -> None:
     s = scheduler(max_tokens=1000)
     prompt = list(range(BLOCK_TOKENS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from test_families import goldens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from training import GOLDEN, TINY, Batch, CountedData, at_hand, gradients, make_batch
 
 from pyllm import LLM
@@ -25,7 +28,10 @@ from pyllm.train import TrainConfig, Trainer
 from pyllm.train.objectives.blanks import BlankedTokens
 from pyllm.train.objectives.prefix import SplitTokens
 from pyllm.train.parameters import Parameters, load_values
+from pyllm.train.run_config import settings
+from pyllm.train.setup import plan_of_run, prepare
 from pyllm.train.step import IGNORED
+from pyllm.train.token_files import write_bin
 
 BLANKS = ["chatglm", "glm2021"]
 
@@ -251,6 +257,40 @@ def test_what_blanks_refuse() -> None:
         BlankedTokens(CountedData(), rule, 63, context=40, positions=44, seed=0)
     with pytest.raises(DataError, match="already"):
         BlankedTokens(CountedData(vocab=67), rule, 63, context=40, positions=128, seed=0).next_batch()
+
+
+def test_a_run_needs_the_objective_that_its_model_was_made_for(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "glm2021", tmp_path / "glm"))
+    words = WordLevel({f"w{i}": i for i in range(67)}, unk_token="w0")
+    Tokenizer(words).save(str(folder / "tokenizer.json"))
+    base = {"model": str(folder), "data": [str(tmp_path / "data.bin")], "context": 32, "valid_share": 0}
+    write_bin(tmp_path / "data.bin", np.random.default_rng(0).integers(3, 58, 2000))
+    for objective in ("causal", "prefix"):
+        with pytest.raises(ConfigError, match="objective: expected blanks for this glm model"):
+            plan_of_run({**base, "objective": objective})
+    planned = plan_of_run({**base, "objective": "blanks"}).shape
+    config, theirs = settings({**base, "objective": "blanks", "steps": 1, "out": "x"})
+    data = prepare(config, theirs.seed, objective="blanks").train
+    tokens, _, starts, *_ = data.next_batch()
+    assert (planned.tokens, planned.sequences) == (len(tokens), len(starts) - 1)
+    assert planned.tokens > 32 * 8
+
+
+def test_an_array_that_nothing_reads_is_refused() -> None:
+    batch = make_batch(61, 30, 1, 5)
+    with pytest.raises(RequestError, match="expected three arrays for this llama model, got a fourth"):
+        gradients(at_hand("llama", TrainingOps(threads=1)), (*batch, np.zeros(30, np.int32)))
+
+
+def test_both_positions_are_dropped_with_the_token() -> None:
+    """With one mask: where each position is that of one token, the gradients of both are those of the token."""
+    tokens = np.array([5, 6, 60, 9, 62, 7, 8], np.int32)
+    labels = np.array([IGNORED] * 4 + [7, 8, 63], np.int32)
+    batch = (tokens, labels, np.array([0, 7], np.int32), np.arange(7, dtype=np.int32))
+    _, found = gradients(at_hand("glm2021", TrainingOps(threads=1)), batch, dropout=0.4, seed=3)
+    first, second = found["positions.weight"][4:7], found["second_positions.weight"][1:4]
+    np.testing.assert_array_equal(first, second)
+    assert 0 < (first == 0).mean() < 1
 
 
 def test_gradients_of_blanks_in_another_order() -> None:

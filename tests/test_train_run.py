@@ -410,7 +410,10 @@ def test_values_that_are_no_numbers_stop_it(tmp_path: Path) -> None:
         (lambda t, y, s: (t, np.where(y == y[5], -5, y).astype(np.int32), s), "label -5 lies outside"),
         (lambda t, y, s: (t.astype(np.int64), y, s), "tokens: expected int32"),
         (lambda t, y, s: (t, y[:-1], s), "labels: expected int32"),
-        (lambda t, y, s: (t, y, np.array([0, 90, 90, 90, 90, 96], np.int32)), "context of 64"),
+        (
+            lambda t, y, s: (t, y, np.array([0, 90, 90, 90, 90, 96], np.int32)),
+            "64 positions, got one of 90",
+        ),
         (lambda t, y, s: (t, y, np.array([0, 50, 20, 60, 90, 96], np.int32)), "starts: expected to rise"),
         (lambda t, y, s: (t, np.full_like(y, IGNORED), s), r"no token .* counts"),
     ],

@@ -62,6 +62,8 @@ def chat(
     params, seed = sampling(
         seed,
         model=model,
+        revision=revision,
+        offline=offline,
         verbose=verbose,
         max_tokens=max_tokens,
         temperature=temperature,

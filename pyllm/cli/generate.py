@@ -76,6 +76,8 @@ def generate(
     params, seed = sampling(
         seed,
         model=model,
+        revision=revision,
+        offline=offline,
         verbose=verbose,
         max_tokens=max_tokens,
         min_tokens=min_tokens,

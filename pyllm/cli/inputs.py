@@ -13,6 +13,7 @@ from pyllm.cli.output import note, progress_bar
 from pyllm.errors import RequestError
 
 if TYPE_CHECKING:
+    from pyllm.generation_config import GenerationConfig
     from pyllm.llm import LLM
     from pyllm.sampling import SamplingParams
     from pyllm.structured import StructuredOutputs
@@ -121,10 +122,13 @@ def load(
     return llm
 
 
-def sampling(seed: int | None, *, model: str | None, verbose: bool, **values: Any) -> tuple[SamplingParams, int]:
+def sampling(
+    seed: int | None, *, model: str | None, revision: str | None, offline: bool, verbose: bool, **values: Any
+) -> tuple[SamplingParams, int]:
     """Parameters from the options that were given, and the seed, which is drawn when none was given.
 
-    Without a model, what suits that of the package stands in for options that were not given.
+    For options that were not given stands in, without a model, what suits that of the package; of an encoder-decoder
+    what its folder says.
     """
     from dataclasses import fields
 
@@ -137,11 +141,27 @@ def sampling(seed: int | None, *, model: str | None, verbose: bool, **values: An
             suited["temperature"] = TEMPERATURE
         values = {**values, **{name: value for name, value in suited.items() if values.get(name) is None}}
     chosen = seed if seed is not None else secrets.randbits(32)
-    params = SamplingParams(seed=chosen, **present(values))
+    given = {"seed": chosen, **present(values)}
+    defaults = None
+    if model is None or (defaults := _search_defaults(model, revision, offline)) is None:
+        params = SamplingParams(**given)
+    else:
+        params = defaults.params(given)
     if verbose:
         shown = ", ".join(f"{f.name}={getattr(params, f.name)!r}" for f in fields(params))
         note(f"sampling: {shown}")
     return params, chosen
+
+
+def _search_defaults(model: str, revision: str | None, offline: bool) -> GenerationConfig | None:
+    """What the folder of an encoder-decoder says of generation; None for other models."""
+    from pyllm.folder import resolve
+    from pyllm.generation_config import GenerationConfig
+    from pyllm.models import read_spec
+
+    folder = resolve(model, revision, offline)
+    spec = read_spec(folder)
+    return None if spec.encoder is None else GenerationConfig.read(folder, spec.vocab_size)
 
 
 def structured(

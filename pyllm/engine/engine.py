@@ -69,6 +69,7 @@ class Engine:
         max_sequences: int,
         max_tokens: int,
         max_length: int,
+        max_prefix: int | None = None,
         share_prefixes: bool,
         use_graphs: bool = True,
         speculation: Speculation | None = None,
@@ -84,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
         self.max_length = max_length
+        self.max_prefix = max_tokens if max_prefix is None else max_prefix  # tokens that one step takes together
         self.use_graphs = use_graphs
         self.speculation = speculation
         self.stats = Stats()
@@ -131,9 +133,15 @@ class Engine:
         given, source = prompt_ids, None
         if self.runner.model.spec.encoder is not None:
             if pool is not None:
-                raise RequestError("embed: not of a model that writes about a source: load an encoder, or a decoder")
+                raise RequestError(
+                    "embed: expected an encoder or a decoder, this model is both, and writes about a source: embed "
+                    "with a model that was made for it"
+                )
             if params.prompt_logprobs is not None and not target_ids:
-                raise RequestError("prompt_logprobs: a source has none: give target_token_ids, or score the two")
+                raise RequestError(
+                    "prompt_logprobs: expected target_token_ids with it, got none, and a source has no probabilities: "
+                    "give them, or score pairs (source, target)"
+                )
             prompt_ids, source = self.decoder_ids(target_ids), Source(prompt_ids)
             salt = chain_hash(salt, source.tokens)
         rule = self.runner.model.spec.prefix
@@ -577,10 +585,10 @@ class Engine:
             length = 0 if rule is None else rule.length(prompt_ids)
         if not 0 <= length <= len(prompt_ids):
             raise RequestError(f"prefix: expected 0 to the {len(prompt_ids)} tokens of the prompt, got {length}")
-        if length > self.scheduler.max_tokens:
+        if length > self.max_prefix:
             raise RequestError(
-                f"the prompt's bidirectional prefix has {length} tokens, which one step must hold, and a step has "
-                f"{self.scheduler.max_tokens}: shorten it, or raise max_num_batched_tokens"
+                f"the prompt's bidirectional prefix has {length} tokens, which one step must hold, and a step has room "
+                f"for {self.max_prefix}: shorten it, or raise max_num_batched_tokens"
             )
         return length
 

@@ -37,7 +37,8 @@ class Sequence:
         self.share_prefix = share_prefix  # may start from blocks that others of the same salt computed
         self.salt = salt  # 0 or 16 bytes
         self.prefix = prefix
-        self.origin = chain_hash(salt, self.tokens[:prefix]) if prefix else salt  # what hashes begin with
+        # What hashes begin with. The tag keeps that of a prefix apart from a block's: what is hashed is never as long.
+        self.origin = chain_hash(b"prefix" + salt, self.tokens[:prefix]) if prefix else salt
         self.source = source
         self.draftable = True  # False with a grammar: what it forbids would be drafted in vain
         self.computed = 0

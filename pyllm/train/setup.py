@@ -15,7 +15,7 @@ from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
-from pyllm.train.objectives.blanks import BlankedTokens
+from pyllm.train.objectives.blanks import BlankedTokens, blanked_shape
 from pyllm.train.objectives.masked import MaskedTokens
 from pyllm.train.objectives.prefix import SplitTokens
 from pyllm.train.report import Data
@@ -117,7 +117,7 @@ def prepare(
 
     values = model if isinstance(model, dict) else read_config(model)
     spec = family_of(values).read(values)
-    _check_objective(spec, objective)
+    _check_objective(spec, objective, config.mask_prompt)
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
 
@@ -132,8 +132,9 @@ def prepare(
     return Setup(model, tokenizer, train, aimed(train), None if valid is None else aimed(valid), tuple(train.notes))
 
 
-def _check_objective(spec: ModelSpec, objective: str) -> None:
-    """Raise `ConfigError` where the model does not predict what the objective makes labels of."""
+def _check_objective(spec: ModelSpec, objective: str, mask_prompt: bool) -> None:
+    """Raise `ConfigError` where the model does not predict what the objective makes labels of. A model that fills
+    blanks predicts no token before its start token: of prompts and answers only answers count, with `mask_prompt`."""
     if spec.head.kind is not HeadKind.TOKENS:
         raise ConfigError(
             "model: expected one that predicts tokens, config.json names a class with another head or none: train "
@@ -142,6 +143,12 @@ def _check_objective(spec: ModelSpec, objective: str) -> None:
     if spec.is_encoder != (objective == "mlm"):
         expected = "mlm" if spec.is_encoder else "causal, prefix or blanks"
         raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
+    if spec.fills_blanks and objective != "blanks" and not (objective == "causal" and mask_prompt):
+        raise ConfigError(
+            f"objective: expected blanks for this {spec.family} model, got {objective!r}: it predicts what fills a "
+            "blank, not every token. Train with objective=blanks, or causal with mask_prompt on prompts that end in "
+            "its start token"
+        )
 
 
 def _masked(data: PackedData, config: RunConfig, tokenizer: Path | None, seed: int) -> MaskedTokens:
@@ -170,6 +177,8 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
         sequences = prepare(config, theirs.seed, progress, theirs.objective).packed.sequences
     else:
         sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
+    if theirs.objective == "blanks":
+        tokens, sequences = blanked_shape(tokens, sequences, context)
     shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
     return plan_training(family_of(config_json).read(config_json), shape)
 

@@ -80,7 +80,13 @@ class Step:
 
     def fill(self, tokens: I32, labels: Labels, starts: I32, more: I32 | None = None) -> None:
         """Take in a micro-batch, as :class:`pyllm.train.Data` gives it; raises `RequestError` for one that is wrong."""
-        types, positions = (more, None) if self.parameters.spec.is_encoder else (None, more)
+        spec = self.parameters.spec
+        if more is not None and not (self.batch.types is not None if spec.is_encoder else spec.fills_blanks):
+            raise RequestError(
+                f"micro-batch: expected three arrays for this {spec.family} model, got a fourth: it has neither types "
+                "of tokens nor blanks to fill; leave it out"
+            )
+        types, positions = (more, None) if spec.is_encoder else (None, more)
         self._check(tokens, starts, types, positions)
         self.head_loss.check(labels)
         batch, lengths = self.batch, np.diff(starts)
@@ -214,7 +220,8 @@ class Step:
         longest = int(np.diff(starts).max(initial=0))
         if longest > spec.max_positions:
             raise RequestError(
-                f"micro-batch: a sequence of {longest} tokens does not fit the model's context of {spec.max_positions}"
+                f"micro-batch: expected sequences of at most the model's {spec.max_positions} positions, got one of "
+                f"{longest} tokens: cut the texts shorter"
             )
         kinds = max(spec.embedding.types, 1)
         given = [("token", tokens, spec.vocab_size)] + ([] if types is None else [("token type", types, kinds)])

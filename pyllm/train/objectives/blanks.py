@@ -42,14 +42,13 @@ class BlankedTokens:
         tokens, _, starts, *_ = data.next_batch()
         data.load_state(state)
         texts = len(starts) - 1
-        longest = context + 2 * self._most_spans(context)
+        longest = context + 2 * _most_spans(rule, context)
         if longest > positions:
             raise ConfigError(
                 f"context: {context} tokens and the blanks behind them may become {longest}, and the model has "
                 f"{positions} positions: expected a shorter one"
             )
-        self.tokens = len(tokens) + 2 * (int(SHARE * len(tokens) / 2) + texts)  # start tokens and masks
-        self.sequences = texts + -(-self.tokens // context)
+        self.tokens, self.sequences = blanked_shape(len(tokens), texts, context)
         self._context = context
 
     def next_batch(self) -> MicroBatch:
@@ -87,10 +86,6 @@ class BlankedTokens:
         self._position = state["blanked"]
         self._data.load_state(state["data"])
 
-    def _most_spans(self, tokens: int) -> int:
-        """Of a text: as many as there are where spans have two tokens; fewer are common."""
-        return 1 if not self._rule.restarts else int(SHARE * tokens / 2) + 1
-
     def _blank(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32, I32]:
         """Tokens, labels and first positions of a text with spans blanked."""
         start, mask = self._start, self._rule.mask_ids[-1][-1]
@@ -118,7 +113,7 @@ class BlankedTokens:
         """First token and end of each span of a text, in order; no two touch."""
         wanted = max(1, round(SHARE * length))
         sizes: list[int] = []
-        while sum(sizes) < wanted and len(sizes) < self._most_spans(length):
+        while sum(sizes) < wanted and len(sizes) < _most_spans(self._rule, length):
             drawn = int(np.clip(rng.poisson(MEAN_SPAN), 1, LONGEST_SPAN))
             sizes.append(min(drawn, wanted - sum(sizes)))
         between = length - sum(sizes)  # tokens that stay
@@ -128,3 +123,14 @@ class BlankedTokens:
             spans.append((gap + before, gap + before + size))
             before += size
         return spans
+
+
+def blanked_shape(tokens: int, texts: int, context: int) -> tuple[int, int]:
+    """Tokens and most sequences of what becomes of a micro-batch with so many tokens and texts."""
+    blanked = tokens + 2 * (int(SHARE * tokens / 2) + texts)  # start tokens and masks
+    return blanked, texts + -(-blanked // context)
+
+
+def _most_spans(rule: PrefixSpec, tokens: int) -> int:
+    """Of a text: as many as there are where spans have two tokens; fewer are common."""
+    return 1 if not rule.restarts else int(SHARE * tokens / 2) + 1

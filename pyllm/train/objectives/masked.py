@@ -49,16 +49,21 @@ class MaskedTokens:
         if not 0 < share < 1:
             raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
         self._data, self._mask, self._vocab_size = data, mask, vocab_size
-        self.special = np.array(sorted({*special, mask}), np.int32)
+        self._special = np.array(sorted({*special, mask}), np.int32)
         self._share, self._rule, self._seed = share, rule, seed
         self._position = 0
 
     def next_batch(self) -> tuple[I32, I32, I32]:
         """Tokens with some hidden [T], labels [T] that are -100 elsewhere, and starts [B + 1]."""
+        hidden, aims, starts, _ = self.next_choice()
+        return hidden, aims, starts
+
+    def next_choice(self) -> tuple[I32, I32, I32, NDArray[np.bool_]]:
+        """The same, and which tokens might have been chosen [T]: all but special ones and padding."""
         tokens, labels, starts, *_ = self._data.next_batch()
         rng = np.random.Generator(np.random.PCG64([self._seed, self._position]))
         self._position += 1
-        eligible = (labels != IGNORED_LABEL) & ~np.isin(tokens, self.special)
+        eligible = (labels != IGNORED_LABEL) & ~np.isin(tokens, self._special)
         chosen = self._choose(eligible, starts, rng)
         hidden, aims = tokens.copy(), np.full_like(labels, IGNORED_LABEL)
         aims[chosen] = tokens[chosen]
@@ -66,7 +71,7 @@ class MaskedTokens:
         hidden[chosen[how < MASKED]] = self._mask
         random = chosen[(how >= MASKED) & (how < MASKED + RANDOM)]
         hidden[random] = rng.integers(0, self._vocab_size, len(random), dtype=np.int32)
-        return hidden, aims, starts
+        return hidden, aims, starts, eligible
 
     def state(self) -> dict[str, Any]:
         """See :class:`pyllm.train.Data`."""
@@ -106,11 +111,11 @@ class ReplacedTokens:
 
     def next_batch(self) -> tuple[I32, NDArray[np.float32], I32]:
         """Tokens with some replaced [T], labels [T, 1] and starts [B + 1]."""
-        hidden, aims, starts = self._masked.next_batch()
+        hidden, aims, starts, eligible = self._masked.next_choice()
         chosen = np.flatnonzero(aims != IGNORED_LABEL)
         tokens = hidden.copy()
         tokens[chosen] = self._propose(hidden, chosen)
-        labels = np.where(np.isin(hidden, self._masked.special), np.float32(np.nan), np.float32(0))
+        labels = np.where(eligible, np.float32(0), np.float32(np.nan))
         labels[chosen] = tokens[chosen] != aims[chosen]
         return tokens, labels[:, None], starts
 
