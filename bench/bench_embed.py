@@ -109,7 +109,7 @@ def test_embed(benchmark: Any, record: Record, folder: Path, threads: int, lengt
     layers = llm.spec.operations(length) - 2 * llm.spec.outputs * llm.spec.head_width  # without a head
     record(
         operations=layers * len(texts),
-        tokens_per_second=round(len(texts) * length / taken),
-        torch_tokens_per_second=round(len(texts) * length / median(seconds)) if seconds else None,
+        tokens_per_second=round(len(texts) * length / taken, 1),
+        torch_tokens_per_second=round(len(texts) * length / median(seconds), 1) if seconds else None,
         times_torch=round(median(seconds) / taken, 2) if seconds else None,
     )
