@@ -165,7 +165,7 @@ class Trainer:
         self._step.update(number, rate, scale)
         self._left_over = False
         self.steps_done, self._last_loss = number, total / counted
-        tokens = len(batches) * self.shape.tokens
+        tokens = len(batches) * self.shape.all_tokens
         return StepReport(number, self._last_loss, rate, norm, tokens, counted, time.perf_counter() - began)
 
     def evaluate(self) -> EvalReport:
@@ -307,12 +307,16 @@ def _shape(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape
         if source is None:
             continue
         state = source.state()
-        tokens, _, starts, *_ = source.next_batch()
+        tokens, _, starts, *more = source.next_batch()
         source.load_state(state)
-        shapes.append((len(tokens), len(starts) - 1))
-    if len(set(shapes)) > 1:
-        raise ConfigError(
-            f"eval_data: expected micro-batches of {shapes[0][0]} tokens and at most {shapes[0][1]} sequences like "
-            f"those of the training data, got {shapes[1][0]} and {shapes[1][1]}"
+        read = len(more[0]) if len(more) == 2 else 0
+        made = StepShape(
+            len(tokens), len(starts) - 1, config.dtype, config.dropout > 0, config.checkpoint_activations, read
         )
-    return StepShape(*shapes[0], config.dtype, config.dropout > 0, config.checkpoint_activations)
+        shapes.append(made)
+    if len(set(shapes)) > 1:
+        said = [f"{s.tokens} tokens, {s.sequences} sequences and {s.source} tokens of sources" for s in shapes]
+        raise ConfigError(
+            f"eval_data: expected micro-batches of at most {said[0]}, like the training data, got {said[1]}"
+        )
+    return shapes[0]
