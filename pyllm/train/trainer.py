@@ -76,7 +76,7 @@ class Trainer:
         if config.objective == "prefix" and self.spec.prefix is None:
             self.spec = replace(self.spec, prefix=PrefixSpec())
         self._eval_start = eval_data.state() if eval_data is not None else None
-        self.shape = _shape(data, eval_data, config)
+        self.shape = shape_of(data, eval_data, config)
         if self.spec.head.kind is HeadKind.NONE:
             raise ConfigError("model: expected one with a head to train, config.json names a class without one")
         if self.spec.is_encoder and config.sample_every > 0:
@@ -300,7 +300,7 @@ def _check_resumed(state: RunState, config: TrainConfig, model: Mapping[str, Any
         )
 
 
-def _shape(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape:
+def shape_of(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape:
     """That of the micro-batches; the data stands where it stood."""
     shapes = []
     for source in (data, eval_data):
