@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,13 @@ from training import (
 
 from pyllm import LLM
 from pyllm.errors import ConfigError, RequestError
+from pyllm.models import family_of
 from pyllm.ops_training import TrainingOps
 from pyllm.train import StepShape, plan_training
+from pyllm.train.architectures import new_config
 from pyllm.train.head_loss import IGNORED
+from pyllm.train.initialise import initialise
+from pyllm.train.parameters import Parameters
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 NAMES = ["bart", "mbart", "mt5", "t5", "t5-gated"]
@@ -143,6 +148,33 @@ def test_bfloat16_is_near_float32() -> None:
     )
     difference = sum(float(((found[slot] - g) ** 2).sum()) for slot, g in expected.items())
     assert 0 < difference**0.5 < 0.03 * sum(float((g**2).sum()) for g in expected.values()) ** 0.5
+
+
+@pytest.mark.parametrize(("arch", "tie"), [("t5", True), ("bart", True)])
+def test_first_weights_are_spread_as_those_of_transformers(arch: str, tie: bool) -> None:
+    need_torch()
+    import torch
+    import transformers
+
+    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": None, "ffn": 160, "context": 96, "vocab_size": 200}
+    ends = SimpleNamespace(eos_token_ids=(1,), bos_token_id=0, pad_token_id=2)
+    config = new_config(arch, tie=tie, tokenizer=ends, **sizes)  # type: ignore[arg-type]
+    parameters = Parameters(family_of(config).read(config), TrainingOps(threads=1))
+    initialise(parameters, config, seed=0)
+    torch.manual_seed(0)
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(arch, **fields))
+    spec, tensors = parameters.spec, {name: value.numpy() for name, value in model.state_dict().items()}
+    for row in family_of(config).names.expand(spec):
+        values = row.read(tensors[row.name])
+        for slot, place in row.places(spec).items():
+            ours, theirs = parameters.get(slot), values[place]
+            assert ours.shape == theirs.shape
+            tolerance = 5 / ours.size**0.5  # of standard deviations of so many numbers
+            assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=tolerance, abs=1e-7), slot
+            assert float(ours.mean()) == pytest.approx(
+                float(theirs.mean()), abs=tolerance * float(ours.std()) + 1e-7
+            ), slot
 
 
 def test_micro_batches_that_do_not_fit() -> None:

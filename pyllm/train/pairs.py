@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyllm.errors import ConfigError, DataError, listed
+from pyllm.generation_config import GenerationConfig
 from pyllm.ops_training import IGNORED_LABEL
+from pyllm.spec import ModelSpec
+from pyllm.tokenizer import Tokenizer
 from pyllm.train.mixture import Mixture, Source, mixture_problems, source_seed
 from pyllm.train.report import I32
-from pyllm.train.token_store import TokenStore
+from pyllm.train.token_store import TokenStore, end_tokens
 
 FORMAT = 1
 PairBatch = tuple[I32, I32, I32, I32, I32]
@@ -63,6 +66,24 @@ class PairForm:
         return np.array([*self._before_target, *text, self.end], np.int32)
 
 
+def pair_form(spec: ModelSpec, tokenizer: Tokenizer | None, own: GenerationConfig | None) -> PairForm:
+    """That of a model with an encoder, `own` being what its folder says; raises `ConfigError` where it is not known."""
+    if tokenizer is None:
+        raise ConfigError("tokenizer: expected the folder of one, which says how sources and targets end, got none")
+    start = None if own is None else own.decoder_start_token_id
+    start = spec.decoder_start_token_id if start is None else start
+    if start is None:
+        raise ConfigError(
+            "model: nothing says what its decoder's text begins with: expected decoder_start_token_id in config.json "
+            "or generation_config.json; add it there"
+        )
+    ends = end_tokens(tokenizer) or spec.eos_token_ids
+    if not ends:
+        raise ConfigError("tokenizer: expected one with an end token, which targets end with, found none")
+    before, behind = tokenizer.around()
+    return PairForm(start, ends[0], tuple(before), tuple(behind))
+
+
 class PairWriter:
     """Writes pairs into a micro-batch of `source` and `target` tokens and at most `sequences` pairs, the last of which
     may be padding, in pieces of at most `longest` tokens."""
@@ -108,7 +129,7 @@ def padding_sequences(source: int, target: int, longest: int) -> int:
     return max(-(-source // longest), -(-target // longest))
 
 
-class PairedData(Mixture["_Pairs"]):
+class PairedData(Mixture["Pairs"]):
     """Endless micro-batches of pairs: prompts are sources, completions targets, and only these count.
 
     Args:
@@ -144,7 +165,7 @@ class PairedData(Mixture["_Pairs"]):
             )
         if problems:
             raise ConfigError(listed("data", problems))
-        pairs = [_Pairs(store, form, context, source_seed(seed, i), shuffle) for i, store in enumerate(stores)]
+        pairs = [Pairs(store, form, context, source_seed(seed, i), shuffle) for i, store in enumerate(stores)]
         super().__init__(pairs, weights)
         self.form, self.context, self.tokens = form, context, tokens
         self.source_tokens: int
@@ -175,10 +196,10 @@ class PairedData(Mixture["_Pairs"]):
         return writer.finish()
 
 
-class _Pairs(Source):
-    """Each document is a pair."""
+class Pairs(Source):
+    """A file of which each document is a pair; raises `DataError` for one that is none, or longer than the context."""
 
-    def __init__(self, store: TokenStore, form: PairForm, context: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, store: TokenStore, form: PairForm, context: int, seed: int = 0, shuffle: bool = False) -> None:
         super().__init__(store, seed, shuffle)
         self._form = form
         if store.answers is None:
@@ -214,12 +235,15 @@ class _Pairs(Source):
 
     @property
     def total(self) -> int:
+        """Sources and targets."""
         return self._total
 
     def count(self) -> int:
+        """Pairs."""
         return len(self._ends)
 
     def length(self, index: int) -> int:
+        """Source and target together."""
         return int(self._source_lengths[index] + self._target_lengths[index])
 
     def fits(self, index: int, room: tuple[int, int]) -> bool:

@@ -23,10 +23,10 @@ from pyllm.train.objectives.blanks import BlankedTokens
 from pyllm.train.objectives.denoising import CorruptedSpans, Denoising, InfilledText
 from pyllm.train.objectives.masked import MaskedTokens
 from pyllm.train.objectives.prefix import SplitTokens
-from pyllm.train.pairs import PairedData, PairForm
+from pyllm.train.pairs import PairedData, pair_form
 from pyllm.train.report import I32, Data
 from pyllm.train.run_config import RunConfig, settings
-from pyllm.train.token_store import TokenStore, end_tokens, open_tokens
+from pyllm.train.token_store import TokenStore, open_tokens
 from pyllm.train.tokenizer_training import SENTINEL
 from pyllm.train.trainer import shape_of
 
@@ -164,13 +164,11 @@ class _Aim:
         self._context, around = context, 0
         if objective in OF_ENCODER_DECODERS:
             own = GenerationConfig.read(model, self._spec.vocab_size) if isinstance(model, Path) else None
-            self.form = _pair_form(self._spec, self._tokenizer, own)
+            self.form = pair_form(self._spec, self._tokenizer, own)
             around = max(self.form.around_source, self.form.around_target) if objective != "seq2seq" else 0
         self.text_context = context - around
         if self.text_context < 2:
-            raise ConfigError(
-                f"context: expected at least {around + 2} tokens for objective {objective}, got {context}"
-            )
+            raise ConfigError(f"context: expected at least {around + 2} tokens for {objective}, got {context}")
 
     def text_tokens(self, tokens: int) -> int:
         """Tokens of texts that become a micro-batch of `tokens`."""
@@ -232,24 +230,6 @@ def _no_mask(objective: str) -> ConfigError:
     return ConfigError(
         f"objective: {objective} needs a tokenizer with a mask token (mask_token in tokenizer_config.json)"
     )
-
-
-def _pair_form(spec: ModelSpec, tokenizer: Tokenizer | None, own: GenerationConfig | None) -> PairForm:
-    """The special tokens of sources and targets."""
-    if tokenizer is None:
-        raise ConfigError("tokenizer: expected the folder of one, which says how sources and targets end, got none")
-    start = None if own is None else own.decoder_start_token_id
-    start = spec.decoder_start_token_id if start is None else start
-    if start is None:
-        raise ConfigError(
-            "model: nothing says what its decoder's text begins with: expected decoder_start_token_id in config.json "
-            "or generation_config.json; add it there"
-        )
-    ends = end_tokens(tokenizer) or spec.eos_token_ids
-    if not ends:
-        raise ConfigError("tokenizer: expected one with an end token, which targets end with, found none")
-    before, behind = tokenizer.around()
-    return PairForm(start, ends[0], tuple(before), tuple(behind))
 
 
 def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:

@@ -162,7 +162,8 @@ class InfilledText(Denoising):
         wanted, sizes = max(1, round(self._share * len(words))), list[int]()
         while sum(sizes) < wanted:
             sizes.append(min(int(rng.poisson(self._mean_span)), wanted - sum(sizes)))
-        while len(sizes) > wanted and 0 in sizes:  # more masks than words would make the source longer than the text
+        most = min(wanted, len(words) - wanted + 1)  # masks: the source is no longer than the text, and no two touch
+        while len(sizes) > most and 0 in sizes:
             sizes.remove(0)
         source, at = [], 0
         for first, end in spread(sizes, len(words), rng):
