@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_model
+from test_cli import pyllm
 from training import GOLDEN
 
 from pyllm import LLM
+from pyllm.cli.live import operations_per_token
 from pyllm.errors import ConfigError, DataError
 from pyllm.models import read_spec
 from pyllm.tokenizer import Tokenizer
@@ -467,3 +471,48 @@ def test_a_resumed_run_is_as_one_that_was_not_stopped(home: Path, tmp_path: Path
     np.testing.assert_array_equal(resumed.parameters.weights, whole.parameters.weights)
     np.testing.assert_array_equal(resumed.parameters.second_moment, whole.parameters.second_moment)
     assert resumed.evaluate().loss == whole.evaluate().loss
+
+
+def test_command_line(home: Path, tmp_path: Path) -> None:
+    """A run that is stopped, resumed and evaluated, and what the live line counts."""
+    sizes = ["--arch", "t5", "--layers", 1, "--hidden", 16, "--heads", 2, "-c", 32, "--batch-tokens", 128]
+    command = [
+        *sizes,
+        "--tokenizer",
+        home / "tokenizer",
+        "--objective",
+        "seq2seq",
+        "-o",
+        tmp_path / "run",
+        "--steps",
+        2,
+    ]
+    environment = {"PYLLM_CACHE": str(home / "cache")}
+    made = pyllm("train", home / "pairs.jsonl", *command, "--save-every", 1, env=environment)
+    assert made.returncode == 0, made.stderr
+    assert b"held-out loss" in made.stderr and b"% of peak" in made.stderr
+    scored = pyllm("eval", home / "pairs.jsonl", "-m", tmp_path / "run" / "last", "--json", env=environment)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)[0]["documents"] == 30
+    wrong = pyllm("eval", home / "texts.jsonl", "-m", tmp_path / "run" / "last", env=environment)
+    assert wrong.returncode == 1 and b"expected pairs" in wrong.stderr
+
+
+def test_the_pairs_of_the_example(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "examples" / "number_names.py"
+    subprocess.run([sys.executable, script, tmp_path / "numbers.jsonl"], check=True)
+    pairs = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
+    names = {pair["source"]: pair["target"] for pair in pairs}
+    assert len(names) == len(set(names.values())) == 10000
+    assert names["2 0 2 6"] == "two thousand twenty-six" and names["0"] == "zero" and names["1 1"] == "eleven"
+
+
+def test_operations_of_both_parts() -> None:
+    """Of a model whose matrices are all there is to count, by hand."""
+    spec = read_spec(GOLDEN / "t5")
+    hidden, inner, heads, size, vocabulary = 20, 28, 4, 6, 67
+    own = 2 * (6 * heads * size * hidden + 2 * hidden * inner + vocabulary * hidden)  # self attention, q and o of cross
+    own += 4 * heads * size * 1 + 4 * heads * size  # one key each, and one of the source
+    read = 2 * (2 * (4 * heads * size * hidden + 2 * hidden * inner) + 2 * heads * size * hidden) + 2 * 4 * heads * size
+    assert operations_per_token(spec, 1, 0.0) == 3 * own
+    assert operations_per_token(spec, 1, 1.0) == 3 * read

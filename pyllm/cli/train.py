@@ -189,7 +189,8 @@ def train(
         note(f"note: {line}")
     if check_grads:
         return _check_gradients(trainer)
-    live = LiveLine(trainer.spec, run.context or 0, theirs.dtype, trainer.ops.threads)
+    of_sources = trainer.shape.source / trainer.shape.all_tokens
+    live = LiveLine(trainer.spec, run.context or 0, theirs.dtype, trainer.ops.threads, of_sources)
     trainer.callbacks += [RunLog(theirs.out), live]
     if tensorboard:
         trainer.callbacks.append(TensorBoard(theirs.out / "tensorboard"))
