@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import tiny_model
 from test_cli import pyllm
+from tokenizers import Tokenizer as TokenizersLibrary
+from tokenizers.processors import TemplateProcessing
 from training import GOLDEN
 
 from pyllm import LLM
@@ -324,6 +327,23 @@ def test_the_tokenizer_of_a_new_model(home: Path) -> None:
     assert None not in [tokenizer.id_of(f"<extra_id_{i}>") for i in range(8)]
     with pytest.raises(ConfigError, match="sentinels: expected 0 to 1000, got 1001"):
         train_tokenizer([home / "texts.jsonl"], home / "other", vocab_size=3000, sentinels=1001)
+
+
+@pytest.mark.parametrize(
+    ("template", "around", "ends"),
+    [("$A", ([], []), (1,)), ("<s> $A", ([0], []), (1,)), ("$A </s>", ([], [1]), (1,)), ("<s> $A </s>", ([0], [1]), (1,)),
+     ("$A </s> <mask>", ([], [1, 3]), (1,)), ("<mask> <s> $A", ([3, 0], []), (1,)), ("$A <mask> <s>", ([], [3, 0]), (1,))],
+)  # fmt: skip
+def test_special_tokens_around_a_text(home: Path, tmp_path: Path, template: str, around: Any, ends: Any) -> None:
+    """As decoders, T5, BART, mBART, and ChatGLM in its two forms have them."""
+    shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    library = TokenizersLibrary.from_file(str(path))
+    special = [(name, index) for index, name in enumerate(["<s>", "</s>", "<pad>", "<mask>"]) if name in template]
+    library.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    library.save(str(path))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    assert tokenizer.around() == around and end_tokens(tokenizer) == ends
 
 
 def test_pairs_of_a_file(home: Path) -> None:

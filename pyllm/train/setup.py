@@ -167,7 +167,7 @@ class _Aim:
             self.form = pair_form(self._spec, self._tokenizer, own)
             around = max(self.form.around_source, self.form.around_target) if objective != "seq2seq" else 0
         self.text_context = context - around
-        if self.text_context < 2:
+        if self.text_context < 1 + bool(around):
             raise ConfigError(f"context: expected at least {around + 2} tokens for {objective}, got {context}")
 
     def text_tokens(self, tokens: int) -> int:

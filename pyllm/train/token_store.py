@@ -19,7 +19,7 @@ from pyllm.tokenizer import Tokenizer
 from pyllm.train.documents import Document, read_documents
 from pyllm.train.token_files import Tokens, read_bin
 
-FORMAT = 3
+FORMAT = 2
 BATCH_CHARACTERS = 1 << 22  # that are tokenised together
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -73,6 +73,16 @@ class Trainer:
             _check_resumed(state, config, self._model_config)
             data.load_state(state.data)
         self.spec: ModelSpec = family_of(self._model_config).read(self._model_config)
+        begun = config.out / "last" if state is not None else folder
+        if begun is not None and self.spec.head.tied:
+            with open_checkpoint(begun) as checkpoint:
+                if not checkpoint.spec.head.tied:  # config.json says otherwise, as some of T5 v1.1 do
+                    self.spec = self.spec.untied()
+        if config.objective == "prefix" and self.spec.encoder is not None:
+            raise ConfigError(
+                f"objective: expected none of a prefix for this {self.spec.family} model, whose encoder sees all of a "
+                "source: train on sources and targets"
+            )
         if config.objective == "prefix" and self.spec.prefix is None:
             self.spec = replace(self.spec, prefix=PrefixSpec())
         self._eval_start = eval_data.state() if eval_data is not None else None
@@ -260,10 +270,6 @@ class Trainer:
         with open_checkpoint(folder) as checkpoint:
             if checkpoint.quantized:
                 raise CheckpointError(f"{folder}: the weights are quantized: train the model that they were made of")
-            if checkpoint.spec.head.tied != self.spec.head.tied:
-                raise CheckpointError(
-                    f"{folder}: config.json ties embedding and head, but the weights hold two of them"
-                )
             load_values(self.parameters, checkpoint.tensors)
 
 
