@@ -330,11 +330,18 @@ def test_the_tokenizer_of_a_new_model(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "around", "ends"),
-    [("$A", ([], []), (1,)), ("<s> $A", ([0], []), (1,)), ("$A </s>", ([], [1]), (1,)), ("<s> $A </s>", ([0], [1]), (1,)),
-     ("$A </s> <mask>", ([], [1, 3]), (1,)), ("<mask> <s> $A", ([3, 0], []), (1,)), ("$A <mask> <s>", ([], [3, 0]), (1,))],
-)  # fmt: skip
-def test_special_tokens_around_a_text(home: Path, tmp_path: Path, template: str, around: Any, ends: Any) -> None:
+    ("template", "before", "behind"),
+    [
+        ("$A", [], []),
+        ("<s> $A", [0], []),
+        ("$A </s>", [], [1]),
+        ("<s> $A </s>", [0], [1]),
+        ("$A </s> <mask>", [], [1, 3]),
+        ("<mask> <s> $A", [3, 0], []),
+        ("$A <mask> <s>", [], [3, 0]),
+    ],
+)
+def test_special_tokens_around_a_text(home: Path, tmp_path: Path, template: str, before: Any, behind: Any) -> None:
     """As decoders, T5, BART, mBART, and ChatGLM in its two forms have them."""
     shutil.copytree(home / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer" / "tokenizer.json"
@@ -343,7 +350,7 @@ def test_special_tokens_around_a_text(home: Path, tmp_path: Path, template: str,
     library.post_processor = TemplateProcessing(single=template, special_tokens=special)
     library.save(str(path))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
-    assert tokenizer.around() == around and end_tokens(tokenizer) == ends
+    assert tokenizer.around() == (before, behind) and end_tokens(tokenizer) == (1,)
 
 
 def test_pairs_of_a_file(home: Path) -> None:
