@@ -85,6 +85,9 @@ def train(
     mask_rule: Annotated[
         str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
     ] = None,
+    generator: Annotated[
+        str | None, o.option("--generator", help="With rtd: the model that fills masks, whose tokens are detected.")
+    ] = None,
     data_cache: Annotated[str | None, o.option("--data-cache", help="Folder for tokens of files.")] = None,
     batch_tokens: Annotated[
         int | None, o.option("--batch-tokens", help="Tokens of a micro-batch; default eight contexts.")
@@ -98,7 +101,7 @@ def train(
         o.option(
             "--objective",
             help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm: "
-            "encoders'; seq2seq: pairs; spans: T5's; denoise: BART's.",
+            "encoders'; rtd: replaced tokens; seq2seq: pairs; spans: T5's; denoise: BART's.",
         ),
     ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,
@@ -175,7 +178,7 @@ def train(
     from pyllm.train.trackers import TensorBoard, WeightsAndBiases
 
     with progress_bar("tokenising") as progress:
-        setup = prepare(run, theirs.seed, progress, theirs.objective)
+        setup = prepare(run, theirs.seed, progress, theirs.objective, theirs.threads)
     source = setup.train if overfit_batch is None else RepeatedData(setup.train, overfit_batch)
     trainer = Trainer(
         setup.model,

@@ -13,6 +13,7 @@ from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
 from pyllm.generation_config import GenerationConfig
 from pyllm.models import family_of
+from pyllm.ops import Ops
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
@@ -21,7 +22,8 @@ from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
 from pyllm.train.objectives.blanks import BlankedTokens
 from pyllm.train.objectives.denoising import CorruptedSpans, Denoising, InfilledText
-from pyllm.train.objectives.masked import MaskedTokens
+from pyllm.train.objectives.generator import Generator
+from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.objectives.prefix import SplitTokens
 from pyllm.train.pairs import PairedData, pair_form
 from pyllm.train.report import I32, Data
@@ -92,9 +94,16 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
 
 
 def prepare(
-    config: RunConfig, seed: int, progress: Callable[[float], None] | None = None, objective: str = "causal"
+    config: RunConfig,
+    seed: int,
+    progress: Callable[[float], None] | None = None,
+    objective: str = "causal",
+    threads: int | None = None,
 ) -> Setup:
-    """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit."""
+    """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit.
+
+    `threads` are those of a generator (default: the physical cores).
+    """
     model, tokenizer, context = model_and_tokenizer(config)
     aim = _Aim(config, model, tokenizer, context, objective, seed)
     tokens = _batch_tokens(config, context)
@@ -136,6 +145,8 @@ def prepare(
 
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
+    if objective == "rtd":
+        aim.load_generator(train, threads)
     return Setup(
         model, tokenizer, train, aim.data(train), None if valid is None else aim.data(valid), tuple(train.notes)
     )
@@ -162,6 +173,7 @@ class _Aim:
         _check_objective(self._spec, objective, config)
         self._tokenizer = Tokenizer.load(tokenizer) if tokenizer is not None else None
         self._context, around = context, 0
+        self._generator: Generator | None = None
         if objective in OF_ENCODER_DECODERS:
             own = GenerationConfig.read(model, self._spec.vocab_size) if isinstance(model, Path) else None
             self.form = pair_form(self._spec, self._tokenizer, own)
@@ -174,11 +186,27 @@ class _Aim:
         """Tokens of texts that become a micro-batch of `tokens`."""
         return tokens - tokens // self._context * (self._context - self.text_context)
 
+    def load_generator(self, texts: PackedData, threads: int | None) -> None:
+        """Have the model whose tokens are detected, for micro-batches like these."""
+        if self._config.generator is None:
+            raise ConfigError("generator: expected the folder of a model that fills masks, as rtd needs one, got none")
+        self._generator = Generator(
+            resolve(self._config.generator),
+            self._spec,
+            Ops(threads),
+            tokens=texts.tokens,
+            sequences=texts.sequences,
+            context=self._context,
+        )
+
     def data(self, texts: Data) -> Data:
         """Micro-batches of the objective, made of those of texts."""
         config, spec, seed, objective = self._config, self._spec, self._seed, self._objective
         if objective == "mlm":
             return self._masked(texts)
+        if objective == "rtd":
+            assert self._generator is not None
+            return ReplacedTokens(self._masked(texts), self._generator.propose, seed)
         if objective == "blanks":
             end = next(iter(spec.eos_token_ids), None)
             return BlankedTokens(
@@ -197,7 +225,7 @@ class _Aim:
     def _masked(self, texts: Data) -> MaskedTokens:
         loaded = self._tokenizer
         if loaded is None or loaded.mask_token_id is None:
-            raise _no_mask("mlm")
+            raise _no_mask(self._objective)
         return MaskedTokens(
             texts,
             mask=loaded.mask_token_id,
@@ -235,17 +263,22 @@ def _no_mask(objective: str) -> ConfigError:
 def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
     """Raise `ConfigError` where the model does not predict what the objective makes labels of. A model that fills
     blanks predicts no token before its start token: of prompts and answers only answers count, with `mask_prompt`."""
-    if spec.head.kind is not HeadKind.TOKENS:
+    detects = spec.head.kind is HeadKind.EACH
+    if spec.head.kind is not HeadKind.TOKENS and not detects:
         raise ConfigError(
-            "model: expected one that predicts tokens, config.json names a class with another head or none: train "
-            "others from Python, with data that has their labels"
+            "model: expected one that predicts or detects tokens, config.json names a class with another head or none: "
+            "train others from Python, with data that has their labels"
         )
     fitting = ("mlm",) if spec.is_encoder else ("causal", "prefix", "blanks")
-    if spec.encoder is not None:
+    if detects:
+        fitting = ("rtd",)
+    elif spec.encoder is not None:
         fitting = OF_ENCODER_DECODERS
     if objective not in fitting:
         expected = " or ".join((", ".join(fitting[:-1]), fitting[-1])) if len(fitting) > 1 else fitting[0]
         raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
+    if config.generator is not None and objective != "rtd":
+        raise ConfigError(f"generator: expected none for {objective}, which has no use for it: leave it out")
     if spec.encoder is not None and config.mask_prompt:
         raise ConfigError(
             "mask_prompt: expected no for a model with an encoder, whose targets alone count: leave it out"
