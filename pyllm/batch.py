@@ -61,7 +61,7 @@ class Batch:
             source_tables=None if spec.encoder is None else np.zeros((sequences, source_width), np.int32),
         )
 
-    def place(self, rows: slice, first: I32, second: I32) -> None:
+    def place(self, rows: slice, first: I32 | int, second: I32 | int) -> None:
         """Give these rows their first and second positions."""
         self.positions[rows] = first
         if self.second_positions is not None:

@@ -2,7 +2,8 @@
 
 A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
 number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
-directly. All are the same model code and give the same bits.
+directly. All are the same model code. On the CPU they give the same bits; on a GPU a row's kernels, and with them its
+last bits, depend on how many rows a step has (:mod:`pyllm.cuda_ops`).
 
 On a GPU a recorded step is a CUDA graph, one for each size of block tables in `GPU_WIDTHS` too. It ends by making the
 inputs of the next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of
@@ -27,6 +28,7 @@ from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
 from pyllm.model import EncodedSource, Model
 from pyllm.ops import F32, Ops, Stage
+from pyllm.prefix import Place
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
@@ -119,7 +121,7 @@ class Runner:
             step.tokens[i] = sequence.tokens[position]
             step.positions[i] = position
             if self._counts_twice:
-                self._place(step.batch, i, sequence.tokens, position)
+                self._place(step.batch, i, sequence, position)
             step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
             step.lengths[i] = position + 1
             count = len(sequence.blocks)
@@ -150,7 +152,7 @@ class Runner:
             step.tokens[i] = step.drawn[i]
             step.positions[i] = work.start
             if self._counts_twice:
-                self._place(step.batch, i, work.sequence.tokens, work.start)
+                self._place(step.batch, i, work.sequence, work.start)
             step.slots[i] += 1
             step.lengths[i] += 1
             step.draw_positions[i] += 1
@@ -261,7 +263,7 @@ class Runner:
             if batch.types is not None:
                 batch.types[span] = sequence.types[work.start : end] if sequence.types else 0
             if self._counts_twice:
-                self._place(batch, at, [*sequence.tokens[: work.start + work.count], *work.drafts], work.start)
+                self._place(batch, at, sequence, work.start, work.count, work.drafts)
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
             )
@@ -276,12 +278,24 @@ class Runner:
             at += work.rows
             batch.starts[i + 1] = at
 
-    def _place(self, batch: Batch, row: int, tokens: list[int], start: int) -> None:
-        """Both positions of the tokens from `start` on, in the rows from `row` on."""
-        rule = self.model.spec.prefix
+    def _place(
+        self, batch: Batch, row: int, sequence: Sequence, start: int, count: int = 1, drafts: Seq[int] = ()
+    ) -> None:
+        """Both positions of `count` tokens from `start` on, and of drafts behind them, in the rows from `row` on."""
+        rule, end, place = self.model.spec.prefix, start + count, sequence.place
         assert rule is not None
-        first, second = rule.positions(tokens)
-        batch.place(slice(row, row + len(tokens) - start), first[start:], second[start:])
+        if count > 1 or place is None or place.at != start - 1:
+            first, second = rule.positions(sequence.tokens[:end])
+            batch.place(slice(row, row + count), first[start:], second[start:])
+            place = Place(end - 1, int(first[-1]), int(second[-1]))
+        else:
+            place = rule.positions_after(place, sequence.tokens)
+            batch.place(slice(row, row + 1), place.first, place.second)
+        sequence.place = place
+        tokens = [*sequence.tokens[:end], *drafts] if drafts else []
+        for draft_row in range(row + count, row + count + len(drafts)):
+            place = rule.positions_after(place, tokens)
+            batch.place(slice(draft_row, draft_row + 1), place.first, place.second)
 
     def _fill_rope(self, batch: Batch, row: int, sequence: Sequence, position: int) -> None:
         """Frequencies that depend on the length: a prompt's are those of all of it, later tokens' of their own."""
