@@ -8,6 +8,7 @@ takes those of prompts for all.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ class CudaOps(Ops):
         self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
         self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
         self._slot = 0
-        self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
+        self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
 
@@ -328,7 +329,7 @@ class CudaOps(Ops):
         return self.embedding(index, x)
 
     def gather_columns(self, x: Any, index: Any, out: Any = None) -> Any:
-        """As :meth:`Ops.gather_columns`; an index of numpy is copied to the GPU once."""
+        """As :meth:`Ops.gather_columns`; a read-only index of numpy is copied to the GPU once."""
         out = self.empty(x.shape[0], index.shape[0]) if out is None else out
         self.kernels.gather_columns(out.raw, x.raw, self._constant(index), self.device.stream)
         return out
@@ -378,7 +379,7 @@ class CudaOps(Ops):
         """As :meth:`Ops.attention`, without dropout; q may be bfloat16 where the cache is, the result is as the cache.
 
         How many rows a sequence has at most is read from where `starts` comes from on the host. Slopes and a bias of
-        numpy are copied to the GPU once.
+        numpy that are read-only are copied to the GPU once.
         """
         if dropout is not None:
             raise TypeError("dropout: expected None on a GPU: there is no training on it")
@@ -452,12 +453,17 @@ class CudaOps(Ops):
         return None if array is None else self._on_gpu(array).raw
 
     def _constant(self, array: Any) -> Any:
-        """A model's array, copied to the GPU once: nothing can be copied while a step is recorded."""
+        """An array for a kernel. One of numpy that is read-only is copied to the GPU once, and its copy lives as long
+        as it does: nothing can be copied while a step is recorded. Others are copied at each call."""
         if array is None or isinstance(array, DeviceArray):
             return _raw(array)
-        if id(array) not in self._constants:
-            self._constants[id(array)] = array, self.device.upload(array)
-        return self._constants[id(array)][1].raw
+        if array.flags.writeable:
+            return self.device.upload(array).raw
+        key, constants = id(array), self._constants
+        if key not in constants:
+            there = self.device.upload(array)
+            constants[key] = weakref.ref(array, lambda _: constants.pop(key)), there
+        return constants[key][1].raw
 
     def _workspace(self, floats: int, tickets: int) -> None:
         if floats > self._partial.size:

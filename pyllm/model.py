@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyllm.batch import I32, I64, Batch
 from pyllm.cache import KVCache
@@ -21,6 +22,7 @@ from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import AttentionSpec, ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
+T = TypeVar("T", bound=np.generic)
 Angles: TypeAlias = tuple[F32, F32] | tuple[None, None]  # cosines and sines [T, R / 2]
 
 
@@ -65,10 +67,11 @@ class Model:
         if spec.encoder is not None and weights.encoder is not None:
             self.encoder = Model(spec.encoder, weights.encoder)
         shared = spec.relative_bias
-        self._local_inv_freq = None if spec.local_rope is None else spec.local_rope.inv_freq(1)[None]
-        self._buckets = None if shared is None else shared[1].of_distances(two_sided=spec.is_encoder)
+        self._local_inv_freq = None if spec.local_rope is None else _constant(spec.local_rope.inv_freq(1)[None])
+        self._buckets = None if shared is None else _constant(shared[1].of_distances(two_sided=spec.is_encoder))
         self._slopes = [
-            a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
+            _constant(a.bias.slopes(a.heads)) if isinstance(a.bias, Alibi) else None
+            for a in (b.attention for b in spec.blocks)
         ]
 
     def forward(
@@ -282,6 +285,12 @@ class Model:
         bias, bias_up = (weights.gate_bias, weights.up_bias) if spec.gated else (weights.up_bias, None)
         inner = this.ops.matmul(x, weights.up, bias, bias_up, spec.activation)
         return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
+
+
+def _constant(array: NDArray[T]) -> NDArray[T]:
+    """The array, read-only: a GPU copies it once."""
+    array.flags.writeable = False
+    return array
 
 
 def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:

@@ -118,20 +118,26 @@ void run_grid(dim3 grid, dim3 threads_of_block, size_t shared_bytes, const std::
 
 using Work = std::vector<std::function<void()>>;
 struct Stream {
-  Work pending;
+  std::deque<std::function<void()>> pending;
+  int64_t given = 0;  // acts so far, those that were done included
   Work* captured = nullptr;
-  void sync() {
-    Work now = std::move(pending);
-    pending.clear();
-    for (const auto& act : now) act();
+  void sync(int64_t until) {  // does those before number `until`
+    while (given - int64_t(pending.size()) < until && !pending.empty()) {
+      const auto act = std::move(pending.front());
+      pending.pop_front();
+      act();
+    }
   }
 };
+std::vector<Stream*> streams;
 
 // Work on no stream is done at once.
 void give(void* stream, std::function<void()> act) {
   if (!stream) return act();
   auto* s = static_cast<Stream*>(stream);
-  (s->captured ? *s->captured : s->pending).push_back(std::move(act));
+  if (s->captured) return s->captured->push_back(std::move(act));
+  s->pending.push_back(std::move(act));
+  ++s->given;
 }
 
 int64_t held = 0, limit = int64_t(1) << 40;  // bytes of device memory
@@ -186,8 +192,12 @@ void memory_info(size_t* free, size_t* total) {
 // after its use.
 using namespace emulator;
 extern "C" {
-void* host_stream() { return new Stream; }
-void host_sync(void* stream) { static_cast<Stream*>(stream)->sync(); }
+void* host_stream() { return streams.emplace_back(new Stream); }
+int64_t host_given(void* stream) { return static_cast<Stream*>(stream)->given; }
+void host_sync(void* stream, int64_t until) { static_cast<Stream*>(stream)->sync(until); }
+void host_sync_all() {
+  for (Stream* stream : streams) stream->sync(stream->given);
+}
 void host_copy(void* stream, void* dst, const void* src, int64_t bytes) {
   give(stream, [=] { std::memcpy(dst, src, size_t(bytes)); });
 }
