@@ -336,7 +336,8 @@ def random_model(gpu: Any, spec: Any) -> Any:
     def matrix(parts: Any) -> Any:
         n, k = parts.shape(spec)
         gated = parts.gate is not None
-        return DeviceMatrix(noise(gpu, (n * (1 + gated), k), 0.02, bfloat16), gated)
+        order = None if parts.heads is None else np.arange(n)  # of noise any order is as good
+        return DeviceMatrix(noise(gpu, (n * (1 + gated), k), 0.02, bfloat16), gated, order)
 
     def vector(*names: str) -> Any:
         if names[0] not in slots:

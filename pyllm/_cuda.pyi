@@ -205,6 +205,16 @@ def kv_write(
     sin: Array | None,
     stream: int,
 ) -> None: ...
+def qkv_write(
+    q: Array,
+    cache: Array,
+    qkv: Array,
+    slots: Array,
+    head_size: int,
+    cos: Array | None,
+    sin: Array | None,
+    stream: int,
+) -> None: ...
 def sample(
     tokens: Array,
     logits: Array,

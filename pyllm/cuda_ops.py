@@ -10,114 +10,44 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.cuda_memory import PIECE, DeviceArena, DeviceMatrix, DeviceStage, Pending
 from pyllm.device import Device
 from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
 from pyllm.spec import Activation, ModelSpec, NormKind
-from pyllm.tensor import DTYPES, DeviceArray
+from pyllm.tensor import DeviceArray
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
+SKINNY_ROWS = 16  # of the products of decoding, at most
 TOP_TOKENS = 256  # that its log-probabilities list at most
 SLOTS, SLOT_BYTES = 32, 4096  # of small arrays on their way to the host
-PIECE = 256  # bytes that arrays in one block of memory begin at
 
 
-class DeviceMatrix:
-    """Weights [N, K] on the GPU, row-major; gated: [2N, K], rows of gate and up in turn."""
+@dataclass(frozen=True)
+class Normed:
+    """The norm of x [R, D] as the products of decoding form it themselves, from x as it is when they run."""
 
-    def __init__(self, values: DeviceArray, gated: bool) -> None:
-        self.values, self.gated = values, gated
-        rows, columns = values.shape
-        self.shape = (rows // 2 if gated else rows, columns)
-        self.dtype, self.nbytes = values.dtype, values.nbytes
-        self._biases: tuple[Any, Any, DeviceArray] | None = None
+    x: DeviceArray
+    weight: DeviceArray
+    bias: DeviceArray | None
+    kind: NormKind
+    eps: float
 
-    def biases(self, gate: DeviceArray, up: DeviceArray) -> DeviceArray:
-        """Those of gate and up in turn, as the kernels read them; made at their first use."""
-        if self._biases is None or self._biases[0] is not gate or self._biases[1] is not up:
-            joined = np.stack([gate.numpy(), up.numpy()], axis=1).reshape(-1)
-            self._biases = gate, up, gate.device.upload(joined)
-        return self._biases[2]
-
-
-class DeviceArena:
-    """One block of GPU memory, laid out once per recorded step: outputs are taken in order and given back by mark."""
-
-    def __init__(self, memory: DeviceArray) -> None:
-        self.memory = memory
-        self.used = 0
-
-    def take(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
-        """The next elements, as an array of that shape."""
-        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        start, self.used = self.used, self.used + -(-count // PIECE) * PIECE
-        if self.used > self.memory.nbytes:
-            raise MemoryError(f"arena: {self.used} bytes needed, {self.memory.nbytes} laid out")
-        return _typed(self.memory, start, shape, dtype)
-
-
-class DeviceStage(Stage):
-    """Arrays of the host in one block, page-locked if it is `lasting`, and their copies in one block of the GPU's."""
-
-    def __init__(self, device: Device, arrays: Sequence[Any], lasting: bool) -> None:
-        places, total = [], 0
-        for array in arrays:
-            places.append(total)
-            total += -(-(array.nbytes if isinstance(array, np.ndarray) else 0) // PIECE) * PIECE
-        self._device, self._lasting = device, lasting
-        self._sent: Any = None
-        self._memory = device.pinned(total) if lasting else np.empty(total, np.uint8)
-        self._block = device.empty([total], np.uint8)
-        host: list[Any] = []
-        placed: list[Any] = []
-        for array, start in zip(arrays, places, strict=True):
-            if not isinstance(array, np.ndarray):
-                host.append(array)
-                placed.append(array)
-                continue
-            mine = self._memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-            mine[...] = array
-            raw = array.dtype == SAMPLE_ROW
-            shape = (*array.shape, SAMPLE_ROW.itemsize) if raw else array.shape
-            there = _typed(self._block, start, shape, np.dtype(np.uint8) if raw else array.dtype)
-            there.host = mine
-            host.append(mine)
-            placed.append(there)
-        super().__init__(host, placed)
-
-    def send(self) -> None:
-        """Copy all arrays to the GPU."""
-        if not self._lasting:
-            self._device.write(self._block, self._memory)
-            return
-        self._device.send(self._block, self._memory)
-        self._sent = self._device.record()
-
-    def wait(self) -> None:
-        """Wait until the copy has been made, so that the arrays may be changed."""
-        if self._sent is not None:
-            self._sent.sync()
-
-
-class Pending:
-    """What a kernel wrote, on its way to the host."""
-
-    def __init__(self, memory: NDArray[Any], event: Any) -> None:
-        self._memory, self._event = memory, event
-
-    def wait(self) -> NDArray[Any]:
-        """The array, once it is there."""
-        self._event.sync()
-        return self._memory
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of x."""
+        return self.x.shape
 
 
 class CudaOps(Ops):
@@ -143,6 +73,8 @@ class CudaOps(Ops):
         self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
+        self._largest = device.empty([device.multiprocessors * SKINNY_ROWS], np.int64)  # workspace of `argmax`
+        self._ticket = device.zeros([1], np.uint32)
 
     # Memory
 
@@ -207,28 +139,30 @@ class CudaOps(Ops):
 
         With `gate` [N, K] the result is gated, see :class:`DeviceMatrix`.
         """
-        to = dtype or str(weights[0].dtype)
-        if to not in ("float32", "bfloat16"):
-            raise TypeError(f"dtype: expected float32 or bfloat16 on a GPU, got {to}")
-        kind = BFLOAT16 if to == "bfloat16" else FLOAT32
-        starts = np.cumsum([0, *(w.shape[0] for w in weights)])
-
-        def write(first: int, rows: NDArray[Any]) -> None:
-            """Rows of the stacked weights, from row `first` on."""
-            for weight, start in zip(weights, starts[:-1], strict=True):
-                low, high = max(first, start), min(first + len(rows), start + weight.shape[0])
-                if low < high:
-                    rows[low - first : high - first] = weight[low - start : high - start]
-
+        kind, shape = _kind(weights, dtype), _stacked(weights)
         if gate is None:
-            return DeviceMatrix(self.device.load((int(starts[-1]), weights[0].shape[1]), kind, write), False)
+            return DeviceMatrix(self.device.load(shape, kind, partial(_copy_rows, weights)), False)
 
         def write_pairs(first: int, pairs: NDArray[Any]) -> None:
             pairs[:, 0] = gate[first : first + len(pairs)]
-            write(first, pairs[:, 1])
+            _copy_rows(weights, first, pairs[:, 1])
 
-        pairs = self.device.load((int(starts[-1]), 2, weights[0].shape[1]), kind, write_pairs)
+        pairs = self.device.load((shape[0], 2, shape[1]), kind, write_pairs)
         return DeviceMatrix(pairs.reshape(-1, pairs.shape[2]), True)
+
+    def pack_qkv(self, *weights: Any, head_size: int, half: int, dtype: str | None = None) -> Any:
+        """As :meth:`Ops.pack_qkv`; where the kernels take them so, rows that are rotated together are neighbours."""
+        kind, shape = _kind(weights, dtype), _stacked(weights)
+        if kind != BFLOAT16 or shape[1] % 8 or head_size % 2:
+            return self.pack(*weights, dtype=dtype)
+        order = np.arange(shape[0])
+        heads = order[: len(weights[0]) + len(weights[1])].reshape(-1, head_size)
+        heads[:, : 2 * half] = np.stack([heads[:, :half], heads[:, half : 2 * half]], axis=2).reshape(len(heads), -1)
+
+        def write(first: int, rows: NDArray[Any]) -> None:
+            _take_rows(weights, order[first : first + len(rows)], rows)
+
+        return DeviceMatrix(self.device.load(shape, kind, write), False, order)
 
     # Kernels
 
@@ -246,25 +180,82 @@ class CudaOps(Ops):
         """As :meth:`Ops.matmul`; x is float32 or bfloat16, and so is the result: `dtype` behind an activation."""
         if pre is not None:
             raise TypeError("pre: expected None on a GPU: there is no training on it")
+        if w.order is not None:
+            raise ValueError("w: expected a matrix of pack, got one of pack_qkv, whose rows queries() alone takes")
         x = self._on_gpu(x)
-        if bias_up is not None:
-            bias = w.biases(bias, bias_up)
-        rows, columns = x.shape
         if out is None:
-            out = self.empty(rows, w.shape[0], dtype=self.dtype if w.gated or activation is not None else FLOAT32)
+            out = self.empty(x.shape[0], w.shape[0], dtype=self.dtype if w.gated or activation is not None else FLOAT32)
+        self._product(out, x, w, bias, bias_up, activation, residual)
+        return out
+
+    def _product(
+        self, out: DeviceArray, x: Any, w: DeviceMatrix, bias: Any, bias_up: Any, activation: Any, residual: Any
+    ) -> None:
+        rows, columns = x.shape
         mark = self.mark()
-        tail = (_raw(bias), _raw(residual), ACTIVATIONS[activation], w.gated)
+        tail = (_raw(w.bias(bias, bias_up)), _raw(residual), ACTIVATIONS[activation], w.gated)
         y, values = out.raw, w.values.raw
         if w.dtype == FLOAT32 or columns % 8:
             self.kernels.plain_matmul(y, self._as(x, w.dtype).raw, values, *tail, self.device.stream)
-        elif not self.invariant and self.kernels.skinny_fits(rows, columns):
+        elif self._is_skinny(rows, columns):
+            source, norm = _prologue(x)
             self.kernels.skinny_matmul(
-                y, x.raw, values, *tail, None, None, 0, 0.0, self.device.multiprocessors, True, self.device.stream
+                y, source.raw, values, *tail, *norm, self.device.multiprocessors, True, self.device.stream
             )
         else:
             self.kernels.mma_matmul(y, self._as(x, BFLOAT16).raw, values, *tail, self.device.stream)
         self.release(mark)
-        return out
+
+    def _is_skinny(self, rows: int, columns: int) -> bool:
+        """Whether the kernels of decoding take so many rows of x [R, K]."""
+        return not self.invariant and bool(self.kernels.skinny_fits(rows, columns))
+
+    def queries(
+        self, x: Any, w: Any, bias: Any, cache: Any, slots: Any, head_size: int, cos: Any = None, sin: Any = None
+    ) -> Any:
+        """As :meth:`Ops.queries`, of the cache's dtype; one kernel where a decode step has few rows, else two."""
+        if w.order is None:
+            return None
+        paged, slots = _paged(cache, head_size), self._on_gpu(slots)
+        rows, columns = x.shape
+        q = self.empty(rows, w.shape[0] - 2 * paged.shape[1] * head_size, dtype=cache.dtype)
+        if self._is_skinny(rows, columns):
+            source, norm = _prologue(x)
+            self.kernels.skinny_qkv(
+                q.raw, paged.raw, source.raw, w.values.raw, _raw(w.bias(bias)), _raw(cos), _raw(sin), slots.raw,
+                head_size, *norm, self.device.multiprocessors, True, self.device.stream,
+            )  # fmt: skip
+            return q
+        mark = self.mark()
+        qkv = self.empty(rows, w.shape[0])
+        self._product(qkv, x, w, bias, None, None, None)
+        self.kernels.qkv_write(
+            q.raw, paged.raw, qkv.raw, slots.raw, head_size, _raw(cos), _raw(sin), self.device.stream
+        )
+        self.release(mark)
+        return q
+
+    def joins_argmax(self, w: Any, rows: int) -> bool:
+        """As :meth:`Ops.joins_argmax`: for the rows that the kernels of decoding take."""
+        return w.dtype == BFLOAT16 and self._is_skinny(rows, w.shape[1])
+
+    def argmax(self, x: Any, w: Any, bias: Any = None) -> Any:
+        """As :meth:`Ops.argmax`."""
+        source, norm = _prologue(x)
+        rows, multiprocessors = x.shape[0], self.device.multiprocessors
+        tokens = self.empty(rows, dtype=np.dtype(np.int32))
+        self.kernels.skinny_argmax(
+            tokens.raw, source.raw, w.values.raw, _raw(bias), *norm,
+            self._largest.view(0, (multiprocessors, rows)).raw, self._ticket.raw, multiprocessors, True,
+            self.device.stream,
+        )  # fmt: skip
+        return tokens
+
+    def product_norm(self, x: Any, weight: Any, bias: Any = None, *, kind: NormKind, eps: float) -> Any:
+        """As :meth:`Ops.product_norm`: the products of decoding form it themselves."""
+        if self.dtype == BFLOAT16 and self._is_skinny(*x.shape):
+            return Normed(x, weight, bias, kind, eps)
+        return self.norm(x, weight, bias, kind=kind, eps=eps)
 
     def norm(
         self,
@@ -473,15 +464,17 @@ class CudaOps(Ops):
             self._outgrown.append(self._tickets)
             self._tickets = self.device.zeros([tickets], np.uint32)
 
-    def _on_gpu(self, array: Any) -> DeviceArray:
-        if isinstance(array, DeviceArray):
+    def _on_gpu(self, array: Any) -> Any:
+        if isinstance(array, DeviceArray | Normed):
             return array
         there = self.device.upload(np.asarray(array))
         there.host = array
         return there
 
-    def _as(self, x: DeviceArray, dtype: np.dtype[Any]) -> DeviceArray:
+    def _as(self, x: DeviceArray | Normed, dtype: np.dtype[Any]) -> DeviceArray:
         """x of another dtype, in memory that holds until the arena's mark is released."""
+        if isinstance(x, Normed):
+            return self._as(self.norm(x.x, x.weight, x.bias, kind=x.kind, eps=x.eps), dtype)
         if x.dtype == dtype:
             return x
         out: DeviceArray = self.empty(*x.shape, dtype=dtype)
@@ -522,6 +515,45 @@ def attention_workspace(spec: ModelSpec, sequences: int, width: int) -> tuple[in
     return floats, sequences * max(a.kv_heads for a in attentions)
 
 
+def _kind(weights: Sequence[Any], dtype: str | None) -> np.dtype[Any]:
+    """What weights are held as."""
+    to = dtype or str(weights[0].dtype)
+    if to not in ("float32", "bfloat16"):
+        raise TypeError(f"dtype: expected float32 or bfloat16 on a GPU, got {to}")
+    return BFLOAT16 if to == "bfloat16" else FLOAT32
+
+
+def _stacked(weights: Sequence[Any]) -> tuple[int, int]:
+    """Shape of weights [Ni, K] that are stacked."""
+    return sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+
+
+def _copy_rows(weights: Sequence[Any], first: int, rows: NDArray[Any]) -> None:
+    """Rows of the stacked weights, from row `first` on."""
+    start = 0
+    for weight in weights:
+        low, high = max(first, start), min(first + len(rows), start + len(weight))
+        if low < high:
+            rows[low - first : high - first] = weight[low - start : high - start]
+        start += len(weight)
+
+
+def _take_rows(weights: Sequence[Any], index: NDArray[np.intp], rows: NDArray[Any]) -> None:
+    """Rows of the stacked weights that `index` names."""
+    start = 0
+    for weight in weights:
+        mine = (index >= start) & (index < start + len(weight))
+        rows[mine] = weight[index[mine] - start]
+        start += len(weight)
+
+
+def _prologue(x: DeviceArray | Normed) -> tuple[DeviceArray, tuple[Any, Any, int, float]]:
+    """What a product of decoding reads, and the norm that it takes of it, as its launcher's arguments."""
+    if isinstance(x, Normed):
+        return x.x, (x.weight.raw, _raw(x.bias), NORMS[x.kind], x.eps)
+    return x, (None, None, 0, 0.0)
+
+
 def _raw(array: DeviceArray | None) -> Any:
     return None if array is None else array.raw
 
@@ -530,9 +562,3 @@ def _paged(cache: DeviceArray, head_size: int) -> DeviceArray:
     """A layer of the cache [blocks, G, 2, 64 * Ep] as the kernels name its dimensions: [blocks, G, 2, 64, Ep]."""
     padded = -(-head_size // 16) * 16
     return cache.reshape(*cache.shape[:3], -1, padded)
-
-
-def _typed(memory: DeviceArray, start: int, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
-    """Bytes of `memory` from `start` on as an array."""
-    raw = memory.device.kernels.Array(memory.raw.pointer + start, list(shape), DTYPES[dtype], owner=memory.raw.owner)
-    return DeviceArray(memory.device, raw)

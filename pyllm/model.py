@@ -118,8 +118,8 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm, out)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with, from the residual stream x [R, D]."""
-        return self.before_head(ops, self.final_norm(ops, x))
+        """What the head's matrix is multiplied with, from the residual stream x [R, D], before that is changed."""
+        return self.before_head(ops, _product_norm(ops, x, self.spec.final_norm, self.weights.final_norm))
 
     def before_head(self, ops: Ops | Tape, x: F32) -> F32:
         """The same from states x [R, D] that have been normed: they are transformed or projected, and scaled."""
@@ -139,6 +139,14 @@ class Model:
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """What the head gives, logits [R, V] or scores of labels, for these rows of the residual stream x [T, D]."""
         return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
+
+    def joins_choice(self, ops: Ops, rows: int) -> bool:
+        """Whether :meth:`best_tokens` is to be had for so many rows: no logits are made then."""
+        return self.spec.head.softcap is None and ops.joins_argmax(self.weights.head, rows)
+
+    def best_tokens(self, ops: Ops, x: F32) -> I32:
+        """The token of the largest logit for each row of the residual stream x [R, D], see :meth:`Ops.argmax`."""
+        return ops.argmax(self.head_input(ops, x), self.weights.head, self.weights.head_bias)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
@@ -186,8 +194,11 @@ class Model:
         ops, spec, weights = this.ops, self.spec.blocks[layer], self.weights.blocks[layer]
         if spec.placement.is_parallel:
             mark = ops.mark()
-            first = _norm(ops, x, spec.norm, weights.attn_norm)
-            second = first if weights.mlp_norm is None else _norm(ops, x, spec.norm, weights.mlp_norm)
+            if weights.mlp_norm is None:
+                first = second = _norm(ops, x, spec.norm, weights.attn_norm)
+            else:  # the second is read after attention has changed x
+                first = _product_norm(ops, x, spec.norm, weights.attn_norm)
+                second = _norm(ops, x, spec.norm, weights.mlp_norm)
             x = self._attention(this, layer, first, x)
             x = self._mlp(this, layer, second, x)
             ops.release(mark)
@@ -207,10 +218,10 @@ class Model:
             elif spec.placement is Placement.NORMED:
                 x = ops.add(x, part(this, layer, x), spec.residual_scale, out=x)
             elif spec.placement is Placement.SANDWICH:
-                branch = part(this, layer, _norm(ops, x, spec.norm, norm))
+                branch = part(this, layer, _product_norm(ops, x, spec.norm, norm))
                 x = ops.add(x, _norm(ops, branch, spec.norm, post_norm, out=branch), out=x)
             else:
-                x = part(this, layer, _norm(ops, x, spec.norm, norm), x)
+                x = part(this, layer, _product_norm(ops, x, spec.norm, norm), x)
             ops.release(mark)
             if spec.placement is Placement.POST:
                 x = _norm(ops, x, spec.norm, norm, out=x)
@@ -220,16 +231,18 @@ class Model:
         """out(attention(x)), plus the residual in its place where it is given and may be overwritten."""
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
-        qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
-        ends = a.heads * size, (a.heads + a.kv_heads) * size
-        q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
-        if a.qk_norm is not None:
-            q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
-            k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
         cos, sin = this.angles if a.window is None else this.local_angles
-        if cos is not None and sin is not None:
-            ops.rope(q, cos, sin, size)
-        ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
+        q = ops.queries(x, weights.qkv, weights.qkv_bias, cache, batch.slots, size, cos, sin)
+        if q is None:
+            qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
+            ends = a.heads * size, (a.heads + a.kv_heads) * size
+            q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
+            if a.qk_norm is not None:
+                q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
+                k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
+            if cos is not None and sin is not None:
+                ops.rope(q, cos, sin, size)
+            ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         attend = partial(
             ops.attention,
             q,
@@ -313,6 +326,13 @@ def _norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights |
     if spec is None or weights is None:
         return x
     return ops.norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps, out=out)
+
+
+def _product_norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights | None) -> F32:
+    """The same for products alone, which come before x is changed."""
+    if spec is None or weights is None:
+        return x
+    return ops.product_norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps)
 
 
 def _head_norm(ops: Ops | Tape, x: F32, heads: int, spec: NormSpec, weight: F32 | None) -> F32:

@@ -191,6 +191,11 @@ class Ops:
             row += w.shape[0]
         return packed
 
+    def pack_qkv(self, *weights: Array, head_size: int, half: int, dtype: str | None = None) -> _cpu.PackedMatrix:
+        """:meth:`pack` the weights of queries, keys and values, of heads of so many channels, of which `half` pairs are
+        rotated, for a product or for :meth:`queries` where that is not None."""
+        return self.pack(*weights, dtype=dtype)
+
     def pack_quantized(
         self,
         values: NDArray[np.uint8],
@@ -249,6 +254,37 @@ class Ops:
         out = self.empty(x.shape[0], w.shape[0]) if out is None else out
         self.context.matmul(out, x, w, bias, bias_up, residual, ACTIVATIONS[activation], pre)
         return out
+
+    def queries(
+        self,
+        x: F32,
+        w: _cpu.PackedMatrix,
+        bias: F32 | None,
+        cache: Array,
+        slots: NDArray[np.int64],
+        head_size: int,
+        cos: F32 | None = None,
+        sin: F32 | None = None,
+    ) -> F32 | None:
+        """What comes before attention where kernels do it together: queries [T, H * E] of x [T, D], rotated where cos
+        is given, with w of :meth:`pack_qkv`; keys and values go into the cache, see :meth:`kv_write`.
+
+        None: a product, :meth:`rope` and `kv_write` do it one after the other, as here.
+        """
+        return None
+
+    def joins_argmax(self, w: _cpu.PackedMatrix, rows: int) -> bool:
+        """Whether :meth:`argmax` is to be had for so many rows."""
+        return False
+
+    def argmax(self, x: F32, w: _cpu.PackedMatrix, bias: F32 | None = None) -> NDArray[np.int32]:
+        """On a GPU: the column of the largest of ``x w^T + bias`` in each row, the lowest of equals; -1 where one is
+        NaN or +inf. x [R, K], w [N, K] -> int32 [R]."""
+        raise NotImplementedError
+
+    def product_norm(self, x: F32, weight: F32, bias: F32 | None = None, *, kind: NormKind, eps: float) -> F32:
+        """:meth:`norm` of x [R, D] for products that come before x is changed: on a GPU they may form it themselves."""
+        return self.norm(x, weight, bias, kind=kind, eps=eps)
 
     def norm(
         self,

@@ -51,6 +51,7 @@ RULES = (
     Rule("gather_columns_kernel", 64),
     Rule("rope_angles_kernel", 64),
     Rule("rope_kernel", 64),
+    Rule("qkv_write_kernel", 64),
     Rule("kv_write_kernel", 64),
     Rule("advance_kernel", 64),
     Rule("read_probe_kernel", 64),

@@ -230,8 +230,21 @@ class KvWriteArgs(ctypes.Structure):
     ]
 
 
+class QkvWriteArgs(ctypes.Structure):
+    """QkvWriteArgs of cuda/qkv_write.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "qkv")),
+        ("cache", CacheView),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "half", "q_stride", "qkv_stride")),
+        ("q_dtype", ctypes.c_int32),
+    ]
+
+
 LAYERS = (
     NormArgs, ActivationArgs, AxpbyArgs, EmbeddingArgs, GatherColumnsArgs, RopeAnglesArgs, RopeArgs, KvWriteArgs,
+    QkvWriteArgs,
 )  # fmt: skip
 
 

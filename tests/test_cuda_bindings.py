@@ -167,6 +167,10 @@ KV_WRITE = {
     "cache": array(5, 2, 2, 64, 16), "k": float32(3, 16), "v": float32(3, 16), "slots": array(3, dtype="int64"),
     "head_size": 8, "cos": float32(3, 4), "sin": float32(3, 4),
 }  # fmt: skip
+QKV_WRITE = {
+    "q": array(3, 32), "cache": array(5, 2, 2, 64, 16), "qkv": float32(3, 64), "slots": array(3, dtype="int64"),
+    "head_size": 8, "cos": float32(3, 4), "sin": float32(3, 4),
+}  # fmt: skip
 SAMPLE = {
     "tokens": int32(3), "logits": float32(3, 50), "rows": array(3, 48, dtype="uint8"), "history_starts": None,
     "history_ids": None, "history_counts": None, "bias_starts": None, "bias_ids": None, "bias_values": None,
@@ -208,6 +212,9 @@ LISTS = {"allowed_starts": array(4, dtype="int64"), "allowed_ids": int32(7)}
         ("kv_write", KV_WRITE, {"cache": array(5, 2, 2, 64, 8)}, "cache: expected shape"),
         ("kv_write", KV_WRITE, {"slots": int32(3)}, "slots: expected int64"),
         ("kv_write", KV_WRITE, {"sin": None}, "cos, sin: expected both or neither"),
+        ("qkv_write", QKV_WRITE, {"q": array(3, 33)}, "q: expected whole heads of 8, got 33 columns"),
+        ("qkv_write", QKV_WRITE, {"qkv": float32(3, 56)}, r"qkv: expected shape \[3, 64\], got \[3, 56\]"),
+        ("qkv_write", QKV_WRITE, {"sin": None}, "cos, sin: expected both or neither"),
         ("sample", SAMPLE, {"rows": array(3, 40, dtype="uint8")}, r"rows: expected shape \[3, 48\]"),
         ("sample", SAMPLE, {"allowed_ids": int32(7)}, "allowed: expected starts and ids, or neither"),
         ("sample", SAMPLE, {**LISTS, "workspace": float32(6)}, r"workspace: expected shape \[7\]"),

@@ -61,16 +61,75 @@ def test_every_decoder_is_what_transformers_computes(gpu, name):
     assert np.abs(got - want).max() < 5e-5 * max(1, np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt-post", "qwen3", "phi3"])
-def test_families_decode_as_on_the_cpu_in_bfloat16(gpu, name):
-    prompts = [{"prompt_token_ids": [3, 11, 7, 5, 2]}, {"prompt_token_ids": [13]}]
+SAME_DECODER = ("bloom-", "cohere-", "gpt2-", "llama-", "qwen2-")  # the kernels of a decode step are those of another
+
+
+@pytest.mark.parametrize("name", sorted(n for n in set(FAMILIES) - ENCODING if not n.startswith(SAME_DECODER)))
+def test_every_decoder_decodes_as_on_the_cpu_in_bfloat16(gpu, name):
+    """By the fused kernels, where the model's spec has them."""
+    params = {"max_tokens": 6, "temperature": 0, "detokenize": False, "ignore_eos": True}
     cpu, mine = (
-        LLM(GOLDEN / name, device=device, dtype="bfloat16", skip_tokenizer_init=True, max_num_seqs=2).generate(
-            prompts, max_tokens=6, temperature=0, logprobs=2, detokenize=False, ignore_eos=True
-        )
-        for device in ("cpu", "cuda")
+        LLM(GOLDEN / name, device=device, dtype="bfloat16", skip_tokenizer_init=True) for device in ("cpu", "cuda")
     )
-    assert agreeing(cpu, mine) >= 4
+    blank = [cpu.spec.prefix.mask_ids[0][0], cpu.spec.prefix.start_id] if cpu.spec.fills_blanks else []
+    prompts = [{"prompt_token_ids": [*ids, *blank]} for ids in ([3, 11, 7, 5, 2], [13], [40, 21, 9])]
+    assert agreeing(cpu.generate(prompts, logprobs=2, **params), mine.generate(prompts, **params)) >= 4
+
+
+def launches(llm, prompts, **params):
+    """Names of the kernels that the one decode step which these prompts record launches, in order."""
+    launched, real = [], llm.ops.kernels
+
+    class Noting:
+        def __getattr__(self, name):
+            found = getattr(real, name)
+            if name in ("Array", "skinny_fits"):
+                return found
+            return lambda *arguments: (launched.append(name), found(*arguments))
+
+    llm._runner._recorded.clear()
+    llm.ops.kernels = Noting()
+    try:
+        llm.generate(prompts, max_tokens=3, detokenize=False, ignore_eos=True, **params)
+    finally:
+        llm.ops.kernels = real
+    [step] = llm._runner._recorded.values()
+    return launched[len(launched) - step.graph.nodes :]
+
+
+FUSED = ["skinny_qkv", "split_attention", "skinny_matmul", "skinny_matmul", "skinny_matmul"]
+MANY_ROWS = ["norm", "mma_matmul", "qkv_write", "split_attention", "mma_matmul", "norm", "mma_matmul", "mma_matmul"]
+
+
+@pytest.mark.parametrize(
+    ("name", "embedded", "layer"),
+    [
+        ("llama", ["embedding", "rope_angles"], FUSED),
+        ("gpt2", ["embedding"], FUSED),
+        ("gptj", ["embedding", "rope_angles"], ["norm", *FUSED]),  # which both parts of a block read
+    ],
+)
+def test_a_decode_step_launches_the_fused_kernels(gpu, tiny_folder, name, embedded, layer):
+    folder = tiny_folder if name == "llama" else GOLDEN / name
+    llm = LLM(folder, device="cuda", dtype="bfloat16", skip_tokenizer_init=True, max_num_seqs=17)
+    prompts, layers = [{"prompt_token_ids": [3, 11, 7]}, {"prompt_token_ids": [13]}], len(llm.spec.blocks)
+    fused = [*embedded, *layer * layers]
+    assert launches(llm, prompts, temperature=0) == [*fused, "skinny_argmax", "advance"]
+    assert launches(llm, prompts, temperature=1, seed=1) == [*fused, "skinny_matmul", "sample", "advance"]
+    if name == "gpt2":
+        many = launches(llm, prompts[1:] * 17, temperature=0)
+        assert many == [*embedded, *MANY_ROWS * layers, "norm", "mma_matmul", "sample", "advance"]
+
+
+def test_heads_that_are_normed_before_their_rotation_take_a_kernel_for_each_step(gpu):
+    llm = LLM(GOLDEN / "qwen3", device="cuda", dtype="bfloat16", skip_tokenizer_init=True)
+    launched = launches(llm, {"prompt_token_ids": [3, 11, 7]}, temperature=0)
+    assert launched[2:7] == ["skinny_matmul", "norm", "norm", "rope", "kv_write"]
+
+
+def test_the_largest_logit_is_found_without_logits_as_with_them(pair):
+    params = dict(max_tokens=12, temperature=0)
+    assert ids(pair[0].generate(PROMPTS, **params)) == ids(pair[0].generate(PROMPTS, logprobs=1, **params))
 
 
 @pytest.mark.parametrize("name", ["chatglm", "glm2021"])

@@ -1,7 +1,8 @@
-// The launchers of csrc/cuda/layers.h and sampling.h: every argument is checked here, and every launch's error raised.
+// The launchers of csrc/cuda/layers.h, qkv_write.h and sampling.h: every argument is checked here, and every launch's error raised.
 #include "bindings/cuda_launch.h"
 #include "cuda/advance.h"
 #include "cuda/layers.h"
+#include "cuda/qkv_write.h"
 #include "cuda/sampling.h"
 
 namespace pyllm::bindings {
@@ -249,6 +250,38 @@ void kv_write(const py::object& cache, const py::object& k, const py::object& v,
   raise(cuda::kv_write(a, stream_of(stream)), "kv_write");
 }
 
+void qkv_write(const py::object& q, const py::object& cache, const py::object& qkv, const py::object& slots,
+               int64_t head_size, const py::object& cos, const py::object& sin, uintptr_t stream) {
+  check_range(head_size, 1, kMaxHead, "head_size");
+  const auto& blocks = device_array(cache, "cache", kFloats, {-1, -1, 2, kBlockTokens, round_up(head_size, kHeadPad)});
+  cuda::QkvWriteArgs a{};
+  a.cache = {blocks.data, blocks.dim(0), blocks.dim(1), head_size, float_dtype(blocks, "cache")};
+  const auto& queries = device_array(q, "q", kFloats, {-1, -1}, false);
+  if (queries.dim(1) % head_size)
+    throw py::value_error("q: expected whole heads of " + std::to_string(head_size) + ", got " +
+                          std::to_string(queries.dim(1)) + " columns");
+  a.rows = queries.dim(0);
+  a.heads = queries.dim(1) / head_size;
+  const auto& product =
+      device_array(qkv, "qkv", "float32", {a.rows, (a.heads + 2 * a.cache.kv_heads) * head_size}, false);
+  a.q = queries.data;
+  a.q_stride = queries.row_stride();
+  a.q_dtype = float_dtype(queries, "q");
+  a.qkv = static_cast<const float*>(product.data);
+  a.qkv_stride = product.row_stride();
+  a.slots = static_cast<const int64_t*>(device_array(slots, "slots", "int64", {a.rows}).data);
+  if (cos.is_none() != sin.is_none()) throw py::value_error("cos, sin: expected both or neither");
+  if (!cos.is_none()) {
+    a.half = half_of(cos, sin, a.rows, head_size);
+    a.cos = optional<float>(cos, "cos", "float32", {a.rows, a.half});
+    a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
+  }
+  check_range(a.rows, 0, kMaxRows, "q: rows");
+  check_range((a.heads + 2 * a.cache.kv_heads) * a.cache.padded_head(), 0, kMaxWidth, "qkv: heads times channels");
+  py::gil_scoped_release release;
+  raise(cuda::qkv_write(a, stream_of(stream)), "qkv_write");
+}
+
 // starts [R + 1] and ids of a list for each row; both None where no row has one. Returns how many ids there are.
 int64_t lists_of(RowLists& lists, const py::object& starts, const py::object& ids, int64_t rows, const char* name) {
   if (starts.is_none() != ids.is_none())
@@ -345,6 +378,8 @@ void bind_cuda_layers(py::module_& module) {
              arg("scaling"), arg("stream"));
   module.def("rope", &rope, arg("x"), arg("cos"), arg("sin"), arg("head_size"), arg("inverse"), arg("stream"));
   module.def("kv_write", &kv_write, arg("cache"), arg("k"), arg("v"), arg("slots"), arg("head_size"), arg("cos"),
+             arg("sin"), arg("stream"));
+  module.def("qkv_write", &qkv_write, arg("q"), arg("cache"), arg("qkv"), arg("slots"), arg("head_size"), arg("cos"),
              arg("sin"), arg("stream"));
   module.def("sample", &sample, arg("tokens"), arg("logits"), arg("rows"), arg("history_starts"), arg("history_ids"),
              arg("history_counts"), arg("bias_starts"), arg("bias_ids"), arg("bias_values"), arg("allowed_starts"),

@@ -93,7 +93,7 @@ class Runner:
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
         ops.reserve(model.spec, max_sequences, self.table_width)
-        self._recorded: OrderedDict[tuple[int, int, int], _Recorded] = OrderedDict()  # by sequences, rows and width
+        self._recorded: OrderedDict[tuple[int, int, int, bool], _Recorded] = OrderedDict()  # by what `_step` is given
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
         self._counts_twice = model.spec.counts_twice
@@ -103,14 +103,17 @@ class Runner:
         """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
 
         `states` choose, each at its sequence's end and behind every draft, as if the drafts were right. Tokens are None
-        unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
+        unless all states are plain; where these choose the largest logit, a GPU may make none: [R, 0]. R is at most
+        `max_rows`. The arrays are reused by the next step.
         """
         rows = sum(work.rows for work in plan)
+        greedy = rows == len(plan) and self.model.joins_choice(self.ops, rows)
+        greedy = greedy and all(state.plain and state.greedy for state in states)
         width = self.table_width
         if len(self._widths) > 1:
             most = max(len(work.sequence.blocks) for work in plan)
             width = next(width for width in self._widths if width >= most)
-        step = self._last = self._step(len(plan), rows, width)
+        step = self._last = self._step(len(plan), rows, width, greedy)
         self._ahead.clear()
         step.stage.wait()
         if rows > len(plan):
@@ -242,13 +245,14 @@ class Runner:
         step.drawn = self.ops.tokens(step.chosen)
         return step.logits, step.drawn
 
-    def _step(self, sequences: int, tokens: int, width: int) -> _Recorded:
-        """The recorded step of this many sequences and tokens, over tables of `width` blocks."""
-        key = sequences, tokens, width
+    def _step(self, sequences: int, tokens: int, width: int, greedy: bool) -> _Recorded:
+        """The recorded step of this many sequences and tokens, over tables of `width` blocks; `greedy` makes no
+        logits."""
+        key = sequences, tokens, width, greedy
         if key not in self._recorded:
             if len(self._recorded) >= MAX_GRAPHS:
                 self._recorded.popitem(last=False)
-            self._recorded[key] = self._record(sequences, tokens, width)
+            self._recorded[key] = self._record(*key)
         self._recorded.move_to_end(key)
         return self._recorded[key]
 
@@ -309,33 +313,36 @@ class Runner:
             self._inv_freq[key] = rope.inv_freq(length)
         batch.inv_freq[row] = self._inv_freq[key]
 
-    def _record(self, sequences: int, tokens: int, width: int) -> _Recorded:
+    def _record(self, sequences: int, tokens: int, width: int, greedy: bool) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
         batch = Batch.empty(tokens, sequences, width, self.model.spec, source_width=blocks_for(self.max_source))
         batch.starts[:] = [*range(sequences), tokens]
-        stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens), np.arange(tokens, dtype=np.int32)])
-        *arrays, draws, _ = stage.host
+        stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens)])
+        *arrays, draws = stage.host
         seats: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * sequences
         try:
             if self.ops.on_gpu:  # what takes memory or loads code does so before the recording
                 stage.send()
-                self._compute(stage)
+                self._compute(stage, greedy)
             self.ops.begin_recording()
-            logits, chosen = self._compute(stage)
+            logits, chosen = self._compute(stage, greedy)
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
         return _Recorded(graph, stage, Batch(*arrays), draws, logits, chosen, seats)
 
-    def _compute(self, stage: Stage) -> tuple[F32, I32]:
+    def _compute(self, stage: Stage, greedy: bool) -> tuple[F32, I32]:
         """Logits of all rows of a step, and the tokens chosen from them."""
-        *arrays, draws, rows = stage.placed
+        *arrays, draws = stage.placed
         batch = Batch(*arrays)
         self.ops.use_arena(self._decode_arena)
         self.ops.release(0)
         x = self.model.forward(self.ops, batch, self.cache, cross=self.cross)
-        logits = self.model.logits(self.ops, x, rows)
-        chosen = self.ops.sample(logits, SampleInputs(draws))
+        if greedy:
+            logits, chosen = self.ops.empty(len(batch.tokens), 0), self.model.best_tokens(self.ops, x)
+        else:
+            logits = self.model.head(self.ops, self.model.head_input(self.ops, x))
+            chosen = self.ops.sample(logits, SampleInputs(draws))
         if self.ops.on_gpu and len(batch.tokens) == len(batch.lengths):
             self.ops.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
         return logits, chosen

@@ -2,6 +2,7 @@
 #include "cuda/attention.h"
 #include "cuda/layers.h"
 #include "cuda/matmul.h"
+#include "cuda/qkv_write.h"
 #include "cuda/sampling.h"
 
 using namespace pyllm::cuda;
@@ -30,6 +31,7 @@ int host_embedding(const cuda::EmbeddingArgs* args) { return embedding(*args, nu
 int host_rope_angles(const pyllm::RopeAnglesArgs* args) { return rope_angles(*args, nullptr); }
 int host_rope(const pyllm::RopeArgs* args) { return rope(*args, nullptr); }
 int host_kv_write(const pyllm::KvWriteArgs* args) { return kv_write(*args, nullptr); }
+int host_qkv_write(const QkvWriteArgs* args) { return qkv_write(*args, nullptr); }
 int host_sample(const pyllm::SampleArgs* args) { return sample(*args, nullptr); }
 int host_logprobs(const pyllm::LogprobsArgs* args) { return logprobs(*args, nullptr); }
 void host_skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors, SkinnyPlan* plan) {
