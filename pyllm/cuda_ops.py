@@ -22,7 +22,7 @@ from pyllm.cuda_memory import PIECE, DeviceArena, DeviceMatrix, DeviceStage, Pen
 from pyllm.device import Device
 from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
-from pyllm.spec import Activation, ModelSpec, NormKind
+from pyllm.spec import Activation, AttentionSpec, ModelSpec, NormKind
 from pyllm.tensor import DeviceArray
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -305,14 +305,16 @@ class CudaOps(Ops):
         type_table: Any = None,
         out: Any = None,
     ) -> Any:
-        """As :meth:`Ops.embedding`, without types; a row whose id is outside the table is NaN."""
-        if type_table is not None:
-            raise TypeError("type_table: expected None on a GPU: encoders do not run on it yet")
+        """As :meth:`Ops.embedding`; a row whose id is outside its table is NaN."""
         rows = table.values if isinstance(table, DeviceMatrix) else table
         tokens = self._on_gpu(tokens)
         out = self.empty(tokens.shape[0], rows.shape[1]) if out is None else out
         places = None if positions is None else self._on_gpu(positions)
         self.kernels.embedding(out.raw, tokens.raw, rows.raw, _raw(places), _raw(position_table), self.device.stream)
+        if type_table is not None:
+            mark = self.mark()
+            self.axpby(out, 1.0, self.embedding(types, type_table), out=out)
+            self.release(mark)
         return out
 
     def gather(self, x: Any, index: Any) -> Any:
@@ -497,22 +499,25 @@ def refusal(
         return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
-    if spec.is_encoder or spec.encoder is not None:
-        return f"device: expected a decoder on a GPU, got {spec.family}: what encodes runs on the CPU so far"
     return None
 
 
 def takes_bfloat16(spec: ModelSpec) -> bool:
     """Whether the kernels of attention take a bfloat16 cache of this model: its heads are cut into pieces of 8."""
-    return all(block.attention.head_dim % 8 == 0 for block in spec.blocks)
+    return all(attention.head_dim % 8 == 0 for attention in _attentions(spec))
 
 
 def attention_workspace(spec: ModelSpec, sequences: int, width: int) -> tuple[int, int]:
     """Floats and tickets that decode attention of so many sequences, of `width` cache blocks each, works with."""
-    splits = -(-width // SPLIT_BLOCKS)
-    attentions = [block.attention for block in spec.blocks]
+    splits, attentions = -(-width // SPLIT_BLOCKS), _attentions(spec)
     floats = max(sequences * a.kv_heads * splits * SPLIT_ROWS * (a.head_dim + 2) for a in attentions)
     return floats, sequences * max(a.kv_heads for a in attentions)
+
+
+def _attentions(spec: ModelSpec) -> list[AttentionSpec]:
+    """All attentions of a model, those to its sources and those of its encoder included."""
+    own = [attention for block in spec.blocks for attention in (block.attention, block.cross) if attention is not None]
+    return own if spec.encoder is None else own + _attentions(spec.encoder)
 
 
 def _kind(weights: Sequence[Any], dtype: str | None) -> np.dtype[Any]:

@@ -181,7 +181,7 @@ class LLM(Encoding):
         )
         cross = None
         if self.spec.encoder is not None:
-            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, cross=True)
+            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate, cross=True)
         self._runner = Runner(
             self.model,
             self.ops,
@@ -545,10 +545,12 @@ class LLM(Encoding):
             self._result(request)
 
     def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
-        values, found = np.empty((HEAD_ROWS, self.spec.outputs), np.float32), []
+        ops, found = self.ops, []
+        values = ops.empty(HEAD_ROWS, self.spec.outputs)
         for rows in _regrouped(states, HEAD_ROWS):
             with self._lock:
-                given = self.model.head(self.ops, self.model.before_head(self.ops, rows), out=values[: len(rows)])
+                read = self.model.before_head(ops, ops.place(rows))
+                given = np.asarray(self.model.head(ops, read, out=values[: len(rows)]))
                 if not np.isfinite(given).all():
                     raise NonFiniteError(
                         "the model's head gives values that are not finite for one of these texts. Check the "
@@ -645,7 +647,7 @@ class LLM(Encoding):
         encoder_states: list[F32] = []
         if sequence.source is not None:
             last = self._runner.encode([sequence.source], encoder_states if output_hidden_states else None)
-            encoder_states += [] if last is None else [last]
+            encoder_states = [np.asarray(x, np.float32) for x in (*encoder_states, last) if x is not None]
         for start in range(0, total, step):
             work = Work(sequence, start, min(step, total - start), False)
             trace: list[F32] | None = [] if output_hidden_states else None

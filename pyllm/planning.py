@@ -180,7 +180,8 @@ def plan_memory(
     max_source = 0 if spec.encoder is None else min(spec.encoder.max_positions, longest)
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
     if gpu is not None:
-        workspace += 4 * attention_workspace(spec, max_num_seqs, blocks_for(max_model_len or spec.max_positions))[0]
+        width = blocks_for(max(max_model_len or spec.max_positions, max_source))
+        workspace += 4 * attention_workspace(spec, max_num_seqs, width)[0]
     if spec.is_encoder:
         length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
         return Plan(
@@ -195,6 +196,7 @@ def plan_memory(
             cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
             workspace=workspace,
             available=available,
+            gpu=None if gpu is None else gpu.name,
         )
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     cross = 0 if spec.encoder is None else KVCache.block_bytes(spec, cache_as, cross=True)

@@ -9,7 +9,11 @@ from test_cuda_models import (  # noqa: F401
     ids,
     pair,
     test_a_batch_invariant_engine_gives_a_sequence_the_same_bits_in_any_batch,
+    test_a_decode_step_launches_the_fused_kernels,
     test_decoding_is_replayed_ahead_and_ends_where_it_should,
+    test_encoder_decoders_run_on_the_kernels_of_tensor_cores,
+    test_encoder_decoders_write_what_the_cpu_writes,
+    test_encoders_do_their_tasks_as_on_the_cpu,
     test_every_decoder_decodes_as_on_the_cpu_in_bfloat16,
     test_every_decoder_is_what_transformers_computes,
     test_greedy_tokens_are_the_cpus,
@@ -19,6 +23,7 @@ from test_cuda_models import (  # noqa: F401
     test_the_same_batch_gives_the_same_bits,
     test_weights_that_are_no_numbers_are_named,
     test_what_a_request_may_ask_is_what_the_cpu_gives,
+    test_what_encodes_is_what_transformers_computes,
     test_what_runs_is_the_gpu,
 )
 

@@ -33,7 +33,7 @@ from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
 MAX_GRAPHS = 16  # recorded steps kept
-SCRATCH_DTYPE = "float32"  # of an encoder's keys and values: they are read at once, and dropped
+SCRATCH_DTYPE = "float32"  # at most, of an encoder's keys and values: they are read at once, and dropped
 GPU_WIDTHS = (8, 32, 128, 512, 2048)  # blocks of a sequence: contexts of 512 tokens, 2 k, 8 k, 32 k, 128 k
 AHEAD = 8  # steps that a GPU computes before the tokens of the first are taken in
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
@@ -84,15 +84,16 @@ class Runner:
         self.max_tokens = max_tokens
         self.max_rows = head_rows(max_sequences, max_drafts)
         self.table_width = -(-max_length // BLOCK_TOKENS)
-        self._encoder = (
-            None if model.encoder is None else _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences)
-        )
+        self._encoder: _Encoder | None = None
+        if model.encoder is not None and cross is not None:
+            dtype = cross.dtype if ops.on_gpu else SCRATCH_DTYPE
+            self._encoder = _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences, dtype, ops)
         self.max_source = max_source
         self._widths = (*(w for w in GPU_WIDTHS if ops.on_gpu and w < self.table_width), self.table_width)
         self._arena = ops.arena(step_floats(model.spec, max_tokens, max_source))
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
-        ops.reserve(model.spec, max_sequences, self.table_width)
+        ops.reserve(model.spec, max_sequences, max(self.table_width, blocks_for(max_source)))
         self._recorded: OrderedDict[tuple[int, int, int, bool], _Recorded] = OrderedDict()  # by what `_step` is given
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
@@ -175,12 +176,13 @@ class Runner:
             lengths = np.array([len(source.tokens) for source in sources])
             count = int(np.searchsorted(np.cumsum(lengths), encoder.max_tokens, side="right"))
             together, sources = sources[:count], sources[count:]
-            batch = encoder.fill(together)
+            stage, slots = self.ops.stage(_arrays(encoder.fill(together)), False), self.ops.place(cross_slots(together))
+            stage.send()
             self.ops.use_arena(self._arena)
             self.ops.release(0)
             try:
-                states = self.model.encode(self.ops, batch, encoder.scratch, trace)
-                self.model.write_cross(self.ops, EncodedSource(states, cross_slots(together)), self.cross)
+                states = self.model.encode(self.ops, Batch(*stage.placed), encoder.scratch, trace)
+                self.model.write_cross(self.ops, EncodedSource(states, slots), self.cross)
                 states = states.copy() if trace is not None else None
             finally:
                 self.ops.use_arena(None)
@@ -355,9 +357,9 @@ def _arrays(batch: Batch) -> list[Any]:
 class _Encoder:
     """What encoding at most `max_tokens` tokens of at most `max_sources` sources together takes."""
 
-    def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int) -> None:
+    def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int, dtype: str, ops: Ops) -> None:
         self.spec, self.max_tokens = spec, max_tokens
-        self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE, shared=True)
+        self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), dtype, ops.allocate, shared=True)
 
     def fill(self, sources: Seq[Source]) -> Batch:
         """The batch of these sources."""
