@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,16 @@ def test_decoding_is_replayed_ahead_and_ends_where_it_should(exact, monkeypatch)
     got = gpu.generate(PROMPTS[1], max_tokens=30, temperature=0, stop_token_ids=[stop])[0].outputs[0]
     end = want.token_ids.index(stop)
     assert got.token_ids == want.token_ids[: end + 1] and end <= len(replayed) <= end + 8
+
+
+def test_models_run_in_several_threads_at_once(gpu, tiny_folder, pair):
+    """Each records its steps while the other runs its own."""
+    llms = [LLM(tiny_folder, device="cuda", dtype="bfloat16", **SMALL) for _ in range(2)]
+    params = dict(max_tokens=4, temperature=0)
+    expected = [ids(pair[0].generate(prompt, **params)) for prompt in PROMPTS[1:]]
+    with ThreadPoolExecutor(len(llms)) as pool:
+        found = pool.map(lambda llm, prompt: llm.generate(prompt, **params), llms, PROMPTS[1:])
+        assert [ids(outputs) for outputs in found] == expected
 
 
 def test_draws_are_the_cpus(exact):

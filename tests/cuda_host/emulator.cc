@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 dim3 threadIdx, blockIdx, gridDim, blockDim;
@@ -130,9 +131,12 @@ struct Stream {
   }
 };
 std::vector<Stream*> streams;
+std::recursive_mutex device;  // held by the thread that uses the GPU
+using Use = std::lock_guard<std::recursive_mutex>;
 
 // Work on no stream is done at once.
 void give(void* stream, std::function<void()> act) {
+  const Use use(device);
   if (!stream) return act();
   auto* s = static_cast<Stream*>(stream);
   if (s->captured) return s->captured->push_back(std::move(act));
@@ -192,10 +196,20 @@ void memory_info(size_t* free, size_t* total) {
 // after its use.
 using namespace emulator;
 extern "C" {
-void* host_stream() { return streams.emplace_back(new Stream); }
-int64_t host_given(void* stream) { return static_cast<Stream*>(stream)->given; }
-void host_sync(void* stream, int64_t until) { static_cast<Stream*>(stream)->sync(until); }
+void* host_stream() {
+  const Use use(device);
+  return streams.emplace_back(new Stream);
+}
+int64_t host_given(void* stream) {
+  const Use use(device);
+  return static_cast<Stream*>(stream)->given;
+}
+void host_sync(void* stream, int64_t until) {
+  const Use use(device);
+  static_cast<Stream*>(stream)->sync(until);
+}
 void host_sync_all() {
+  const Use use(device);
   for (Stream* stream : streams) stream->sync(stream->given);
 }
 void host_copy(void* stream, void* dst, const void* src, int64_t bytes) {
@@ -208,12 +222,14 @@ void host_begin_capture(void* stream) { static_cast<Stream*>(stream)->captured =
 void* host_end_capture(void* stream) { return std::exchange(static_cast<Stream*>(stream)->captured, nullptr); }
 int64_t host_graph_size(void* graph) { return int64_t(static_cast<Work*>(graph)->size()); }
 void host_launch_graph(void* graph, void* stream) {
+  const Use use(device);
   for (const auto& act : *static_cast<Work*>(graph)) give(stream, act);
 }
 void host_delete_graph(void* graph) { delete static_cast<Work*>(graph); }
 // Sets the bytes that are free, or all that there are; returns all of before.
 int64_t host_limit_memory(int64_t free, int64_t all) { return std::exchange(limit, free ? held + free : all); }
 void* host_allocate(int64_t bytes) {
+  const Use use(device);
   if (held + bytes > limit) return nullptr;
   held += bytes;
   void* p = std::aligned_alloc(256, size_t((bytes + 255) / 256 * 256));
