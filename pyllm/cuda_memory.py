@@ -1,4 +1,4 @@
-"""Memory of a GPU as :class:`pyllm.cuda_ops.CudaOps` uses it: weights, arenas, arrays that go there with a step."""
+"""Memory of a GPU as :class:`pyllm.cuda_ops.CudaOps` uses it: arenas, arrays that go there with a step, results."""
 
 from __future__ import annotations
 
@@ -14,31 +14,6 @@ from pyllm.sampling import SAMPLE_ROW
 from pyllm.tensor import DTYPES, DeviceArray
 
 PIECE = 256  # bytes that arrays in one block of memory begin at
-
-
-class DeviceMatrix:
-    """Weights [N, K] on the GPU, row-major; gated: [2N, K], rows of gate and up in turn.
-
-    `order` [N], where not None, says which row of the weights each row here is: a matrix of
-    :meth:`pyllm.cuda_ops.CudaOps.pack_qkv`, for :meth:`pyllm.cuda_ops.CudaOps.queries` alone.
-    """
-
-    def __init__(self, values: DeviceArray, gated: bool, order: NDArray[np.intp] | None = None) -> None:
-        self.values, self.gated, self.order = values, gated, order
-        rows, columns = values.shape
-        self.shape = (rows // 2 if gated else rows, columns)
-        self.dtype, self.nbytes = values.dtype, values.nbytes
-        self._bias: tuple[DeviceArray, DeviceArray | None, DeviceArray] | None = None
-
-    def bias(self, bias: DeviceArray | None, up: DeviceArray | None = None) -> DeviceArray | None:
-        """A bias as the kernels read it, made at its first use: that of gate and `up` in turn, or in `order`."""
-        if bias is None or (up is None and self.order is None):
-            return bias
-        if self._bias is None or self._bias[0] is not bias or self._bias[1] is not up:
-            host = bias.numpy()
-            host = host[self.order] if up is None else np.stack([host, up.numpy()], axis=1).reshape(-1)
-            self._bias = bias, up, bias.device.upload(host)
-        return self._bias[2]
 
 
 class DeviceArena:

@@ -11,22 +11,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.cuda_memory import PIECE, DeviceArena, DeviceMatrix, DeviceStage, Pending
+from pyllm.cuda_memory import PIECE, DeviceArena, DeviceStage, Pending
+from pyllm.cuda_weights import BFLOAT16, FLOAT32, DeviceMatrix, load_matrix, load_qkv
 from pyllm.device import Device
 from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
 from pyllm.spec import Activation, AttentionSpec, ModelSpec, NormKind
 from pyllm.tensor import DeviceArray
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT32 = np.dtype(np.float32)
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
 SKINNY_ROWS = 16  # of the products of decoding, at most
@@ -139,30 +136,11 @@ class CudaOps(Ops):
 
         With `gate` [N, K] the result is gated, see :class:`DeviceMatrix`.
         """
-        kind, shape = _kind(weights, dtype), _stacked(weights)
-        if gate is None:
-            return DeviceMatrix(self.device.load(shape, kind, partial(_copy_rows, weights)), False)
-
-        def write_pairs(first: int, pairs: NDArray[Any]) -> None:
-            pairs[:, 0] = gate[first : first + len(pairs)]
-            _copy_rows(weights, first, pairs[:, 1])
-
-        pairs = self.device.load((shape[0], 2, shape[1]), kind, write_pairs)
-        return DeviceMatrix(pairs.reshape(-1, pairs.shape[2]), True)
+        return load_matrix(self.device, weights, dtype, gate)
 
     def pack_qkv(self, *weights: Any, head_size: int, half: int, dtype: str | None = None) -> Any:
         """As :meth:`Ops.pack_qkv`; where the kernels take them so, rows that are rotated together are neighbours."""
-        kind, shape = _kind(weights, dtype), _stacked(weights)
-        if kind != BFLOAT16 or shape[1] % 8 or head_size % 2:
-            return self.pack(*weights, dtype=dtype)
-        order = np.arange(shape[0])
-        heads = order[: len(weights[0]) + len(weights[1])].reshape(-1, head_size)
-        heads[:, : 2 * half] = np.stack([heads[:, :half], heads[:, half : 2 * half]], axis=2).reshape(len(heads), -1)
-
-        def write(first: int, rows: NDArray[Any]) -> None:
-            _take_rows(weights, order[first : first + len(rows)], rows)
-
-        return DeviceMatrix(self.device.load(shape, kind, write), False, order)
+        return load_qkv(self.device, weights, dtype, head_size, half)
 
     # Kernels
 
@@ -518,38 +496,6 @@ def _attentions(spec: ModelSpec) -> list[AttentionSpec]:
     """All attentions of a model, those to its sources and those of its encoder included."""
     own = [attention for block in spec.blocks for attention in (block.attention, block.cross) if attention is not None]
     return own if spec.encoder is None else own + _attentions(spec.encoder)
-
-
-def _kind(weights: Sequence[Any], dtype: str | None) -> np.dtype[Any]:
-    """What weights are held as."""
-    to = dtype or str(weights[0].dtype)
-    if to not in ("float32", "bfloat16"):
-        raise TypeError(f"dtype: expected float32 or bfloat16 on a GPU, got {to}")
-    return BFLOAT16 if to == "bfloat16" else FLOAT32
-
-
-def _stacked(weights: Sequence[Any]) -> tuple[int, int]:
-    """Shape of weights [Ni, K] that are stacked."""
-    return sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-
-
-def _copy_rows(weights: Sequence[Any], first: int, rows: NDArray[Any]) -> None:
-    """Rows of the stacked weights, from row `first` on."""
-    start = 0
-    for weight in weights:
-        low, high = max(first, start), min(first + len(rows), start + len(weight))
-        if low < high:
-            rows[low - first : high - first] = weight[low - start : high - start]
-        start += len(weight)
-
-
-def _take_rows(weights: Sequence[Any], index: NDArray[np.intp], rows: NDArray[Any]) -> None:
-    """Rows of the stacked weights that `index` names."""
-    start = 0
-    for weight in weights:
-        mine = (index >= start) & (index < start + len(weight))
-        rows[mine] = weight[index[mine] - start]
-        start += len(weight)
 
 
 def _prologue(x: DeviceArray | Normed) -> tuple[DeviceArray, tuple[Any, Any, int, float]]:
