@@ -211,8 +211,13 @@ def qkv_write(
     qkv: Array,
     slots: Array,
     head_size: int,
+    paired: bool,
     cos: Array | None,
     sin: Array | None,
+    q_norm: Array | None,
+    k_norm: Array | None,
+    norm: int,
+    eps: float,
     stream: int,
 ) -> None: ...
 def sample(

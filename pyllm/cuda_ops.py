@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pyllm.cuda_memory import PIECE, DeviceArena, DeviceStage, Pending
 from pyllm.cuda_weights import BFLOAT16, FLOAT32, DeviceMatrix, load_matrix, load_qkv
 from pyllm.device import Device
-from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
+from pyllm.ops import ACTIVATIONS, NORMS, HeadNorms, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
 from pyllm.spec import Activation, AttentionSpec, ModelSpec, NormKind
 from pyllm.tensor import DeviceArray
@@ -189,15 +189,23 @@ class CudaOps(Ops):
         return not self.invariant and bool(self.kernels.skinny_fits(rows, columns))
 
     def queries(
-        self, x: Any, w: Any, bias: Any, cache: Any, slots: Any, head_size: int, cos: Any = None, sin: Any = None
+        self,
+        x: Any,
+        w: Any,
+        bias: Any,
+        cache: Any,
+        slots: Any,
+        head_size: int,
+        cos: Any = None,
+        sin: Any = None,
+        norms: HeadNorms | None = None,
     ) -> Any:
-        """As :meth:`Ops.queries`, of the cache's dtype; one kernel where a decode step has few rows, else two."""
-        if w.order is None:
-            return None
+        """As :meth:`Ops.queries`, of the cache's dtype; one kernel where a step has few rows and no norms, else two."""
         paged, slots = _paged(cache, head_size), self._on_gpu(slots)
         rows, columns = x.shape
         q = self.empty(rows, w.shape[0] - 2 * paged.shape[1] * head_size, dtype=cache.dtype)
-        if self._is_skinny(rows, columns):
+        paired = w.order is not None
+        if paired and norms is None and self._is_skinny(rows, columns):
             source, norm = _prologue(x)
             self.kernels.skinny_qkv(
                 q.raw, paged.raw, source.raw, w.values.raw, _raw(w.bias(bias)), _raw(cos), _raw(sin), slots.raw,
@@ -207,8 +215,11 @@ class CudaOps(Ops):
         mark = self.mark()
         qkv = self.empty(rows, w.shape[0])
         self._product(qkv, x, w, bias, None, None, None)
+        of_heads: tuple[Any, ...] = None, None, 0, 0.0
+        if norms is not None:
+            of_heads = self._on_gpu(norms.q).raw, self._on_gpu(norms.k).raw, NORMS[norms.kind], norms.eps
         self.kernels.qkv_write(
-            q.raw, paged.raw, qkv.raw, slots.raw, head_size, _raw(cos), _raw(sin), self.device.stream
+            q.raw, paged.raw, qkv.raw, slots.raw, head_size, paired, _raw(cos), _raw(sin), *of_heads, self.device.stream
         )
         self.release(mark)
         return q

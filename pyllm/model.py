@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from pyllm.batch import I32, I64, Batch
 from pyllm.cache import KVCache
-from pyllm.ops import F32, Ops
-from pyllm.packed import ModelWeights, NormWeights
+from pyllm.ops import F32, HeadNorms, Ops
+from pyllm.packed import BlockWeights, ModelWeights, NormWeights
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import AttentionSpec, ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
@@ -232,14 +232,14 @@ class Model:
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
         cos, sin = this.angles if a.window is None else this.local_angles
-        q = ops.queries(x, weights.qkv, weights.qkv_bias, cache, batch.slots, size, cos, sin)
+        norms = _head_norms(a, weights)
+        q = ops.queries(x, weights.qkv, weights.qkv_bias, cache, batch.slots, size, cos, sin, norms)
         if q is None:
             qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
             ends = a.heads * size, (a.heads + a.kv_heads) * size
             q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
-            if a.qk_norm is not None:
-                q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
-                k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
+            if norms is not None:
+                q, k = _head_norm(ops, q, norms.q, norms), _head_norm(ops, k, norms.k, norms)
             if cos is not None and sin is not None:
                 ops.rope(q, cos, sin, size)
             ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
@@ -335,7 +335,14 @@ def _product_norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormW
     return ops.product_norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps)
 
 
-def _head_norm(ops: Ops | Tape, x: F32, heads: int, spec: NormSpec, weight: F32 | None) -> F32:
+def _head_norms(spec: AttentionSpec, weights: BlockWeights) -> HeadNorms | None:
+    """Those of queries and keys, where there are any."""
+    if spec.qk_norm is None or weights.q_norm is None or weights.k_norm is None:
+        return None
+    return HeadNorms(weights.q_norm, weights.k_norm, spec.qk_norm.kind, spec.qk_norm.eps)
+
+
+def _head_norm(ops: Ops | Tape, x: F32, weight: F32, norms: HeadNorms) -> F32:
     """Normalise each head of x [T, heads * E], in place where it may be."""
-    view = x.reshape(x.shape[0], heads, -1)  # splits the last dimension: always a view
-    return ops.norm(view, weight, kind=spec.kind, eps=spec.eps, out=view).reshape(x.shape)
+    view = x.reshape(x.shape[0], -1, weight.shape[-1])  # splits the last dimension: always a view
+    return ops.norm(view, weight, kind=norms.kind, eps=norms.eps, out=view).reshape(x.shape)

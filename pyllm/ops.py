@@ -18,7 +18,7 @@ what came.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,15 @@ class AttentionRule(TypedDict, total=False):
     bias: F32 | None  # [H, 2n + 1]
     slopes: F32 | None  # [H]
     softcap: float | None  # above 0
+
+
+class HeadNorms(NamedTuple):
+    """The norms of heads of queries and keys: weights [E], or [H, E] and [G, E] where heads have their own."""
+
+    q: F32
+    k: F32
+    kind: NormKind
+    eps: float
 
 
 class Ops:
@@ -193,7 +202,7 @@ class Ops:
 
     def pack_qkv(self, *weights: Array, head_size: int, half: int, dtype: str | None = None) -> _cpu.PackedMatrix:
         """:meth:`pack` the weights of queries, keys and values, of heads of so many channels, of which `half` pairs are
-        rotated, for a product or for :meth:`queries` where that is not None."""
+        rotated; on a GPU for :meth:`queries`."""
         return self.pack(*weights, dtype=dtype)
 
     def pack_quantized(
@@ -265,11 +274,12 @@ class Ops:
         head_size: int,
         cos: F32 | None = None,
         sin: F32 | None = None,
+        norms: HeadNorms | None = None,
     ) -> F32 | None:
-        """What comes before attention where kernels do it together: queries [T, H * E] of x [T, D], rotated where cos
-        is given, with w of :meth:`pack_qkv`; keys and values go into the cache, see :meth:`kv_write`.
+        """On a GPU, what comes before attention: queries [T, H * E] of x [T, D], with w of :meth:`pack_qkv`, normed
+        head by head and rotated where `norms` and cos are given; keys, alike, and values go into the cache.
 
-        None: a product, :meth:`rope` and `kv_write` do it one after the other, as here.
+        None: a product, :meth:`norm`, :meth:`rope` and :meth:`kv_write` do it one after the other.
         """
         return None
 

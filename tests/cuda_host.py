@@ -236,8 +236,11 @@ class QkvWriteArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "qkv")),
         ("cache", CacheView),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots")),
-        *((name, ctypes.c_int64) for name in ("rows", "heads", "half", "q_stride", "qkv_stride")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "q_norm", "k_norm")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "half", "q_stride", "qkv_stride", "norm_stride")),
+        ("eps", ctypes.c_float),
+        ("norm", ctypes.c_int32),
+        ("paired", ctypes.c_bool),
         ("q_dtype", ctypes.c_int32),
     ]
 

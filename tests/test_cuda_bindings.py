@@ -169,7 +169,8 @@ KV_WRITE = {
 }  # fmt: skip
 QKV_WRITE = {
     "q": array(3, 32), "cache": array(5, 2, 2, 64, 16), "qkv": float32(3, 64), "slots": array(3, dtype="int64"),
-    "head_size": 8, "cos": float32(3, 4), "sin": float32(3, 4),
+    "head_size": 8, "paired": True, "cos": float32(3, 4), "sin": float32(3, 4), "q_norm": float32(4, 8),
+    "k_norm": float32(2, 8), "norm": 0, "eps": 1e-5,
 }  # fmt: skip
 SAMPLE = {
     "tokens": int32(3), "logits": float32(3, 50), "rows": array(3, 48, dtype="uint8"), "history_starts": None,
@@ -215,6 +216,9 @@ LISTS = {"allowed_starts": array(4, dtype="int64"), "allowed_ids": int32(7)}
         ("qkv_write", QKV_WRITE, {"q": array(3, 33)}, "q: expected whole heads of 8, got 33 columns"),
         ("qkv_write", QKV_WRITE, {"qkv": float32(3, 56)}, r"qkv: expected shape \[3, 64\], got \[3, 56\]"),
         ("qkv_write", QKV_WRITE, {"sin": None}, "cos, sin: expected both or neither"),
+        ("qkv_write", QKV_WRITE, {"q_norm": float32(8)}, r"k_norm: expected shape \[8\], got \[2, 8\]"),
+        ("qkv_write", QKV_WRITE, {"k_norm": None}, "q_norm, k_norm: expected both or neither"),
+        ("qkv_write", QKV_WRITE, {"norm": 2}, "norm: expected 0 to 1, got 2"),
         ("sample", SAMPLE, {"rows": array(3, 40, dtype="uint8")}, r"rows: expected shape \[3, 48\]"),
         ("sample", SAMPLE, {"allowed_ids": int32(7)}, "allowed: expected starts and ids, or neither"),
         ("sample", SAMPLE, {**LISTS, "workspace": float32(6)}, r"workspace: expected shape \[7\]"),

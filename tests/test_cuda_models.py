@@ -209,10 +209,10 @@ def test_a_decode_step_launches_the_fused_kernels(gpu, tiny_folder, name, embedd
         assert many == [*embedded, *MANY_ROWS * layers, "norm", "mma_matmul", "sample", "advance"]
 
 
-def test_heads_that_are_normed_before_their_rotation_take_a_kernel_for_each_step(gpu):
+def test_heads_that_are_normed_take_one_kernel_behind_their_product(gpu):
     llm = LLM(GOLDEN / "qwen3", device="cuda", dtype="bfloat16", skip_tokenizer_init=True)
     launched = launches(llm, {"prompt_token_ids": [3, 11, 7]}, temperature=0)
-    assert launched[2:7] == ["skinny_matmul", "norm", "norm", "rope", "kv_write"]
+    assert launched[:4] == ["embedding", "rope_angles", "skinny_matmul", "qkv_write"] and "norm" not in launched
 
 
 def test_the_largest_logit_is_found_without_logits_as_with_them(pair):

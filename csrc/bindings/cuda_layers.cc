@@ -250,8 +250,15 @@ void kv_write(const py::object& cache, const py::object& k, const py::object& v,
   raise(cuda::kv_write(a, stream_of(stream)), "kv_write");
 }
 
+// The weights of a norm of heads, [E] of all or [heads, E]; null for None.
+const float* head_norm(const py::object& weight, const char* name, int64_t heads, int64_t head_size, int64_t stride) {
+  return optional<float>(weight, name, "float32",
+                         stride ? std::vector<int64_t>{heads, head_size} : std::vector<int64_t>{head_size});
+}
+
 void qkv_write(const py::object& q, const py::object& cache, const py::object& qkv, const py::object& slots,
-               int64_t head_size, const py::object& cos, const py::object& sin, uintptr_t stream) {
+               int64_t head_size, bool paired, const py::object& cos, const py::object& sin, const py::object& q_norm,
+               const py::object& k_norm, int norm, float eps, uintptr_t stream) {
   check_range(head_size, 1, kMaxHead, "head_size");
   const auto& blocks = device_array(cache, "cache", kFloats, {-1, -1, 2, kBlockTokens, round_up(head_size, kHeadPad)});
   cuda::QkvWriteArgs a{};
@@ -276,8 +283,17 @@ void qkv_write(const py::object& q, const py::object& cache, const py::object& q
     a.cos = optional<float>(cos, "cos", "float32", {a.rows, a.half});
     a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
   }
+  if (q_norm.is_none() != k_norm.is_none()) throw py::value_error("q_norm, k_norm: expected both or neither");
+  if (py::isinstance<DeviceArray>(q_norm) && q_norm.cast<const DeviceArray&>().shape.size() == 2)
+    a.norm_stride = head_size;
+  a.q_norm = head_norm(q_norm, "q_norm", a.heads, head_size, a.norm_stride);
+  a.k_norm = head_norm(k_norm, "k_norm", a.cache.kv_heads, head_size, a.norm_stride);
+  check_range(norm, 0, int(NormKind::rms), "norm");
+  a.norm = NormKind(norm);
+  a.eps = eps;
+  a.paired = paired;
   check_range(a.rows, 0, kMaxRows, "q: rows");
-  check_range((a.heads + 2 * a.cache.kv_heads) * a.cache.padded_head(), 0, kMaxWidth, "qkv: heads times channels");
+  check_range(a.heads + 2 * a.cache.kv_heads, 0, kMaxGrid, "qkv: heads");
   py::gil_scoped_release release;
   raise(cuda::qkv_write(a, stream_of(stream)), "qkv_write");
 }
@@ -379,8 +395,8 @@ void bind_cuda_layers(py::module_& module) {
   module.def("rope", &rope, arg("x"), arg("cos"), arg("sin"), arg("head_size"), arg("inverse"), arg("stream"));
   module.def("kv_write", &kv_write, arg("cache"), arg("k"), arg("v"), arg("slots"), arg("head_size"), arg("cos"),
              arg("sin"), arg("stream"));
-  module.def("qkv_write", &qkv_write, arg("q"), arg("cache"), arg("qkv"), arg("slots"), arg("head_size"), arg("cos"),
-             arg("sin"), arg("stream"));
+  module.def("qkv_write", &qkv_write, arg("q"), arg("cache"), arg("qkv"), arg("slots"), arg("head_size"), arg("paired"),
+             arg("cos"), arg("sin"), arg("q_norm"), arg("k_norm"), arg("norm"), arg("eps"), arg("stream"));
   module.def("sample", &sample, arg("tokens"), arg("logits"), arg("rows"), arg("history_starts"), arg("history_ids"),
              arg("history_counts"), arg("bias_starts"), arg("bias_ids"), arg("bias_values"), arg("allowed_starts"),
              arg("allowed_ids"), arg("workspace"), arg("stream"));
