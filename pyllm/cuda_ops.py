@@ -26,7 +26,7 @@ FLOAT32 = np.dtype(np.float32)
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
 TOP_TOKENS = 256  # that its log-probabilities list at most
-SLOTS, SLOT_BYTES = 32, 4096  # of small arrays on their way to the host
+SLOTS = 32  # small arrays on their way to the host
 PIECE = 256  # bytes that arrays in one block of memory begin at
 
 
@@ -137,7 +137,7 @@ class CudaOps(Ops):
         self.device, self.dtype, self.invariant = device, np.dtype(dtype), invariant
         self.kernels = device.kernels
         self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
-        self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
+        self._slots = device.pinned(0).reshape(SLOTS, 0)
         self._slot = 0
         self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
@@ -174,7 +174,10 @@ class CudaOps(Ops):
         return self.fetch(chosen).wait().tolist()  # type: ignore[no-any-return]
 
     def fetch(self, array: DeviceArray) -> Pending:
-        """Begin to bring an array of at most `SLOT_BYTES` to the host. It must be taken before the last but `SLOTS`."""
+        """Begin to bring a small array to the host. It must be taken before the next but `SLOTS` is."""
+        if array.nbytes > self._slots.shape[1]:  # what was fetched before keeps its memory
+            room = -(-array.nbytes // PIECE) * PIECE
+            self._slots = self.device.pinned(SLOTS * room).reshape(SLOTS, room)
         memory = self._slots[self._slot][: array.nbytes].view(array.dtype).reshape(array.shape)
         self._slot = (self._slot + 1) % SLOTS
         self.device.fetch(memory, array)
@@ -256,9 +259,10 @@ class CudaOps(Ops):
         y, values = out.raw, w.values.raw
         if w.dtype == FLOAT32 or columns % 8:
             self.kernels.plain_matmul(y, self._as(x, w.dtype).raw, values, *tail, self.device.stream)
-        elif not self.invariant and self.kernels.skinny_fits(rows, columns):
+        elif not self.invariant and self.kernels.skinny_fits(rows, columns, False):
+            x = x if self.kernels.skinny_fits(rows, columns, True) else self._as(x, BFLOAT16)
             self.kernels.skinny_matmul(
-                y, x.raw, values, *tail, None, None, 0, 0.0, self.device.multiprocessors, True, self.device.stream
+                y, x.raw, values, *tail, None, None, 0, 0.0, self.device.multiprocessors, self.device.stream
             )
         else:
             self.kernels.mma_matmul(y, self._as(x, BFLOAT16).raw, values, *tail, self.device.stream)

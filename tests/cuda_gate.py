@@ -53,7 +53,7 @@ RULES = (
     Rule("rope_kernel", 64),
     Rule("kv_write_kernel", 64),
     Rule("advance_kernel", 64),
-    Rule("read_probe_kernel", 64),
+    Rule("read_probe_kernel", 64, ("LDG.128",)),
     Rule("empty_probe_kernel", 64),
     Rule("sample_kernel", 64, ("ATOMS",)),
     Rule("logprobs_kernel", 64, ("ATOMS",)),
@@ -86,14 +86,16 @@ def read_report(text: str) -> dict[str, Kernel]:
 
 
 def read_sass(text: str) -> dict[str, set[str]]:
-    """First words of the instructions of each function of a disassembly, without modifiers."""
+    """Instructions of each function of a disassembly, without modifiers, and those of 16 bytes also as ``LDG.128``."""
     functions: dict[str, set[str]] = {}
     words: set[str] = set()
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
             words = functions.setdefault(match[1], set())
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", line):
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)", line):
             words.add(match[1])
+            if ".128" in match[2]:
+                words.add(f"{match[1]}.128")
     return functions
 
 

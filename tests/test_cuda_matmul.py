@@ -16,9 +16,13 @@ from cuda_host import (
     aligned,
     as_aligned,
     build,
+    limited,
 )
+from emulated_cuda import emulated_gpu
 from oracle.activation import activation as activation_formula
 from oracle.rope import rope
+
+from pyllm.cuda_ops import CudaOps
 
 bfloat16 = ml_dtypes.bfloat16
 PAGE = 64
@@ -229,11 +233,86 @@ def test_what_a_kernel_cannot_take_is_an_error(kernels):
     assert kernels.host_mma_matmul(MatmulArgs(rows=0, n=8, k=16, x_stride=16)) == 0  # nothing to do
 
 
-@pytest.mark.parametrize(
-    ("n", "k"), [(2304, 768), (3072, 2048), (2048, 8192), (6144, 4096), (4096, 14336), (128256, 2048)]
-)
-def test_two_decode_kernels_share_a_multiprocessor(kernels, n, k):
+def plan_of(kernels, rows, n, k, *, whole=False, multiprocessors=132, shared=227):
     plan = SkinnyPlan()
-    kernels.host_skinny_plan(1, n, k, 132, plan)
+    kernels.host_skinny_plan(rows, n, k, whole, multiprocessors, shared * 1024, plan)
+    return plan
+
+
+SHAPES = [(2304, 768), (3072, 2048), (2048, 8192), (6144, 4096), (4096, 14336), (128256, 2048)]
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_two_decode_kernels_share_a_multiprocessor(kernels, n, k):
+    plan = plan_of(kernels, 1, n, k, whole=True)
     assert plan.fits and plan.blocks <= 132 and plan.tiles * 8 >= n > (plan.tiles - 1) * 8 and plan.chunks * 1024 >= k
     assert 2 * (plan.shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("shared", [227, 163, 99])  # Hopper, A100, the others
+def test_decoding_fits_every_chip(kernels, n, k, shared):
+    for rows in range(1, 17 if shared > 99 else 16):
+        plan = plan_of(kernels, rows, n, k, shared=shared)
+        assert plan.fits and plan.shared_bytes <= shared * 1024 and 2 <= plan.stages <= 5
+        assert plan.streamed or plan.stages == 5
+    assert not plan_of(kernels, 17, n, k).fits and not plan_of(kernels, 1, n, k + 4).fits
+
+
+def test_skinny_gives_the_same_bits_where_x_is_streamed(kernels):
+    arrays, columns = case(16, 75, 2056, seed=5)  # tiles in groups of 4 and of fewer, three chunks
+    whole = call(skinny(kernels, 2), arrays, columns)
+    close(whole, formula(arrays), 1e-6)
+    assert not plan_of(kernels, 16, 75, 2056).streamed
+    for shared, stages in ((163, 3), (102, 2)):
+        plan = plan_of(kernels, 16, 75, 2056, shared=shared)
+        assert plan.streamed and plan.stages == stages
+        with limited(shared * 1024):
+            assert (call(skinny(kernels, 2), arrays, columns) == whole).all()
+            assert (call(skinny(kernels, 13), arrays, columns) == whole).all()
+    alone = {**arrays, "x": as_aligned(arrays["x"][15:]), "residual": arrays["residual"][15:].copy()}
+    assert (call(skinny(kernels, 2), alone, columns)[0] == whole[15]).all()
+
+
+def test_many_rows_of_a_long_inner_dimension_are_streamed(kernels):
+    arrays, columns = case(16, 20, 14344, seed=6)
+    assert plan_of(kernels, 16, 20, 14344).streamed
+    close(call(skinny(kernels), arrays, columns), formula(arrays), 1e-6)
+    args = MatmulArgs(rows=16, n=20, k=14344, x_stride=14344, x_dtype=0, w_dtype=2)
+    assert kernels.host_skinny_matmul(args, 3) != 0  # float32 rows would have to lie there as a whole
+
+
+def test_shared_memory_is_allowed_once_for_a_kernel(kernels):
+    arrays, columns = case(2, 16, 1032)
+    call(skinny(kernels), arrays, columns)
+    before = kernels.host_allowances()
+    call(skinny(kernels), arrays, columns)
+    arrays, columns = case(16, 16, 4096)
+    call(skinny(kernels), arrays, columns)
+    assert kernels.host_allowances() == before
+
+
+def test_launches_on_older_chips_are_not_programmatic(kernels):
+    arrays, columns = case(3, 20, 40)
+    with limited(163 * 1024, major=8):
+        close(call(skinny(kernels), arrays, columns), formula(arrays), 1e-6)
+
+
+def test_the_op_rounds_what_must_be_streamed_first():
+    arrays, _ = case(16, 20, 14344, x_dtype=np.float32, bias=False, residual=False)
+    with emulated_gpu() as gpu:
+        ops = CudaOps(gpu)
+        x, w = gpu.upload(arrays["x"]), ops.pack(arrays["w"])
+        got = ops.matmul(x, w).numpy()
+        assert (got[3:5] == ops.matmul(x[3:5], w).numpy()).all()  # the same kernel for fewer rows
+    rounded = {**arrays, "x": arrays["x"].astype(bfloat16)}
+    close(got.astype("f8"), formula(rounded), 1e-6)
+
+
+def test_tokens_of_any_number_of_rows_come_to_the_host():
+    with emulated_gpu() as gpu:
+        ops = CudaOps(gpu)
+        few, many = np.arange(3, dtype=np.int32), np.arange(5000, dtype=np.int32)
+        pending = [ops.fetch(gpu.upload(tokens)) for tokens in (few, many, few)]
+        for tokens, there in zip((few, many, few), pending, strict=True):
+            assert there.wait().tolist() == tokens.tolist()

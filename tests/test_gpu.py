@@ -66,7 +66,7 @@ def test_memory_goes_there_and_back(gpu, dtype):
         assert np.array_equal(gpu.upload(host).numpy(), host)
 
 
-SIZES = [(1, 40, 1024), (3, 18, 1032), (16, 34, 128), (130, 32, 328), (257, 1000, 72)]
+SIZES = [(1, 40, 1024), (3, 18, 1032), (16, 34, 128), (16, 34, 14344), (130, 32, 328), (257, 1000, 72)]
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -86,7 +86,7 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
 
     def launch(y):
         if kernel == "skinny":
-            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, True, gpu.stream)
+            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, gpu.stream)
         elif kernel == "mma":
             kernels.mma_matmul(y, *arrays, *tail, gpu.stream)
         else:
@@ -107,7 +107,7 @@ def test_skinny_matmul_normalises_its_input(gpu, kernels, kind):
     def launch(y):
         kernels.skinny_matmul(
             y, arrays[0], arrays[1], None, None, 0, False, arrays[2], arrays[3], int(kind == "rms"), 1e-5,
-            gpu.multiprocessors, True, gpu.stream,
+            gpu.multiprocessors, gpu.stream,
         )  # fmt: skip
 
     normed = x.astype("f8") - (x.astype("f8").mean(1, keepdims=True) if kind == "layer" else 0)

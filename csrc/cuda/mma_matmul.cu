@@ -94,7 +94,7 @@ template <int kRows>
 cudaError_t launch_rows(const MatmulArgs& a, cudaStream_t stream) {
   const int64_t blocks = (a.rows + kRows - 1) / kRows * ((a.n + kColumns - 1) / kColumns);
   return launch(mma_matmul_kernel<kRows>, a, dim3(unsigned(blocks)), kThreads,
-                int64_t(kStages) * (kRows + kColumns) * kDepth * 2, true, stream);
+                int64_t(kStages) * (kRows + kColumns) * kDepth * 2, stream);
 }
 
 }  // namespace

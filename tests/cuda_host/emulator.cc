@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -135,11 +136,27 @@ void give(void* stream, std::function<void()> act) {
 }
 
 int64_t held = 0, limit = int64_t(1) << 40;  // bytes of device memory
+constexpr int most_shared = 227 * 1024;
+int shared_limit = most_shared, capability_major = 9;
+std::map<const void*, int> allowed;  // shared memory of each kernel, where it may have more than it may unasked
+int allowances = 0;                  // how often that was said
 
 }  // namespace
 
-cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> body) {
-  if (config.dynamicSmemBytes > kSharedLimit || config.blockDim.x % 32) return cudaErrorInvalidValue;
+int device_attribute(cudaDeviceAttr attribute) {
+  return attribute == cudaDevAttrComputeCapabilityMajor ? capability_major : int(shared_limit);
+}
+cudaError_t allow_shared(const void* kernel, int bytes) {
+  if (bytes > most_shared) return cudaErrorInvalidValue;
+  allowed[kernel] = bytes;
+  ++allowances;
+  return cudaSuccess;
+}
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, std::function<void()> body) {
+  const int bytes = int(config.dynamicSmemBytes);
+  if (bytes > (allowed.count(kernel) ? allowed[kernel] : 48 * 1024) || bytes > shared_limit)
+    return cudaErrorInvalidValue;
+  if (config.blockDim.x % 32 || (config.numAttrs && capability_major < 9)) return cudaErrorInvalidValue;
   const dim3 grid = config.gridDim, threads_of_block = config.blockDim;
   const size_t shared_bytes = config.dynamicSmemBytes;
   give(config.stream, [=, body = std::move(body)] { run_grid(grid, threads_of_block, shared_bytes, body); });
@@ -203,6 +220,12 @@ void host_launch_graph(void* graph, void* stream) {
 void host_delete_graph(void* graph) { delete static_cast<Work*>(graph); }
 // Sets the bytes that are free, or all that there are; returns all of before.
 int64_t host_limit_memory(int64_t free, int64_t all) { return std::exchange(limit, free ? held + free : all); }
+// The shared memory of a block and the major number of the compute capability.
+void host_limit_device(int shared_bytes, int major) {
+  shared_limit = shared_bytes;
+  capability_major = major;
+}
+int host_allowances() { return allowances; }
 void* host_allocate(int64_t bytes) {
   if (held + bytes > limit) return nullptr;
   held += bytes;
