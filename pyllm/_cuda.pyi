@@ -88,6 +88,18 @@ def skinny_argmax(
     multiprocessors: int,
     stream: int,
 ) -> None: ...
+def split_matmul(
+    y: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    residual: Array | None,
+    activation: int,
+    gated: bool,
+    partial: Array,
+    tickets: Array,
+    stream: int,
+) -> None: ...
 def mma_matmul(
     y: Array,
     x: Array,

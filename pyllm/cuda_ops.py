@@ -2,8 +2,8 @@
 
 Products take bfloat16 and add in float32; the residual stream, queries before they are rotated and logits are float32.
 Which kernel runs depends on sizes alone. A row's bits do not depend on the rows around it as long as the kernel stays
-the same: up to 16 rows go to the kernels of decoding, more to those of prompts, unless the object is `invariant`, which
-takes those of prompts for all.
+the same: up to 16 rows go to the kernels of decoding, products of up to 64 to one between, more to those of prompts,
+unless the object is `invariant`, which takes those of prompts for all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
+MATMUL_ROWS, MATMUL_BLOCKS = 64, 256  # rows and thread blocks of a product that is split over K
+MATMUL_FLOATS = MATMUL_BLOCKS * MATMUL_ROWS * 128  # its workspace
 TOP_TOKENS = 256  # that its log-probabilities list at most
 SLOTS = 32  # small arrays on their way to the host
 PIECE = 256  # bytes that arrays in one block of memory begin at
@@ -142,6 +144,8 @@ class CudaOps(Ops):
         self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
+        self._matmul_partial = device.empty([MATMUL_FLOATS], np.float32)
+        self._matmul_tickets = device.zeros([MATMUL_BLOCKS], np.uint32)
 
     # Memory
 
@@ -264,6 +268,11 @@ class CudaOps(Ops):
             self.kernels.skinny_matmul(
                 y, x.raw, values, *tail, None, None, 0, 0.0, self.device.multiprocessors, self.device.stream
             )
+        elif not self.invariant and rows <= MATMUL_ROWS:
+            self.kernels.split_matmul(
+                y, self._as(x, BFLOAT16).raw, values, *tail, self._matmul_partial.raw, self._matmul_tickets.raw,
+                self.device.stream,
+            )  # fmt: skip
         else:
             self.kernels.mma_matmul(y, self._as(x, BFLOAT16).raw, values, *tail, self.device.stream)
         self.release(mark)

@@ -39,6 +39,7 @@ class Rule:
 # The kernels of sampling have blocks of 1,024 threads, the other small ones of 256: 64 each is what a block may have.
 RULES = (
     Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
     Rule("plain_attention_kernel", 128, ("FFMA",)),

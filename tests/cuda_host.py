@@ -41,6 +41,18 @@ class MatmulArgs(ctypes.Structure):
     ]
 
 
+class SplitMatmulArgs(ctypes.Structure):
+    """SplitMatmulArgs of cuda/matmul.h."""
+
+    _fields_ = [("matmul", MatmulArgs), ("partial", ctypes.c_void_p), ("tickets", ctypes.c_void_p)]
+
+
+class SplitPlan(ctypes.Structure):
+    """SplitPlan of cuda/matmul.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("tiles", "splits", "steps")]
+
+
 class SkinnyPlan(ctypes.Structure):
     """SkinnyPlan of cuda/matmul.h."""
 
@@ -292,6 +304,9 @@ def build() -> ctypes.CDLL:
     kernels.host_skinny_argmax.argtypes = [ctypes.POINTER(ArgmaxArgs), number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 3 + [ctypes.c_bool, number, number, ctypes.POINTER(SkinnyPlan)]
+    kernels.host_split_matmul.argtypes = [ctypes.POINTER(SplitMatmulArgs)]
+    kernels.host_split_plan.argtypes = [number, number, ctypes.POINTER(SplitPlan)]
+    kernels.host_last_block_first.argtypes = [ctypes.c_bool]
     kernels.host_limit_device.argtypes = [ctypes.c_int, ctypes.c_int]
     for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]

@@ -13,6 +13,8 @@ from cuda_host import (
     MatmulArgs,
     QkvArgs,
     SkinnyPlan,
+    SplitMatmulArgs,
+    SplitPlan,
     aligned,
     as_aligned,
     build,
@@ -102,10 +104,26 @@ def test_skinny_normalises_its_input(kernels, norm):
     close(got, formula(arrays, norm=norm), 4e-3)  # the normalised row is rounded to bf16: 2^-9 each
 
 
-@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain"])
+def split(kernels):
+    def run(args):
+        partial, tickets = np.full(256 * 64 * 128, np.nan, "f4"), np.zeros(256, np.uint32)
+        failed = kernels.host_split_matmul(SplitMatmulArgs(args, partial.ctypes.data, tickets.ctypes.data))
+        assert not tickets.any()
+        return failed
+
+    return run
+
+
+def launcher(kernels, name):
+    if name in ("skinny", "split"):
+        return (skinny if name == "skinny" else split)(kernels)
+    return getattr(kernels, f"host_{name}_matmul")
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "plain"])
 @pytest.mark.parametrize("activation", ["gelu_erf", "gelu_tanh", "silu", "relu"])
 def test_activations_and_gates(kernels, kernel, activation):
-    run = skinny(kernels) if kernel == "skinny" else getattr(kernels, f"host_{kernel}_matmul")
+    run = launcher(kernels, kernel)
     for gated in (False, True):
         arrays, columns = case(4, 22, 72, gated=gated)
         got = call(run, arrays, columns, activation=activation, gated=gated)
@@ -132,9 +150,45 @@ def test_plain_matches_formula(kernels, rows, n, k, dtype):
     close(call(kernels.host_plain_matmul, arrays, columns), formula(arrays), 1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain"])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 1, 8), (17, 130, 64), (32, 7, 584), (33, 129, 1096), (64, 20, 776), (19, 300, 2824)]
+)
+def test_split_matches_formula(kernels, rows, n, k):
+    arrays, columns = case(rows, n, k, seed=n)
+    close(call(split(kernels), arrays, columns), formula(arrays), 1e-6)
+
+
+def test_split_row_is_the_same_bits_in_any_batch(kernels):
+    arrays, columns = case(64, 19, 840)  # three splits: 3 blocks and a half make a tree that is not full
+    plan = SplitPlan()
+    kernels.host_split_plan(19, 840, plan)
+    assert plan.splits == 3
+    whole = call(split(kernels), arrays, columns)
+    kernels.host_last_block_first(True)
+    try:
+        assert (call(split(kernels), arrays, columns) == whole).all()
+    finally:
+        kernels.host_last_block_first(False)
+    for rows in (17, 32, 33):
+        part = {**arrays, "x": as_aligned(arrays["x"][:rows]), "residual": arrays["residual"][:rows].copy()}
+        assert (call(split(kernels), part, columns) == whole[:rows]).all()
+
+
+@pytest.mark.parametrize("k", [8, 64, 768, 2048, 4096, 14336, 65544])
+@pytest.mark.parametrize("n", [1, 768, 2048, 4096, 16384, 28672, 128256])
+def test_splits_take_every_step_once_within_the_workspace(kernels, n, k):
+    plan, steps = SplitPlan(), -(-k // 64)
+    kernels.host_split_plan(n, k, plan)
+    assert plan.tiles * 128 >= n > (plan.tiles - 1) * 128
+    assert plan.splits * plan.steps >= steps > (plan.splits - 1) * plan.steps
+    assert plan.splits == 1 or (plan.tiles * plan.splits <= 256 and plan.steps >= 4)
+    if k >= 2048 and n >= 1024:  # 132 multiprocessors, each of two blocks, have something to do
+        assert plan.tiles * plan.splits >= 64
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "plain"])
 def test_bfloat16_output(kernels, kernel):
-    run = skinny(kernels) if kernel == "skinny" else getattr(kernels, f"host_{kernel}_matmul")
+    run = launcher(kernels, kernel)
     arrays, columns = case(3, 20, 40)
     exact = call(run, arrays, columns)
     assert (call(run, arrays, columns, y_dtype=bfloat16) == exact.astype("f4").astype(bfloat16).astype("f8")).all()
@@ -228,6 +282,8 @@ def test_what_a_kernel_cannot_take_is_an_error(kernels):
     assert kernels.host_skinny_matmul(args, 132) != 0  # 17 rows
     assert kernels.host_mma_matmul(MatmulArgs(rows=4, n=8, k=15, x_stride=16)) != 0
     assert kernels.host_plain_matmul(MatmulArgs(rows=4, n=8, k=15, w_dtype=2)) != 0
+    assert split(kernels)(MatmulArgs(rows=65, n=8, k=16, x_stride=16)) != 0
+    assert split(kernels)(MatmulArgs(rows=4, n=8, k=15, x_stride=16)) != 0
     assert kernels.host_skinny_argmax(ArgmaxArgs(args), 132) != 0
     assert kernels.host_skinny_qkv(QkvArgs(MatmulArgs(rows=1, n=8, k=16), CacheView(0, 1, 1, 4, 0), heads=1), 132) != 0
     assert kernels.host_mma_matmul(MatmulArgs(rows=0, n=8, k=16, x_stride=16)) == 0  # nothing to do

@@ -153,12 +153,32 @@ void skinny_argmax(const py::object& tokens, const py::object& x, const py::obje
   raise(cuda::skinny_argmax(a, multiprocessors, stream_of(stream)), "skinny_argmax");
 }
 
+// What the kernels that take x as it is ask of it besides.
+void check_rounded(const cuda::MatmulArgs& a) {
+  if (a.x_dtype != DType::bf16) throw py::type_error("x: expected bfloat16, got float32");
+  check_rows_of_pieces(a);
+}
+
+void split_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                  const py::object& residual, int activation, bool gated, const py::object& partial,
+                  const py::object& tickets, uintptr_t stream) {
+  cuda::SplitMatmulArgs a{};
+  a.matmul = matmul_args(y, x, w, bias, residual, activation, gated);
+  check_pieces(a.matmul, x, w);
+  check_rounded(a.matmul);
+  check_range(a.matmul.rows, 0, cuda::kSplitMatmulRows, "x: rows");
+  check_range(a.matmul.k, 1, int64_t(1) << 30, "w: columns");
+  a.partial = static_cast<float*>(device_array(partial, "partial", "float32", {cuda::kSplitMatmulFloats}).data);
+  a.tickets = static_cast<uint32_t*>(device_array(tickets, "tickets", "uint32", {cuda::kSplitMatmulBlocks}).data);
+  py::gil_scoped_release release;
+  raise(cuda::split_matmul(a, stream_of(stream)), "split_matmul");
+}
+
 void mma_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
                 const py::object& residual, int activation, bool gated, uintptr_t stream) {
   const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
   check_pieces(a, x, w);
-  if (a.x_dtype != DType::bf16) throw py::type_error("x: expected bfloat16, got float32");
-  check_rows_of_pieces(a);
+  check_rounded(a);
   py::gil_scoped_release release;
   raise(cuda::mma_matmul(a, stream_of(stream)), "mma_matmul");
 }
@@ -190,6 +210,8 @@ void bind_cuda_matmul(py::module_& module) {
   module.def("skinny_argmax", &skinny_argmax, arg("tokens"), arg("x"), arg("w"), arg("bias"), arg("norm_weight"),
              arg("norm_bias"), arg("norm"), arg("eps"), arg("partial"), arg("ticket"), arg("multiprocessors"),
              arg("stream"));
+  module.def("split_matmul", &split_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
+             arg("activation"), arg("gated"), arg("partial"), arg("tickets"), arg("stream"));
   module.def("mma_matmul", &mma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"), arg("activation"),
              arg("gated"), arg("stream"));
   module.def("plain_matmul", &plain_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),

@@ -65,6 +65,23 @@ struct ArgmaxArgs {
 };
 cudaError_t skinny_argmax(const ArgmaxArgs& args, int64_t multiprocessors, cudaStream_t stream);
 
+// Decoding of more: at most 64 rows, x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned. W is cut into tiles of 128 outputs
+// and, so that there are blocks enough to draw on all of the memory's speed, into splits of K; which depends on N and K alone,
+// and so does the order in which the splits of an output are added.
+constexpr int64_t kSplitMatmulRows = 64;
+constexpr int64_t kSplitMatmulBlocks = 256;  // where there are several splits: what a workspace has room for
+constexpr int64_t kSplitMatmulFloats = kSplitMatmulBlocks * kSplitMatmulRows * 128;
+struct SplitPlan {
+  int64_t tiles, splits, steps;  // steps of 64 k in a split
+};
+SplitPlan split_plan(int64_t n, int64_t k);
+struct SplitMatmulArgs {
+  MatmulArgs matmul;
+  float* partial;     // [kSplitMatmulFloats]
+  uint32_t* tickets;  // [kSplitMatmulBlocks], zero, and zero again afterwards
+};
+cudaError_t split_matmul(const SplitMatmulArgs& args, cudaStream_t stream);
+
 // Prompts and training: x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned.
 cudaError_t mma_matmul(const MatmulArgs& args, cudaStream_t stream);
 

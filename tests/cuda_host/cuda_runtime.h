@@ -97,6 +97,10 @@ T atomicAdd(T* p, T by) {
   *p += by;
   return before;
 }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline float __uint_as_float(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);

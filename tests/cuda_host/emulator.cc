@@ -40,7 +40,8 @@ Meeting block;
 std::unique_ptr<unsigned char[]> memory;
 unsigned char* base;
 unsigned current;
-bool progress;  // since the last look: a round without any is a deadlock
+bool last_first = false;  // the order of blocks
+bool progress;            // since the last look: a round without any is a deadlock
 const std::function<void()>* kernel;
 
 // A thread's stack is made once; after that both ways are long jumps, which cost no system call.
@@ -112,7 +113,7 @@ void run_grid(dim3 grid, dim3 threads_of_block, size_t shared_bytes, const std::
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
       for (unsigned x = 0; x < gridDim.x; ++x) {
-        blockIdx = dim3(x, y, z);
+        blockIdx = last_first ? dim3(grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z) : dim3(x, y, z);
         run_block(shared_bytes);
       }
 }
@@ -225,6 +226,7 @@ void host_limit_device(int shared_bytes, int major) {
   shared_limit = shared_bytes;
   capability_major = major;
 }
+void host_last_block_first(bool yes) { last_first = yes; }
 int host_allowances() { return allowances; }
 void* host_allocate(int64_t bytes) {
   if (held + bytes > limit) return nullptr;
