@@ -2,8 +2,8 @@
 
 Products take bfloat16 and add in float32; the residual stream, queries before they are rotated and logits are float32.
 Which kernel runs depends on sizes alone. A row's bits do not depend on the rows around it as long as the kernel stays
-the same: up to 16 rows go to the kernels of decoding, more to those of prompts, unless the object is `invariant`, which
-takes those of prompts for all.
+the same: up to 16 rows go to the kernels of decoding, products of up to 64 to one between, more to those of prompts,
+unless the object is `invariant`, which takes those of prompts for all.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from pyllm.tensor import DeviceArray
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
 SKINNY_ROWS = 16  # of the products of decoding, at most
+MATMUL_ROWS, MATMUL_BLOCKS = 64, 256  # rows and thread blocks of a product that is split over K
+MATMUL_FLOATS = MATMUL_BLOCKS * MATMUL_ROWS * 128  # its workspace
 TOP_TOKENS = 256  # that its log-probabilities list at most
-SLOTS, SLOT_BYTES = 32, 4096  # of small arrays on their way to the host
+SLOTS = 32  # small arrays on their way to the host
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ class CudaOps(Ops):
         self.device, self.dtype, self.invariant = device, np.dtype(dtype), invariant
         self.kernels = device.kernels
         self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
-        self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
+        self._slots = device.pinned(0).reshape(SLOTS, 0)
         self._slot = 0
         self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
+        self._matmul_partial = device.empty([MATMUL_FLOATS], np.float32)
+        self._matmul_tickets = device.zeros([MATMUL_BLOCKS], np.uint32)
         self._largest = device.empty([device.multiprocessors * SKINNY_ROWS], np.int64)  # workspace of `argmax`
         self._ticket = device.zeros([1], np.uint32)
 
@@ -104,7 +108,10 @@ class CudaOps(Ops):
         return self.fetch(chosen).wait().tolist()  # type: ignore[no-any-return]
 
     def fetch(self, array: DeviceArray) -> Pending:
-        """Begin to bring an array of at most `SLOT_BYTES` to the host. It must be taken before the last but `SLOTS`."""
+        """Begin to bring a small array to the host. It must be taken before the next but `SLOTS` is."""
+        if array.nbytes > self._slots.shape[1]:  # what was fetched before keeps its memory
+            room = -(-array.nbytes // PIECE) * PIECE
+            self._slots = self.device.pinned(SLOTS * room).reshape(SLOTS, room)
         memory = self._slots[self._slot][: array.nbytes].view(array.dtype).reshape(array.shape)
         self._slot = (self._slot + 1) % SLOTS
         self.device.fetch(memory, array)
@@ -176,17 +183,30 @@ class CudaOps(Ops):
         if w.dtype == FLOAT32 or columns % 8:
             self.kernels.plain_matmul(y, self._as(x, w.dtype).raw, values, *tail, self.device.stream)
         elif self._is_skinny(rows, columns):
-            source, norm = _prologue(x)
+            source, norm = self._prologue(x)
             self.kernels.skinny_matmul(
-                y, source.raw, values, *tail, *norm, self.device.multiprocessors, True, self.device.stream
+                y, source.raw, values, *tail, *norm, self.device.multiprocessors, self.device.stream
             )
+        elif not self.invariant and rows <= MATMUL_ROWS:
+            self.kernels.split_matmul(
+                y, self._as(x, BFLOAT16).raw, values, *tail, self._matmul_partial.raw, self._matmul_tickets.raw,
+                self.device.stream,
+            )  # fmt: skip
         else:
             self.kernels.mma_matmul(y, self._as(x, BFLOAT16).raw, values, *tail, self.device.stream)
         self.release(mark)
 
-    def _is_skinny(self, rows: int, columns: int) -> bool:
-        """Whether the kernels of decoding take so many rows of x [R, K]."""
-        return not self.invariant and bool(self.kernels.skinny_fits(rows, columns))
+    def _is_skinny(self, rows: int, columns: int, whole: bool = False) -> bool:
+        """Whether the kernels of decoding take so many rows of x [R, K], float32 or to be normed where `whole`."""
+        return not self.invariant and bool(self.kernels.skinny_fits(rows, columns, whole))
+
+    def _prologue(self, x: DeviceArray | Normed) -> tuple[DeviceArray, tuple[Any, Any, int, float]]:
+        """What a product of decoding reads, and the norm that it takes of it, as its launcher's arguments."""
+        if not self._is_skinny(x.shape[0], x.shape[1], whole=True):
+            x = self._as(x, BFLOAT16)
+        if isinstance(x, Normed):
+            return x.x, (x.weight.raw, _raw(x.bias), NORMS[x.kind], x.eps)
+        return x, (None, None, 0, 0.0)
 
     def queries(
         self,
@@ -204,15 +224,15 @@ class CudaOps(Ops):
         paged, slots = _paged(cache, head_size), self._on_gpu(slots)
         rows, columns = x.shape
         q = self.empty(rows, w.shape[0] - 2 * paged.shape[1] * head_size, dtype=cache.dtype)
-        paired = w.order is not None
+        paired, mark = w.order is not None, self.mark()
         if paired and norms is None and self._is_skinny(rows, columns):
-            source, norm = _prologue(x)
+            source, norm = self._prologue(x)
             self.kernels.skinny_qkv(
                 q.raw, paged.raw, source.raw, w.values.raw, _raw(w.bias(bias)), _raw(cos), _raw(sin), slots.raw,
-                head_size, *norm, self.device.multiprocessors, True, self.device.stream,
+                head_size, *norm, self.device.multiprocessors, self.device.stream,
             )  # fmt: skip
+            self.release(mark)
             return q
-        mark = self.mark()
         qkv = self.empty(rows, w.shape[0])
         self._product(qkv, x, w, bias, None, None, None)
         of_heads: tuple[Any, ...] = None, None, 0, 0.0
@@ -230,19 +250,19 @@ class CudaOps(Ops):
 
     def argmax(self, x: Any, w: Any, bias: Any = None) -> Any:
         """As :meth:`Ops.argmax`."""
-        source, norm = _prologue(x)
         rows, multiprocessors = x.shape[0], self.device.multiprocessors
-        tokens = self.empty(rows, dtype=np.dtype(np.int32))
+        tokens, mark = self.empty(rows, dtype=np.dtype(np.int32)), self.mark()
+        source, norm = self._prologue(x)
         self.kernels.skinny_argmax(
             tokens.raw, source.raw, w.values.raw, _raw(bias), *norm,
-            self._largest.view(0, (multiprocessors, rows)).raw, self._ticket.raw, multiprocessors, True,
-            self.device.stream,
+            self._largest.view(0, (multiprocessors, rows)).raw, self._ticket.raw, multiprocessors, self.device.stream,
         )  # fmt: skip
+        self.release(mark)
         return tokens
 
     def product_norm(self, x: Any, weight: Any, bias: Any = None, *, kind: NormKind, eps: float) -> Any:
         """As :meth:`Ops.product_norm`: the products of decoding form it themselves."""
-        if self.dtype == BFLOAT16 and self._is_skinny(*x.shape):
+        if self.dtype == BFLOAT16 and self._is_skinny(x.shape[0], x.shape[1], whole=True):
             return Normed(x, weight, bias, kind, eps)
         return self.norm(x, weight, bias, kind=kind, eps=eps)
 
@@ -507,13 +527,6 @@ def _attentions(spec: ModelSpec) -> list[AttentionSpec]:
     """All attentions of a model, those to its sources and those of its encoder included."""
     own = [attention for block in spec.blocks for attention in (block.attention, block.cross) if attention is not None]
     return own if spec.encoder is None else own + _attentions(spec.encoder)
-
-
-def _prologue(x: DeviceArray | Normed) -> tuple[DeviceArray, tuple[Any, Any, int, float]]:
-    """What a product of decoding reads, and the norm that it takes of it, as its launcher's arguments."""
-    if isinstance(x, Normed):
-        return x.x, (x.weight.raw, _raw(x.bias), NORMS[x.kind], x.eps)
-    return x, (None, None, 0, 0.0)
 
 
 def _raw(array: DeviceArray | None) -> Any:

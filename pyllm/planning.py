@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.cuda_ops import attention_workspace, takes_bfloat16
+from pyllm.cuda_ops import MATMUL_FLOATS, attention_workspace, takes_bfloat16
 from pyllm.device import Device
 from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, decode_floats, head_rows, scratch_blocks, step_floats
 from pyllm.engine.speculative import drafts_per_step
@@ -181,7 +181,7 @@ def plan_memory(
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
     if gpu is not None:
         width = blocks_for(max(max_model_len or spec.max_positions, max_source))
-        workspace += 4 * attention_workspace(spec, max_num_seqs, width)[0]
+        workspace += 4 * (attention_workspace(spec, max_num_seqs, width)[0] + MATMUL_FLOATS)
     if spec.is_encoder:
         length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
         return Plan(

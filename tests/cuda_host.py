@@ -11,6 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -39,11 +41,24 @@ class MatmulArgs(ctypes.Structure):
     ]
 
 
+class SplitMatmulArgs(ctypes.Structure):
+    """SplitMatmulArgs of cuda/matmul.h."""
+
+    _fields_ = [("matmul", MatmulArgs), ("partial", ctypes.c_void_p), ("tickets", ctypes.c_void_p)]
+
+
+class SplitPlan(ctypes.Structure):
+    """SplitPlan of cuda/matmul.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("tiles", "splits", "steps")]
+
+
 class SkinnyPlan(ctypes.Structure):
     """SkinnyPlan of cuda/matmul.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tiles", "blocks", "chunks", "x_pitch", "shared_bytes")),
+        *((name, ctypes.c_int64) for name in ("tiles", "blocks", "chunks", "stages", "shared_bytes")),
+        ("streamed", ctypes.c_bool),
         ("fits", ctypes.c_bool),
     ]
 
@@ -304,13 +319,27 @@ def build() -> ctypes.CDLL:
     kernels.host_skinny_qkv.argtypes = [ctypes.POINTER(QkvArgs), number]
     kernels.host_skinny_argmax.argtypes = [ctypes.POINTER(ArgmaxArgs), number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
-    kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
+    kernels.host_skinny_plan.argtypes = [number] * 3 + [ctypes.c_bool, number, number, ctypes.POINTER(SkinnyPlan)]
+    kernels.host_split_matmul.argtypes = [ctypes.POINTER(SplitMatmulArgs)]
+    kernels.host_split_plan.argtypes = [number, number, ctypes.POINTER(SplitPlan)]
+    kernels.host_last_block_first.argtypes = [ctypes.c_bool]
+    kernels.host_limit_device.argtypes = [ctypes.c_int, ctypes.c_int]
     for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]
     for args in (*LAYERS, SampleArgs, LogprobsArgs):
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in args.__name__.removesuffix("Args"))
         getattr(kernels, f"host{name}").argtypes = [ctypes.POINTER(args)]
     return kernels
+
+
+@contextmanager
+def limited(shared_bytes: int, major: int = 9) -> Iterator[None]:
+    """Inside, the emulated GPU's blocks have so much shared memory, and it is of that major compute capability."""
+    build().host_limit_device(shared_bytes, major)
+    try:
+        yield
+    finally:
+        build().host_limit_device(227 * 1024, 9)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

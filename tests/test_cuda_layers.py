@@ -106,8 +106,8 @@ def test_norm_vector_is_the_same_bits_among_any_others(kernels):
 
 
 def test_norm_refuses_a_vector_that_does_not_fit(kernels):
-    assert kernels.host_norm(NormArgs(rows=1, heads=1, dim=57001)) != 0
-    assert kernels.host_norm(NormArgs(rows=0, heads=1, dim=57001)) == 0
+    assert kernels.host_norm(NormArgs(rows=1, heads=1, dim=25001)) != 0
+    assert kernels.host_norm(NormArgs(rows=0, heads=1, dim=25001)) == 0
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

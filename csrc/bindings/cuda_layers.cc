@@ -8,8 +8,6 @@
 namespace pyllm::bindings {
 namespace {
 
-constexpr int64_t kMaxWidth = 65535 * 1024;  // columns that a kernel takes element by element
-
 // The data of an array that may be None.
 template <class T>
 const T* optional(const py::object& object, const char* name, const char* dtype, const std::vector<int64_t>& shape) {
@@ -88,7 +86,7 @@ void activation(const py::object& y, const py::object& x, const py::object& up, 
     a.up_stride = other.row_stride();
   }
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(a.dim, 0, kMaxWidth, "x: columns");
+  check_range(a.dim, 0, cuda::kMaxRowWidth, "x: columns");
   check_range(activation, 0, kActivations - 1, "activation");
   a.activation = Activation(activation);
   py::gil_scoped_release release;
@@ -115,7 +113,7 @@ void axpby(const py::object& out, const py::object& x, float factor, const py::o
   a.a = factor;
   a.b = other_factor;
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(a.dim, 0, kMaxWidth, "x: columns");
+  check_range(a.dim, 0, cuda::kMaxRowWidth, "x: columns");
   py::gil_scoped_release release;
   raise(cuda::axpby(a, stream_of(stream)), "axpby");
 }
@@ -134,7 +132,7 @@ void gather_columns(const py::object& y, const py::object& x, const py::object& 
   a.y_stride = out.row_stride();
   a.x_stride = in.row_stride();
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(a.columns, 0, kMaxWidth, "index");
+  check_range(a.columns, 0, cuda::kMaxRowWidth, "index");
   py::gil_scoped_release release;
   raise(cuda::gather_columns(a, stream_of(stream)), "gather_columns");
 }
@@ -164,7 +162,7 @@ void embedding(const py::object& y, const py::object& tokens, const py::object& 
     a.position_rows = places.dim(0);
   }
   check_range(a.rows, 0, kMaxRows, "tokens");
-  check_range(a.dim, 0, kMaxWidth, "table: columns");
+  check_range(a.dim, 0, cuda::kMaxRowWidth, "table: columns");
   py::gil_scoped_release release;
   raise(cuda::embedding(a, stream_of(stream)), "embedding");
 }
@@ -186,7 +184,7 @@ void rope_angles(const py::object& cos, const py::object& sin, const py::object&
   a.scaling = scaling;
   if (a.classes == 0) throw py::value_error("inv_freq: expected at least one row, got none");
   check_range(a.rows, 0, kMaxRows, "positions");
-  check_range(a.half, 0, kMaxWidth, "inv_freq: columns");
+  check_range(a.half, 0, cuda::kMaxRowWidth, "inv_freq: columns");
   py::gil_scoped_release release;
   raise(cuda::rope_angles(a, stream_of(stream)), "rope_angles");
 }
@@ -219,7 +217,7 @@ void rope(const py::object& x, const py::object& cos, const py::object& sin, int
   a.x_stride = heads.row_stride();
   a.inverse = inverse;
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(heads.dim(1), 0, kMaxWidth, "x: columns");
+  check_range(heads.dim(1), 0, cuda::kMaxRowWidth, "x: columns");
   py::gil_scoped_release release;
   raise(cuda::rope(a, stream_of(stream)), "rope");
 }
@@ -245,7 +243,7 @@ void kv_write(const py::object& cache, const py::object& k, const py::object& v,
     a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
   }
   check_range(a.rows, 0, kMaxRows, "k: rows");
-  check_range(a.cache.kv_heads * a.cache.padded_head(), 0, kMaxWidth, "cache: heads times channels");
+  check_range(a.cache.kv_heads * a.cache.padded_head(), 0, cuda::kMaxRowWidth, "cache: heads times channels");
   py::gil_scoped_release release;
   raise(cuda::kv_write(a, stream_of(stream)), "kv_write");
 }

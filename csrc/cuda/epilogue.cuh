@@ -2,31 +2,33 @@
 #pragma once
 #include "cuda/activate.cuh"
 #include "cuda/matmul.h"
+#include "cuda/store.cuh"
 
 namespace pyllm::cuda {
-
-__device__ __forceinline__ void store(const MatmulArgs& a, int64_t row, int64_t column, float v) {
-  if (a.residual) v += a.residual[row * a.residual_stride + column];
-  if (a.y_dtype == DType::f32) {
-    static_cast<float*>(a.y)[row * a.y_stride + column] = v;
-  } else {
-    static_cast<bf16*>(a.y)[row * a.y_stride + column] = bf16(pack_bf16(v, 0.0f));
-  }
-}
 
 // Sums of columns `column` (even) and the next; those past N are left out.
 __device__ __forceinline__ void finish_pair(const MatmulArgs& a, int64_t row, int64_t column, float v0, float v1) {
   if (row >= a.rows || column >= a.n) return;
+  const bool both = column + 1 < a.n;
   if (a.bias) {
     v0 += a.bias[column];
-    if (column + 1 < a.n) v1 += a.bias[column + 1];
+    if (both) v1 += a.bias[column + 1];
   }
+  v0 = activate(v0, a.activation);
   if (a.gated) {
-    store(a, row, column / 2, activate(v0, a.activation) * v1);
+    v0 *= v1;
+    column /= 2;
+  }
+  const float* residual = a.residual ? a.residual + row * a.residual_stride + column : nullptr;
+  if (residual) v0 += residual[0];
+  const int64_t place = row * a.y_stride + column;
+  if (a.gated || !both) {
+    store(a.y, a.y_dtype, place, v0);
     return;
   }
-  store(a, row, column, activate(v0, a.activation));
-  if (column + 1 < a.n) store(a, row, column + 1, activate(v1, a.activation));
+  v1 = activate(v1, a.activation);
+  if (residual) v1 += residual[1];
+  store_pair(a.y, a.y_dtype, place, v0, v1);
 }
 
 }  // namespace pyllm::cuda

@@ -6,16 +6,23 @@
 
 namespace pyllm::cuda {
 
-// `overlapped`: the kernel may start while the one before it in the stream still runs; it must wait by itself
-// (wait_for_earlier_kernels in ptx.cuh).
+// What a block may have of shared memory on the current GPU, in bytes: 227 KB on Hopper, 163 KB on A100, 99 KB on other chips of
+// Ampere and Ada.
+cudaError_t shared_limit(int64_t* bytes);
+
+// Lets `kernel` be launched on the current GPU with so many bytes of dynamic shared memory, and says whether the GPU knows programmatic
+// dependent launch (Hopper and later). A kernel is allowed all that the GPU has at its first launch and never less, so that launches
+// of one kernel by several threads do not meet.
+cudaError_t prepare_launch(const void* kernel, int64_t shared_bytes, bool* programmatic);
+
+// The kernel may start while the one before it in the stream still runs: it must wait by itself (wait_for_earlier_kernels in
+// ptx.cuh). With `overlapped` false it starts when that one has ended.
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int64_t shared_bytes,
-                   bool overlapped, cudaStream_t stream) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+                   cudaStream_t stream, bool overlapped = true) {
+  bool programmatic = false;
+  const cudaError_t error = prepare_launch(reinterpret_cast<const void*>(kernel), shared_bytes, &programmatic);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -25,7 +32,7 @@ cudaError_t launch(void (*kernel)(Args), const Args& args, dim3 grid, int thread
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlapped ? 1 : 0;
+  config.numAttrs = overlapped && programmatic ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -8,14 +8,6 @@ namespace {
 
 constexpr int kWarps = kRowThreads / 32;  // of a block; each takes a head
 
-__device__ __forceinline__ void store(void* to, DType dtype, int64_t at, float v) {
-  if (dtype == DType::f32) {
-    store_element(static_cast<float*>(to) + at, v);
-  } else {
-    store_element(static_cast<bf16*>(to) + at, v);
-  }
-}
-
 // Norms a head whose channels lie in shared memory, each of which its own lane takes.
 __device__ __forceinline__ void norm_head(float* x, int size, const float* weight, NormKind kind, float eps) {
   const int lane = threadIdx.x % 32;
@@ -76,7 +68,7 @@ cudaError_t qkv_write(const QkvWriteArgs& args, cudaStream_t stream) {
   if ((a.cache.dtype != DType::f32 && a.cache.dtype != DType::bf16) || a.cache.head_size > kMaxHead || blocks > 65535)
     return cudaErrorInvalidValue;
   return launch(qkv_write_kernel, a, dim3(unsigned(a.rows), unsigned(blocks)), kRowThreads,
-                kWarps * a.cache.head_size * 4, true, stream);
+                kWarps * a.cache.head_size * 4, stream);
 }
 
 }  // namespace pyllm::cuda

@@ -42,10 +42,15 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+struct alignas(8) float2 {
+  float x, y;
+};
 
 namespace emulator {
-constexpr size_t kSharedLimit = 227 * 1024;
-cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> body);
+int device_attribute(cudaDeviceAttr attribute);
+cudaError_t allow_shared(const void* kernel, int bytes);
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, std::function<void()> body);
 unsigned char* shared();
 void block_barrier();
 // The last of a warp's lanes to come calls act(operands of all 32 lanes); then all go on.
@@ -64,14 +69,21 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   emulator::memory_info(free, total);
   return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return size_t(bytes) <= emulator::kSharedLimit ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = emulator::device_attribute(attribute);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return emulator::allow_shared(kernel, bytes);
 }
 template <class... Parameters, class... Values>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Values&... values) {
-  return emulator::run(*config, [=] { kernel(values...); });
+  return emulator::run(reinterpret_cast<const void*>(kernel), *config, [=] { kernel(values...); });
 }
 
 inline void __syncthreads() { emulator::block_barrier(); }
@@ -84,6 +96,10 @@ T atomicAdd(T* p, T by) {
   const T before = *p;
   *p += by;
   return before;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
 }
 inline float __uint_as_float(uint32_t bits) {
   float f;

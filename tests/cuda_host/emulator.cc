@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -40,7 +41,8 @@ Meeting block;
 std::unique_ptr<unsigned char[]> memory;
 unsigned char* base;
 unsigned current;
-bool progress;  // since the last look: a round without any is a deadlock
+bool last_first = false;  // the order of blocks
+bool progress;            // since the last look: a round without any is a deadlock
 const std::function<void()>* kernel;
 
 // A thread's stack is made once; after that both ways are long jumps, which cost no system call.
@@ -112,7 +114,7 @@ void run_grid(dim3 grid, dim3 threads_of_block, size_t shared_bytes, const std::
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
       for (unsigned x = 0; x < gridDim.x; ++x) {
-        blockIdx = dim3(x, y, z);
+        blockIdx = last_first ? dim3(grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z) : dim3(x, y, z);
         run_block(shared_bytes);
       }
 }
@@ -145,11 +147,27 @@ void give(void* stream, std::function<void()> act) {
 }
 
 int64_t held = 0, limit = int64_t(1) << 40;  // bytes of device memory
+constexpr int most_shared = 227 * 1024;
+int shared_limit = most_shared, capability_major = 9;
+std::map<const void*, int> allowed;  // shared memory of each kernel, where it may have more than it may unasked
+int allowances = 0;                  // how often that was said
 
 }  // namespace
 
-cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> body) {
-  if (config.dynamicSmemBytes > kSharedLimit || config.blockDim.x % 32) return cudaErrorInvalidValue;
+int device_attribute(cudaDeviceAttr attribute) {
+  return attribute == cudaDevAttrComputeCapabilityMajor ? capability_major : int(shared_limit);
+}
+cudaError_t allow_shared(const void* kernel, int bytes) {
+  if (bytes > most_shared) return cudaErrorInvalidValue;
+  allowed[kernel] = bytes;
+  ++allowances;
+  return cudaSuccess;
+}
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, std::function<void()> body) {
+  const int bytes = int(config.dynamicSmemBytes);
+  if (bytes > (allowed.count(kernel) ? allowed[kernel] : 48 * 1024) || bytes > shared_limit)
+    return cudaErrorInvalidValue;
+  if (config.blockDim.x % 32 || (config.numAttrs && capability_major < 9)) return cudaErrorInvalidValue;
   const dim3 grid = config.gridDim, threads_of_block = config.blockDim;
   const size_t shared_bytes = config.dynamicSmemBytes;
   give(config.stream, [=, body = std::move(body)] { run_grid(grid, threads_of_block, shared_bytes, body); });
@@ -228,6 +246,13 @@ void host_launch_graph(void* graph, void* stream) {
 void host_delete_graph(void* graph) { delete static_cast<Work*>(graph); }
 // Sets the bytes that are free, or all that there are; returns all of before.
 int64_t host_limit_memory(int64_t free, int64_t all) { return std::exchange(limit, free ? held + free : all); }
+// The shared memory of a block and the major number of the compute capability.
+void host_limit_device(int shared_bytes, int major) {
+  shared_limit = shared_bytes;
+  capability_major = major;
+}
+void host_last_block_first(bool yes) { last_first = yes; }
+int host_allowances() { return allowances; }
 void* host_allocate(int64_t bytes) {
   const Use use(device);
   if (held + bytes > limit) return nullptr;

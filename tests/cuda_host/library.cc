@@ -10,14 +10,15 @@ namespace cuda = pyllm::cuda;
 
 extern "C" {
 int host_skinny_matmul(const MatmulArgs* args, int64_t multiprocessors) {
-  return skinny_matmul(*args, multiprocessors, true, nullptr);
+  return skinny_matmul(*args, multiprocessors, nullptr);
 }
 int host_skinny_qkv(const QkvArgs* args, int64_t multiprocessors) {
-  return skinny_qkv(*args, multiprocessors, true, nullptr);
+  return skinny_qkv(*args, multiprocessors, nullptr);
 }
 int host_skinny_argmax(const ArgmaxArgs* args, int64_t multiprocessors) {
-  return skinny_argmax(*args, multiprocessors, true, nullptr);
+  return skinny_argmax(*args, multiprocessors, nullptr);
 }
+int host_split_matmul(const SplitMatmulArgs* args) { return split_matmul(*args, nullptr); }
 int host_mma_matmul(const MatmulArgs* args) { return mma_matmul(*args, nullptr); }
 int host_plain_matmul(const MatmulArgs* args) { return plain_matmul(*args, nullptr); }
 int host_prompt_attention(const AttentionArgs* args) { return prompt_attention(*args, nullptr); }
@@ -34,7 +35,9 @@ int host_kv_write(const pyllm::KvWriteArgs* args) { return kv_write(*args, nullp
 int host_qkv_write(const QkvWriteArgs* args) { return qkv_write(*args, nullptr); }
 int host_sample(const pyllm::SampleArgs* args) { return sample(*args, nullptr); }
 int host_logprobs(const pyllm::LogprobsArgs* args) { return logprobs(*args, nullptr); }
-void host_skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors, SkinnyPlan* plan) {
-  *plan = skinny_plan(rows, n, k, multiprocessors);
+void host_split_plan(int64_t n, int64_t k, SplitPlan* plan) { *plan = split_plan(n, k); }
+void host_skinny_plan(int64_t rows, int64_t n, int64_t k, bool whole, int64_t multiprocessors, int64_t shared_limit,
+                      SkinnyPlan* plan) {
+  *plan = skinny_plan(rows, n, k, whole, multiprocessors, shared_limit);
 }
 }

@@ -23,6 +23,7 @@ template <int pending>
 void wait_copies() {
   emulator::wait(pending);
 }
+inline void wait_copies_but(int pending) { emulator::wait(pending); }
 
 struct MatrixLoad {
   uint32_t* r;
