@@ -97,7 +97,7 @@ def test_encoder_decoders_write_what_the_cpu_writes(gpu, name):
         for device in ("cpu", "cuda")
     )
     prompts, params = [{"prompt_token_ids": tokens} for tokens in SOURCES], {"detokenize": False, "temperature": 0}
-    for more in ({"max_tokens": 12, "ignore_eos": True}, {"max_tokens": 6, "num_beams": 2, "n": 2}):
+    for more in ({"max_tokens": 6, "ignore_eos": True}, {"max_tokens": 3, "num_beams": 2, "n": 2}):
         assert ids(mine.generate(prompts, **params, **more)) == ids(cpu.generate(prompts, **params, **more))
     pairs = [{"prompt_token_ids": tokens, "target_token_ids": [5, 9, 31]} for tokens in SOURCES]
     for a, b in zip(mine.score(pairs), cpu.score(pairs), strict=True):
@@ -216,7 +216,7 @@ def test_heads_that_are_normed_take_one_kernel_behind_their_product(gpu):
 
 
 def test_the_largest_logit_is_found_without_logits_as_with_them(pair):
-    params = dict(max_tokens=12, temperature=0)
+    params = dict(max_tokens=6, temperature=0)
     assert ids(pair[0].generate(PROMPTS, **params)) == ids(pair[0].generate(PROMPTS, logprobs=1, **params))
 
 
