@@ -163,11 +163,9 @@ def plan_memory(
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
     precision = _precision(checkpoint, dtype, quantization, quantization_skip, gpu)
-    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
-    if gpu is not None and kv_cache_dtype == "auto" and not takes_bfloat16(spec):
-        cache_as = "float32"
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype, spec, gpu)
     available = available_memory() if gpu is None else gpu.memory()[0]
-    weights = packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
+    weights = _weight_bytes(checkpoint, precision, gpu)
     if spec.is_encoder and drafts:
         raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
     step_tokens = prefix_tokens = max_num_batched_tokens
@@ -208,6 +206,7 @@ def plan_memory(
             kv_cache_dtype,
             max_num_seqs,
             step_tokens,
+            gpu,
         )
     length, blocks = _cache_size(
         spec,
@@ -249,8 +248,18 @@ def _precision(
     return Precision("bfloat16" if precision.dtype == "float16" else precision.dtype)
 
 
+def _weight_bytes(checkpoint: Checkpoint, precision: Precision, gpu: Device | None) -> int:
+    return packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
+
+
 def _draft_plan(
-    draft: Checkpoint, target: ModelSpec, precision: Precision, kv_cache_dtype: str, sequences: int, tokens: int
+    draft: Checkpoint,
+    target: ModelSpec,
+    precision: Precision,
+    kv_cache_dtype: str,
+    sequences: int,
+    tokens: int,
+    gpu: Device | None,
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
@@ -272,20 +281,24 @@ def _draft_plan(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "
             f"{spec.vocab_size}: choose a draft model that was made for the same tokenizer"
         )
-    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype, spec, gpu)
+    workspace = _workspace(spec, sequences, tokens, CATCH_UP)
+    if gpu is not None:
+        workspace += 4 * attention_workspace(spec, sequences, blocks_for(spec.max_positions))[0]
     return DraftPlan(
         precision=precision,
         cache_dtype=cache_as,
         max_length=spec.max_positions,
-        weights=packed_bytes(draft, precision),
+        weights=_weight_bytes(draft, precision, gpu),
         cache=KVCache.block_bytes(spec, cache_as),
-        workspace=_workspace(spec, sequences, tokens, CATCH_UP),
+        workspace=workspace,
     )
 
 
-def _cache_dtype(asked: str, weights: str) -> str:
+def _cache_dtype(asked: str, weights: str, spec: ModelSpec, gpu: Device | None) -> str:
+    """What keys and values are held as; `weights` is the dtype of the matrices."""
     if asked == "auto":
-        return "bfloat16" if weights == "bfloat16" else "float32"
+        return "bfloat16" if weights == "bfloat16" and (gpu is None or takes_bfloat16(spec)) else "float32"
     if asked not in CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype: expected one of auto, {', '.join(CACHE_DTYPES)}, got {asked!r}")
     return asked

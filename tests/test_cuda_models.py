@@ -340,6 +340,18 @@ def test_structured_output_drafts_embeddings_and_scores(gpu, tiny_folder, exact)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
 
+def test_a_draft_model_has_a_cache_that_its_own_heads_take(gpu):
+    """Its heads have 12 channels, which the kernels of a bfloat16 cache do not take."""
+    models = {"draft_model": GOLDEN / "qwen3", "dtype": "bfloat16", "skip_tokenizer_init": True}
+    drafted = LLM(GOLDEN / "llama", device="cuda", **models)
+    assert (drafted.plan.cache_dtype, drafted.plan.draft_model.cache_dtype) == ("bfloat16", "float32")
+    prompt, params = {"prompt_token_ids": [3, 5, 7]}, {"max_tokens": 6, "detokenize": False, "ignore_eos": True}
+    plain = LLM(GOLDEN / "llama", device="cuda", dtype="bfloat16", skip_tokenizer_init=True)
+    assert ids(drafted.generate(prompt, temperature=0, **params)) == ids(
+        plain.generate(prompt, temperature=0, **params)
+    )
+
+
 def test_a_bidirectional_prefix_sees_all_of_itself(gpu, tiny_folder):
     mine, theirs = (LLM(tiny_folder, device=name, dtype="float32", prefix=True, **SMALL) for name in ("cuda", "cpu"))
     tokens = list(range(5, 40))
