@@ -100,6 +100,18 @@ def split_matmul(
     tickets: Array,
     stream: int,
 ) -> None: ...
+def has_wgmma() -> bool: ...
+def wgmma_matmul(
+    y: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    residual: Array | None,
+    activation: int,
+    gated: bool,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
 def mma_matmul(
     y: Array,
     x: Array,

@@ -2,8 +2,8 @@
 
 Products take bfloat16 and add in float32; the residual stream, queries before they are rotated and logits are float32.
 Which kernel runs depends on sizes alone. A row's bits do not depend on the rows around it as long as the kernel stays
-the same: up to 16 rows go to the kernels of decoding, products of up to 64 to one between, more to those of prompts,
-unless the object is `invariant`, which takes those of prompts for all.
+the same: up to 16 rows go to the kernels of decoding, products of up to 64 to one between, more to those of prompts
+(on Hopper by wgmma), unless the object is `invariant`, which takes those that do with any number of rows for all.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class CudaOps(Ops):
         self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
+        self._has_wgmma = self.kernels.has_wgmma()
         self._matmul_partial = device.empty([MATMUL_FLOATS], np.float32)
         self._matmul_tickets = device.zeros([MATMUL_BLOCKS], np.uint32)
         self._largest = device.empty([device.multiprocessors * SKINNY_ROWS], np.int64)  # workspace of `argmax`
@@ -192,6 +193,10 @@ class CudaOps(Ops):
                 y, self._as(x, BFLOAT16).raw, values, *tail, self._matmul_partial.raw, self._matmul_tickets.raw,
                 self.device.stream,
             )  # fmt: skip
+        elif not self.invariant and self._has_wgmma:
+            self.kernels.wgmma_matmul(
+                y, self._as(x, BFLOAT16).raw, values, *tail, self.device.multiprocessors, self.device.stream
+            )
         else:
             self.kernels.mma_matmul(y, self._as(x, BFLOAT16).raw, values, *tail, self.device.stream)
         self.release(mark)

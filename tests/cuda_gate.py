@@ -40,6 +40,8 @@ class Rule:
 RULES = (
     Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
     Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG")),
+    # 168 registers of 384 threads are all that a block can start with; its warpgroups then share them out anew.
+    Rule("wgmma_matmul_kernel", 168, (), ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
     Rule("plain_attention_kernel", 128, ("FFMA",)),
@@ -137,6 +139,7 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
         "-O3",
         "--expt-relaxed-constexpr",
         f"-I{ROOT / 'csrc'}",
+        "-DPYLLM_WGMMA",
         f"-gencode={ARCHITECTURES[architecture]}",
         "-Xptxas",
         "-v",

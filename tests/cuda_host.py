@@ -53,6 +53,14 @@ class SplitPlan(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("tiles", "splits", "steps")]
 
 
+class WgmmaPlan(ctypes.Structure):
+    """WgmmaPlan of cuda/matmul.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("columns", "cluster", "row_units", "column_tiles", "blocks", "shared_bytes")
+    ]
+
+
 class SkinnyPlan(ctypes.Structure):
     """SkinnyPlan of cuda/matmul.h."""
 
@@ -280,7 +288,7 @@ def library() -> Path:
     pybind11 = pytest.importorskip("pybind11")
     command = [compiler, "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-x", "c++"]
+    command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-DPYLLM_WGMMA", "-x", "c++"]
     kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
     bindings = sorted((ROOT / "csrc/bindings").glob("cuda_*.cc"))
     read = [
@@ -320,6 +328,8 @@ def build() -> ctypes.CDLL:
     kernels.host_skinny_argmax.argtypes = [ctypes.POINTER(ArgmaxArgs), number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 3 + [ctypes.c_bool, number, number, ctypes.POINTER(SkinnyPlan)]
+    kernels.host_wgmma_matmul.argtypes = [arguments, number]
+    kernels.host_wgmma_plan.argtypes = [number] * 3 + [ctypes.POINTER(WgmmaPlan)]
     kernels.host_split_matmul.argtypes = [ctypes.POINTER(SplitMatmulArgs)]
     kernels.host_split_plan.argtypes = [number, number, ctypes.POINTER(SplitPlan)]
     kernels.host_last_block_first.argtypes = [ctypes.c_bool]

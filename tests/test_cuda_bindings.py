@@ -52,6 +52,22 @@ def test_matmul_refuses_what_it_cannot_take(changed, expected):
         _cuda.mma_matmul(**matmul_args(**changed))
 
 
+def test_other_products_refuse_what_they_cannot_take():
+    split = {"partial": array(256 * 64 * 128, dtype="float32"), "tickets": array(256, dtype="uint32")}
+    many = {"y": array(65, 16, dtype="float32"), "x": array(65, 64)}
+    for kernel, changed, expected in (
+        ("split_matmul", {**split, **many}, "x: rows: expected 0 to 64, got 65"),
+        ("split_matmul", {**split, "partial": array(8, dtype="float32")}, "partial: expected shape"),
+        ("split_matmul", {**split, "tickets": array(8, dtype="uint32")}, "tickets: expected shape"),
+        ("split_matmul", {**split, "x": array(4, 64, dtype="float32")}, "x: expected bfloat16"),
+        ("wgmma_matmul", {"multiprocessors": 0}, "multiprocessors: expected 1"),
+        ("wgmma_matmul", {"multiprocessors": 8, "x": array(4, 64, strides=[68, 1])}, "multiple of 8 elements apart"),
+        ("wgmma_matmul", {"multiprocessors": 8, "x": array(4, 64, dtype="float32")}, "x: expected bfloat16"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=expected):
+            getattr(_cuda, kernel)(**{**matmul_args(), **changed})
+
+
 def test_skinny_matmul_refuses_what_does_not_fit():
     rest = {"norm_weight": None, "norm_bias": None, "norm": 0, "eps": 0.0, "multiprocessors": 132}
     many = {"y": array(17, 16, dtype="float32"), "x": array(17, 64)}

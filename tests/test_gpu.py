@@ -68,17 +68,19 @@ def test_memory_goes_there_and_back(gpu, dtype):
 
 SIZES = [
     (1, 40, 1024), (3, 18, 1032), (16, 34, 128), (16, 34, 14344), (33, 300, 1048), (64, 130, 72), (130, 32, 328),
-    (257, 1000, 72),
+    (257, 1000, 72), (1030, 2056, 1096),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "plain", "plain float32"])
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "wgmma", "plain", "plain float32"])
 def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     rows, n, k = size
     if rows > {"skinny": 16, "split": 64}.get(kernel, rows):
         pytest.skip("more rows than it takes")
+    if kernel == "wgmma" and not gpu.kernels.has_wgmma():
+        pytest.skip("no Hopper")
     dtype = float32 if kernel == "plain float32" else bfloat16
     rng = np.random.default_rng(rows)
     x, w = rng.standard_normal((rows, k)).astype(dtype), (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)
@@ -93,6 +95,8 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
             kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, gpu.stream)
         elif kernel == "split":
             kernels.split_matmul(y, *arrays, *tail, partial, tickets, gpu.stream)
+        elif kernel == "wgmma":
+            kernels.wgmma_matmul(y, *arrays, *tail, gpu.multiprocessors, gpu.stream)
         elif kernel == "mma":
             kernels.mma_matmul(y, *arrays, *tail, gpu.stream)
         else:

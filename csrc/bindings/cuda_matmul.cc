@@ -174,6 +174,19 @@ void split_matmul(const py::object& y, const py::object& x, const py::object& w,
   raise(cuda::split_matmul(a, stream_of(stream)), "split_matmul");
 }
 
+void wgmma_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                  const py::object& residual, int activation, bool gated, int64_t multiprocessors, uintptr_t stream) {
+  const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
+  check_pieces(a, x, w);
+  check_rounded(a);
+  check_range(a.k, 1, int64_t(1) << 30, "w: columns");
+  check_range(a.rows, 0, kMaxRows, "x: rows");
+  check_range(a.n, 0, kMaxRows, "w: rows");
+  check_range(multiprocessors, 1, 1 << 16, "multiprocessors");
+  py::gil_scoped_release release;
+  raise(cuda::wgmma_matmul(a, multiprocessors, stream_of(stream)), "wgmma_matmul");
+}
+
 void mma_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
                 const py::object& residual, int activation, bool gated, uintptr_t stream) {
   const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
@@ -212,6 +225,16 @@ void bind_cuda_matmul(py::module_& module) {
              arg("stream"));
   module.def("split_matmul", &split_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
              arg("activation"), arg("gated"), arg("partial"), arg("tickets"), arg("stream"));
+  module.def(
+      "has_wgmma",
+      [] {
+        bool yes = false;
+        raise(cuda::has_wgmma(&yes), "has_wgmma");
+        return yes;
+      },
+      "Whether wgmma_matmul runs on the current GPU: Hopper, and a build for sm_90a.");
+  module.def("wgmma_matmul", &wgmma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
+             arg("activation"), arg("gated"), arg("multiprocessors"), arg("stream"));
   module.def("mma_matmul", &mma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"), arg("activation"),
              arg("gated"), arg("stream"));
   module.def("plain_matmul", &plain_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),

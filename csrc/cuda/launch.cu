@@ -9,24 +9,24 @@ namespace {
 
 constexpr int64_t kUnasked = 48 * 1024;  // bytes that every kernel may have
 
-cudaError_t attribute_of_gpu(cudaDeviceAttr attribute, int* value) {
+}  // namespace
+
+cudaError_t gpu_attribute(cudaDeviceAttr attribute, int* value) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
 }
 
-}  // namespace
-
 cudaError_t shared_limit(int64_t* bytes) {
   int value = 0;
-  const cudaError_t error = attribute_of_gpu(cudaDevAttrMaxSharedMemoryPerBlockOptin, &value);
+  const cudaError_t error = gpu_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &value);
   *bytes = value;
   return error;
 }
 
 cudaError_t prepare_launch(const void* kernel, int64_t shared_bytes, bool* programmatic) {
   int major = 0, device = 0;
-  cudaError_t error = attribute_of_gpu(cudaDevAttrComputeCapabilityMajor, &major);
+  cudaError_t error = gpu_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   *programmatic = major >= 9;
   if (error != cudaSuccess || shared_bytes <= kUnasked) return error;
   int64_t limit = 0;

@@ -85,6 +85,18 @@ cudaError_t split_matmul(const SplitMatmulArgs& args, cudaStream_t stream);
 // Prompts and training: x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned.
 cudaError_t mma_matmul(const MatmulArgs& args, cudaStream_t stream);
 
+// The same on Hopper, by wgmma. A block makes tiles of 128 rows by 256 or 128 outputs, one after the other; two of a cluster, neighbours
+// along the rows, share what they read of W.
+struct WgmmaPlan {
+  int64_t columns, cluster;         // outputs of a tile; blocks of a cluster
+  int64_t row_units, column_tiles;  // a unit: the row tiles of a cluster
+  int64_t blocks, shared_bytes;
+};
+WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors);
+// Whether the current GPU has wgmma, and this build code for it.
+cudaError_t has_wgmma(bool* yes);
+cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream);
+
 // Tests, and sizes that the others refuse: any size and alignment, x and w both float32 or both bf16; multiply-adds in float32.
 cudaError_t plain_matmul(const MatmulArgs& args, cudaStream_t stream);
 

@@ -23,15 +23,25 @@ struct dim3 {
 extern dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 #define CUDART_VERSION 13000
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline const char* cudaGetErrorName(cudaError_t error) { return error ? "cudaErrorInvalidValue" : "cudaSuccess"; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid argument" : "no error"; }
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : error == 1 ? "cudaErrorInvalidValue" : "cudaErrorNotSupported";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == 1 ? "invalid argument" : "operation not supported";
+}
 using cudaStream_t = void*;
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -42,9 +52,23 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+enum { cudaEnableDefault = 0 };
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
 struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 
 namespace emulator {
@@ -58,6 +82,19 @@ void warp_together(void* mine, const std::function<void(void* const*)>& act);
 void copy_later(void* dst, const void* src, bool valid);
 void commit();
 void wait(int pending);
+// Blocks of a cluster, which run together: this one's number, and what lies at the same place in another's shared memory.
+int rank();
+void* at_rank(void* place, int rank);
+void cluster_barrier();
+// Barriers in shared memory; `land` puts bytes there that a barrier counts.
+void make_barrier(void* barrier, int arrivals);
+void arrive(void* barrier, int bytes);
+void bring(void* barrier, int bytes, std::function<void()> land);
+void wait_for_phase(void* barrier, int parity);
+// Products of a warpgroup.
+void multiply_later(std::function<void()> act);
+void commit_products();
+void wait_for_products(int pending);
 void memory_info(size_t* free, size_t* total);
 }  // namespace emulator
 
