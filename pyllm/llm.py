@@ -537,12 +537,33 @@ class LLM(Encoding):
         """Run texts through the model, the longest first, so that short ones fill up steps."""
         params = SamplingParams(max_tokens=0, detokenize=False)
         requests: list[Request] = []
+        ordered = sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids))
         with self._ended(requests) as interrupts:
-            for text, pool in sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids)):
+            if self.spec.is_encoder:
+                self._read_whole(ordered, progress, interrupts)
+                return
+            for text, pool in ordered:
                 self._add(requests, (text.text, text.ids), params, interrupts, pool, text.types)
             self._run(requests, progress, interrupts)
         for request in requests:
             self._result(request)
+
+    def _read_whole(
+        self, texts: Sequence[tuple[Encoded, Pool | KeptStates]], progress: Progress, interrupts: Interrupts
+    ) -> None:
+        """Run texts through an encoder, in this order."""
+        for text, _ in texts:
+            self.engine.check_prompt(text.ids, text.types)
+        for step in self._runner.steps([len(text.ids) for text, _ in texts]):
+            together = texts[step]
+            with self._lock, interrupts:
+                self.engine.read(
+                    [text.ids for text, _ in together],
+                    [text.types for text, _ in together],
+                    [pool for _, pool in together],
+                )
+            if progress:
+                progress(step.stop, len(texts))
 
     def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
         values, found = np.empty((HEAD_ROWS, self.spec.outputs), np.float32), []
@@ -740,6 +761,8 @@ def _checked_seed(seed: int | None) -> int | None:
 def _checked_ids(name: str, ids: Any) -> list[int]:
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
         raise TypeError(f"{name}: expected a list of integers, got {shown(ids)}")
+    if set(map(type, ids)) == {int}:
+        return list(ids)
     return [_checked_id(i, token, name) for i, token in enumerate(ids)]
 
 

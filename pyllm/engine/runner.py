@@ -170,7 +170,7 @@ class Runner:
             lengths = np.array([len(source.tokens) for source in sources])
             count = int(np.searchsorted(np.cumsum(lengths), encoder.max_tokens, side="right"))
             together, sources = sources[:count], sources[count:]
-            batch = encoder.fill(together)
+            batch = whole_texts(encoder.spec, [source.tokens for source in together], encoder.scratch.blocks)
             self.ops.use_arena(self._arena)
             self.ops.release(0)
             try:
@@ -183,6 +183,21 @@ class Runner:
                 source.encoded = True
         return states
 
+    def steps(self, lengths: Seq[int]) -> Iterator[slice]:
+        """Texts of these lengths, in order, as many at a time as a step of an encoder takes whole."""
+        first = tokens = blocks = 0
+        for i, length in enumerate(lengths):
+            tokens, blocks = tokens + length, blocks + blocks_for(length)
+            if tokens > self.max_tokens or blocks > self.cache.blocks:
+                yield slice(first, i)
+                first, tokens, blocks = i, length, blocks_for(length)
+        if first < len(lengths):
+            yield slice(first, len(lengths))
+
+    def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None]) -> F32:
+        """Hidden states [T, D] of whole texts, after the final norm: a step of an encoder. `types`: see `whole_texts`."""
+        return self.final_states(self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types)))
+
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
         """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
         tokens = sum(work.rows for work in plan)
@@ -191,6 +206,9 @@ class Runner:
         prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
         batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix, blocks_for(self.max_source))
         self._fill(batch, plan)
+        return self._forward(batch, trace, attentions)
+
+    def _forward(self, batch: Batch, trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
         stage = self.ops.stage(_arrays(batch), lasting=False)
         stage.send()
         self.ops.use_arena(self._arena)
@@ -338,19 +356,26 @@ class _Encoder:
         self.spec, self.max_tokens = spec, max_tokens
         self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE, shared=True)
 
-    def fill(self, sources: Seq[Source]) -> Batch:
-        """The batch of these sources."""
-        lengths = np.array([len(source.tokens) for source in sources])
-        blocks = -(-lengths // BLOCK_TOKENS)
-        first = np.cumsum(blocks) - blocks
-        batch = Batch.empty(int(lengths.sum()), len(sources), int(blocks.max()), self.spec)
-        batch.tokens[:] = np.concatenate([source.tokens for source in sources])
-        batch.starts[1:] = np.cumsum(lengths)
-        batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
-        batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
-        batch.lengths[:] = lengths
-        batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), self.scratch.blocks - 1)
-        return batch
+
+def whole_texts(spec: ModelSpec, texts: Seq[Seq[int]], blocks: int, types: Seq[Seq[int] | None] | None = None) -> Batch:
+    """One step of an encoder over these texts, each in blocks of its own in a cache of so many.
+
+    `types` tell which text of a pair each token belongs to; None: the first.
+    """
+    lengths = np.array([len(text) for text in texts])
+    held = -(-lengths // BLOCK_TOKENS)
+    first = np.cumsum(held) - held
+    batch = Batch.empty(int(lengths.sum()), len(texts), int(held.max()), spec)
+    batch.tokens[:] = np.concatenate(texts)
+    batch.starts[1:] = np.cumsum(lengths)
+    batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
+    batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
+    batch.lengths[:] = lengths
+    batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), blocks - 1)
+    for i, given in enumerate(types or ()):
+        if batch.types is not None and given is not None:
+            batch.types[batch.starts[i] : batch.starts[i + 1]] = given
+    return batch
 
 
 def _fill_source(batch: Batch, row: int, sequence: Sequence) -> None:

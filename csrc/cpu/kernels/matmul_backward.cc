@@ -26,7 +26,7 @@ template <int Rows>
 void tile_panel(float* sums, const float* x, const float* w, int64_t steps, bool first, Ahead ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
   for (int64_t c = 0; c < kPanel; c += kColumns)
-    tile<StepF32, Rows, Fetch::next, kGradientStride>(sums + c, x, w + c, steps, first, ahead);
+    tile<StepF32, Rows, Fetch::next>(sums + c, x, kGradientStride, w + c, steps, first, ahead);
 }
 
 // What will be needed after a block, to be brought into the cache meanwhile: two pieces, each walked by all tiles.

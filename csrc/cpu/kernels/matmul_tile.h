@@ -6,7 +6,6 @@
 namespace pyllm::PYLLM_ISA {
 
 using cpu::matmul_plan::kBlock;
-using cpu::matmul_plan::kRowStride;
 
 // Most rows of a tile, and the vectors of columns that go with so many rows: as many accumulators as the registers
 // hold.
@@ -93,9 +92,10 @@ struct Ahead {
 };
 
 // sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
-// those of x kXStride. Continues from what sums holds unless `first`.
-template <class Step, int Rows, Fetch kFetch, int64_t kXStride = kRowStride>
-void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
+// those of x x_stride. Continues from what sums holds unless `first`.
+template <class Step, int Rows, Fetch kFetch>
+void tile(float* sums, const typename Step::X* x, int64_t x_stride, const typename Step::W* w, int64_t steps,
+          bool first, Ahead ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
   F c[Rows][kVectors];
@@ -121,7 +121,7 @@ void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int
     for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const auto a = Step::broadcast(x + r * kXStride);
+      const auto a = Step::broadcast(x + r * x_stride);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) c[r][v] = Step::step(c[r][v], a, b[v]);
     }
