@@ -195,7 +195,7 @@ class Runner:
             yield slice(first, len(lengths))
 
     def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None]) -> F32:
-        """Hidden states [T, D] of whole texts, after the final norm: a step of an encoder. `types`: see `whole_texts`."""
+        """Hidden states [T, D], after the final norm: a step of an encoder over whole texts. See `whole_texts`."""
         return self.final_states(self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types)))
 
     def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
