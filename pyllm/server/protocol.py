@@ -235,7 +235,7 @@ class CompletionBody(GenerationBody):
         return _texts_or_ids("prompt", self.prompt)
 
     def sampling_params(self, limits: Limits, defaults: GenerationConfig | None = None) -> SamplingParams:
-        """What is not given is as `defaults` say, where there are any. Raises `ApiError` 400 for what cannot be done."""
+        """What is not given is as `defaults` say, if any. Raises `ApiError` 400 for what cannot be done."""
         if self.suffix is not None:
             raise refused("suffix", "text cannot be inserted before a suffix: leave it out")
         if self.best_of not in (None, self.n or 1):
