@@ -7,7 +7,7 @@ of the embedding table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -33,6 +33,14 @@ class EncodedSource:
 
 
 @dataclass(frozen=True)
+class AttentionTrace:
+    """Collects the attention weights of each block: [H, T, T], and of its cross attention [H, T, S]."""
+
+    own: list[F32] = field(default_factory=list)
+    cross: list[F32] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class _Pass:
     """What the blocks of one forward pass share; `local_angles` are those of layers with a window, `bias` [H, 2n + 1]
     is that of distances from -n to n, where it is learned; `attentions` collects weights, where they are wanted.
@@ -48,7 +56,7 @@ class _Pass:
     angles: Angles
     local_angles: Angles
     bias: F32 | None
-    attentions: list[F32] | None
+    attentions: AttentionTrace | None
 
 
 class Model:
@@ -77,7 +85,7 @@ class Model:
         batch: Batch,
         cache: KVCache,
         trace: list[F32] | None = None,
-        attentions: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
         *,
         cross: KVCache | None = None,
         source: EncodedSource | None = None,
@@ -85,8 +93,9 @@ class Model:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
 
         `trace` collects a copy of the residual stream before the first block and after each one, `attentions` the
-        attention weights [H, T, T] of each block, where the step is all of one sequence. A decoder with an encoder
-        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first.
+        attention weights of each block, where the step is all of one sequence. A decoder with an encoder
+        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first, which the
+        weights of cross attention need.
         """
         x = self._embed(ops, batch)
         angles = self._angles(ops, batch)
@@ -98,10 +107,17 @@ class Model:
             x = self._block(this, layer, x)
         return x
 
-    def encode(self, ops: Ops | Tape, batch: Batch, scratch: KVCache, trace: list[F32] | None = None) -> F32:
+    def encode(
+        self,
+        ops: Ops | Tape,
+        batch: Batch,
+        scratch: KVCache,
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+    ) -> F32:
         """The encoder's states [S, D] of whole sources, after its final norm; `scratch` is its cache for this call."""
         assert self.encoder is not None
-        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace))
+        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace, attentions))
 
     def write_cross(self, ops: Ops, source: EncodedSource, cross: KVCache) -> None:
         """Write the keys and values that every layer's cross attention makes of a source."""
@@ -250,7 +266,7 @@ class Model:
                 ops.kv_write(cache, k, values, batch.slots, size, cos, sin)
                 return attend()
 
-            this.attentions.append(_attention_weights(ops, attend_to, a, len(q)))
+            this.attentions.own.append(_attention_weights(ops, attend_to, a, len(q), len(q)))
             ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
@@ -264,17 +280,32 @@ class Model:
         if this.source is not None:
             self._write_cross(ops, layer, this.source, cross)
         q = ops.matmul(x, weights.q, weights.q_bias)
-        mixed = ops.attention(
-            q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
+        attend = partial(
+            ops.attention, q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
             scale=a.scale, causal=False,
         )  # fmt: skip
+        mixed = attend()
+        if this.attentions is not None:
+            source = this.source
+            assert source is not None
+
+            def attend_to(values: F32) -> F32:
+                self._write_cross(ops, layer, source, cross, values)
+                return attend()
+
+            this.attentions.cross.append(_attention_weights(ops, attend_to, a, len(q), len(source.states)))
+            self._write_cross(ops, layer, source, cross)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
-    def _write_cross(self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache) -> None:
+    def _write_cross(
+        self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache, values: F32 | None = None
+    ) -> None:
+        """Write one layer's keys of a source, and its values or those that are given."""
         a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
         assert a is not None and weights is not None
         kv, width = ops.matmul(source.states, weights.kv, weights.kv_bias), a.kv_heads * a.head_dim
-        ops.kv_write(cross.layers[layer], kv[:, :width], kv[:, width:], source.slots, a.head_dim)
+        values = kv[:, width:] if values is None else values
+        ops.kv_write(cross.layers[layer], kv[:, :width], values, source.slots, a.head_dim)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
         """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""
@@ -284,16 +315,18 @@ class Model:
         return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
 
 
-def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:
-    """Weights [H, T, T] of all keys for each query: what attention gives where keys have unit vectors for values, as
+def _attention_weights(
+    ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int, keys: int
+) -> F32:
+    """Weights [H, T, S] of all keys for each query: what attention gives where keys have unit vectors for values, as
     many of them at a time as a head has channels."""
-    weights: F32 = np.empty((spec.heads, tokens, tokens), np.float32)
-    for first in range(0, tokens, spec.head_dim):
-        count = min(spec.head_dim, tokens - first)
-        values = np.zeros((tokens, spec.kv_heads, spec.head_dim), np.float32)
+    weights: F32 = np.empty((spec.heads, tokens, keys), np.float32)
+    for first in range(0, keys, spec.head_dim):
+        count = min(spec.head_dim, keys - first)
+        values = np.zeros((keys, spec.kv_heads, spec.head_dim), np.float32)
         values[first : first + count, :, :count] = np.eye(count)[:, None]
         mark = ops.mark()
-        mixed = attend_to(values.reshape(tokens, -1)).reshape(tokens, spec.heads, spec.head_dim)
+        mixed = attend_to(values.reshape(keys, -1)).reshape(tokens, spec.heads, spec.head_dim)
         weights[:, :, first : first + count] = mixed[:, :, :count].swapaxes(0, 1)
         ops.release(mark)
     return weights

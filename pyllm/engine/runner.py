@@ -25,7 +25,7 @@ from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
-from pyllm.model import EncodedSource, Model
+from pyllm.model import AttentionTrace, EncodedSource, Model
 from pyllm.ops import F32, Ops, Stage
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
@@ -159,10 +159,13 @@ class Runner:
         self._run(step, True)
         return step.drawn
 
-    def encode(self, sources: Seq[Source], trace: list[F32] | None = None) -> F32 | None:
+    def encode(
+        self, sources: Seq[Source], trace: list[F32] | None = None, attentions: AttentionTrace | None = None
+    ) -> F32 | None:
         """Run the encoder over these sources, as many together as fit, and keep what cross attention reads of them.
 
         Where `trace` collects the encoder's states, the last ones [S, D], after the final norm, are returned.
+        `attentions` collects its attention weights, of one source.
         """
         states, encoder = None, self._encoder
         assert encoder is not None and self.cross is not None
@@ -174,7 +177,7 @@ class Runner:
             self.ops.use_arena(self._arena)
             self.ops.release(0)
             try:
-                states = self.model.encode(self.ops, batch, encoder.scratch, trace)
+                states = self.model.encode(self.ops, batch, encoder.scratch, trace, attentions)
                 self.model.write_cross(self.ops, EncodedSource(states, cross_slots(together)), self.cross)
                 states = states.copy() if trace is not None else None
             finally:
@@ -198,24 +201,42 @@ class Runner:
         """Hidden states [T, D], after the final norm: a step of an encoder over whole texts. See `whole_texts`."""
         return self.final_states(self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types)))
 
-    def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
-        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
+    def forward(
+        self,
+        plan: Seq[Work],
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+        states: F32 | None = None,
+    ) -> F32:
+        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`.
+
+        `states` are those of the one source, which attention weights of an encoder-decoder need.
+        """
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
         # Those behind a prefix see no more than before; an encoder's texts are seen whole anyway.
         prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
         batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix, blocks_for(self.max_source))
         self._fill(batch, plan)
-        return self._forward(batch, trace, attentions)
+        source = plan[0].sequence.source if states is not None else None
+        if states is None or source is None:
+            return self._forward(batch, trace, attentions)
+        return self._forward(batch, trace, attentions, EncodedSource(states, cross_slots([source])))
 
-    def _forward(self, batch: Batch, trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
+    def _forward(
+        self,
+        batch: Batch,
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+        source: EncodedSource | None = None,
+    ) -> F32:
         stage = self.ops.stage(_arrays(batch), lasting=False)
         stage.send()
-        self.ops.use_arena(self._arena)
+        self.ops.use_arena(self._arena if source is None else None)  # which has no room for keys of a source
         self.ops.release(0)
         try:
             batch = Batch(*stage.placed)
-            return self.model.forward(self.ops, batch, self.cache, trace, attentions, cross=self.cross)
+            return self.model.forward(self.ops, batch, self.cache, trace, attentions, cross=self.cross, source=source)
         finally:
             self.ops.use_arena(None)
 
