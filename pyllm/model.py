@@ -146,7 +146,9 @@ class Model:
 
     def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
         """Logits [R, V], or scores of labels, of what :meth:`head_input` gives."""
-        logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
+        head, softcap = self.weights.head, self.spec.head.softcap
+        assert head is not None
+        logits = ops.matmul(x, head, self.weights.head_bias, out=out)
         return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:

@@ -258,6 +258,8 @@ class Runner:
         ends = np.cumsum([work.rows for work in plan])
         spans = [np.arange(end - 1 - len(w.drafts), end) for end, w in zip(ends, plan, strict=True) if w.last]
         rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
+        if not len(rows):
+            return self._logits[:0]
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
     def _decode_drafts(

@@ -130,17 +130,20 @@ struct Finish {
   int64_t row, panel;  // of y: where the chunk begins
   const float *sums, *up_sums;
 
-  // Asks for what the epilogue will touch: each row of y is on another page, which takes a while to reach.
-  void expect(int64_t r, int64_t count) const {
-    if (!last) return;
+  // Asks for what the epilogue will touch: each row of y is on another page, which takes a while to reach. `y` is null
+  // where that is fetched in the meantime.
+  void expect(int64_t r, int64_t count, const float* y) const {
+    const float* residual = args.residual == args.y ? nullptr : args.residual;
+    if (!last || (!y && !residual)) return;
     const int64_t column = panel * kPanel;
     for (int64_t i = row + r; i < row + r + count; ++i) {
       for (int64_t c = column; c < least(column + kPanel, args.w.n); c += 16) {
-        __builtin_prefetch(args.y + i * args.y_stride + c, 1, 2);
-        if (args.residual) __builtin_prefetch(args.residual + i * args.residual_stride + c, 0, 2);
+        if (y) __builtin_prefetch(y + i * args.y_stride + c, 1, 2);
+        if (residual) __builtin_prefetch(residual + i * args.residual_stride + c, 0, 2);
       }
     }
   }
+  float* y(int64_t r) const { return args.y + (row + r) * args.y_stride + panel * kPanel; }
   void run(int64_t r, int64_t count) const {
     if (last) finish_panel(args, row + r, count, panel, sums + r * kPanel, up_sums + r * kPanel);
   }
@@ -173,15 +176,31 @@ void multiply_block(float* sums, const typename Step::X* x, int64_t x_stride, co
   // With several tiles only the first meets weights that are not in the cache yet, so each fetches its share of what
   // comes next.
   const int64_t w_share = next.w_bytes / tiles, x_share = next.x_bytes / tiles, spread = greatest(1, steps);
+  // Where no other block of x comes next, the rows of the next tile do, if they stand close together.
+  const bool fetches_rows = next.x_bytes == 0 && x_stride < 2 * steps * Step::kX;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-    const Ahead ahead = alone ? Ahead{static_cast<const char*>(weights) + kStreamAhead, step_bytes, nullptr, 0}
-                              : Ahead{next.w + w_share * t, divide_up(w_share, spread), next.x + x_share * t,
-                                      divide_up(x_share, spread)};
-    finish.expect(begin, end - begin);
-    kTiles[end - begin - 1][int(fetch)](sums + begin * kPanel, x + begin * x_stride, x_stride, w, steps, columns, first,
-                                        ahead);
-    finish.run(begin, end - begin);
+    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, count = end - begin;
+    Ahead ahead{next.w + w_share * t,
+                divide_up(w_share, spread),
+                next.x + x_share * t,
+                divide_up(x_share, spread),
+                reinterpret_cast<const char*>(sums + begin * kPanel),
+                0,
+                0};
+    if (alone) ahead.w = static_cast<const char*>(weights) + kStreamAhead, ahead.w_advance = step_bytes;
+    if (fetches_rows) {
+      ahead.x = reinterpret_cast<const char*>(x + end % rows * x_stride);
+      ahead.x_advance = divide_up(count * x_stride * int64_t(sizeof *x), spread);
+    }
+    if (finish.last) {
+      ahead.y = reinterpret_cast<const char*>(finish.y(begin));
+      ahead.y_stride = finish.args.y_stride * int64_t(sizeof(float));
+      ahead.y_advance = divide_up(kPanel * int64_t(sizeof(float)) * count, spread);
+    }
+    finish.expect(begin, count, fetch == Fetch::next ? nullptr : finish.args.y);
+    kTiles[count - 1][int(fetch)](sums + begin * kPanel, x + begin * x_stride, x_stride, w, steps, columns, first,
+                                  ahead);
+    finish.run(begin, count);
   }
 }
 
@@ -232,7 +251,8 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
                           panel / w.parts, p.sums(worker, slot - part), sums};
       Next next{data + (panel + 1) * panel_bytes + s * step_bytes, next_x + (panel - begin) * x_bytes,
                 steps * step_bytes, x_bytes};
-      if (panel + 1 == end && !last) next.w = data + begin * panel_bytes + (s + steps) * step_bytes;
+      if (panel + 1 == end)
+        next.w = last ? data + end * panel_bytes : data + begin * panel_bytes + (s + steps) * step_bytes;
       if (p.widen) {
         widen_block(p.widened(worker), static_cast<const uint16_t*>(weights), p, steps);
         weights = p.widened(worker);
