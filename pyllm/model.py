@@ -7,7 +7,7 @@ of the embedding table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -35,6 +35,14 @@ class EncodedSource:
 
 
 @dataclass(frozen=True)
+class AttentionTrace:
+    """Collects the attention weights of each block: [H, T, T], and of its cross attention [H, T, S]."""
+
+    own: list[F32] = field(default_factory=list)
+    cross: list[F32] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class _Pass:
     """What the blocks of one forward pass share; `local_angles` are those of layers with a window, `bias` [H, 2n + 1]
     is that of distances from -n to n, where it is learned; `attentions` collects weights, where they are wanted.
@@ -50,7 +58,7 @@ class _Pass:
     angles: Angles
     local_angles: Angles
     bias: F32 | None
-    attentions: list[F32] | None
+    attentions: AttentionTrace | None
 
 
 class Model:
@@ -80,7 +88,7 @@ class Model:
         batch: Batch,
         cache: KVCache,
         trace: list[F32] | None = None,
-        attentions: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
         *,
         cross: KVCache | None = None,
         source: EncodedSource | None = None,
@@ -88,8 +96,9 @@ class Model:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
 
         `trace` collects a copy of the residual stream before the first block and after each one, `attentions` the
-        attention weights [H, T, T] of each block, where the step is all of one sequence. A decoder with an encoder
-        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first.
+        attention weights of each block, where the step is all of one sequence. A decoder with an encoder
+        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first, which the
+        weights of cross attention need.
         """
         x = self._embed(ops, batch)
         angles = self._angles(ops, batch)
@@ -101,10 +110,17 @@ class Model:
             x = self._block(this, layer, x)
         return x
 
-    def encode(self, ops: Ops | Tape, batch: Batch, scratch: KVCache, trace: list[F32] | None = None) -> F32:
+    def encode(
+        self,
+        ops: Ops | Tape,
+        batch: Batch,
+        scratch: KVCache,
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+    ) -> F32:
         """The encoder's states [S, D] of whole sources, after its final norm; `scratch` is its cache for this call."""
         assert self.encoder is not None
-        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace))
+        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace, attentions))
 
     def write_cross(self, ops: Ops, source: EncodedSource, cross: KVCache) -> None:
         """Write the keys and values that every layer's cross attention makes of a source."""
@@ -133,7 +149,9 @@ class Model:
 
     def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
         """Logits [R, V], or scores of labels, of what :meth:`head_input` gives."""
-        logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
+        head, softcap = self.weights.head, self.spec.head.softcap
+        assert head is not None
+        logits = ops.matmul(x, head, self.weights.head_bias, out=out)
         return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
@@ -142,11 +160,14 @@ class Model:
 
     def joins_choice(self, ops: Ops, rows: int) -> bool:
         """Whether :meth:`best_tokens` is to be had for so many rows: no logits are made then."""
-        return self.spec.head.softcap is None and ops.joins_argmax(self.weights.head, rows)
+        head = self.weights.head
+        return head is not None and self.spec.head.softcap is None and ops.joins_argmax(head, rows)
 
     def best_tokens(self, ops: Ops, x: F32) -> I32:
         """The token of the largest logit for each row of the residual stream x [R, D], see :meth:`Ops.argmax`."""
-        return ops.argmax(self.head_input(ops, x), self.weights.head, self.weights.head_bias)
+        head = self.weights.head
+        assert head is not None
+        return ops.argmax(self.head_input(ops, x), head, self.weights.head_bias)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
@@ -266,7 +287,7 @@ class Model:
                 ops.kv_write(cache, k, values, batch.slots, size, cos, sin)
                 return attend()
 
-            this.attentions.append(_attention_weights(ops, attend_to, a, len(q)))
+            this.attentions.own.append(_attention_weights(ops, attend_to, a, len(q), len(q)))
             ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
@@ -280,17 +301,32 @@ class Model:
         if this.source is not None:
             self._write_cross(ops, layer, this.source, cross)
         q = ops.matmul(x, weights.q, weights.q_bias)
-        mixed = ops.attention(
-            q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
+        attend = partial(
+            ops.attention, q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
             scale=a.scale, causal=False,
         )  # fmt: skip
+        mixed = attend()
+        if this.attentions is not None:
+            source = this.source
+            assert source is not None
+
+            def attend_to(values: F32) -> F32:
+                self._write_cross(ops, layer, source, cross, values)
+                return attend()
+
+            this.attentions.cross.append(_attention_weights(ops, attend_to, a, len(q), len(source.states)))
+            self._write_cross(ops, layer, source, cross)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
-    def _write_cross(self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache) -> None:
+    def _write_cross(
+        self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache, values: F32 | None = None
+    ) -> None:
+        """Write one layer's keys of a source, and its values or those that are given."""
         a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
         assert a is not None and weights is not None
         kv, width = ops.matmul(source.states, weights.kv, weights.kv_bias), a.kv_heads * a.head_dim
-        ops.kv_write(cross.layers[layer], kv[:, :width], kv[:, width:], source.slots, a.head_dim)
+        values = kv[:, width:] if values is None else values
+        ops.kv_write(cross.layers[layer], kv[:, :width], values, source.slots, a.head_dim)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
         """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""
@@ -306,16 +342,18 @@ def _constant(array: NDArray[T]) -> NDArray[T]:
     return array
 
 
-def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:
-    """Weights [H, T, T] of all keys for each query: what attention gives where keys have unit vectors for values, as
+def _attention_weights(
+    ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int, keys: int
+) -> F32:
+    """Weights [H, T, S] of all keys for each query: what attention gives where keys have unit vectors for values, as
     many of them at a time as a head has channels."""
-    weights: F32 = np.empty((spec.heads, tokens, tokens), np.float32)
-    for first in range(0, tokens, spec.head_dim):
-        count = min(spec.head_dim, tokens - first)
-        values = np.zeros((tokens, spec.kv_heads, spec.head_dim), np.float32)
+    weights: F32 = np.empty((spec.heads, tokens, keys), np.float32)
+    for first in range(0, keys, spec.head_dim):
+        count = min(spec.head_dim, keys - first)
+        values = np.zeros((keys, spec.kv_heads, spec.head_dim), np.float32)
         values[first : first + count, :, :count] = np.eye(count)[:, None]
         mark = ops.mark()
-        mixed = attend_to(values.reshape(tokens, -1)).reshape(tokens, spec.heads, spec.head_dim)
+        mixed = attend_to(values.reshape(keys, -1)).reshape(tokens, spec.heads, spec.head_dim)
         weights[:, :, first : first + count] = mixed[:, :, :count].swapaxes(0, 1)
         ops.release(mark)
     return weights

@@ -26,7 +26,7 @@ from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
-from pyllm.model import EncodedSource, Model
+from pyllm.model import AttentionTrace, EncodedSource, Model
 from pyllm.ops import F32, Ops, Stage
 from pyllm.prefix import Place
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
@@ -165,10 +165,13 @@ class Runner:
         self._run(step, True)
         return step.drawn
 
-    def encode(self, sources: Seq[Source], trace: list[F32] | None = None) -> F32 | None:
+    def encode(
+        self, sources: Seq[Source], trace: list[F32] | None = None, attentions: AttentionTrace | None = None
+    ) -> F32 | None:
         """Run the encoder over these sources, as many together as fit, and keep what cross attention reads of them.
 
         Where `trace` collects the encoder's states, the last ones [S, D], after the final norm, are returned.
+        `attentions` collects its attention weights, of one source.
         """
         states, encoder = None, self._encoder
         assert encoder is not None and self.cross is not None
@@ -176,12 +179,13 @@ class Runner:
             lengths = np.array([len(source.tokens) for source in sources])
             count = int(np.searchsorted(np.cumsum(lengths), encoder.max_tokens, side="right"))
             together, sources = sources[:count], sources[count:]
-            stage, slots = self.ops.stage(_arrays(encoder.fill(together)), False), self.ops.place(cross_slots(together))
+            batch = whole_texts(encoder.spec, [source.tokens for source in together], encoder.scratch.blocks)
+            stage, slots = self.ops.stage(_arrays(batch), lasting=False), self.ops.place(cross_slots(together))
             stage.send()
             self.ops.use_arena(self._arena)
             self.ops.release(0)
             try:
-                states = self.model.encode(self.ops, Batch(*stage.placed), encoder.scratch, trace)
+                states = self.model.encode(self.ops, Batch(*stage.placed), encoder.scratch, trace, attentions)
                 self.model.write_cross(self.ops, EncodedSource(states, slots), self.cross)
                 states = states.copy() if trace is not None else None
             finally:
@@ -190,21 +194,57 @@ class Runner:
                 source.encoded = True
         return states
 
-    def forward(self, plan: Seq[Work], trace: list[F32] | None = None, attentions: list[F32] | None = None) -> F32:
-        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`."""
+    def steps(self, lengths: Seq[int]) -> Iterator[slice]:
+        """Texts of these lengths, in order, as many at a time as a step of an encoder takes whole."""
+        first = tokens = blocks = 0
+        for i, length in enumerate(lengths):
+            tokens, blocks = tokens + length, blocks + blocks_for(length)
+            if tokens > self.max_tokens or blocks > self.cache.blocks:
+                yield slice(first, i)
+                first, tokens, blocks = i, length, blocks_for(length)
+        if first < len(lengths):
+            yield slice(first, len(lengths))
+
+    def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None]) -> F32:
+        """Hidden states [T, D], after the final norm: a step of an encoder over whole texts. See `whole_texts`."""
+        return self.final_states(self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types)))
+
+    def forward(
+        self,
+        plan: Seq[Work],
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+        states: F32 | None = None,
+    ) -> F32:
+        """Residual stream [T, D] of all tokens of the plan; valid until the next step. See :meth:`Model.forward`.
+
+        `states` are those of the one source, which attention weights of an encoder-decoder need.
+        """
         tokens = sum(work.rows for work in plan)
         width = max((len(work.sequence.blocks) for work in plan), default=0)
         # Those behind a prefix see no more than before; an encoder's texts are seen whole anyway.
         prefix = not self.model.spec.is_encoder and any(work.start < work.sequence.prefix for work in plan)
         batch = Batch.empty(tokens, len(plan), width, self.model.spec, prefix, blocks_for(self.max_source))
         self._fill(batch, plan)
+        source = plan[0].sequence.source if states is not None else None
+        if states is None or source is None:
+            return self._forward(batch, trace, attentions)
+        return self._forward(batch, trace, attentions, EncodedSource(states, cross_slots([source])))
+
+    def _forward(
+        self,
+        batch: Batch,
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+        source: EncodedSource | None = None,
+    ) -> F32:
         stage = self.ops.stage(_arrays(batch), lasting=False)
         stage.send()
-        self.ops.use_arena(self._arena)
+        self.ops.use_arena(self._arena if source is None else None)  # which has no room for keys of a source
         self.ops.release(0)
         try:
             batch = Batch(*stage.placed)
-            return self.model.forward(self.ops, batch, self.cache, trace, attentions, cross=self.cross)
+            return self.model.forward(self.ops, batch, self.cache, trace, attentions, cross=self.cross, source=source)
         finally:
             self.ops.use_arena(None)
 
@@ -226,6 +266,8 @@ class Runner:
         ends = np.cumsum([work.rows for work in plan])
         spans = [np.arange(end - 1 - len(w.drafts), end) for end, w in zip(ends, plan, strict=True) if w.last]
         rows = np.concatenate([np.zeros(0, np.int32), *spans], dtype=np.int32)
+        if not len(rows):
+            return self._logits[:0]
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
     def _decode_drafts(
@@ -361,19 +403,26 @@ class _Encoder:
         self.spec, self.max_tokens = spec, max_tokens
         self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), dtype, ops.allocate, shared=True)
 
-    def fill(self, sources: Seq[Source]) -> Batch:
-        """The batch of these sources."""
-        lengths = np.array([len(source.tokens) for source in sources])
-        blocks = -(-lengths // BLOCK_TOKENS)
-        first = np.cumsum(blocks) - blocks
-        batch = Batch.empty(int(lengths.sum()), len(sources), int(blocks.max()), self.spec)
-        batch.tokens[:] = np.concatenate([source.tokens for source in sources])
-        batch.starts[1:] = np.cumsum(lengths)
-        batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
-        batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
-        batch.lengths[:] = lengths
-        batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), self.scratch.blocks - 1)
-        return batch
+
+def whole_texts(spec: ModelSpec, texts: Seq[Seq[int]], blocks: int, types: Seq[Seq[int] | None] | None = None) -> Batch:
+    """One step of an encoder over these texts, each in blocks of its own in a cache of so many.
+
+    `types` tell which text of a pair each token belongs to; None: the first.
+    """
+    lengths = np.array([len(text) for text in texts])
+    held = -(-lengths // BLOCK_TOKENS)
+    first = np.cumsum(held) - held
+    batch = Batch.empty(int(lengths.sum()), len(texts), int(held.max()), spec)
+    batch.tokens[:] = np.concatenate(texts)
+    batch.starts[1:] = np.cumsum(lengths)
+    batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
+    batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
+    batch.lengths[:] = lengths
+    batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), blocks - 1)
+    for i, given in enumerate(types or ()):
+        if batch.types is not None and given is not None:
+            batch.types[batch.starts[i] : batch.starts[i + 1]] = given
+    return batch
 
 
 def _fill_source(batch: Batch, row: int, sequence: Sequence) -> None:
