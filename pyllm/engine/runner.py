@@ -409,16 +409,10 @@ def whole_texts(spec: ModelSpec, texts: Seq[Seq[int]], blocks: int, types: Seq[S
 
     `types` tell which text of a pair each token belongs to; None: the first.
     """
-    lengths = np.array([len(text) for text in texts])
-    held = -(-lengths // BLOCK_TOKENS)
-    first = np.cumsum(held) - held
-    batch = Batch.empty(int(lengths.sum()), len(texts), int(held.max()), spec)
+    lengths = [len(text) for text in texts]
+    batch = Batch.empty(sum(lengths), len(texts), blocks_for(max(lengths)), spec)
     batch.tokens[:] = np.concatenate(texts)
-    batch.starts[1:] = np.cumsum(lengths)
-    batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
-    batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
-    batch.lengths[:] = lengths
-    batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), blocks - 1)
+    batch.fill_whole(np.cumsum([0, *lengths]), blocks)
     for i, given in enumerate(types or ()):
         if batch.types is not None and given is not None:
             batch.types[batch.starts[i] : batch.starts[i + 1]] = given
