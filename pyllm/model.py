@@ -101,7 +101,7 @@ class Model:
     def encode(self, ops: Ops | Tape, batch: Batch, scratch: KVCache, trace: list[F32] | None = None) -> F32:
         """The encoder's states [S, D] of whole sources, after its final norm; `scratch` is its cache for this call."""
         assert self.encoder is not None
-        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace))
+        return ops.shared(self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace)))
 
     def write_cross(self, ops: Ops, source: EncodedSource, cross: KVCache) -> None:
         """Write the keys and values that every layer's cross attention makes of a source."""
@@ -176,7 +176,7 @@ class Model:
 
     def _relative_bias(self, ops: Ops | Tape) -> F32 | None:
         table = self.weights.relative_bias
-        return None if table is None or self._buckets is None else ops.gather_columns(table, self._buckets)
+        return None if table is None or self._buckets is None else ops.shared(ops.gather_columns(table, self._buckets))
 
     def _block(self, this: _Pass, layer: int, x: F32) -> F32:
         """The residual stream after a block, from that before it."""

@@ -144,6 +144,10 @@ class Ops:
         if self._arena is not None:
             self._arena.used = mark
 
+    def shared(self, x: F32) -> F32:
+        """x, which several blocks use: a tape has to know it."""
+        return x
+
     # Recording
 
     def begin_recording(self) -> None:

@@ -340,16 +340,10 @@ class _Encoder:
 
     def fill(self, sources: Seq[Source]) -> Batch:
         """The batch of these sources."""
-        lengths = np.array([len(source.tokens) for source in sources])
-        blocks = -(-lengths // BLOCK_TOKENS)
-        first = np.cumsum(blocks) - blocks
-        batch = Batch.empty(int(lengths.sum()), len(sources), int(blocks.max()), self.spec)
+        lengths = [len(source.tokens) for source in sources]
+        batch = Batch.empty(sum(lengths), len(sources), blocks_for(max(lengths)), self.spec)
         batch.tokens[:] = np.concatenate([source.tokens for source in sources])
-        batch.starts[1:] = np.cumsum(lengths)
-        batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
-        batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
-        batch.lengths[:] = lengths
-        batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), self.scratch.blocks - 1)
+        batch.fill_whole(np.cumsum([0, *lengths]), self.scratch.blocks)
         return batch
 
 
