@@ -17,7 +17,7 @@ import numpy as np
 
 from pyllm.errors import ConfigError, DataError, listed
 from pyllm.ops_training import IGNORED_LABEL
-from pyllm.train.mixture import Mixture, Source, mixture_problems, source_seed
+from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems
 from pyllm.train.report import I32
 from pyllm.train.token_store import TokenStore
 
@@ -25,7 +25,7 @@ PACKINGS = ("documents", "plain")
 FORMAT = 1
 
 
-class _Source(Source):
+class _TokenFile(File):
     """A file whose sequences are parts of its tokens, in order."""
 
     def __init__(self, store: TokenStore, mask_prompt: bool, seed: int, shuffle: bool, ahead: int) -> None:
@@ -47,7 +47,7 @@ class _Source(Source):
         return size
 
 
-class PackedData(Mixture[_Source]):
+class PackedData(Mixture[_TokenFile]):
     """Endless micro-batches of `tokens` tokens from one or several files.
 
     Args:
@@ -82,18 +82,18 @@ class PackedData(Mixture[_Source]):
         _check(stores, weights, context, tokens, packing, mask_prompt, sequences)
         self.context, self.tokens, self.packing, self.mask_prompt = context, tokens, packing, mask_prompt
         kind = _Documents if packing == "documents" else _Windows
-        sources = [
-            kind(store, context, mask_prompt, source_seed(seed, i), shuffle, int(next_token))
+        files = [
+            kind(store, context, mask_prompt, file_seed(seed, i), shuffle, int(next_token))
             for i, store in enumerate(stores)
         ]
-        super().__init__(sources, weights)
+        super().__init__(files, weights)
         longest = -(-tokens // context)  # sequences that padding may need
         if sequences is not None:
             self._most = sequences
         elif packing == "plain":
             self._most = longest
         else:
-            mean = min(source.mean_length for source in self._sources)
+            mean = min(file.mean_length for file in files)
             self._most = min(2 * int(tokens / mean) + 8, tokens) + longest
         self._reserve = longest
         kind_of_labels = [] if next_token else ["own labels"]
@@ -114,8 +114,8 @@ class PackedData(Mixture[_Source]):
             taken = self._next(self.tokens - at)
             if taken is None:
                 break
-            source, index = taken
-            size = source.fill(index, tokens[at:], labels[at:])
+            file, index = taken
+            size = file.fill(index, tokens[at:], labels[at:])
             at, count = at + size, count + 1
             starts[count] = at
         while at < self.tokens:  # padding, in sequences that do not exceed the context
@@ -123,15 +123,15 @@ class PackedData(Mixture[_Source]):
             starts[count] = at
         return tokens, labels, starts
 
-    def _next(self, room: int) -> tuple[_Source, int] | None:
+    def _next(self, room: int) -> tuple[_TokenFile, int] | None:
         """A sequence that fits; plain ones come as they are drawn."""
         if self.packing == "plain":
-            source, index = self._draw()
-            return self._sources[source], index
-        return self._take(lambda source, index: n if (n := source.length(index)) <= room else 0)
+            file, index = self._draw()
+            return self._files[file], index
+        return self._take(lambda file, index: n if (n := file.length(index)) <= room else 0)
 
 
-class _Documents(_Source):
+class _Documents(_TokenFile):
     """Each document is a sequence, or several where it is longer than the context."""
 
     def __init__(
@@ -177,7 +177,7 @@ class _Documents(_Source):
         return self._copy(int(self._starts[index]), self.length(index), tokens, labels)
 
 
-class _Windows(_Source):
+class _Windows(_TokenFile):
     """Pieces of the context's length, whatever stands in them."""
 
     def __init__(

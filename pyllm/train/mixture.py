@@ -28,8 +28,8 @@ class SourceReport:
     epochs: float  # how often they have been taken
 
 
-class Source(ABC):
-    """One file: an order of its sequences for each epoch, and the position in it."""
+class File(ABC):
+    """A file of data: an order of its sequences for each epoch, and the position in it."""
 
     mean_length: float  # tokens of a sequence
 
@@ -72,41 +72,41 @@ class Source(ABC):
         self.epoch, self.at, self.taken = epoch, at, taken
 
 
-S = TypeVar("S", bound=Source)
+F = TypeVar("F", bound=File)
 
 
-class Mixture(Generic[S]):
-    """Sequences of `sources`, each of which gives its share of the tokens.
+class Mixture(Generic[F]):
+    """Sequences of files, each of which gives its share of the tokens.
 
     `weights` are the shares; they are normalised. Default: by size. `notes` says in words what a user may want to know.
     Resuming needs the same data again: a subclass says by :meth:`_identify` what that is.
     """
 
-    def __init__(self, sources: Sequence[S], weights: Sequence[float] | None) -> None:
-        self._sources = list(sources)
-        self.notes = [note for source in sources for note in source.notes]
+    def __init__(self, files: Sequence[F], weights: Sequence[float] | None) -> None:
+        self._files = list(files)
+        self.notes = [note for file in files for note in file.notes]
         self._weights = self._normalised(weights)
-        self._waiting: list[tuple[int, int]] = []  # sequences that were drawn but did not fit: source, index
-        self._choice = min(WAITING, sum(source.count() for source in self._sources))
+        self._waiting: list[tuple[int, int]] = []  # sequences that were drawn but did not fit: file, index
+        self._choice = min(WAITING, sum(file.count() for file in self._files))
         self._identity = ""
 
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens of all files together, as often as each is taken before all have been."""
-        return sum(source.total for source in self._sources)
+        return sum(file.total for file in self._files)
 
     def sources(self) -> list[SourceReport]:
         """How often each file has been taken."""
         return [
-            SourceReport(source.name, weight, source.total, (source.taken - self._held(i)) / source.total)
-            for i, (source, weight) in enumerate(zip(self._sources, self._weights, strict=True))
+            SourceReport(file.name, weight, file.total, (file.taken - self._held(i)) / file.total)
+            for i, (file, weight) in enumerate(zip(self._files, self._weights, strict=True))
         ]
 
     def state(self) -> dict[str, Any]:
         """See :class:`pyllm.train.report.Data`."""
         return {
             "data": self._identity,
-            "sources": [{"epoch": s.epoch, "at": s.at, "taken": s.taken} for s in self._sources],
+            "sources": [{"epoch": s.epoch, "at": s.at, "taken": s.taken} for s in self._files],
             "waiting": [list(item) for item in self._waiting],
         }
 
@@ -117,50 +117,50 @@ class Mixture(Generic[S]):
                 "the run cannot go on with other data: files, weights, context, micro-batch, packing, mask_prompt "
                 "and seed must be those that it began with"
             )
-        for source, position in zip(self._sources, state["sources"], strict=True):
-            source.seek(position["epoch"], position["at"], position["taken"])
-        self._waiting = [(int(source), int(index)) for source, index in state["waiting"]]
+        for file, position in zip(self._files, state["sources"], strict=True):
+            file.seek(position["epoch"], position["at"], position["taken"])
+        self._waiting = [(int(file), int(index)) for file, index in state["waiting"]]
 
     def _identify(self, *values: object) -> None:
         """Tell this data from any other: by these values and the files."""
-        keys = [source.store.key for source in self._sources]
+        keys = [file.store.key for file in self._files]
         self._identity = hashlib.sha256(json.dumps([*values, *keys]).encode()).hexdigest()[:32]
 
-    def _take(self, size: Callable[[S, int], int]) -> tuple[S, int] | None:
+    def _take(self, size: Callable[[F, int], int]) -> tuple[F, int] | None:
         """The longest waiting sequence that fits; None where none does. `size` gives that of a sequence that fits, else
         0."""
         while len(self._waiting) < self._choice:
             self._waiting.append(self._draw())
-        sizes = [size(self._sources[s], i) for s, i in self._waiting]
+        sizes = [size(self._files[s], i) for s, i in self._waiting]
         # The oldest, while there is room for any: else it might wait for ever.
         best = 0 if sizes[0] else max(range(len(sizes)), key=sizes.__getitem__)
         if not sizes[best]:
             return None
-        source, index = self._waiting.pop(best)
-        return self._sources[source], index
+        file, index = self._waiting.pop(best)
+        return self._files[file], index
 
-    def _held(self, source: int) -> int:
+    def _held(self, file: int) -> int:
         """Tokens of a file that were drawn and wait."""
-        return sum(self._sources[s].length(index) for s, index in self._waiting if s == source)
+        return sum(self._files[i].length(index) for i, index in self._waiting if i == file)
 
     def _draw(self) -> tuple[int, int]:
         """A sequence of the file that lies furthest behind its share."""
-        total = sum(source.taken for source in self._sources)
-        behind = [w * total - s.taken for w, s in zip(self._weights, self._sources, strict=True)]
-        source = max(range(len(behind)), key=lambda i: (behind[i], self._weights[i]))
-        return source, self._sources[source].draw()
+        total = sum(file.taken for file in self._files)
+        behind = [w * total - s.taken for w, s in zip(self._weights, self._files, strict=True)]
+        file = max(range(len(behind)), key=lambda i: (behind[i], self._weights[i]))
+        return file, self._files[file].draw()
 
     def _normalised(self, weights: Sequence[float] | None) -> list[float]:
-        given = [float(s.total) for s in self._sources] if weights is None else [float(w) for w in weights]
+        given = [float(s.total) for s in self._files] if weights is None else [float(w) for w in weights]
         total = sum(given)
         shares = [w / total for w in given]
         if weights is not None and abs(total - 1) > 1e-6:
-            shown = ", ".join(f"{s.name} {share:.4g}" for s, share in zip(self._sources, shares, strict=True))
+            shown = ", ".join(f"{s.name} {share:.4g}" for s, share in zip(self._files, shares, strict=True))
             self.notes.append(f"the weights sum to {total:.4g} and were normalised: {shown}")
         return shares
 
 
-def source_seed(seed: int, index: int) -> int:
+def file_seed(seed: int, index: int) -> int:
     """That of a file's order, from the seed of the data."""
     return seed + 1_000_003 * index
 

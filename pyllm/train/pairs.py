@@ -12,7 +12,7 @@ from pyllm.generation_config import GenerationConfig
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
-from pyllm.train.mixture import Mixture, Source, mixture_problems, source_seed
+from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems
 from pyllm.train.report import I32
 from pyllm.train.token_store import TokenStore, end_tokens
 
@@ -165,7 +165,7 @@ class PairedData(Mixture["Pairs"]):
             )
         if problems:
             raise ConfigError(listed("data", problems))
-        pairs = [Pairs(store, form, context, source_seed(seed, i), shuffle) for i, store in enumerate(stores)]
+        pairs = [Pairs(store, form, context, file_seed(seed, i), shuffle) for i, store in enumerate(stores)]
         super().__init__(pairs, weights)
         self.form, self.context, self.tokens = form, context, tokens
         self.source_tokens: int
@@ -196,7 +196,7 @@ class PairedData(Mixture["Pairs"]):
         return writer.finish()
 
 
-class Pairs(Source):
+class Pairs(File):
     """A file of which each document is a pair; raises `DataError` for one that is none, or longer than the context."""
 
     def __init__(self, store: TokenStore, form: PairForm, context: int, seed: int = 0, shuffle: bool = False) -> None:
@@ -243,7 +243,7 @@ class Pairs(Source):
         return len(self._ends)
 
     def length(self, index: int) -> int:
-        """Source and target together."""
+        """File and target together."""
         return int(self._source_lengths[index] + self._target_lengths[index])
 
     def fits(self, index: int, room: tuple[int, int]) -> bool:
@@ -251,7 +251,7 @@ class Pairs(Source):
         return bool(self._source_lengths[index] <= room[0] and self._target_lengths[index] <= room[1])
 
     def pair(self, index: int) -> tuple[I32, I32]:
-        """Source and target."""
+        """File and target."""
         tokens = self.store.tokens[self._begins[index] : self._ends[index]].astype(np.int32)
         cut = int(self._cuts[index] - self._begins[index])
         return self._form.source(self._form.unbegun(tokens[:cut])), self._form.target(self._form.unended(tokens[cut:]))

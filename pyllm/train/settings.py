@@ -24,7 +24,7 @@ class TrainConfig:
 
     out: Path
     steps: int  # optimizer steps of the whole run
-    objective: str = "causal"  # "prefix": what is before the first counted label sees all of itself; or what data says
+    objective: str = "causal"  # with "prefix" what is before the first counted label sees all of itself
     accumulation: int = 1  # micro-batches of a step
     dtype: str = "float32"  # of the products: "float32" or "bfloat16"; weights, gradients and moments are float32
     learning_rate: float = 6e-4  # the highest

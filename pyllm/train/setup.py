@@ -266,8 +266,8 @@ def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None
     detects = spec.head.kind is HeadKind.EACH
     if spec.head.kind is not HeadKind.TOKENS and not detects:
         raise ConfigError(
-            "model: expected one that predicts or detects tokens, config.json names a class with another head or none: "
-            "train others from Python, with data that has their labels"
+            "model: expected one that predicts tokens or detects replaced ones, config.json names a class with another "
+            "head or none: train others from Python, with data that has their labels"
         )
     fitting = ("mlm",) if spec.is_encoder else ("causal", "prefix", "blanks")
     if detects:

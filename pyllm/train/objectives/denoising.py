@@ -115,8 +115,9 @@ class CorruptedSpans(Denoising):
 
     def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
         """See :meth:`Denoising.damage`."""
-        if np.isin(text, self._sentinels).any():
-            raise DataError(f"objective spans: a text holds a sentinel (ids {self._sentinels.tolist()}) already")
+        found = text[np.isin(text, self._sentinels)]
+        if len(found):
+            raise DataError(f"objective spans: a text holds a sentinel (id {found[0]}) already")
         taken = min(max(round(self._share * len(text)), 1), len(text) - 1)
         kept = len(text) - taken
         count = min(max(round(taken / self._mean_span), 1), taken, kept, len(self._sentinels))
