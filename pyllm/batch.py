@@ -73,7 +73,7 @@ class Batch:
         self.slots[:] = np.repeat(first * _cpu.BLOCK_TOKENS, lengths) + self.positions
         self.tables[:] = np.minimum(first[:, None] + np.arange(self.tables.shape[1]), blocks - 1)
 
-    def place(self, rows: slice, first: I32, second: I32) -> None:
+    def place(self, rows: slice, first: I32 | int, second: I32 | int) -> None:
         """Give these rows their first and second positions."""
         self.positions[rows] = first
         if self.second_positions is not None:

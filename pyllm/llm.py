@@ -31,7 +31,7 @@ from pyllm.errors import ConfigError, CudaUnavailable, NonFiniteError, RequestEr
 from pyllm.folder import read_json
 from pyllm.generation_config import GenerationConfig
 from pyllm.interrupts import Interrupts
-from pyllm.model import Model
+from pyllm.model import AttentionTrace, Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import F32, Ops
 from pyllm.packed import pack_weights
@@ -56,6 +56,8 @@ class ForwardOutput:
     hidden_states: list[F32] | None = None
     attentions: list[F32] | None = None
     encoder_hidden_states: list[F32] | None = None  # those of the encoder, where the model has one
+    encoder_attentions: list[F32] | None = None  # [H, S, S]
+    cross_attentions: list[F32] | None = None  # [H, T, S] of the decoder's tokens for the source's
 
 
 class LLM(Encoding):
@@ -181,7 +183,7 @@ class LLM(Encoding):
         )
         cross = None
         if self.spec.encoder is not None:
-            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, cross=True)
+            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate, cross=True)
         self._runner = Runner(
             self.model,
             self.ops,
@@ -391,8 +393,8 @@ class LLM(Encoding):
 
         `token_type_ids` tell which text of a pair each token belongs to, by default all to the first. The first
         `prefix` tokens see one another; None: as the model takes a prompt. Attention weights are those of texts that a
-        step holds whole, of models without an encoder beside the decoder, else `RequestError`. Where the model has one
-        it reads `source_token_ids`, and `token_ids` are all of the decoder's, the start token first.
+        step holds whole, else `RequestError`. Where the model has an encoder it reads `source_token_ids`, and
+        `token_ids` are all of the decoder's, the start token first.
         """
         token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
         if (source_token_ids is not None) != (self.spec.encoder is not None):
@@ -403,11 +405,6 @@ class LLM(Encoding):
         if prefix is not None and (self.spec.is_encoder or self.spec.encoder is not None):
             raise RequestError(
                 f"prefix: expected None, got {prefix!r}: this model has an encoder, which sees its whole text anyway"
-            )
-        if output_attentions and self.spec.encoder is not None:
-            raise RequestError(
-                "output_attentions: expected False for a model with an encoder, got True: the weights of its cross "
-                "attention are not given; ask for output_hidden_states"
             )
         with self._lock:
             scheduler, source = self.engine.scheduler, None
@@ -537,18 +534,41 @@ class LLM(Encoding):
         """Run texts through the model, the longest first, so that short ones fill up steps."""
         params = SamplingParams(max_tokens=0, detokenize=False)
         requests: list[Request] = []
+        ordered = sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids))
         with self._ended(requests) as interrupts:
-            for text, pool in sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids)):
+            if self.spec.is_encoder:
+                self._read_whole(ordered, progress, interrupts)
+                return
+            for text, pool in ordered:
                 self._add(requests, (text.text, text.ids), params, interrupts, pool, text.types)
             self._run(requests, progress, interrupts)
         for request in requests:
             self._result(request)
 
+    def _read_whole(
+        self, texts: Sequence[tuple[Encoded, Pool | KeptStates]], progress: Progress, interrupts: Interrupts
+    ) -> None:
+        """Run texts through an encoder, in this order."""
+        for text, _ in texts:
+            self.engine.check_prompt(text.ids, text.types)
+        for step in self._runner.steps([len(text.ids) for text, _ in texts]):
+            together = texts[step]
+            with self._lock, interrupts:
+                self.engine.read(
+                    [text.ids for text, _ in together],
+                    [text.types for text, _ in together],
+                    [pool for _, pool in together],
+                )
+            if progress:
+                progress(step.stop, len(texts))
+
     def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
-        values, found = np.empty((HEAD_ROWS, self.spec.outputs), np.float32), []
+        ops, found = self.ops, []
+        values = ops.empty(HEAD_ROWS, self.spec.outputs)
         for rows in _regrouped(states, HEAD_ROWS):
             with self._lock:
-                given = self.model.head(self.ops, self.model.before_head(self.ops, rows), out=values[: len(rows)])
+                read = self.model.before_head(ops, ops.place(rows))
+                given = np.asarray(self.model.head(ops, read, out=values[: len(rows)]))
                 if not np.isfinite(given).all():
                     raise NonFiniteError(
                         "the model's head gives values that are not finite for one of these texts. Check the "
@@ -638,18 +658,19 @@ class LLM(Encoding):
             )
         if output_attentions and self.ops.on_gpu:
             raise RequestError("output_attentions: expected device='cpu', this model is on a GPU")
-        attentions: list[F32] | None = [] if output_attentions else None
+        attentions, of_encoder = (AttentionTrace() if output_attentions else None for _ in range(2))
         scored = {HeadKind.NONE: 0, HeadKind.POOLED: 1}.get(kind, total)
         logits = np.empty((scored, self.spec.outputs), np.float32)
         hidden: list[list[F32]] = []
-        encoder_states: list[F32] = []
+        encoder_states: list[F32] | None = None
+        last: F32 | None = None
         if sequence.source is not None:
-            last = self._runner.encode([sequence.source], encoder_states if output_hidden_states else None)
-            encoder_states += [] if last is None else [last]
+            encoder_states = [] if output_hidden_states or output_attentions else None
+            last = self._runner.encode([sequence.source], encoder_states, of_encoder)
         for start in range(0, total, step):
             work = Work(sequence, start, min(step, total - start), False)
             trace: list[F32] | None = [] if output_hidden_states else None
-            x = self._runner.forward([work], trace, attentions)
+            x = self._runner.forward([work], trace, attentions, last if output_attentions else None)
             rows = np.arange(min(work.count, scored - start), dtype=np.int32)
             for first, piece in self._runner.logits(x, rows):
                 logits[start + first : start + first + len(piece)] = piece
@@ -657,7 +678,17 @@ class LLM(Encoding):
                 hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        return ForwardOutput(logits if scored else None, states, attentions, encoder_states or None)
+        with_encoder, of_source = sequence.source is not None, None
+        if output_hidden_states and encoder_states and last is not None:
+            of_source = [np.asarray(each, np.float32) for each in (*encoder_states, last)]
+        return ForwardOutput(
+            logits if scored else None,
+            states,
+            attentions.own if attentions else None,
+            of_source,
+            of_encoder.own if of_encoder and with_encoder else None,
+            attentions.cross if attentions and with_encoder else None,
+        )
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -740,6 +771,8 @@ def _checked_seed(seed: int | None) -> int | None:
 def _checked_ids(name: str, ids: Any) -> list[int]:
     if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
         raise TypeError(f"{name}: expected a list of integers, got {shown(ids)}")
+    if set(map(type, ids)) == {int}:
+        return list(ids)
     return [_checked_id(i, token, name) for i, token in enumerate(ids)]
 
 

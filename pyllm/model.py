@@ -7,20 +7,22 @@ of the embedding table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyllm.batch import I32, I64, Batch
 from pyllm.cache import KVCache
-from pyllm.ops import F32, Ops
-from pyllm.packed import ModelWeights, NormWeights
+from pyllm.ops import F32, HeadNorms, Ops
+from pyllm.packed import BlockWeights, ModelWeights, NormWeights
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import AttentionSpec, ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
+T = TypeVar("T", bound=np.generic)
 Angles: TypeAlias = tuple[F32, F32] | tuple[None, None]  # cosines and sines [T, R / 2]
 
 
@@ -30,6 +32,14 @@ class EncodedSource:
 
     states: F32  # [S, D]
     slots: I64  # [S] of the cross cache
+
+
+@dataclass(frozen=True)
+class AttentionTrace:
+    """Collects the attention weights of each block: [H, T, T], and of its cross attention [H, T, S]."""
+
+    own: list[F32] = field(default_factory=list)
+    cross: list[F32] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class _Pass:
     angles: Angles
     local_angles: Angles
     bias: F32 | None
-    attentions: list[F32] | None
+    attentions: AttentionTrace | None
 
 
 class Model:
@@ -65,10 +75,11 @@ class Model:
         if spec.encoder is not None and weights.encoder is not None:
             self.encoder = Model(spec.encoder, weights.encoder)
         shared = spec.relative_bias
-        self._local_inv_freq = None if spec.local_rope is None else spec.local_rope.inv_freq(1)[None]
-        self._buckets = None if shared is None else shared[1].of_distances(two_sided=spec.is_encoder)
+        self._local_inv_freq = None if spec.local_rope is None else _constant(spec.local_rope.inv_freq(1)[None])
+        self._buckets = None if shared is None else _constant(shared[1].of_distances(two_sided=spec.is_encoder))
         self._slopes = [
-            a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
+            _constant(a.bias.slopes(a.heads)) if isinstance(a.bias, Alibi) else None
+            for a in (b.attention for b in spec.blocks)
         ]
 
     def forward(
@@ -77,7 +88,7 @@ class Model:
         batch: Batch,
         cache: KVCache,
         trace: list[F32] | None = None,
-        attentions: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
         *,
         cross: KVCache | None = None,
         source: EncodedSource | None = None,
@@ -85,8 +96,9 @@ class Model:
         """Residual stream [T, D] after the last block; writes this step's keys and values into `cache`.
 
         `trace` collects a copy of the residual stream before the first block and after each one, `attentions` the
-        attention weights [H, T, T] of each block, where the step is all of one sequence. A decoder with an encoder
-        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first.
+        attention weights of each block, where the step is all of one sequence. A decoder with an encoder
+        reads `cross`, which :meth:`write_cross` has filled; with a `source` each block fills its layer first, which the
+        weights of cross attention need.
         """
         x = self._embed(ops, batch)
         angles = self._angles(ops, batch)
@@ -98,10 +110,17 @@ class Model:
             x = self._block(this, layer, x)
         return x
 
-    def encode(self, ops: Ops | Tape, batch: Batch, scratch: KVCache, trace: list[F32] | None = None) -> F32:
+    def encode(
+        self,
+        ops: Ops | Tape,
+        batch: Batch,
+        scratch: KVCache,
+        trace: list[F32] | None = None,
+        attentions: AttentionTrace | None = None,
+    ) -> F32:
         """The encoder's states [S, D] of whole sources, after its final norm; `scratch` is its cache for this call."""
         assert self.encoder is not None
-        return ops.shared(self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace)))
+        return ops.shared(self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace, attentions)))
 
     def write_cross(self, ops: Ops, source: EncodedSource, cross: KVCache) -> None:
         """Write the keys and values that every layer's cross attention makes of a source."""
@@ -115,8 +134,8 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm, out)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with, from the residual stream x [R, D]."""
-        return self.before_head(ops, self.final_norm(ops, x))
+        """What the head's matrix is multiplied with, from the residual stream x [R, D], before that is changed."""
+        return self.before_head(ops, _product_norm(ops, x, self.spec.final_norm, self.weights.final_norm))
 
     def before_head(self, ops: Ops | Tape, x: F32) -> F32:
         """The same from states x [R, D] that have been normed: they are transformed or projected, and scaled."""
@@ -130,12 +149,25 @@ class Model:
 
     def head(self, ops: Ops, x: F32, out: F32 | None = None) -> F32:
         """Logits [R, V], or scores of labels, of what :meth:`head_input` gives."""
-        logits, softcap = ops.matmul(x, self.weights.head, self.weights.head_bias, out=out), self.spec.head.softcap
+        head, softcap = self.weights.head, self.spec.head.softcap
+        assert head is not None
+        logits = ops.matmul(x, head, self.weights.head_bias, out=out)
         return logits if softcap is None else ops.softcap(logits, softcap, out=logits)
 
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """What the head gives, logits [R, V] or scores of labels, for these rows of the residual stream x [T, D]."""
         return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
+
+    def joins_choice(self, ops: Ops, rows: int) -> bool:
+        """Whether :meth:`best_tokens` is to be had for so many rows: no logits are made then."""
+        head = self.weights.head
+        return head is not None and self.spec.head.softcap is None and ops.joins_argmax(head, rows)
+
+    def best_tokens(self, ops: Ops, x: F32) -> I32:
+        """The token of the largest logit for each row of the residual stream x [R, D], see :meth:`Ops.argmax`."""
+        head = self.weights.head
+        assert head is not None
+        return ops.argmax(self.head_input(ops, x), head, self.weights.head_bias)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
@@ -183,8 +215,11 @@ class Model:
         ops, spec, weights = this.ops, self.spec.blocks[layer], self.weights.blocks[layer]
         if spec.placement.is_parallel:
             mark = ops.mark()
-            first = _norm(ops, x, spec.norm, weights.attn_norm)
-            second = first if weights.mlp_norm is None else _norm(ops, x, spec.norm, weights.mlp_norm)
+            if weights.mlp_norm is None:
+                first = second = _norm(ops, x, spec.norm, weights.attn_norm)
+            else:  # the second is read after attention has changed x
+                first = _product_norm(ops, x, spec.norm, weights.attn_norm)
+                second = _norm(ops, x, spec.norm, weights.mlp_norm)
             x = self._attention(this, layer, first, x)
             x = self._mlp(this, layer, second, x)
             ops.release(mark)
@@ -204,10 +239,10 @@ class Model:
             elif spec.placement is Placement.NORMED:
                 x = ops.add(x, part(this, layer, x), spec.residual_scale, out=x)
             elif spec.placement is Placement.SANDWICH:
-                branch = part(this, layer, _norm(ops, x, spec.norm, norm))
+                branch = part(this, layer, _product_norm(ops, x, spec.norm, norm))
                 x = ops.add(x, _norm(ops, branch, spec.norm, post_norm, out=branch), out=x)
             else:
-                x = part(this, layer, _norm(ops, x, spec.norm, norm), x)
+                x = part(this, layer, _product_norm(ops, x, spec.norm, norm), x)
             ops.release(mark)
             if spec.placement is Placement.POST:
                 x = _norm(ops, x, spec.norm, norm, out=x)
@@ -217,16 +252,18 @@ class Model:
         """out(attention(x)), plus the residual in its place where it is given and may be overwritten."""
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
-        qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
-        ends = a.heads * size, (a.heads + a.kv_heads) * size
-        q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
-        if a.qk_norm is not None:
-            q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
-            k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
         cos, sin = this.angles if a.window is None else this.local_angles
-        if cos is not None and sin is not None:
-            ops.rope(q, cos, sin, size)
-        ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
+        norms = _head_norms(a, weights)
+        q = ops.queries(x, weights.qkv, weights.qkv_bias, cache, batch.slots, size, cos, sin, norms)
+        if q is None:
+            qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
+            ends = a.heads * size, (a.heads + a.kv_heads) * size
+            q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
+            if norms is not None:
+                q, k = _head_norm(ops, q, norms.q, norms), _head_norm(ops, k, norms.k, norms)
+            if cos is not None and sin is not None:
+                ops.rope(q, cos, sin, size)
+            ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         attend = partial(
             ops.attention,
             q,
@@ -250,7 +287,7 @@ class Model:
                 ops.kv_write(cache, k, values, batch.slots, size, cos, sin)
                 return attend()
 
-            this.attentions.append(_attention_weights(ops, attend_to, a, len(q)))
+            this.attentions.own.append(_attention_weights(ops, attend_to, a, len(q), len(q)))
             ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
@@ -264,17 +301,32 @@ class Model:
         if this.source is not None:
             self._write_cross(ops, layer, this.source, cross)
         q = ops.matmul(x, weights.q, weights.q_bias)
-        mixed = ops.attention(
-            q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
+        attend = partial(
+            ops.attention, q, cross.layers[layer], this.batch.starts, lengths, tables, head_size=a.head_dim,
             scale=a.scale, causal=False,
         )  # fmt: skip
+        mixed = attend()
+        if this.attentions is not None:
+            source = this.source
+            assert source is not None
+
+            def attend_to(values: F32) -> F32:
+                self._write_cross(ops, layer, source, cross, values)
+                return attend()
+
+            this.attentions.cross.append(_attention_weights(ops, attend_to, a, len(q), len(source.states)))
+            self._write_cross(ops, layer, source, cross)
         return ops.matmul(mixed, weights.out, weights.out_bias, residual=residual, out=residual)
 
-    def _write_cross(self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache) -> None:
+    def _write_cross(
+        self, ops: Ops | Tape, layer: int, source: EncodedSource, cross: KVCache, values: F32 | None = None
+    ) -> None:
+        """Write one layer's keys of a source, and its values or those that are given."""
         a, weights = self.spec.blocks[layer].cross, self.weights.blocks[layer].cross
         assert a is not None and weights is not None
         kv, width = ops.matmul(source.states, weights.kv, weights.kv_bias), a.kv_heads * a.head_dim
-        ops.kv_write(cross.layers[layer], kv[:, :width], kv[:, width:], source.slots, a.head_dim)
+        values = kv[:, width:] if values is None else values
+        ops.kv_write(cross.layers[layer], kv[:, :width], values, source.slots, a.head_dim)
 
     def _mlp(self, this: _Pass, layer: int, x: F32, residual: F32 | None = None) -> F32:
         """down(act(gate(x)) * up(x)), without a gate down(act(up(x))), plus the residual as in attention."""
@@ -284,16 +336,24 @@ class Model:
         return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
 
 
-def _attention_weights(ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int) -> F32:
-    """Weights [H, T, T] of all keys for each query: what attention gives where keys have unit vectors for values, as
+def _constant(array: NDArray[T]) -> NDArray[T]:
+    """The array, read-only: a GPU copies it once."""
+    array.flags.writeable = False
+    return array
+
+
+def _attention_weights(
+    ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int, keys: int
+) -> F32:
+    """Weights [H, T, S] of all keys for each query: what attention gives where keys have unit vectors for values, as
     many of them at a time as a head has channels."""
-    weights: F32 = np.empty((spec.heads, tokens, tokens), np.float32)
-    for first in range(0, tokens, spec.head_dim):
-        count = min(spec.head_dim, tokens - first)
-        values = np.zeros((tokens, spec.kv_heads, spec.head_dim), np.float32)
+    weights: F32 = np.empty((spec.heads, tokens, keys), np.float32)
+    for first in range(0, keys, spec.head_dim):
+        count = min(spec.head_dim, keys - first)
+        values = np.zeros((keys, spec.kv_heads, spec.head_dim), np.float32)
         values[first : first + count, :, :count] = np.eye(count)[:, None]
         mark = ops.mark()
-        mixed = attend_to(values.reshape(tokens, -1)).reshape(tokens, spec.heads, spec.head_dim)
+        mixed = attend_to(values.reshape(keys, -1)).reshape(tokens, spec.heads, spec.head_dim)
         weights[:, :, first : first + count] = mixed[:, :, :count].swapaxes(0, 1)
         ops.release(mark)
     return weights
@@ -306,7 +366,21 @@ def _norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights |
     return ops.norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps, out=out)
 
 
-def _head_norm(ops: Ops | Tape, x: F32, heads: int, spec: NormSpec, weight: F32 | None) -> F32:
+def _product_norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights | None) -> F32:
+    """The same for products alone, which come before x is changed."""
+    if spec is None or weights is None:
+        return x
+    return ops.product_norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps)
+
+
+def _head_norms(spec: AttentionSpec, weights: BlockWeights) -> HeadNorms | None:
+    """Those of queries and keys, where there are any."""
+    if spec.qk_norm is None or weights.q_norm is None or weights.k_norm is None:
+        return None
+    return HeadNorms(weights.q_norm, weights.k_norm, spec.qk_norm.kind, spec.qk_norm.eps)
+
+
+def _head_norm(ops: Ops | Tape, x: F32, weight: F32, norms: HeadNorms) -> F32:
     """Normalise each head of x [T, heads * E], in place where it may be."""
-    view = x.reshape(x.shape[0], heads, -1)  # splits the last dimension: always a view
-    return ops.norm(view, weight, kind=spec.kind, eps=spec.eps, out=view).reshape(x.shape)
+    view = x.reshape(x.shape[0], -1, weight.shape[-1])  # splits the last dimension: always a view
+    return ops.norm(view, weight, kind=norms.kind, eps=norms.eps, out=view).reshape(x.shape)

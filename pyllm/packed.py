@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm import _cpu
-from pyllm.ops import F32, GROUP_SIZES, Ops
+from pyllm.ops import F32, GROUP_SIZES, Array, Ops, host_memory
 from pyllm.quantization import in_one_form
-from pyllm.spec import ENCODER, ModelSpec
+from pyllm.spec import ENCODER, HeadKind, ModelSpec
 from pyllm.weights import Checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
+_EMBED = "embed.weight"
 QUANTIZATIONS = ("int8", "int4")
 
 
@@ -112,12 +113,13 @@ class ModelWeights:
     """All weights of a model; a tied model's `head` is its `embed`. `dtype` says in words what they are packed as.
 
     `positions` [P, D] begins at the row of position 0; `types` [S, D] are those of token types, `relative_bias` [H,
-    buckets] belongs to attention scores. `matrices` are all of them, by the names of :func:`matrices_of`.
+    buckets] belongs to attention scores. `matrices` are all of them, by the names of :func:`matrices_of`, but for an
+    `embed` that is a plain table [V, D]: a row of one is read faster than out of a packed matrix.
     """
 
     dtype: str
     matrices: Mapping[str, _cpu.PackedMatrix]
-    embed: _cpu.PackedMatrix
+    embed: _cpu.PackedMatrix | Array
     embed_project: _cpu.PackedMatrix | None
     embed_project_bias: F32 | None
     positions: F32 | None
@@ -131,14 +133,15 @@ class ModelWeights:
     head_transform: _cpu.PackedMatrix | None
     head_transform_bias: F32 | None
     head_norm: NormWeights | None
-    head: _cpu.PackedMatrix
+    head: _cpu.PackedMatrix | None  # None where the model has no head
     head_bias: F32 | None
     encoder: ModelWeights | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all matrices."""
-        return sum(matrix.nbytes for matrix in self.matrices.values())
+        table = 0 if "embed" in self.matrices else int(self.embed.nbytes)
+        return table + sum(matrix.nbytes for matrix in self.matrices.values())
 
     @property
     def bytes_per_token(self) -> int:
@@ -146,21 +149,26 @@ class ModelWeights:
         only a source passes through."""
         of_source = sum(m.nbytes for name, m in self.matrices.items() if name.startswith(ENCODER))
         of_source += sum(block.cross.kv.nbytes for block in self.blocks if block.cross is not None)
-        return self.nbytes - of_source - (0 if self.head is self.embed else self.embed.nbytes)
+        return self.nbytes - of_source - (0 if self.head is self.embed else int(self.embed.nbytes))
 
 
 @dataclass(frozen=True)
 class MatrixParts:
-    """A packed matrix: the slots that are stacked in it, and that of its gate, if it has one."""
+    """A packed matrix: the slots that are stacked in it, and that of its gate, if it has one.
+
+    `heads`, where it gives queries, keys and values that nothing but a rotation changes, has the channels of a head and
+    how many pairs of them are rotated.
+    """
 
     name: str
     slots: tuple[str, ...]
     gate: str | None = None
+    heads: tuple[int, int] | None = None
 
     def under(self, prefix: str) -> MatrixParts:
         """The same matrix of a part of the model whose names begin so."""
         gate = None if self.gate is None else prefix + self.gate
-        return MatrixParts(prefix + self.name, tuple(prefix + slot for slot in self.slots), gate)
+        return replace(self, name=prefix + self.name, slots=tuple(prefix + slot for slot in self.slots), gate=gate)
 
     @property
     def all_slots(self) -> tuple[str, ...]:
@@ -193,8 +201,12 @@ def matrices_of(spec: ModelSpec) -> list[MatrixParts]:
     for i, block in enumerate(spec.blocks):
         at = f"blocks.{i}"
         up = _plain(f"{at}.up", f"{at}.mlp.up")
+        qkv = _plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv"))
+        if block.attention.qk_norm is None:
+            rope = spec.rope_of(block)
+            qkv = replace(qkv, heads=(block.attention.head_dim, 0 if rope is None else rope.dim // 2))
         found += [
-            _plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv")),
+            qkv,
             _plain(f"{at}.out", f"{at}.attn.o"),
             *(_cross_matrices(at) if block.cross is not None else ()),
             replace(up, gate=f"{at}.mlp.gate.weight") if block.mlp.gated else up,
@@ -216,13 +228,20 @@ def assemble(
     dtype: str,
     matrix: Callable[[MatrixParts], _cpu.PackedMatrix],
     vector: Callable[..., F32 | None],
+    table: Array | None = None,
 ) -> ModelWeights:
-    """The weights of a model from where they stand: `vector` gives slots joined, None for those that it has not."""
-    return _assemble(spec, dtype, {parts.name: matrix(parts) for parts in matrices_of(spec)}, vector)
+    """The weights of a model from where they stand: `vector` gives slots joined, None for those that it has not. The
+    embedding is `table`, where that is given, else a matrix."""
+    found = {parts.name: matrix(parts) for parts in matrices_of(spec) if table is None or parts.name != "embed"}
+    return _assemble(spec, dtype, found, found["embed"] if table is None else table, vector)
 
 
 def _assemble(
-    spec: ModelSpec, dtype: str, found: Mapping[str, _cpu.PackedMatrix], vector: Callable[..., F32 | None]
+    spec: ModelSpec,
+    dtype: str,
+    found: Mapping[str, _cpu.PackedMatrix],
+    embed: _cpu.PackedMatrix | Array,
+    vector: Callable[..., F32 | None],
 ) -> ModelWeights:
     def norm(name: str) -> NormWeights | None:
         weight = vector(f"{name}.weight")
@@ -267,13 +286,11 @@ def _assemble(
     positions, encoder, at = vector("positions.weight"), None, spec.head.at
     if spec.encoder is not None:
         own = {name.removeprefix(ENCODER): m for name, m in found.items() if name.startswith(ENCODER)}
-        encoder = _assemble(
-            spec.encoder, dtype, {"embed": found["embed"], **own}, lambda *slots: vector(*(ENCODER + s for s in slots))
-        )
+        encoder = _assemble(spec.encoder, dtype, own, embed, lambda *slots: vector(*(ENCODER + slot for slot in slots)))
     return ModelWeights(
         dtype=dtype,
         matrices=found,
-        embed=found["embed"],
+        embed=embed,
         embed_project=found.get("embed.project"),
         embed_project_bias=vector("embed.project.bias"),
         positions=None if positions is None else positions[spec.embedding.position_offset :],
@@ -287,7 +304,7 @@ def _assemble(
         head_transform=found.get("head.transform"),
         head_transform_bias=vector(f"{at}.transform.bias"),
         head_norm=norm(f"{at}.norm"),
-        head=found["embed" if spec.head.tied else "head"],
+        head=found.get("embed" if spec.head.tied else "head"),
         head_bias=vector(f"{at}.bias"),
         encoder=encoder,
     )
@@ -331,6 +348,8 @@ def packed_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
 
     def size(parts: MatrixParts) -> int:
         n, k = parts.shape(spec)
+        if parts.name == "embed" and keeps_table(checkpoint, precision):
+            return n * k * np.dtype(precision.of(_EMBED)).itemsize
         gated = parts.gate is not None
         forms = [checkpoint.kernel_form(slot) for slot in parts.all_slots]
         kinds = {replace(form, zeros=False) for form in forms if form is not None}
@@ -342,6 +361,13 @@ def packed_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
         return _cpu.packed_bytes(n, k, form.dtype, gated, form.group_size, form.scale_dtype, zeros)
 
     return sum(size(parts) for parts in matrices_of(spec))
+
+
+def keeps_table(checkpoint: Checkpoint, precision: Precision) -> bool:
+    """Whether the embedding stays a plain table on the CPU: nothing is multiplied by it, and it holds floats."""
+    head = checkpoint.spec.head
+    only_read = not head.tied or head.kind is HeadKind.NONE
+    return only_read and checkpoint.kernel_form(_EMBED) is None and precision.of(_EMBED) in DTYPES
 
 
 def plain_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
@@ -358,7 +384,8 @@ def pack_weights(
 ) -> ModelWeights:
     """Pack every weight of `checkpoint`, giving back its file pages on the way; `progress` gets the share done."""
     packer = _Packer(checkpoint, ops, precision, progress)
-    return assemble(checkpoint.spec, str(precision), packer.matrix, packer.vector)
+    table = packer.table() if keeps_table(checkpoint, precision) and not ops.on_gpu else None
+    return assemble(checkpoint.spec, str(precision), packer.matrix, packer.vector, table)
 
 
 class _Packer:
@@ -369,14 +396,24 @@ class _Packer:
         self.slots = checkpoint.spec.slots()
         self.done, self.total = 0, checkpoint.spec.num_parameters()
 
+    def table(self) -> Array:
+        """The embedding as a table [V, D]."""
+        weight = self._plain(_EMBED)
+        table = host_memory(weight.shape, np.dtype(self.precision.of(_EMBED)))
+        table[:] = weight
+        self._release(_EMBED)
+        return table
+
     def matrix(self, parts: MatrixParts) -> _cpu.PackedMatrix:
-        packed = (self._integers(parts) if self.ops.packs_integers else None) or self.ops.pack(
-            *(self._plain(slot) for slot in parts.slots),
-            dtype=self.precision.of(*parts.all_slots),
-            gate=self._plain(parts.gate) if parts.gate is not None else None,
-        )
+        packed = (self._integers(parts) if self.ops.packs_integers else None) or self._floats(parts)
         self._release(*parts.all_slots)
         return packed
+
+    def _floats(self, parts: MatrixParts) -> _cpu.PackedMatrix:
+        weights, dtype = [self._plain(slot) for slot in parts.slots], self.precision.of(*parts.all_slots)
+        if parts.heads is not None:
+            return self.ops.pack_qkv(*weights, head_size=parts.heads[0], half=parts.heads[1], dtype=dtype)
+        return self.ops.pack(*weights, dtype=dtype, gate=None if parts.gate is None else self._plain(parts.gate))
 
     def _integers(self, parts: MatrixParts) -> _cpu.PackedMatrix | None:
         """The matrix of weights that are integers in the checkpoint; None if no one matrix can hold them."""

@@ -282,6 +282,13 @@ class Tape:
         self._run(forward, backward, again=residual is None)
         return out
 
+    def product_norm(self, x: F32, weight: F32, bias: F32 | None = None, *, kind: NormKind, eps: float) -> F32:
+        """See :meth:`pyllm.ops.Ops.product_norm`."""
+        return self.norm(x, weight, bias, kind=kind, eps=eps)
+
+    def queries(self, *arguments: Any) -> None:
+        """See :meth:`pyllm.ops.Ops.queries`: what each step makes is kept, so there are several."""
+
     def rope(self, x: F32, cos: F32, sin: F32, head_size: int) -> F32:
         """See :meth:`pyllm.ops.Ops.rope`: in place."""
         ops, view = self.ops, self._view(x)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle.transformer import forward
+from serving import running
 from test_cli import pyllm
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,6 +25,7 @@ from pyllm.errors import ConfigError, RequestError
 from pyllm.generation_config import GenerationConfig
 from pyllm.models import open_checkpoint, read_spec
 from pyllm.planning import plan
+from pyllm.server.limits import Limits
 from pyllm.structured import StructuredOutputs
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -323,8 +325,6 @@ def test_what_does_not_go_together() -> None:
             load(name, prefix=True)
         with pytest.raises(RequestError, match="prefix: expected None, got 1"):
             load(name).forward([5, 6], prefix=1, **more)
-    with pytest.raises(RequestError, match="output_attentions: expected False for a model with an encoder"):
-        load("t5").forward([5, 6], source_token_ids=[5], output_attentions=True)
 
 
 def test_ngrams_guess_and_change_nothing() -> None:
@@ -373,6 +373,36 @@ def test_text_in_text_out(worded: Path, tmp_path: Path) -> None:
     answer = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]
     assert answer["choices"][0]["text"] == text
     assert answer["usage"]["prompt_tokens"] == 3
+
+
+def test_completions_of_the_server_follow_the_folder(worded: Path, tmp_path: Path) -> None:
+    """Value by value, and without beams where they cannot do what is asked for."""
+    folder = shutil.copytree(worded, tmp_path / "t5")
+    said = {"num_beams": 3, "max_length": 25, "no_repeat_ngram_size": 2, "length_penalty": 2.0}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    llm = LLM(folder, threads=2, dtype="float32")
+    prompt = "w5 w9 w33"
+
+    def expected(**given: Any) -> str:
+        return llm.generate(prompt, llm.engine.defaults.params(given))[0].outputs[0].text
+
+    with running(llm, Limits(max_tokens=20)) as server:
+
+        def text(**fields: Any) -> str:
+            return str(server.post("/v1/completions", prompt=prompt, **fields)["choices"][0]["text"])
+
+        assert text(max_tokens=12) == expected(max_tokens=12) != expected(max_tokens=12, num_beams=1)
+        assert text() == expected(max_tokens=20)
+        assert text(stop="w99") == expected(max_tokens=20, num_beams=1)
+        assert text(temperature=0.5, seed=3) == expected(max_tokens=20, num_beams=1, temperature=0.5, seed=3)
+        three = server.post("/v1/completions", prompt=prompt, n=3, max_tokens=12)["choices"]
+        beams = llm.generate(prompt, llm.engine.defaults.params({"max_tokens": 12, "n": 3}))[0].outputs
+        assert [choice["text"] for choice in three] == [output.text for output in beams]
+        body = {"prompt": prompt, "stream": True, "max_tokens": 12}
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            pieces = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        assert "".join(p["choices"][0]["text"] for p in pieces if p["choices"]) == expected(max_tokens=12, num_beams=1)
+        assert "num_beams = 3" in server.refusal("/v1/completions", 400, prompt=prompt, n=4)["message"]
 
 
 def test_head_of_t5() -> None:

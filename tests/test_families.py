@@ -82,26 +82,35 @@ def test_live(name: str, tmp_path: Path) -> None:
     check(tmp_path, goldens.build(name, tmp_path), goldens.variants()[name].ngram)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gptj"])
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gptj", "bart", "t5"])
 def test_attention_weights(name: str) -> None:
-    """Both directions, groups of heads, a window, and rotated keys."""
+    """Both directions, groups of heads, a window, rotated keys, and sources."""
     require_oracle()
     import torch
     import transformers
 
     expected = goldens.read_expected(GOLDEN / name)
-    model = getattr(transformers, goldens.variants()[name].architecture or "AutoModelForCausalLM").from_pretrained(
+    kind = "AutoModelForCausalLM" if expected.source is None else "AutoModelForSeq2SeqLM"
+    model = getattr(transformers, goldens.variants()[name].architecture or kind).from_pretrained(
         GOLDEN / name, attn_implementation="eager"
     )
+    ids, given, source = torch.from_numpy(expected.ids)[None], {}, None
+    names = {"attentions": "attentions"}
+    if expected.source is not None:
+        given, source = {"decoder_input_ids": ids}, expected.source.tolist()
+        ids = torch.from_numpy(expected.source)[None]
+        names = {"attentions": "decoder_attentions"} | {n: n for n in ("cross_attentions", "encoder_attentions")}
     with torch.no_grad():
-        theirs = model.eval()(torch.from_numpy(expected.ids)[None], output_attentions=True).attentions
+        theirs = model.eval()(ids, output_attentions=True, **given)
     llm = LLM(GOLDEN / name, skip_tokenizer_init=True, threads=2)
-    plain = llm.forward(expected.ids.tolist())
-    ours = llm.forward(expected.ids.tolist(), output_attentions=True)
+    plain = llm.forward(expected.ids.tolist(), source_token_ids=source)
+    ours = llm.forward(expected.ids.tolist(), source_token_ids=source, output_attentions=True)
     assert plain.logits.tobytes() == ours.logits.tobytes()
-    assert len(ours.attentions) == len(theirs)
-    for found, wanted in zip(ours.attentions, theirs, strict=True):
-        close(found, wanted[0].numpy())
+    for name_of_ours, name_of_theirs in names.items():
+        for found, wanted in zip(getattr(ours, name_of_ours), getattr(theirs, name_of_theirs), strict=True):
+            close(found, wanted[0].numpy())
+    assert (ours.cross_attentions is None) == (ours.encoder_attentions is None) == (source is None)
+    assert ours.hidden_states is None and ours.encoder_hidden_states is None
     cut = LLM(GOLDEN / "llama", skip_tokenizer_init=True, max_num_batched_tokens=8)
     with pytest.raises(RequestError, match="expected at most 8 tokens, those of a step, got 9"):
         cut.forward(expected.ids[:9].tolist(), output_attentions=True)

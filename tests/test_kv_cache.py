@@ -21,13 +21,16 @@ def bits(a: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_writes_the_layout(isa: str, dtype: np.dtype) -> None:
     for size in (1, 2, 3, 8, 15, 16, 17, 33, 64, 80, 127, 256):
-        for rows, threads in ((0, 1), (1, 2), (5, 1), (40, 2), (100, 3)):
+        for rows, threads in ((0, 1), (1, 2), (5, 1), (40, 1), (40, 2), (100, 3)):
             heads, blocks, half = 2, 3, size // 2
             k = Framed(RNG.normal(size=(rows, heads * size)).astype(np.float32), offset=size % 5)
             v = Framed(RNG.normal(size=(rows, heads * size)).astype(np.float32), gap=1)
             cos, sin = (RNG.normal(size=(rows, half)).astype(np.float32) for _ in range(2))
             slots = RNG.permutation(blocks * PAGE)[:rows].astype(np.int64)
-            slots[::7] = -1
+            if threads > 1:  # tokens that follow each other, but for a gap, within blocks and from one to the next
+                slots = np.arange(rows, dtype=np.int64) + 13
+                slots[rows // 2 :] += 30
+            slots[:: 7 if threads == 1 else 23] = -1
             cache = Framed(empty(blocks, heads, size, dtype), offset=0, gap=0)
             with at_isa(isa):
                 Ops(threads).kv_write(cache.array, k.array, v.array, slots, size, cos, sin)

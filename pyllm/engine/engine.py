@@ -222,6 +222,24 @@ class Engine:
         """Whether nothing is queued or running."""
         return not self._running
 
+    def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None], pools: Seq[Pool | KeptStates]) -> None:
+        """Compute one step of an encoder over whole texts, which `Runner.steps` put together: the hidden states of each
+        go to its pool. Without requests, which would cost as much time as short texts do.
+
+        The texts are ones that `check_prompt` took; raises `NonFiniteError` where what is kept of one is no numbers.
+        """
+        began = time.perf_counter()
+        states = self.runner.read(texts, types)
+        finite = bool(np.isfinite(states).all())
+        row = 0
+        for text, pool in zip(texts, pools, strict=True):
+            pool.add(states[row : row + len(text)], 0)
+            if not finite and not pool.finite:
+                raise _not_finite()
+            row += len(text)
+        self.stats.prompt_tokens += row
+        self.stats.prompt_seconds += time.perf_counter() - began
+
     def step(self) -> None:
         """Compute one step and deliver what it gave to the requests.
 
@@ -269,10 +287,7 @@ class Engine:
         """Nothing is to be generated: only the prompt was wanted."""
         pool = completion.request.pool
         if pool is not None and not pool.finite:
-            completion.request.error = NonFiniteError(
-                "the model gives hidden states that are not finite for this text. Check the checkpoint, or load it "
-                "with dtype float32 if it overflows in a smaller one."
-            )
+            completion.request.error = _not_finite()
         self._finish(completion, "length" if completion.request.error is None else "error")
         completion.deliver([])
 
@@ -530,10 +545,7 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
                 "or raise max_model_len (--ctx-size) where the model and memory allow"
             )
-        vocabulary = self.runner.model.spec.vocab_size
-        for i, token in enumerate(prompt_ids):
-            if not 0 <= token < vocabulary:
-                raise RequestError(f"prompt token {i}: expected an id in [0, {vocabulary}), got {token}")
+        self._check_ids("prompt", prompt_ids)
         if types is None:
             return
         known = self.runner.model.spec.embedding.types
@@ -559,17 +571,21 @@ class Engine:
 
     def check_target(self, ids: Seq[int]) -> None:
         """Raise `RequestError` for tokens that the decoder of a model with an encoder cannot be given."""
-        vocabulary = self.runner.model.spec.vocab_size
         if not len(ids):
             raise RequestError("the decoder's text is empty: expected at least its start token")
-        for i, token in enumerate(ids):
-            if not 0 <= token < vocabulary:
-                raise RequestError(f"decoder token {i}: expected an id in [0, {vocabulary}), got {token}")
+        self._check_ids("decoder", ids)
         if len(ids) > self.max_length:
             raise RequestError(
                 f"the decoder's text has {len(ids)} tokens, more than the context of {self.max_length}: shorten it, or "
                 "raise max_model_len (--ctx-size) where the model and memory allow"
             )
+
+    def _check_ids(self, whose: str, ids: Seq[int]) -> None:
+        vocabulary = self.runner.model.spec.vocab_size
+        if min(ids) >= 0 and max(ids) < vocabulary:
+            return
+        i, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocabulary)
+        raise RequestError(f"{whose} token {i}: expected an id in [0, {vocabulary}), got {token}")
 
     def _check_source(self, ids: Seq[int]) -> None:
         if len(ids) > self.runner.max_source:
@@ -629,3 +645,10 @@ class Engine:
         self.scheduler.clear()
         if self.speculation is not None:
             self.speculation.clear()
+
+
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError(
+        "the model gives hidden states that are not finite for this text. Check the checkpoint, or load it with dtype "
+        "float32 if it overflows in a smaller one."
+    )

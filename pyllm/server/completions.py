@@ -28,11 +28,12 @@ from pyllm.server.service import Service
 
 
 async def completions(request: Request) -> Response:
-    """Continue one or several prompts."""
+    """Continue one or several prompts; an encoder-decoder answers them, searching as its folder says."""
     service = service_of(request)
     body = await read(request, CompletionBody)
     service.check_model(body.model)
-    params = body.sampling_params(service.limits)
+    engine = service.llm.engine
+    params = body.sampling_params(service.limits, None if service.llm.spec.encoder is None else engine.defaults)
     prompts = await service.prompts("prompt", body.prompts(), params.n, echo=bool(body.echo))
     generation = await submit(request, prompts, params, streamed=bool(body.stream), salt=body.cache_salt)
     head = replies.Head.completion(service.model)

@@ -20,8 +20,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
+from pyllm.errors import ConfigError
+from pyllm.generation_config import GenerationConfig
 from pyllm.sampling import SamplingParams
-from pyllm.server.errors import ApiError, refused
+from pyllm.server.errors import ApiError, api_error, refused
 from pyllm.server.limits import Limits
 from pyllm.structured import StructuredOutputs
 
@@ -140,8 +142,14 @@ class GenerationBody(Body):
         """Whether a stream ends with a count of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _params(self, limits: Limits, max_tokens: int | None, **more: Any) -> SamplingParams:
-        """Raises `ApiError` 400 for values out of their range or beyond the limits."""
+    def _params(
+        self, limits: Limits, max_tokens: int | None, defaults: GenerationConfig | None = None, **more: Any
+    ) -> SamplingParams:
+        """What is not given is as in `SamplingParams`, or as `defaults` say.
+
+        Raises `ApiError` 400 for values out of their range or beyond the limits, and for defaults that cannot be
+        followed.
+        """
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options", "expected only with stream = true")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -153,11 +161,14 @@ class GenerationBody(Body):
         values = {name: value for name, value in values.items() if value is not None}
         if "seed" in values:
             values["seed"] %= 1 << 64  # OpenAI's seeds are signed
-        if max_tokens is None:
-            max_tokens = limits.max_tokens
         try:
             values |= {"structured_outputs": wanted} if (wanted := self._structured()) else {}
+            if defaults is not None:
+                return self._searched(limits, defaults, {"max_tokens": max_tokens, "stop": stops, **values, **more})
+            max_tokens = limits.max_tokens if max_tokens is None else max_tokens
             return SamplingParams(max_tokens=max_tokens, stop=stops, **values, **more)
+        except ConfigError as error:
+            raise api_error(error) from error
         except (ValueError, TypeError) as error:
             name, colon, reason = str(error).partition(":")
             field, inside = re.match(r"(\w*)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -165,6 +176,18 @@ class GenerationBody(Body):
                 raise ApiError(400, str(error)) from error
             given = self._given_as(field)
             raise ApiError(400, f"{given}{inside}:{reason}", param=given) from error
+
+    def _searched(self, limits: Limits, defaults: GenerationConfig, values: dict[str, Any]) -> SamplingParams:
+        """How to search with these values, where given, and else by the defaults; without beams where they could not do
+        what is asked for."""
+        given = {name: value for name, value in values.items() if value not in (None, [])}
+        if self.stream or given.get("temperature") or not given.keys().isdisjoint(_NOT_WITH_BEAMS):
+            given["num_beams"] = 1
+        params = defaults.params(given)
+        most = limits.max_tokens
+        if most is not None and (params.max_tokens is None or params.max_tokens > most):
+            return defaults.params({**given, "max_tokens": most})
+        return params
 
     def _given_as(self, field: str) -> str:
         """The request's field that became this one of `SamplingParams`."""
@@ -194,6 +217,9 @@ _SAMPLING = (
 )  # fmt: skip
 
 
+_NOT_WITH_BEAMS = ("stop", "logprobs", "prompt_logprobs")
+
+
 class CompletionBody(GenerationBody):
     """Body of ``POST /v1/completions``."""
 
@@ -208,20 +234,20 @@ class CompletionBody(GenerationBody):
         """One text or list of token ids for each prompt."""
         return _texts_or_ids("prompt", self.prompt)
 
-    def sampling_params(self, limits: Limits) -> SamplingParams:
-        """Raises `ApiError` 400 for what cannot be done."""
+    def sampling_params(self, limits: Limits, defaults: GenerationConfig | None = None) -> SamplingParams:
+        """What is not given is as `defaults` say, if any. Raises `ApiError` 400 for what cannot be done."""
         if self.suffix is not None:
             raise refused("suffix", "text cannot be inserted before a suffix: leave it out")
         if self.best_of not in (None, self.n or 1):
             raise refused("best_of", f"expected {self.n or 1} (= n) or none: choosing among more is not supported")
         _at_most("logprobs", self.logprobs, limits.max_logprobs)
-        max_tokens = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        if self.max_tokens is None and limits.max_tokens is not None:
+        max_tokens = COMPLETION_TOKENS if self.max_tokens is None and defaults is None else self.max_tokens
+        if self.max_tokens is None and max_tokens is not None and limits.max_tokens is not None:
             max_tokens = min(max_tokens, limits.max_tokens)
         if max_tokens == 0 and not self.echo:
             raise refused("max_tokens", "expected at least 1 without echo, got 0")
         scored = self.logprobs if self.echo else None
-        return self._params(limits, max_tokens, logprobs=self.logprobs, prompt_logprobs=scored)
+        return self._params(limits, max_tokens, defaults, logprobs=self.logprobs, prompt_logprobs=scored)
 
 
 class FunctionCall(Body):

@@ -167,6 +167,7 @@ class Step:
         )
         tape = Tape(self.ops, arenas, self.parameters.gradient_of, self._dropout)
         loss, ops, spec = self.head_loss, self.ops, self.parameters.spec
+        assert weights.head is not None
         tape.head_losses(
             self._head_input(tape),
             weights.head,

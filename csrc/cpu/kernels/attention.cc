@@ -118,23 +118,26 @@ class Attention {
     const SequenceRule rule(a, t.sequence);
     const int64_t rows = t.rows * t.heads;
     for (int64_t i = 0; i < rows; ++i) {
-      take_query(s, i, query(t, i));
-      const int64_t token = (t.row + i % t.rows) / group;
-      s.seen[i] = rule.seen(token);
-      s.position[i] = int32_t(rule.position(token));
-      s.head[i] = int32_t(head_of(t, i));
-      if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, row_of(t, i), head_of(t, i) + 1);
-      s.total_max[i] = -kInfinity;
-      s.total_sum[i] = 0;
+      const Query q = query(t, i);
+      take_query(s, i, a.q + q.row * a.q_stride + q.head * E);
+      s.seen[i] = rule.seen(q.token);
+      s.position[i] = int32_t(rule.position(q.token));
+      s.head[i] = int32_t(q.head);
+      if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, q.row, q.head + 1);
     }
-    std::memset(s.total, 0, size_t(rows * Ep) * sizeof(float));
     // Pages are those of the last row's sinks, and then from the first row's first key on.
     const int64_t end = min_of(t.last_key, s.seen[rows - 1].last);
     const auto page_from = [&](int64_t key) {
       return key < s.seen[rows - 1].sinks ? key : max_of(key, s.seen[0].first / kBlockTokens * kBlockTokens);
     };
+    const int64_t begin = page_from(t.first_key);
+    const bool alone = !t.split && begin < end && begin / kKeyBlock == (end - 1) / kKeyBlock;  // there is one key block
+    if (!t.split && !alone) {
+      for (int64_t i = 0; i < rows; ++i) s.total_max[i] = -kInfinity, s.total_sum[i] = 0;
+      std::memset(s.total, 0, size_t(rows * Ep) * sizeof(float));
+    }
     StripTiles tiles;
-    for (int64_t page = page_from(t.first_key); page < end;) {
+    for (int64_t page = begin; page < end;) {
       const int64_t key = page / kKeyBlock * kKeyBlock, block_end = min_of(end, key + kKeyBlock);
       for (int64_t i = 0; i < rows; ++i) s.max[i] = -kInfinity;
       std::memset(s.lanes, 0, size_t(rows) * cpu::kSumLanes * sizeof(float));
@@ -149,11 +152,20 @@ class Attention {
           attend_page<int8_t>(t, s, page, ahead, tiles);
         page = next;
       }
-      for (int64_t i = 0; i < rows; ++i) end_block(t, s, i, key);
+      for (int64_t i = 0; i < rows; ++i) {
+        const float sum = end_block(s, i, key);
+        if (alone)
+          s.total_sum[i] = sum;
+        else if (s.seen[i].any(key, key + kKeyBlock))
+          keep_block(t, s, i, key, sum);
+      }
     }
     if (t.split) return;
-    for (int64_t i = 0; i < rows; ++i)
-      end_row(row_of(t, i), head_of(t, i), s.total + i * Ep, s.total_max[i], s.total_sum[i]);
+    const float *total = alone ? s.o : s.total, *max = alone ? s.max : s.total_max;
+    for (int64_t i = 0; i < rows; ++i) {
+      const Query q = query(t, i);
+      end_row(q.row, q.head, total + i * Ep, max[i], s.total_sum[i]);
+    }
   }
 
   // What is kept by dropout is divided by its probability here, with the sum, which is 0 where no key is seen only.
@@ -180,11 +192,15 @@ class Attention {
 #endif
   }
 
-  int64_t row_of(const Item& t, int64_t i) const { return a.starts[t.sequence] + (t.row + i % t.rows) / group; }
-  int64_t head_of(const Item& t, int64_t i) const {
-    return (t.head + i / t.rows) * group + (t.row + i % t.rows) % group;
+  // Row i of an item: the token of its sequence, the row of q and out that this is, and the head.
+  struct Query {
+    int64_t token, row, head;
+  };
+  Query query(const Item& t, int64_t i) const {
+    const auto rows = uint32_t(t.rows), heads = uint32_t(group), at = uint32_t(t.row) + uint32_t(i) % rows;
+    const int64_t token = at / heads;
+    return {token, a.starts[t.sequence] + token, (t.head + uint32_t(i) / rows) * group + at % heads};
   }
-  const float* query(const Item& t, int64_t i) const { return a.q + row_of(t, i) * a.q_stride + head_of(t, i) * E; }
   float* partial(int64_t sequence, int64_t token, int64_t block, int64_t head) const {
     return partials + (plan.slot(sequence, token, block) * a.heads + head) * w.slot_floats;
   }
@@ -447,21 +463,26 @@ class Attention {
     }
   }
 
-  // Row i of an item has taken in the pages of the key block that starts at `key`.
-  void end_block(const Item& t, const Scratch& s, int64_t i, int64_t key) const {
-    if (!s.seen[i].any(key, key + kKeyBlock)) return;
-    const float sum = simd::sum(load(s.lanes + i * cpu::kSumLanes));
-    float* o = s.o + i * Ep;
-    if (weights ==
-        Weights::pairs) {  // the bf16 instructions take denormals for 0, but only in pages that a row takes part in
+  // Row i of an item has taken in the pages of the key block that starts at `key`: its sum.
+  float end_block(const Scratch& s, int64_t i, int64_t key) const {
+    if (weights == Weights::pairs && s.seen[i].any(key, key + kKeyBlock)) {
+      // The bf16 instructions take denormals for 0, but only in pages that a row takes part in.
+      float* o = s.o + i * Ep;
       const F least = set(0x1p-126f);
       for (int64_t e = 0; e < Ep; e += F::N) store(o + e, select_gt(least, abs(load(o + e)), zero(), load(o + e)));
     }
+    return simd::sum(load(s.lanes + i * cpu::kSumLanes));
+  }
+
+  // What row i of an item made of a key block, of which it saw some: a partial result, or merged with earlier ones.
+  void keep_block(const Item& t, const Scratch& s, int64_t i, int64_t key, float sum) const {
+    const float* o = s.o + i * Ep;
     if (!t.split) {
       merge(s.total_max[i], s.total_sum[i], s.total + i * Ep, s.max[i], sum, o, Ep);
       return;
     }
-    float* slot = partial(t.sequence, (t.row + i % t.rows) / group, key / kKeyBlock, head_of(t, i));
+    const Query q = query(t, i);
+    float* slot = partial(t.sequence, q.token, key / kKeyBlock, q.head);
     slot[0] = s.max[i];
     slot[1] = sum;
     std::memcpy(slot + cpu::kPartialHeader, o, size_t(Ep) * sizeof(float));

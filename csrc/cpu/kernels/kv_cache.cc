@@ -1,6 +1,7 @@
 // Writes keys and values into the paged cache, in the layouts of CacheView.
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/rotate.h"
+#include "cpu/kernels/transpose.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -17,15 +18,25 @@ void narrow(uint16_t* dst, const float* src, int64_t E, int64_t Ep) {
   for (e = E; e < Ep; ++e) dst[e] = 0;
 }
 
-// One head of one token. `at` is the token's place in its block. Tokens of one group or pair may be written by
-// different threads at once: each stores only elements of its own.
-void write_f32(float* head, const CacheView& cache, int64_t at, const float* k, const float* v) {
+// One head of tokens that follow each other. `at` is the first one's place in their block. Tokens of one group or pair
+// may be written by different threads at once: each stores only elements of its own.
+struct HeadRows {
+  const float* data;
+  int64_t stride;
+
+  const float* row(int64_t i) const { return data + i * stride; }
+};
+
+// They belong to one group of keys.
+void write_f32(float* head, const CacheView& cache, int64_t at, int64_t tokens, HeadRows k, HeadRows v) {
   const int64_t E = cache.head_size, Ep = cache.padded_head();
   float* keys = head + at / kKeyGroup * (E * kKeyGroup) + at % kKeyGroup;
-  for (int64_t e = 0; e < E; ++e) keys[e * kKeyGroup] = k[e];
+  transpose(keys, kKeyGroup, k.data, k.stride, tokens, E);
   float* values = head + cache.half_elements() + at * Ep;
-  std::memcpy(values, v, size_t(E) * sizeof(float));
-  for (int64_t e = E; e < Ep; ++e) values[e] = 0;
+  for (int64_t i = 0; i < tokens; ++i, values += Ep) {
+    std::memcpy(values, v.row(i), size_t(E) * sizeof(float));
+    for (int64_t e = E; e < Ep; ++e) values[e] = 0;
+  }
 }
 
 void write_bf16(uint16_t* head, const CacheView& cache, int64_t at, const float* k, const float* v) {
@@ -77,6 +88,14 @@ void write_i8(int8_t* head, const CacheView& cache, int64_t at, const float* k, 
   for (int64_t e = 0; e < Ep; ++e) values[e * 2] = row[e];
 }
 
+// How many tokens from t on, which has a slot, stand one behind the other in one group of keys; end at most.
+int64_t tokens_together(const int64_t* slots, int64_t t, int64_t end) {
+  const int64_t most = kKeyGroup - slots[t] % kKeyGroup;
+  int64_t count = 1;
+  while (count < most && t + count < end && slots[t + count] == slots[t] + count) ++count;
+  return count;
+}
+
 }  // namespace
 
 void kv_write(const KvWriteArgs& a, Parallel& pool) {
@@ -85,24 +104,31 @@ void kv_write(const KvWriteArgs& a, Parallel& pool) {
   parallel_for(pool, (a.rows + kTokensPerChunk - 1) / kTokensPerChunk, [&](int64_t chunk, int) {
     const int64_t begin = chunk * kTokensPerChunk,
                   end = begin + kTokensPerChunk < a.rows ? begin + kTokensPerChunk : a.rows;
-    float rotated[kMaxHead];
-    for (int64_t t = begin; t < end; ++t) {
+    float rotated[kKeyGroup * kMaxHead];
+    for (int64_t t = begin, tokens = 1; t < end; t += tokens) {
+      tokens = 1;
       if (a.slots[t] < 0) continue;
+      tokens = tokens_together(a.slots, t, end);
       const int64_t block = a.slots[t] / kBlockTokens, at = a.slots[t] % kBlockTokens;
       for (int64_t g = 0; g < cache.kv_heads; ++g) {
-        const float* k = a.k + t * a.k_stride + g * E;
-        const float* v = a.v + t * a.v_stride + g * E;
+        HeadRows k{a.k + t * a.k_stride + g * E, a.k_stride};
+        const HeadRows v{a.v + t * a.v_stride + g * E, a.v_stride};
         if (a.cos) {
-          rotate(rotated, k, a.cos + t * a.half, a.sin + t * a.half, a.half, E);
-          k = rotated;
+          for (int64_t i = 0; i < tokens; ++i)
+            rotate(rotated + i * E, k.row(i), a.cos + (t + i) * a.half, a.sin + (t + i) * a.half, a.half, E);
+          k = {rotated, E};
         }
         const int64_t head = block * cache.block_elements() + g * cache.head_elements();
-        if (cache.dtype == DType::f32)
-          write_f32(static_cast<float*>(cache.data) + head, cache, at, k, v);
-        else if (cache.dtype == DType::bf16)
-          write_bf16(static_cast<uint16_t*>(cache.data) + head, cache, at, k, v);
-        else
-          write_i8(static_cast<int8_t*>(cache.data) + head, cache, at, k, v);
+        if (cache.dtype == DType::f32) {
+          write_f32(static_cast<float*>(cache.data) + head, cache, at, tokens, k, v);
+          continue;
+        }
+        for (int64_t i = 0; i < tokens; ++i) {
+          if (cache.dtype == DType::bf16)
+            write_bf16(static_cast<uint16_t*>(cache.data) + head, cache, at + i, k.row(i), v.row(i));
+          else
+            write_i8(static_cast<int8_t*>(cache.data) + head, cache, at + i, k.row(i), v.row(i));
+        }
       }
     }
   });

@@ -2,8 +2,8 @@
 //
 // A worker takes some rows by some panels of 64 outputs. K is cut into blocks, and each block of a panel is multiplied
 // with all those rows, a register tile at a time (matmul_tile.h); between blocks the partial sums rest in the worker's
-// scratch, so that every output is one chain over rising k. Rows of x are read from a copy laid out by blocks, and
-// where there are many of them, weights that must be widened are widened once per block. A tile that has met its last
+// scratch, so that every output is one chain over rising k. Rows of x are read where they stand, or from a copy laid
+// out by blocks, and where there are many of them, weights that must be widened are widened once per block. A tile that has met its last
 // block goes through the epilogue at once, so that y is written while the next tile is multiplied.
 #include "cpu/cores.h"
 #include "cpu/kernels/kernel.h"
@@ -52,7 +52,7 @@ struct Pass {
   bool streams;  // few rows: the time is that of reading the weights
   bool widen;    // weights become float32 a block at a time
   int64_t steps, block, depth;  // of K in all, of a block of x, and of what is multiplied at once
-  const void* x;                // copy [blocks][rows][x_stride] of float or bf16 pairs, or the one row itself
+  const void* x;                // copy [blocks][rows][x_stride] of float or bf16 pairs, or the rows themselves
   int64_t x_stride, x_block;    // of its rows and blocks, in 4-byte elements
   unsigned char* scratch;       // of all workers
 
@@ -62,6 +62,13 @@ struct Pass {
   }
   float* widened(int worker) const { return sums(worker, plan::kFloatSlots); }
 };
+
+// Whether x can be multiplied where it stands: as float32, and without rows that fall into the same cache sets.
+bool reads_in_place(const Pass& p) {
+  constexpr int64_t kSets = 4096 / int64_t(sizeof(float));  // rows this far apart share those of a first-level cache
+  const MatmulArgs& a = p.args;
+  return !p.rounded && a.w.padded_k() == a.w.k && (p.rows == 1 || a.x_stride % kSets != 0);
+}
 
 // Copies x to dst [blocks][rows][x_stride], as bf16 where `pairs`, and as float that bf16 holds, the second of a pair
 // first, where only `rounded`. Odd K is padded with zero. Rows that a worker copies are mostly those it multiplies.
@@ -108,12 +115,12 @@ struct Next {
 
 // All columns of a panel for Rows rows.
 template <class Step, int Rows, Fetch kFetch>
-void tile_panel(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, int64_t columns,
-                bool first, Ahead ahead) {
+void tile_panel(float* sums, const typename Step::X* x, int64_t x_stride, const typename Step::W* w, int64_t steps,
+                int64_t columns, bool first, Ahead ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
   constexpr Fetch kUsed = kColumns == kPanel || kFetch == Fetch::next ? kFetch : Fetch::none;
   for (int64_t c = 0; c < columns; c += kColumns)
-    tile<Step, Rows, kUsed>(sums + c, x, w + c * Step::kColumn, steps, first, ahead);
+    tile<Step, Rows, kUsed>(sums + c, x, x_stride, w + c * Step::kColumn, steps, first, ahead);
 }
 
 // The epilogue of one panel, rows [r, r + count) of the chunk at a time; of a block that is not the last, nothing.
@@ -123,17 +130,20 @@ struct Finish {
   int64_t row, panel;  // of y: where the chunk begins
   const float *sums, *up_sums;
 
-  // Asks for what the epilogue will touch: each row of y is on another page, which takes a while to reach.
-  void expect(int64_t r, int64_t count) const {
-    if (!last) return;
+  // Asks for what the epilogue will touch: each row of y is on another page, which takes a while to reach. `y` is null
+  // where that is fetched in the meantime.
+  void expect(int64_t r, int64_t count, const float* y) const {
+    const float* residual = args.residual == args.y ? nullptr : args.residual;
+    if (!last || (!y && !residual)) return;
     const int64_t column = panel * kPanel;
     for (int64_t i = row + r; i < row + r + count; ++i) {
       for (int64_t c = column; c < least(column + kPanel, args.w.n); c += 16) {
-        __builtin_prefetch(args.y + i * args.y_stride + c, 1, 2);
-        if (args.residual) __builtin_prefetch(args.residual + i * args.residual_stride + c, 0, 2);
+        if (y) __builtin_prefetch(y + i * args.y_stride + c, 1, 2);
+        if (residual) __builtin_prefetch(residual + i * args.residual_stride + c, 0, 2);
       }
     }
   }
+  float* y(int64_t r) const { return args.y + (row + r) * args.y_stride + panel * kPanel; }
   void run(int64_t r, int64_t count) const {
     if (last) finish_panel(args, row + r, count, panel, sums + r * kPanel, up_sums + r * kPanel);
   }
@@ -142,9 +152,10 @@ struct Finish {
 // One block of K for all rows: sums[rows][kPanel] (+)= x w^T over the first `columns` columns of the panel, and what
 // comes of them. Meanwhile what is next is brought into the cache.
 template <class Step>
-void multiply_block(float* sums, const typename Step::X* x, const void* weights, int64_t rows, int64_t steps,
-                    int64_t columns, bool first, Next next, const Finish& finish) {
-  using Tile = void (*)(float*, const typename Step::X*, const typename Step::W*, int64_t, int64_t, bool, Ahead);
+void multiply_block(float* sums, const typename Step::X* x, int64_t x_stride, const void* weights, int64_t rows,
+                    int64_t steps, int64_t columns, bool first, Next next, const Finish& finish) {
+  using Tile =
+      void (*)(float*, const typename Step::X*, int64_t, const typename Step::W*, int64_t, int64_t, bool, Ahead);
   static constexpr Tile kTiles[][3] = {
 #define PYLLM_TILE(rows) \
   {tile_panel<Step, rows, Fetch::none>, tile_panel<Step, rows, Fetch::stream>, tile_panel<Step, rows, Fetch::next>}
@@ -165,14 +176,31 @@ void multiply_block(float* sums, const typename Step::X* x, const void* weights,
   // With several tiles only the first meets weights that are not in the cache yet, so each fetches its share of what
   // comes next.
   const int64_t w_share = next.w_bytes / tiles, x_share = next.x_bytes / tiles, spread = greatest(1, steps);
+  // Where no other block of x comes next, the rows of the next tile do, if they stand close together.
+  const bool fetches_rows = next.x_bytes == 0 && x_stride < 2 * steps * Step::kX;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-    const Ahead ahead = alone ? Ahead{static_cast<const char*>(weights) + kStreamAhead, step_bytes, nullptr, 0}
-                              : Ahead{next.w + w_share * t, divide_up(w_share, spread), next.x + x_share * t,
-                                      divide_up(x_share, spread)};
-    finish.expect(begin, end - begin);
-    kTiles[end - begin - 1][int(fetch)](sums + begin * kPanel, x + begin * kRowStride, w, steps, columns, first, ahead);
-    finish.run(begin, end - begin);
+    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, count = end - begin;
+    Ahead ahead{next.w + w_share * t,
+                divide_up(w_share, spread),
+                next.x + x_share * t,
+                divide_up(x_share, spread),
+                reinterpret_cast<const char*>(sums + begin * kPanel),
+                0,
+                0};
+    if (alone) ahead.w = static_cast<const char*>(weights) + kStreamAhead, ahead.w_advance = step_bytes;
+    if (fetches_rows) {
+      ahead.x = reinterpret_cast<const char*>(x + end % rows * x_stride);
+      ahead.x_advance = divide_up(count * x_stride * int64_t(sizeof *x), spread);
+    }
+    if (finish.last) {
+      ahead.y = reinterpret_cast<const char*>(finish.y(begin));
+      ahead.y_stride = finish.args.y_stride * int64_t(sizeof(float));
+      ahead.y_advance = divide_up(kPanel * int64_t(sizeof(float)) * count, spread);
+    }
+    finish.expect(begin, count, fetch == Fetch::next ? nullptr : finish.args.y);
+    kTiles[count - 1][int(fetch)](sums + begin * kPanel, x + begin * x_stride, x_stride, w, steps, columns, first,
+                                  ahead);
+    finish.run(begin, count);
   }
 }
 
@@ -223,26 +251,27 @@ void multiply_panels(const Pass& p, const Chunk& chunk, RowTiles& tiles, int64_t
                           panel / w.parts, p.sums(worker, slot - part), sums};
       Next next{data + (panel + 1) * panel_bytes + s * step_bytes, next_x + (panel - begin) * x_bytes,
                 steps * step_bytes, x_bytes};
-      if (panel + 1 == end && !last) next.w = data + begin * panel_bytes + (s + steps) * step_bytes;
+      if (panel + 1 == end)
+        next.w = last ? data + end * panel_bytes : data + begin * panel_bytes + (s + steps) * step_bytes;
       if (p.widen) {
         widen_block(p.widened(worker), static_cast<const uint16_t*>(weights), p, steps);
         weights = p.widened(worker);
       }
       if (p.widen || w.dtype == DType::f32)
-        multiply_block<StepF32>(sums, x, weights, chunk.rows, steps, columns, first, next, finish);
+        multiply_block<StepF32>(sums, x, p.x_stride, weights, chunk.rows, steps, columns, first, next, finish);
       else if (w.dtype == DType::f16)
-        multiply_block<StepF16>(sums, x, weights, chunk.rows, steps, columns, first, next, finish);
+        multiply_block<StepF16>(sums, x, p.x_stride, weights, chunk.rows, steps, columns, first, next, finish);
       else if (!p.pairs)
-        multiply_block<StepBf16Wide<PYLLM_HAS_BF16_DOT>>(sums, x, weights, chunk.rows, steps / 2, columns, first, next,
-                                                         finish);
+        multiply_block<StepBf16Wide<PYLLM_HAS_BF16_DOT>>(sums, x, p.x_stride, weights, chunk.rows, steps / 2, columns,
+                                                         first, next, finish);
       else {
 #if PYLLM_HAS_AMX
         multiply_block_amx(tiles, sums, reinterpret_cast<const uint32_t*>(x), static_cast<const uint16_t*>(weights),
                            chunk.rows, steps, first, {next.w, next.w_bytes, next.x, next.x_bytes});
         finish.run(0, chunk.rows);
 #elif PYLLM_HAS_BF16_DOT
-        multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), weights, chunk.rows, steps, columns,
-                                    first, next, finish);
+        multiply_block<StepBf16Dot>(sums, reinterpret_cast<const uint32_t*>(x), p.x_stride, weights, chunk.rows, steps,
+                                    columns, first, next, finish);
 #endif
       }
     }
@@ -269,14 +298,15 @@ void multiply_rows(const MatmulArgs& a, int64_t row, int64_t rows, Parallel& poo
   const int64_t even = amx ? kStepPairs : 2, step_bytes = kPanel * (p.pairs ? 4 : dtype_bytes(a.w.dtype));
   p.block = greatest(even, round_up(plan::even_part(p.steps, amx ? plan::kAmxBlock : kBlock), even));
   p.depth = p.streams ? greatest(even, round_up(plan::even_part(p.block, kDepthBytes / step_bytes), even)) : p.block;
-  p.x_stride = amx ? plan::kAmxRowStride : kRowStride;
   auto* workspace = static_cast<unsigned char*>(a.workspace);
   p.scratch = workspace + plan::x_bytes(rows, round_up(a.w.k, 2));
-  if (rows == 1 && !p.pairs && a.w.padded_k() == a.w.k) {
+  if (reads_in_place(p)) {
     p.x = a.x + row * a.x_stride;
+    p.x_stride = a.x_stride;
     p.x_block = p.block;
   } else {
     p.x = workspace;
+    p.x_stride = amx ? plan::kAmxRowStride : plan::kRowStride;
     p.x_block = rows * p.x_stride;
     copy_x(p, workspace, pool);
   }

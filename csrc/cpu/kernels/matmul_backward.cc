@@ -26,7 +26,7 @@ template <int Rows>
 void tile_panel(float* sums, const float* x, const float* w, int64_t steps, bool first, Ahead ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
   for (int64_t c = 0; c < kPanel; c += kColumns)
-    tile<StepF32, Rows, Fetch::next, kGradientStride>(sums + c, x, w + c, steps, first, ahead);
+    tile<StepF32, Rows, Fetch::next>(sums + c, x, kGradientStride, w + c, steps, first, ahead);
 }
 
 // What will be needed after a block, to be brought into the cache meanwhile: two pieces, each walked by all tiles.
@@ -54,8 +54,13 @@ void multiply_block(float* sums, const float* x, const float* w, int64_t rows, i
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
     between(t, tiles);
-    const Ahead ahead{static_cast<const char*>(coming.a) + a_share * t, divide_up(a_share, steps),
-                      static_cast<const char*>(coming.b) + b_share * t, divide_up(b_share, steps)};
+    const Ahead ahead{static_cast<const char*>(coming.a) + a_share * t,
+                      divide_up(a_share, steps),
+                      static_cast<const char*>(coming.b) + b_share * t,
+                      divide_up(b_share, steps),
+                      reinterpret_cast<const char*>(sums),
+                      0,
+                      0};
     kTiles[end - begin - 1](sums + begin * kPanel, x + begin * kGradientStride, w, steps, first, ahead);
   }
 }

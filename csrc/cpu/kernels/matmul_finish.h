@@ -4,6 +4,24 @@
 
 namespace pyllm::PYLLM_ISA {
 
+// act(sums + bias) + residual of a whole panel, which most are; column is its first.
+static inline void finish_whole(const MatmulArgs& a, int64_t row, int64_t rows, int64_t column, const float* sums) {
+  const float* bias = a.bias ? a.bias + column : nullptr;
+  with_activation(a.activation, [&](auto tag) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* y = a.y + (row + r) * a.y_stride + column;
+      const float* residual = a.residual ? a.residual + (row + r) * a.residual_stride + column : nullptr;
+      for (int64_t c = 0; c < kPanel; c += F::N) {
+        F v = simd::load(sums + r * kPanel + c);
+        if (bias) v = v + simd::load(bias + c);
+        v = apply<decltype(tag)::value>(v);
+        if (residual) v = v + simd::load(residual + c);
+        simd::store(y + c, v);
+      }
+    }
+  });
+}
+
 // Bias, activation, gate and residual, and what the activation is applied to: one panel of rows [row, row + rows) of y from its sums [rows][kPanel], and where
 // gated from those of the same panel of the other part. Sums are multiplied by the scales [kPanel] of their columns first
 // where these are not null.
@@ -11,6 +29,7 @@ static inline void finish_panel(const MatmulArgs& a, int64_t row, int64_t rows, 
                                 const float* up_sums, const float* scales = nullptr, const float* up_scales = nullptr) {
   const bool gated = a.w.parts == 2;
   const int64_t column = panel * kPanel, columns = a.w.n - column < kPanel ? a.w.n - column : kPanel;
+  if (columns == kPanel && !gated && !scales && !a.pre) return finish_whole(a, row, rows, column, sums);
   for (int64_t r = 0; r < rows; ++r) {
     const float* sum = sums + r * kPanel;
     const float* up = up_sums + r * kPanel;

@@ -6,9 +6,8 @@ namespace pyllm::cpu::matmul_plan {
 
 // x is read in blocks of at most kBlock steps (a step is one k, or one pair of k for the bf16 dot product): the block of a
 // panel, 256 KB, is read from the second-level cache as fast as it is used up, and a chain over K is hardly ever
-// interrupted. The copy of x has rows this far apart: a constant, so that a tile addresses all its rows from one pointer,
-// and an odd number of cache lines, so that they do not fall into the same cache sets. AMX needs weights in the
-// first-level cache.
+// interrupted. A copy of x has rows this far apart: an odd number of cache lines, so that they do not fall into the same
+// cache sets. AMX needs weights in the first-level cache.
 constexpr int64_t kBlock = 1024, kAmxBlock = 128;
 constexpr int64_t kRowStride = kBlock + 16, kAmxRowStride = kAmxBlock + 16;  // in 4-byte elements: floats or bf16 pairs
 // More rows than kMaxRows are done in several passes, which bounds the workspace. Within a pass a worker takes up to

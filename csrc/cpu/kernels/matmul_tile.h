@@ -6,7 +6,6 @@
 namespace pyllm::PYLLM_ISA {
 
 using cpu::matmul_plan::kBlock;
-using cpu::matmul_plan::kRowStride;
 
 // Most rows of a tile, and the vectors of columns that go with so many rows: as many accumulators as the registers
 // hold.
@@ -83,19 +82,22 @@ struct StepBf16Wide {
 enum class Fetch {
   none,
   stream,  // the lines of one step from `w` on, `w_advance` bytes further at each step: for tiles that meet their weights in memory
-  next,    // a line at `w` and one at `x`, which advance slowly: what the next blocks will need
+  next,  // a line at `w`, one at `x` and one at `y`, which advance slowly: what the next blocks, and the epilogue, will need
 };
 struct Ahead {
   const char* w;
   int64_t w_advance;  // per step, in bytes
   const char* x;
   int64_t x_advance;
+  const char* y;  // of the first row, to be written: all at once they would keep the weights waiting
+  int64_t y_stride, y_advance;
 };
 
 // sums[r][c] (+)= x[r] . w[c] for Rows rows and tile_vectors(Rows) vectors of columns; rows of sums are kPanel apart,
-// those of x kXStride. Continues from what sums holds unless `first`.
-template <class Step, int Rows, Fetch kFetch, int64_t kXStride = kRowStride>
-void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int64_t steps, bool first, Ahead ahead) {
+// those of x x_stride. Continues from what sums holds unless `first`.
+template <class Step, int Rows, Fetch kFetch>
+void tile(float* sums, const typename Step::X* x, int64_t x_stride, const typename Step::W* w, int64_t steps,
+          bool first, Ahead ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
   F c[Rows][kVectors];
@@ -104,26 +106,33 @@ void tile(float* sums, const typename Step::X* x, const typename Step::W* w, int
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) c[r][v] = first ? simd::zero() : simd::load(sums + r * kPanel + v * F::N);
   }
-  for (int64_t s = 0; s < steps; ++s, x += Step::kX, w += Step::kW) {
-    if (kFetch == Fetch::stream) {
+  constexpr int kParts = kFetch == Fetch::next ? Rows : 1;  // of the steps: each fetches one row of y
+#pragma GCC unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    const char* y = ahead.y + part * ahead.y_stride;
+    for (int64_t s = steps * (part + 1) / kParts - steps * part / kParts; s > 0; --s, x += Step::kX, w += Step::kW) {
+      if (kFetch == Fetch::stream) {
 #pragma GCC unroll 16
-      for (int64_t line = 0; line < Step::kW * int64_t(sizeof(typename Step::W)); line += 64)
-        __builtin_prefetch(ahead.w + line, 0, 2);
-    }
-    if (kFetch == Fetch::next) {
-      __builtin_prefetch(ahead.w, 0, 2);
-      __builtin_prefetch(ahead.x, 0, 2);
-      ahead.x += ahead.x_advance;
-    }
-    if (kFetch != Fetch::none) ahead.w += ahead.w_advance;
-    typename Step::Operand b[kVectors];
+        for (int64_t line = 0; line < Step::kW * int64_t(sizeof(typename Step::W)); line += 64)
+          __builtin_prefetch(ahead.w + line, 0, 2);
+      }
+      if (kFetch == Fetch::next) {
+        __builtin_prefetch(ahead.w, 0, 2);
+        __builtin_prefetch(ahead.x, 0, 2);
+        __builtin_prefetch(y, 1, 2);
+        ahead.x += ahead.x_advance;
+        y += ahead.y_advance;
+      }
+      if (kFetch != Fetch::none) ahead.w += ahead.w_advance;
+      typename Step::Operand b[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
+      for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const auto a = Step::broadcast(x + r * kXStride);
+      for (int r = 0; r < Rows; ++r) {
+        const auto a = Step::broadcast(x + r * x_stride);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) c[r][v] = Step::step(c[r][v], a, b[v]);
+        for (int v = 0; v < kVectors; ++v) c[r][v] = Step::step(c[r][v], a, b[v]);
+      }
     }
   }
 #pragma GCC unroll 16
