@@ -3,8 +3,10 @@
     python bench/gpu_check.py OUT
 
 Steps run one after the other, each in a process of its own with a deadline, and leave OUT/<step>.json; what fails,
-hangs or is missing is told there and stops no other step. A table of at most 40 lines comes last. ``--only STEP,...``
-runs some of them, ``--emulated`` all on tiny sizes on the emulated GPU of the tests, to check the program itself.
+hangs or is missing is told there and stops no other step, nor does a figure that fails the figures after it; at its
+deadline a step ends with all processes that it started, and what it had found stays. A table of at most 40 lines comes
+last. ``--only STEP,...`` runs some steps, ``--emulated`` all on tiny sizes on the emulated GPU of the tests, to check
+the program itself.
 
 Figures are fractions of roofs of the same run: bytes over the read stream, operations over torch's product of 8192^3
 where torch is installed with CUDA. Weights lie in as many copies as the L2 cannot hold.
@@ -13,9 +15,12 @@ where torch is installed with CUDA. Weights lie in as many copies as the L2 cann
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,12 +39,13 @@ Row = dict[str, Any]
 MOST_LINES = 40
 PATIENCE = 10  # what the emulated GPU may take of a deadline
 NOT_TOLD = ("rows", "state", "seconds", "error")
+DECODE_ROWS = (1, 4, 8, 16, 64)
 MODELS, DEPTHS, BATCHES, TOKENS = ("gpt2", "llama-1b", "llama-8b"), (128, 2048), (1, 4, 8), 64
 
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the check: `run` gives what its JSON file holds beside seconds and state."""
+    """A part of the check: `run` gives what its JSON file holds beside seconds and state; "rows" may be an iterator."""
 
     run: Callable[[bool], Row]
     seconds: int
@@ -67,8 +73,12 @@ def seconds_of(gpu: Any, launch: Callable[[int], None], count: int, rounds: int 
     launch(0)
     gpu.synchronize()
     gpu.begin_graph()
-    for i in range(count):
-        launch(i)
+    try:
+        for i in range(count):
+            launch(i)
+    except BaseException:
+        gpu.drop_graph()
+        raise
     graph = gpu.end_graph()
     times = []
     for _ in range(rounds + 1):  # the first is not counted
@@ -79,17 +89,21 @@ def seconds_of(gpu: Any, launch: Callable[[int], None], count: int, rounds: int 
     return float(np.median(times[1:]))
 
 
-def noise(gpu: Any, shape: tuple[int, ...], scale: float, dtype: Any) -> Any:
-    """An array of small normals on the GPU, pieced together there from one block of them."""
-    from pyllm.tensor import DTYPES
+@functools.cache
+def noise_block(gpu: Any, scale: float, dtype: Any) -> Any:
+    """4 Mi small normals on the GPU."""
+    return gpu.upload((np.random.default_rng(0).standard_normal(1 << 22) * scale).astype(dtype))
 
-    count = int(np.prod(shape))
-    block = (np.random.default_rng(0).standard_normal(min(count, 1 << 22)) * scale).astype(dtype)
-    source, flat = gpu.upload(block), gpu.empty([count], dtype)
-    for start in range(0, count, len(block)):
-        piece = min(len(block), count - start)
-        gpu.write(flat[start : start + piece], source[:piece])
-    assert source.dtype in DTYPES
+
+def noise(gpu: Any, shape: tuple[int, ...], scale: float, dtype: Any) -> Any:
+    """An array of small normals on the GPU, made there: a block of them, which is doubled until the array is full."""
+    source, count = noise_block(gpu, scale, dtype), int(np.prod(shape))
+    flat, done = gpu.empty([count], dtype), min(count, source.size)
+    gpu.write(flat[:done], source[:done])
+    while done < count:
+        piece = min(done, count - done)
+        gpu.write(flat[done : done + piece], flat[:piece])
+        done += piece
     return flat.reshape(*shape)
 
 
@@ -105,18 +119,35 @@ def torch_gpu() -> Any:
 # Steps
 
 
+def missing() -> str | None:
+    """Why the pyllm that a fresh process imports cannot use a GPU here; None where it can."""
+    code = "from pyllm.device import unavailable; print(unavailable() or '')"
+    done = python("-c", code)
+    if done.returncode:
+        return f"pyllm cannot be imported: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return done.stdout.strip() or None
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder beside the package, whose sources it would else take for the installed one."""
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=environment)
+
+
 def build(emulated: bool) -> Row:
     """The package with its CUDA kernels, compiled for this GPU alone, unless it is there."""
-    from pyllm.device import unavailable
-
-    missing = None if emulated else unavailable()
-    if missing is None:
+    reason = None if emulated else missing()
+    if reason is None:
         return {"already built": True}
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", str(ROOT)]
     settings = {"PYLLM_CUDA": "on", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{missing}; then pip said: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(f"{reason}; then pip said: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    if (still := missing()) is not None:
+        raise RuntimeError(f"built, but {still}")
     return {"already built": False}
 
 
@@ -184,10 +215,13 @@ def torch_product(torch: Any, m: int, n: int, k: int) -> float:
 
 def tests(emulated: bool) -> Row:
     """Every test that is marked gpu."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     if emulated:
-        command = [*command[:-1], "--emulated-gpu", "-k", "memory_goes", str(ROOT / "tests" / "test_gpu.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        command += ["--emulated-gpu", "-k", "memory_goes", str(ROOT / "tests" / "test_gpu.py")]
+    else:
+        command += [str(ROOT / "tests")]
+    done = python(*command)
     found = {"summary": done.stdout.strip().splitlines()[-1:] or [done.stderr[-500:]]}
     if done.returncode:
         raise RuntimeError(f"{found['summary']}\n{done.stdout[-4000:]}")
@@ -227,37 +261,38 @@ def tiny(emulated: bool) -> None:
 
 def kernels(emulated: bool) -> Row:
     """Kernels by themselves, as a share of their roof."""
-    from ml_dtypes import bfloat16
+    return {"rows": kernel_rows(emulated)}
 
-    from pyllm.cuda_ops import CudaOps, DeviceMatrix
-    from pyllm.spec import Activation
 
-    rows: list[Row] = []
+def kernel_rows(emulated: bool) -> Iterator[Row]:
+    """Products of decoding and of prompts, then attention."""
+    from pyllm.cuda_ops import CudaOps
+
+    decode = {"1B qkv": (3072, 2048), "1B gate+up": (16384, 2048), "1B down": (2048, 8192),
+              "8B down": (4096, 14336), "1B head": (128256, 2048)}  # fmt: skip
+    products = [(4096, 4096, 4096), (8192, 8192, 8192), (512, 4096, 4096), (2048, 4096, 4096)]
+    attentions, length, batches = [(64, 32, 8), (128, 32, 8)], 2048, DECODE_ROWS
+    cached = 256 << 20  # bytes of weights beyond any L2
+    if emulated:
+        decode, products, cached = {"tiny": (16, 64), "long": (16, 14336)}, [(32, 16, 64)], 4096
+        attentions, length, batches = [(64, 2, 1)], 64, (1, 8)
     with device(emulated) as gpu:
         ops = CudaOps(gpu)
-        decode = {"1B qkv": (3072, 2048), "1B gate+up": (16384, 2048), "1B down": (2048, 8192),
-                  "8B down": (4096, 14336), "1B head": (128256, 2048)}  # fmt: skip
-        products = [(4096, 4096, 4096), (8192, 8192, 8192), (512, 4096, 4096), (2048, 4096, 4096)]
-        attentions, length, cached = [(64, 32, 8), (128, 32, 8)], 2048, 256 << 20  # bytes of weights beyond any L2
-        if emulated:
-            decode, products, attentions, length, cached = {"tiny": (16, 64)}, [(32, 16, 64)], [(64, 2, 1)], 64, 4096
         for name, (n, k) in decode.items():
-            copies = max(2, -(-cached // (n * k * 2)))
-            weights = [DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False) for _ in range(copies)]
-            for batch in (1, 4, 8):
-                x, y = noise(gpu, (batch, k), 1, np.float32), gpu.empty((batch, n), np.float32)
-                took = seconds_of(gpu, lambda i, x=x, y=y, w=weights: ops.matmul(x, w[i % len(w)], out=y), copies)
-                rows.append(row_of(f"decode {name}", "GB/s", n * k * 2 / took / 1e9, batch=batch, us=took * 1e6))
-        torch = None if emulated else torch_gpu()
+            yield from guarded(f"decode {name}", functools.partial(decoding, gpu, ops, n, k, batches, cached))
         for m, n, k in products:
-            w = DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False)
-            x, y = noise(gpu, (m, k), 1, bfloat16), gpu.empty((m, n), np.float32)
-            took = seconds_of(gpu, lambda _, x=x, y=y, w=w: ops.matmul(x, w, activation=Activation.SILU, out=y), 3)
-            torchs = {} if torch is None else {"torch": torch_product(torch, m, n, k)}
-            rows.append(row_of(f"product {m}x{n}x{k}", "TFLOP/s", 2 * m * n * k / took / 1e12, us=took * 1e6, **torchs))
+            yield from guarded(f"product {m}x{n}x{k}", functools.partial(product, gpu, ops, m, n, k))
         for size, heads, kv_heads in attentions:
-            rows += attention(gpu, ops, size, heads, kv_heads, length)
-    return {"rows": rows}
+            measure = functools.partial(attention, gpu, ops, size, heads, kv_heads, length)
+            yield from guarded(f"attention E={size}", measure)
+
+
+def guarded(name: str, measure: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of ``measure(name)``, and one that tells of its failure."""
+    try:
+        yield from measure(name)
+    except Exception as error:
+        yield {"name": name, "error": f"{type(error).__name__}: {error}"}
 
 
 def row_of(name: str, unit: str, value: float, **more: Any) -> Row:
@@ -265,7 +300,36 @@ def row_of(name: str, unit: str, value: float, **more: Any) -> Row:
     return {"name": name, "value": value, "unit": unit, **more}
 
 
-def attention(gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: int) -> Iterator[Row]:
+def decoding(gpu: Any, ops: Any, n: int, k: int, batches: tuple[int, ...], cached: int, name: str) -> Iterator[Row]:
+    """Products of few rows with weights [n, k], in turns over copies of more than `cached` bytes together."""
+    from ml_dtypes import bfloat16
+
+    from pyllm.cuda_ops import DeviceMatrix
+
+    copies = max(2, -(-cached // (n * k * 2)))
+    weights = [DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False) for _ in range(copies)]
+    for batch in batches:
+        x, y = noise(gpu, (batch, k), 1, bfloat16), gpu.empty((batch, n), np.float32)
+        took = seconds_of(gpu, lambda i, x=x, y=y: ops.matmul(x, weights[i % copies], out=y), copies)
+        yield row_of(name, "GB/s", n * k * 2 / took / 1e9, batch=batch, us=took * 1e6)
+
+
+def product(gpu: Any, ops: Any, m: int, n: int, k: int, name: str) -> Iterator[Row]:
+    """The product of a prompt, and torch's."""
+    from ml_dtypes import bfloat16
+
+    from pyllm.cuda_ops import DeviceMatrix
+    from pyllm.spec import Activation
+
+    w = DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False)
+    x, y = noise(gpu, (m, k), 1, bfloat16), gpu.empty((m, n), np.float32)
+    took = seconds_of(gpu, lambda _: ops.matmul(x, w, activation=Activation.SILU, out=y), 3)
+    torch = torch_gpu()
+    torchs = {} if torch is None else {"torch": torch_product(torch, m, n, k)}
+    yield row_of(name, "TFLOP/s", 2 * m * n * k / took / 1e12, us=took * 1e6, **torchs)
+
+
+def attention(gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: int, name: str) -> Iterator[Row]:
     """Attention of a prompt of `length` tokens, and of one token after so many."""
     from ml_dtypes import bfloat16
 
@@ -282,10 +346,10 @@ def attention(gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: 
 
         took = seconds_of(gpu, launch, 4)
         if rows == 1:
-            yield row_of(f"attention E={size} decode at {length}", "GB/s", cache.nbytes / took / 1e9, us=took * 1e6)
+            yield row_of(f"{name} decode at {length}", "GB/s", cache.nbytes / took / 1e9, us=took * 1e6)
         else:
             work = 2 * rows * rows * heads * size  # half of the scores are masked
-            yield row_of(f"attention E={size} prompt of {length}", "TFLOP/s", work / took / 1e12, us=took * 1e6)
+            yield row_of(f"{name} prompt of {length}", "TFLOP/s", work / took / 1e12, us=took * 1e6)
 
 
 def shape_of(name: str, emulated: bool) -> dict[str, Any]:
@@ -306,8 +370,11 @@ def model(name: str) -> Callable[[bool], Row]:
 
     def step(emulated: bool) -> Row:
         depths, batches, tokens = ((8,), (1,), 3) if emulated else (DEPTHS, BATCHES, TOKENS)
+        return {"rows": rows(emulated, depths, batches, tokens)}
+
+    def rows(emulated: bool, *sizes: Any) -> Iterator[Row]:
         with device(emulated) as gpu:
-            return {"rows": list(engine_rows(gpu, name, shape_of(name, emulated), depths, batches, tokens))}
+            yield from engine_rows(gpu, name, shape_of(name, emulated), *sizes)
 
     return step
 
@@ -317,10 +384,8 @@ def transformers(emulated: bool) -> Row:
     torch = None if emulated else torch_gpu()
     if torch is None:
         return {"skipped": "torch with CUDA is not installed"}
-    rows: list[Row] = []
-    for name in MODELS:
-        rows += transformers_rows(torch, name, shape_of(name, False), BATCHES, TOKENS)
-    return {"rows": rows}
+    every = (transformers_rows(torch, name, shape_of(name, False), BATCHES, TOKENS) for name in MODELS)
+    return {"rows": itertools.chain.from_iterable(every)}
 
 
 def random_model(gpu: Any, spec: Any) -> Any:
@@ -336,7 +401,8 @@ def random_model(gpu: Any, spec: Any) -> Any:
     def matrix(parts: Any) -> Any:
         n, k = parts.shape(spec)
         gated = parts.gate is not None
-        return DeviceMatrix(noise(gpu, (n * (1 + gated), k), 0.02, bfloat16), gated)
+        order = None if parts.heads is None else np.arange(n)  # of noise any order is as good
+        return DeviceMatrix(noise(gpu, (n * (1 + gated), k), 0.02, bfloat16), gated, order)
 
     def vector(*names: str) -> Any:
         if names[0] not in slots:
@@ -437,6 +503,9 @@ def table(results: dict[str, Row]) -> list[str]:
         lines.append(f"{name:12} {found['state']:8} {found['seconds']:5.1f} s  {told}"[:160])
         together: dict[str, list[str]] = {}
         for row in found.get("rows", []):
+            if "error" in row:
+                together.setdefault(row["name"], []).append(row["error"].strip().splitlines()[-1])
+                continue
             batch = f"x{row['batch']} " if "batch" in row else ""
             together.setdefault(row["name"], []).append(f"{batch}{row['value']:.4g} {row['unit']}{share(row, roof)}")
         lines += [f"  {label:34} {', '.join(figures)}"[:160] for label, figures in together.items()]
@@ -464,22 +533,54 @@ def run(out: Path, name: str, emulated: bool) -> Row:
     began = time.perf_counter()
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), str(out), "--step", name]
+    command = [sys.executable, str(Path(__file__).resolve()), str(out.resolve()), "--step", name]
     seconds = STEPS[name].seconds * (PATIENCE if emulated else 1)
-    found: Row
+    # A session of its own, so that what the step has started ends with it.
+    step = subprocess.Popen(
+        [*command, "--emulated"] if emulated else command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    told: Row = {}
     try:
-        done = subprocess.run(
-            [*command, "--emulated"] if emulated else command,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-        found = json.loads(path.read_text()) if path.exists() else {"state": "crashed", "error": done.stderr[-2000:]}
+        errors = step.communicate(timeout=seconds)[1]
+        if step.returncode:
+            told = {"state": "crashed", "error": errors[-2000:]}
     except subprocess.TimeoutExpired:
-        found = {"state": "too long", "error": f"not done after {seconds} s"}
+        told = {"state": "too long", "error": f"not done after {seconds} s"}
+    finally:
+        if step.returncode is None:
+            os.killpg(step.pid, signal.SIGKILL)
+            step.communicate()
+    found: Row = {**(json.loads(path.read_text()) if path.exists() else {"state": "crashed"}), **told}
     found["seconds"] = time.perf_counter() - began
-    path.write_text(json.dumps(found, indent=1))
+    write(path, found)
     return found
+
+
+def run_here(path: Path, step: Step, emulated: bool) -> None:
+    """A step in this process, its rows written as they come."""
+    found: Row = {"state": "crashed"}
+    try:
+        found |= step.run(emulated)
+        rows, found["rows"] = found.get("rows", ()), []
+        for row in rows:
+            found["rows"].append(row)
+            write(path, found)
+        failed = [row["error"] for row in found["rows"] if "error" in row]
+        found |= {"state": "failed", "error": failed[0]} if failed else {"state": "done"}
+    except Exception:
+        found |= {"state": "failed", "error": traceback.format_exc()[-6000:]}
+    write(path, found)
+
+
+def write(path: Path, found: Row) -> None:
+    """Put a step's results into its file, which holds a whole one at any time."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(found, indent=1))
+    beside.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -495,11 +596,7 @@ def main(arguments: list[str] | None = None) -> int:
         tiny(given.emulated)
         return 0
     if given.step is not None:
-        try:
-            found = {"state": "done", **STEPS[given.step].run(given.emulated)}
-        except Exception:
-            found = {"state": "failed", "error": traceback.format_exc()[-6000:]}
-        (given.out / f"{given.step}.json").write_text(json.dumps(found))
+        run_here(given.out / f"{given.step}.json", STEPS[given.step], given.emulated)
         return 0
     names = given.only.split(",")
     if unknown := [name for name in names if name not in STEPS]:

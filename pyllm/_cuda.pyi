@@ -41,7 +41,7 @@ def to_dlpack(array: Array, kind: int, device: int) -> Any: ...
 def from_dlpack(capsule: object, kind: int, device: int) -> Array: ...
 def read_probe(out: Array, x: Array, stream: int) -> None: ...
 def empty_probe(overlapped: bool, stream: int) -> None: ...
-def skinny_fits(rows: int, k: int) -> bool: ...
+def skinny_fits(rows: int, k: int, whole: bool) -> bool: ...
 def skinny_matmul(
     y: Array,
     x: Array,
@@ -55,7 +55,6 @@ def skinny_matmul(
     norm: int,
     eps: float,
     multiprocessors: int,
-    overlapped: bool,
     stream: int,
 ) -> None: ...
 def skinny_qkv(
@@ -73,7 +72,6 @@ def skinny_qkv(
     norm: int,
     eps: float,
     multiprocessors: int,
-    overlapped: bool,
     stream: int,
 ) -> None: ...
 def skinny_argmax(
@@ -88,7 +86,30 @@ def skinny_argmax(
     partial: Array,
     ticket: Array,
     multiprocessors: int,
-    overlapped: bool,
+    stream: int,
+) -> None: ...
+def split_matmul(
+    y: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    residual: Array | None,
+    activation: int,
+    gated: bool,
+    partial: Array,
+    tickets: Array,
+    stream: int,
+) -> None: ...
+def has_wgmma() -> bool: ...
+def wgmma_matmul(
+    y: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    residual: Array | None,
+    activation: int,
+    gated: bool,
+    multiprocessors: int,
     stream: int,
 ) -> None: ...
 def mma_matmul(
@@ -203,6 +224,21 @@ def kv_write(
     head_size: int,
     cos: Array | None,
     sin: Array | None,
+    stream: int,
+) -> None: ...
+def qkv_write(
+    q: Array,
+    cache: Array,
+    qkv: Array,
+    slots: Array,
+    head_size: int,
+    paired: bool,
+    cos: Array | None,
+    sin: Array | None,
+    q_norm: Array | None,
+    k_norm: Array | None,
+    norm: int,
+    eps: float,
     stream: int,
 ) -> None: ...
 def sample(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm import _cpu
 from pyllm.ops import F32
 from pyllm.spec import ModelSpec
 
@@ -61,7 +62,18 @@ class Batch:
             source_tables=None if spec.encoder is None else np.zeros((sequences, source_width), np.int32),
         )
 
-    def place(self, rows: slice, first: I32, second: I32) -> None:
+    def fill_whole(self, starts: I32, blocks: int) -> None:
+        """Place whole sequences, `starts` [B + 1], in a cache of so many blocks; each begins one of its own."""
+        lengths = np.diff(starts)
+        held = -(-lengths // _cpu.BLOCK_TOKENS)
+        first = np.cumsum(held) - held
+        self.starts[:] = starts
+        self.lengths[:] = lengths
+        self.positions[:] = np.arange(len(self.tokens)) - np.repeat(starts[:-1], lengths)
+        self.slots[:] = np.repeat(first * _cpu.BLOCK_TOKENS, lengths) + self.positions
+        self.tables[:] = np.minimum(first[:, None] + np.arange(self.tables.shape[1]), blocks - 1)
+
+    def place(self, rows: slice, first: I32 | int, second: I32 | int) -> None:
         """Give these rows their first and second positions."""
         self.positions[rows] = first
         if self.second_positions is not None:

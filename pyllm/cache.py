@@ -58,6 +58,11 @@ class KVCache:
             for source, target in pairs:
                 layer[target] = layer[source]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, memory that several share counted once."""
+        return sum({id(layer): layer.nbytes for layer in self.layers}.values())
+
     @staticmethod
     def block_bytes(spec: ModelSpec, dtype: str, shared: bool = False, *, cross: bool = False) -> int:
         """Bytes of one block over all layers."""

@@ -2,121 +2,51 @@
 
 Products take bfloat16 and add in float32; the residual stream, queries before they are rotated and logits are float32.
 Which kernel runs depends on sizes alone. A row's bits do not depend on the rows around it as long as the kernel stays
-the same: up to 16 rows go to the kernels of decoding, more to those of prompts, unless the object is `invariant`, which
-takes those of prompts for all.
+the same: up to 16 rows go to the kernels of decoding, products of up to 64 to one between, more to those of prompts
+(on Hopper by wgmma), unless the object is `invariant`, which takes those that do with any number of rows for all.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.cuda_memory import PIECE, DeviceArena, DeviceStage, Pending
+from pyllm.cuda_weights import BFLOAT16, FLOAT32, DeviceMatrix, load_matrix, load_qkv
 from pyllm.device import Device
-from pyllm.ops import ACTIVATIONS, NORMS, Ops, Stage, check_weights_of_heads
+from pyllm.ops import ACTIVATIONS, NORMS, HeadNorms, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
-from pyllm.spec import Activation, ModelSpec, NormKind
-from pyllm.tensor import DTYPES, DeviceArray
+from pyllm.spec import Activation, AttentionSpec, ModelSpec, NormKind
+from pyllm.tensor import DeviceArray
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT32 = np.dtype(np.float32)
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
+SKINNY_ROWS = 16  # of the products of decoding, at most
+MATMUL_ROWS, MATMUL_BLOCKS = 64, 256  # rows and thread blocks of a product that is split over K
+MATMUL_FLOATS = MATMUL_BLOCKS * MATMUL_ROWS * 128  # its workspace
 TOP_TOKENS = 256  # that its log-probabilities list at most
-SLOTS, SLOT_BYTES = 32, 4096  # of small arrays on their way to the host
-PIECE = 256  # bytes that arrays in one block of memory begin at
+SLOTS = 32  # small arrays on their way to the host
 
 
-class DeviceMatrix:
-    """Weights [N, K] on the GPU, row-major; gated: [2N, K], rows of gate and up in turn."""
+@dataclass(frozen=True)
+class Normed:
+    """The norm of x [R, D] as the products of decoding form it themselves, from x as it is when they run."""
 
-    def __init__(self, values: DeviceArray, gated: bool) -> None:
-        self.values, self.gated = values, gated
-        rows, columns = values.shape
-        self.shape = (rows // 2 if gated else rows, columns)
-        self.dtype, self.nbytes = values.dtype, values.nbytes
-        self._biases: tuple[Any, Any, DeviceArray] | None = None
+    x: DeviceArray
+    weight: DeviceArray
+    bias: DeviceArray | None
+    kind: NormKind
+    eps: float
 
-    def biases(self, gate: DeviceArray, up: DeviceArray) -> DeviceArray:
-        """Those of gate and up in turn, as the kernels read them; made at their first use."""
-        if self._biases is None or self._biases[0] is not gate or self._biases[1] is not up:
-            joined = np.stack([gate.numpy(), up.numpy()], axis=1).reshape(-1)
-            self._biases = gate, up, gate.device.upload(joined)
-        return self._biases[2]
-
-
-class DeviceArena:
-    """One block of GPU memory, laid out once per recorded step: outputs are taken in order and given back by mark."""
-
-    def __init__(self, memory: DeviceArray) -> None:
-        self.memory = memory
-        self.used = 0
-
-    def take(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
-        """The next elements, as an array of that shape."""
-        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        start, self.used = self.used, self.used + -(-count // PIECE) * PIECE
-        if self.used > self.memory.nbytes:
-            raise MemoryError(f"arena: {self.used} bytes needed, {self.memory.nbytes} laid out")
-        return _typed(self.memory, start, shape, dtype)
-
-
-class DeviceStage(Stage):
-    """Arrays of the host in one block, page-locked if it is `lasting`, and their copies in one block of the GPU's."""
-
-    def __init__(self, device: Device, arrays: Sequence[Any], lasting: bool) -> None:
-        places, total = [], 0
-        for array in arrays:
-            places.append(total)
-            total += -(-(array.nbytes if isinstance(array, np.ndarray) else 0) // PIECE) * PIECE
-        self._device, self._lasting = device, lasting
-        self._sent: Any = None
-        self._memory = device.pinned(total) if lasting else np.empty(total, np.uint8)
-        self._block = device.empty([total], np.uint8)
-        host: list[Any] = []
-        placed: list[Any] = []
-        for array, start in zip(arrays, places, strict=True):
-            if not isinstance(array, np.ndarray):
-                host.append(array)
-                placed.append(array)
-                continue
-            mine = self._memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-            mine[...] = array
-            raw = array.dtype == SAMPLE_ROW
-            shape = (*array.shape, SAMPLE_ROW.itemsize) if raw else array.shape
-            there = _typed(self._block, start, shape, np.dtype(np.uint8) if raw else array.dtype)
-            there.host = mine
-            host.append(mine)
-            placed.append(there)
-        super().__init__(host, placed)
-
-    def send(self) -> None:
-        """Copy all arrays to the GPU."""
-        if not self._lasting:
-            self._device.write(self._block, self._memory)
-            return
-        self._device.send(self._block, self._memory)
-        self._sent = self._device.record()
-
-    def wait(self) -> None:
-        """Wait until the copy has been made, so that the arrays may be changed."""
-        if self._sent is not None:
-            self._sent.sync()
-
-
-class Pending:
-    """What a kernel wrote, on its way to the host."""
-
-    def __init__(self, memory: NDArray[Any], event: Any) -> None:
-        self._memory, self._event = memory, event
-
-    def wait(self) -> NDArray[Any]:
-        """The array, once it is there."""
-        self._event.sync()
-        return self._memory
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of x."""
+        return self.x.shape
 
 
 class CudaOps(Ops):
@@ -137,11 +67,16 @@ class CudaOps(Ops):
         self.device, self.dtype, self.invariant = device, np.dtype(dtype), invariant
         self.kernels = device.kernels
         self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
-        self._slots = device.pinned(SLOTS * SLOT_BYTES).reshape(SLOTS, SLOT_BYTES)
+        self._slots = device.pinned(0).reshape(SLOTS, 0)
         self._slot = 0
-        self._constants: dict[int, tuple[Any, DeviceArray]] = {}  # by the identity of what they are copies of
+        self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
+        self._has_wgmma = self.kernels.has_wgmma()
+        self._matmul_partial = device.empty([MATMUL_FLOATS], np.float32)
+        self._matmul_tickets = device.zeros([MATMUL_BLOCKS], np.uint32)
+        self._largest = device.empty([device.multiprocessors * SKINNY_ROWS], np.int64)  # workspace of `argmax`
+        self._ticket = device.zeros([1], np.uint32)
 
     # Memory
 
@@ -174,7 +109,10 @@ class CudaOps(Ops):
         return self.fetch(chosen).wait().tolist()  # type: ignore[no-any-return]
 
     def fetch(self, array: DeviceArray) -> Pending:
-        """Begin to bring an array of at most `SLOT_BYTES` to the host. It must be taken before the last but `SLOTS`."""
+        """Begin to bring a small array to the host. It must be taken before the next but `SLOTS` is."""
+        if array.nbytes > self._slots.shape[1]:  # what was fetched before keeps its memory
+            room = -(-array.nbytes // PIECE) * PIECE
+            self._slots = self.device.pinned(SLOTS * room).reshape(SLOTS, room)
         memory = self._slots[self._slot][: array.nbytes].view(array.dtype).reshape(array.shape)
         self._slot = (self._slot + 1) % SLOTS
         self.device.fetch(memory, array)
@@ -206,28 +144,11 @@ class CudaOps(Ops):
 
         With `gate` [N, K] the result is gated, see :class:`DeviceMatrix`.
         """
-        to = dtype or str(weights[0].dtype)
-        if to not in ("float32", "bfloat16"):
-            raise TypeError(f"dtype: expected float32 or bfloat16 on a GPU, got {to}")
-        kind = BFLOAT16 if to == "bfloat16" else FLOAT32
-        starts = np.cumsum([0, *(w.shape[0] for w in weights)])
+        return load_matrix(self.device, weights, dtype, gate)
 
-        def write(first: int, rows: NDArray[Any]) -> None:
-            """Rows of the stacked weights, from row `first` on."""
-            for weight, start in zip(weights, starts[:-1], strict=True):
-                low, high = max(first, start), min(first + len(rows), start + weight.shape[0])
-                if low < high:
-                    rows[low - first : high - first] = weight[low - start : high - start]
-
-        if gate is None:
-            return DeviceMatrix(self.device.load((int(starts[-1]), weights[0].shape[1]), kind, write), False)
-
-        def write_pairs(first: int, pairs: NDArray[Any]) -> None:
-            pairs[:, 0] = gate[first : first + len(pairs)]
-            write(first, pairs[:, 1])
-
-        pairs = self.device.load((int(starts[-1]), 2, weights[0].shape[1]), kind, write_pairs)
-        return DeviceMatrix(pairs.reshape(-1, pairs.shape[2]), True)
+    def pack_qkv(self, *weights: Any, head_size: int, half: int, dtype: str | None = None) -> Any:
+        """As :meth:`Ops.pack_qkv`; where the kernels take them so, rows that are rotated together are neighbours."""
+        return load_qkv(self.device, weights, dtype, head_size, half)
 
     # Kernels
 
@@ -245,25 +166,110 @@ class CudaOps(Ops):
         """As :meth:`Ops.matmul`; x is float32 or bfloat16, and so is the result: `dtype` behind an activation."""
         if pre is not None:
             raise TypeError("pre: expected None on a GPU: there is no training on it")
+        if w.order is not None:
+            raise ValueError("w: expected a matrix of pack, got one of pack_qkv, whose rows queries() alone takes")
         x = self._on_gpu(x)
-        if bias_up is not None:
-            bias = w.biases(bias, bias_up)
-        rows, columns = x.shape
         if out is None:
-            out = self.empty(rows, w.shape[0], dtype=self.dtype if w.gated or activation is not None else FLOAT32)
+            out = self.empty(x.shape[0], w.shape[0], dtype=self.dtype if w.gated or activation is not None else FLOAT32)
+        self._product(out, x, w, bias, bias_up, activation, residual)
+        return out
+
+    def _product(
+        self, out: DeviceArray, x: Any, w: DeviceMatrix, bias: Any, bias_up: Any, activation: Any, residual: Any
+    ) -> None:
+        rows, columns = x.shape
         mark = self.mark()
-        tail = (_raw(bias), _raw(residual), ACTIVATIONS[activation], w.gated)
+        tail = (_raw(w.bias(bias, bias_up)), _raw(residual), ACTIVATIONS[activation], w.gated)
         y, values = out.raw, w.values.raw
         if w.dtype == FLOAT32 or columns % 8:
             self.kernels.plain_matmul(y, self._as(x, w.dtype).raw, values, *tail, self.device.stream)
-        elif not self.invariant and self.kernels.skinny_fits(rows, columns):
+        elif self._is_skinny(rows, columns):
+            source, norm = self._prologue(x)
             self.kernels.skinny_matmul(
-                y, x.raw, values, *tail, None, None, 0, 0.0, self.device.multiprocessors, True, self.device.stream
+                y, source.raw, values, *tail, *norm, self.device.multiprocessors, self.device.stream
+            )
+        elif not self.invariant and rows <= MATMUL_ROWS:
+            self.kernels.split_matmul(
+                y, self._as(x, BFLOAT16).raw, values, *tail, self._matmul_partial.raw, self._matmul_tickets.raw,
+                self.device.stream,
+            )  # fmt: skip
+        elif not self.invariant and self._has_wgmma:
+            self.kernels.wgmma_matmul(
+                y, self._as(x, BFLOAT16).raw, values, *tail, self.device.multiprocessors, self.device.stream
             )
         else:
             self.kernels.mma_matmul(y, self._as(x, BFLOAT16).raw, values, *tail, self.device.stream)
         self.release(mark)
-        return out
+
+    def _is_skinny(self, rows: int, columns: int, whole: bool = False) -> bool:
+        """Whether the kernels of decoding take so many rows of x [R, K], float32 or to be normed where `whole`."""
+        return not self.invariant and bool(self.kernels.skinny_fits(rows, columns, whole))
+
+    def _prologue(self, x: DeviceArray | Normed) -> tuple[DeviceArray, tuple[Any, Any, int, float]]:
+        """What a product of decoding reads, and the norm that it takes of it, as its launcher's arguments."""
+        if not self._is_skinny(x.shape[0], x.shape[1], whole=True):
+            x = self._as(x, BFLOAT16)
+        if isinstance(x, Normed):
+            return x.x, (x.weight.raw, _raw(x.bias), NORMS[x.kind], x.eps)
+        return x, (None, None, 0, 0.0)
+
+    def queries(
+        self,
+        x: Any,
+        w: Any,
+        bias: Any,
+        cache: Any,
+        slots: Any,
+        head_size: int,
+        cos: Any = None,
+        sin: Any = None,
+        norms: HeadNorms | None = None,
+    ) -> Any:
+        """As :meth:`Ops.queries`, of the cache's dtype; one kernel where a step has few rows and no norms, else two."""
+        paged, slots = _paged(cache, head_size), self._on_gpu(slots)
+        rows, columns = x.shape
+        q = self.empty(rows, w.shape[0] - 2 * paged.shape[1] * head_size, dtype=cache.dtype)
+        paired, mark = w.order is not None, self.mark()
+        if paired and norms is None and self._is_skinny(rows, columns):
+            source, norm = self._prologue(x)
+            self.kernels.skinny_qkv(
+                q.raw, paged.raw, source.raw, w.values.raw, _raw(w.bias(bias)), _raw(cos), _raw(sin), slots.raw,
+                head_size, *norm, self.device.multiprocessors, self.device.stream,
+            )  # fmt: skip
+            self.release(mark)
+            return q
+        qkv = self.empty(rows, w.shape[0])
+        self._product(qkv, x, w, bias, None, None, None)
+        of_heads: tuple[Any, ...] = None, None, 0, 0.0
+        if norms is not None:
+            of_heads = self._on_gpu(norms.q).raw, self._on_gpu(norms.k).raw, NORMS[norms.kind], norms.eps
+        self.kernels.qkv_write(
+            q.raw, paged.raw, qkv.raw, slots.raw, head_size, paired, _raw(cos), _raw(sin), *of_heads, self.device.stream
+        )
+        self.release(mark)
+        return q
+
+    def joins_argmax(self, w: Any, rows: int) -> bool:
+        """As :meth:`Ops.joins_argmax`: for the rows that the kernels of decoding take."""
+        return w.dtype == BFLOAT16 and self._is_skinny(rows, w.shape[1])
+
+    def argmax(self, x: Any, w: Any, bias: Any = None) -> Any:
+        """As :meth:`Ops.argmax`."""
+        rows, multiprocessors = x.shape[0], self.device.multiprocessors
+        tokens, mark = self.empty(rows, dtype=np.dtype(np.int32)), self.mark()
+        source, norm = self._prologue(x)
+        self.kernels.skinny_argmax(
+            tokens.raw, source.raw, w.values.raw, _raw(bias), *norm,
+            self._largest.view(0, (multiprocessors, rows)).raw, self._ticket.raw, multiprocessors, self.device.stream,
+        )  # fmt: skip
+        self.release(mark)
+        return tokens
+
+    def product_norm(self, x: Any, weight: Any, bias: Any = None, *, kind: NormKind, eps: float) -> Any:
+        """As :meth:`Ops.product_norm`: the products of decoding form it themselves."""
+        if self.dtype == BFLOAT16 and self._is_skinny(x.shape[0], x.shape[1], whole=True):
+            return Normed(x, weight, bias, kind, eps)
+        return self.norm(x, weight, bias, kind=kind, eps=eps)
 
     def norm(
         self,
@@ -313,14 +319,16 @@ class CudaOps(Ops):
         type_table: Any = None,
         out: Any = None,
     ) -> Any:
-        """As :meth:`Ops.embedding`, without types; a row whose id is outside the table is NaN."""
-        if type_table is not None:
-            raise TypeError("type_table: expected None on a GPU: encoders do not run on it yet")
+        """As :meth:`Ops.embedding`; a row whose id is outside its table is NaN."""
         rows = table.values if isinstance(table, DeviceMatrix) else table
         tokens = self._on_gpu(tokens)
         out = self.empty(tokens.shape[0], rows.shape[1]) if out is None else out
         places = None if positions is None else self._on_gpu(positions)
         self.kernels.embedding(out.raw, tokens.raw, rows.raw, _raw(places), _raw(position_table), self.device.stream)
+        if type_table is not None:
+            mark = self.mark()
+            self.axpby(out, 1.0, self.embedding(types, type_table), out=out)
+            self.release(mark)
         return out
 
     def gather(self, x: Any, index: Any) -> Any:
@@ -328,7 +336,7 @@ class CudaOps(Ops):
         return self.embedding(index, x)
 
     def gather_columns(self, x: Any, index: Any, out: Any = None) -> Any:
-        """As :meth:`Ops.gather_columns`; an index of numpy is copied to the GPU once."""
+        """As :meth:`Ops.gather_columns`; a read-only index of numpy is copied to the GPU once."""
         out = self.empty(x.shape[0], index.shape[0]) if out is None else out
         self.kernels.gather_columns(out.raw, x.raw, self._constant(index), self.device.stream)
         return out
@@ -378,7 +386,7 @@ class CudaOps(Ops):
         """As :meth:`Ops.attention`, without dropout; q may be bfloat16 where the cache is, the result is as the cache.
 
         How many rows a sequence has at most is read from where `starts` comes from on the host. Slopes and a bias of
-        numpy are copied to the GPU once.
+        numpy that are read-only are copied to the GPU once.
         """
         if dropout is not None:
             raise TypeError("dropout: expected None on a GPU: there is no training on it")
@@ -452,12 +460,17 @@ class CudaOps(Ops):
         return None if array is None else self._on_gpu(array).raw
 
     def _constant(self, array: Any) -> Any:
-        """A model's array, copied to the GPU once: nothing can be copied while a step is recorded."""
+        """An array for a kernel. One of numpy that is read-only is copied to the GPU once, and its copy lives as long
+        as it does: nothing can be copied while a step is recorded. Others are copied at each call."""
         if array is None or isinstance(array, DeviceArray):
             return _raw(array)
-        if id(array) not in self._constants:
-            self._constants[id(array)] = array, self.device.upload(array)
-        return self._constants[id(array)][1].raw
+        if array.flags.writeable:
+            return self.device.upload(array).raw
+        key, constants = id(array), self._constants
+        if key not in constants:
+            there = self.device.upload(array)
+            constants[key] = weakref.ref(array, lambda _: constants.pop(key)), there
+        return constants[key][1].raw
 
     def _workspace(self, floats: int, tickets: int) -> None:
         if floats > self._partial.size:
@@ -467,15 +480,17 @@ class CudaOps(Ops):
             self._outgrown.append(self._tickets)
             self._tickets = self.device.zeros([tickets], np.uint32)
 
-    def _on_gpu(self, array: Any) -> DeviceArray:
-        if isinstance(array, DeviceArray):
+    def _on_gpu(self, array: Any) -> Any:
+        if isinstance(array, DeviceArray | Normed):
             return array
         there = self.device.upload(np.asarray(array))
         there.host = array
         return there
 
-    def _as(self, x: DeviceArray, dtype: np.dtype[Any]) -> DeviceArray:
+    def _as(self, x: DeviceArray | Normed, dtype: np.dtype[Any]) -> DeviceArray:
         """x of another dtype, in memory that holds until the arena's mark is released."""
+        if isinstance(x, Normed):
+            return self._as(self.norm(x.x, x.weight, x.bias, kind=x.kind, eps=x.eps), dtype)
         if x.dtype == dtype:
             return x
         out: DeviceArray = self.empty(*x.shape, dtype=dtype)
@@ -498,22 +513,25 @@ def refusal(
         return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
-    if spec.is_encoder or spec.encoder is not None:
-        return f"device: expected a decoder on a GPU, got {spec.family}: what encodes runs on the CPU so far"
     return None
 
 
 def takes_bfloat16(spec: ModelSpec) -> bool:
     """Whether the kernels of attention take a bfloat16 cache of this model: its heads are cut into pieces of 8."""
-    return all(block.attention.head_dim % 8 == 0 for block in spec.blocks)
+    return all(attention.head_dim % 8 == 0 for attention in _attentions(spec))
 
 
 def attention_workspace(spec: ModelSpec, sequences: int, width: int) -> tuple[int, int]:
     """Floats and tickets that decode attention of so many sequences, of `width` cache blocks each, works with."""
-    splits = -(-width // SPLIT_BLOCKS)
-    attentions = [block.attention for block in spec.blocks]
+    splits, attentions = -(-width // SPLIT_BLOCKS), _attentions(spec)
     floats = max(sequences * a.kv_heads * splits * SPLIT_ROWS * (a.head_dim + 2) for a in attentions)
     return floats, sequences * max(a.kv_heads for a in attentions)
+
+
+def _attentions(spec: ModelSpec) -> list[AttentionSpec]:
+    """All attentions of a model, those to its sources and those of its encoder included."""
+    own = [attention for block in spec.blocks for attention in (block.attention, block.cross) if attention is not None]
+    return own if spec.encoder is None else own + _attentions(spec.encoder)
 
 
 def _raw(array: DeviceArray | None) -> Any:
@@ -524,9 +542,3 @@ def _paged(cache: DeviceArray, head_size: int) -> DeviceArray:
     """A layer of the cache [blocks, G, 2, 64 * Ep] as the kernels name its dimensions: [blocks, G, 2, 64, Ep]."""
     padded = -(-head_size // 16) * 16
     return cache.reshape(*cache.shape[:3], -1, padded)
-
-
-def _typed(memory: DeviceArray, start: int, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
-    """Bytes of `memory` from `start` on as an array."""
-    raw = memory.device.kernels.Array(memory.raw.pointer + start, list(shape), DTYPES[dtype], owner=memory.raw.owner)
-    return DeviceArray(memory.device, raw)

@@ -8,9 +8,9 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
-import gc
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pyllm import tensor
 from pyllm.errors import CudaUnavailable, InsufficientMemoryError
-from pyllm.tensor import DTYPES, DeviceArray
+from pyllm.tensor import DTYPES, DeviceArray, Shared
 
 OLDEST = (8, 0)  # compute capability that the kernels are compiled for
 STAGING_BYTES = 32 << 20  # of page-locked memory, twice: one piece is filled while the other is on its way
@@ -71,30 +71,36 @@ def open_device() -> Device:
 
 
 class Device:
-    """A GPU with one stream, on which all its copies and kernels run in order. `kernels` is `pyllm._cuda`."""
+    """A GPU with one stream, on which all its copies and kernels run in order. `kernels` is `pyllm._cuda`.
+
+    Threads may share it. What one of them records goes to a stream of its own, so that the others' work, and memory
+    that is freed meanwhile, stay out of the graph.
+    """
 
     def __init__(self, core: Any, kernels: Any) -> None:
         self.kernels = kernels
         self._core = core
         self._stream = core.create_stream()
-        self._builder: Any = None  # while a graph is recorded
-        self._collects = True  # whether garbage was collected before it
-        self._current = threading.local()
+        self._thread = threading.local()  # `current`: the device is that of the thread; `builder`: of what it records
         self._staging: list[NDArray[np.uint8]] = []
+        self._loading = threading.Lock()  # held while `_staging` is in use
         self.name = str(core.name)
         self.multiprocessors = int(core.properties.multiprocessor_count)
 
     @property
     def stream(self) -> int:
         """Address of the stream, as the launchers of `pyllm._cuda` take it."""
-        if not getattr(self._current, "set", False):  # every thread has a current device of its own
-            self._core.set_current()
-            self._current.set = True
+        self._ready()
         return int(self._lane.handle)
 
     def synchronize(self) -> None:
         """Wait for all that the stream was given; raises what went wrong in it."""
         self._stream.sync()
+
+    def synchronize_all(self) -> None:
+        """Wait for every stream of the process, those of other libraries too."""
+        self._ready()
+        self._core.sync()
 
     # Memory
 
@@ -107,10 +113,13 @@ class Device:
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Memory for an array of a dtype of :data:`pyllm.tensor.DTYPES`; what it holds is undefined.
 
-        It comes from the driver's pool, in the order of the stream. Raises `InsufficientMemoryError`.
+        It comes from the driver's pool, in the order of the stream. Raises `InsufficientMemoryError`, and
+        `RuntimeError` while this thread records: a graph keeps no memory.
         """
         if np.dtype(dtype) not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(DTYPES.values())}, got {dtype}")
+        if self.recording:
+            raise RuntimeError("memory cannot be taken while a graph is recorded: take it before, or from an arena")
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         self._ready()
         try:
@@ -160,9 +169,13 @@ class Device:
         They lie in page-locked memory; while one piece is written the one before is on its way.
         """
         target = self.empty(shape, dtype)
-        row = target.nbytes // max(shape[0], 1)
-        if not target.nbytes:
-            return target
+        if target.nbytes:
+            with self._loading:
+                self._load(target, write)
+        return target
+
+    def _load(self, target: DeviceArray, write: Callable[[int, NDArray[Any]], None]) -> None:
+        shape, dtype, row = target.shape, target.dtype, target.nbytes // len(target)
         if not self._staging or self._staging[0].nbytes < row:
             self._staging = [self.pinned(max(STAGING_BYTES, row)) for _ in range(2)]
         count = self._staging[0].nbytes // row
@@ -176,7 +189,6 @@ class Device:
             self.send(target[first : first + rows], memory)
             sent[half] = self.record()
         self.synchronize()
-        return target
 
     def write(self, target: DeviceArray, source: Any) -> None:
         """Copy an array of the same shape and dtype, from the GPU or the host, into contiguous memory."""
@@ -206,9 +218,9 @@ class Device:
 
     def read(self, array: DeviceArray) -> NDArray[Any]:
         """A copy on the host, after all that was launched before."""
-        if not array.contiguous:  # all rows with what lies between them, then the rows alone
-            step, (rows, *inner) = array.raw.strides[0], array.shape
-            flat = self.read(array.view(0, [(rows - 1) * step + int(np.prod(inner))]))
+        if not array.contiguous:  # all elements with what lies between them, then the elements alone
+            reach = sum((length - 1) * stride for length, stride in zip(array.shape, array.raw.strides, strict=True))
+            flat = self.read(array.view(0, [reach + 1]))
             strides = [stride * flat.itemsize for stride in array.raw.strides]
             return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, array.shape, strides))
         target = np.empty(array.shape, array.dtype)
@@ -217,11 +229,16 @@ class Device:
         return target
 
     def from_dlpack(self, other: Any) -> DeviceArray:
-        """A view of another library's array on this GPU, such as a tensor of torch, without a copy."""
+        """A view of another library's array on this GPU, such as a tensor of torch, without a copy.
+
+        The array is given back once the view is gone and the stream has done all that it was given until then, for its
+        owner may hand the memory out again at once.
+        """
         self._ready()
         on_gpu = other.__dlpack_device__()[0] == 2
         capsule = other.__dlpack__(stream=self.stream) if on_gpu else other.__dlpack__()
-        return DeviceArray(self, self.kernels.from_dlpack(capsule, tensor.DEVICE_KIND, 0))
+        raw = self.kernels.from_dlpack(capsule, tensor.DEVICE_KIND, 0)
+        return DeviceArray(self, Shared(raw.owner, self.synchronize).array(self.kernels, raw))
 
     # Events and graphs
 
@@ -230,31 +247,43 @@ class Device:
         return self._stream.record()
 
     def begin_graph(self) -> None:
-        """From here what the stream is given is recorded, not run."""
+        """From here what this thread gives the stream is recorded, not run."""
+        if self.recording:
+            raise RuntimeError("begin_graph: expected no graph that this thread records already: end or drop it first")
         self._ready()
-        self._collects = gc.isenabled()
-        gc.disable()  # arrays in cycles that are collected now would be freed by the graph, each time it runs
-        self._builder = self._stream.create_graph_builder()
-        self._builder.begin_building()
+        builder = self._core.create_graph_builder()
+        try:
+            builder.begin_building()
+        except BaseException:
+            builder.close()
+            raise
+        self._thread.builder = builder
 
     def end_graph(self) -> Any:
-        """The graph of what was given since :meth:`begin_graph`, a ``cuda.core`` Graph, ready to run."""
+        """The graph of what was given since :meth:`begin_graph`, a ``cuda.core`` Graph, ready to run.
+
+        However it ends, nothing is recorded any more.
+        """
         builder = self._take_builder()
-        graph = builder.end_building().complete()
-        builder.close()
+        try:
+            graph = builder.end_building().complete()
+        finally:
+            builder.close()
         graph.upload(self._stream)
         return graph
 
     def drop_graph(self) -> None:
-        """End a recording that failed."""
-        if self.recording:
-            builder = self._take_builder()
+        """End a recording that failed, if there is one."""
+        if not self.recording:
+            return
+        builder = self._take_builder()
+        with suppress(Exception):  # what failed in it is known already, and ends it too
             builder.end_building()
-            builder.close()
+        builder.close()
 
     @property
     def recording(self) -> bool:
-        """Whether a graph is being recorded."""
+        """Whether this thread records a graph."""
         return self._builder is not None
 
     def replay(self, graph: Any) -> None:
@@ -264,19 +293,25 @@ class Device:
 
     def _take_builder(self) -> Any:
         """Take the builder: what follows is not recorded any more."""
-        builder, self._builder = self._builder, None
-        if self._collects:
-            gc.enable()
+        builder, self._thread.builder = self._builder, None
         return builder
 
     @property
+    def _builder(self) -> Any:
+        """That of the graph which this thread records."""
+        return getattr(self._thread, "builder", None)
+
+    @property
     def _lane(self) -> Any:
-        """The stream that work is given to: that of the recording while there is one."""
-        return self._stream if self._builder is None else self._builder.stream
+        """The stream that work of this thread is given to: that of its recording while there is one."""
+        builder = self._builder
+        return self._stream if builder is None else builder.stream
 
     def _ready(self) -> None:
         """Make the device current in this thread."""
-        _ = self.stream
+        if not getattr(self._thread, "current", False):
+            self._core.set_current()
+            self._thread.current = True
 
 
 class _Pinned:

@@ -183,7 +183,7 @@ class LLM(Encoding):
         )
         cross = None
         if self.spec.encoder is not None:
-            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, cross=True)
+            cross = KVCache(self.spec, self.plan.cache_blocks, self.plan.cache_dtype, self.ops.allocate, cross=True)
         self._runner = Runner(
             self.model,
             self.ops,
@@ -563,10 +563,12 @@ class LLM(Encoding):
                 progress(step.stop, len(texts))
 
     def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
-        values, found = np.empty((HEAD_ROWS, self.spec.outputs), np.float32), []
+        ops, found = self.ops, []
+        values = ops.empty(HEAD_ROWS, self.spec.outputs)
         for rows in _regrouped(states, HEAD_ROWS):
             with self._lock:
-                given = self.model.head(self.ops, self.model.before_head(self.ops, rows), out=values[: len(rows)])
+                read = self.model.before_head(ops, ops.place(rows))
+                given = np.asarray(self.model.head(ops, read, out=values[: len(rows)]))
                 if not np.isfinite(given).all():
                     raise NonFiniteError(
                         "the model's head gives values that are not finite for one of these texts. Check the "
@@ -676,12 +678,14 @@ class LLM(Encoding):
                 hidden.append([*trace, self._runner.final_states(x)])
             sequence.computed = start + work.count
         states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        with_encoder = sequence.source is not None
+        with_encoder, of_source = sequence.source is not None, None
+        if output_hidden_states and encoder_states and last is not None:
+            of_source = [np.asarray(each, np.float32) for each in (*encoder_states, last)]
         return ForwardOutput(
             logits if scored else None,
             states,
             attentions.own if attentions else None,
-            [*encoder_states, last] if output_hidden_states and encoder_states and last is not None else None,
+            of_source,
             of_encoder.own if of_encoder and with_encoder else None,
             attentions.cross if attentions and with_encoder else None,
         )

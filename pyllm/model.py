@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyllm.batch import I32, I64, Batch
 from pyllm.cache import KVCache
-from pyllm.ops import F32, Ops
-from pyllm.packed import ModelWeights, NormWeights
+from pyllm.ops import F32, HeadNorms, Ops
+from pyllm.packed import BlockWeights, ModelWeights, NormWeights
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.spec import AttentionSpec, ModelSpec, NormSpec, Placement
 from pyllm.tape import Tape
 
+T = TypeVar("T", bound=np.generic)
 Angles: TypeAlias = tuple[F32, F32] | tuple[None, None]  # cosines and sines [T, R / 2]
 
 
@@ -73,10 +75,11 @@ class Model:
         if spec.encoder is not None and weights.encoder is not None:
             self.encoder = Model(spec.encoder, weights.encoder)
         shared = spec.relative_bias
-        self._local_inv_freq = None if spec.local_rope is None else spec.local_rope.inv_freq(1)[None]
-        self._buckets = None if shared is None else shared[1].of_distances(two_sided=spec.is_encoder)
+        self._local_inv_freq = None if spec.local_rope is None else _constant(spec.local_rope.inv_freq(1)[None])
+        self._buckets = None if shared is None else _constant(shared[1].of_distances(two_sided=spec.is_encoder))
         self._slopes = [
-            a.bias.slopes(a.heads) if isinstance(a.bias, Alibi) else None for a in (b.attention for b in spec.blocks)
+            _constant(a.bias.slopes(a.heads)) if isinstance(a.bias, Alibi) else None
+            for a in (b.attention for b in spec.blocks)
         ]
 
     def forward(
@@ -117,7 +120,7 @@ class Model:
     ) -> F32:
         """The encoder's states [S, D] of whole sources, after its final norm; `scratch` is its cache for this call."""
         assert self.encoder is not None
-        return self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace, attentions))
+        return ops.shared(self.encoder.final_norm(ops, self.encoder.forward(ops, batch, scratch, trace, attentions)))
 
     def write_cross(self, ops: Ops, source: EncodedSource, cross: KVCache) -> None:
         """Write the keys and values that every layer's cross attention makes of a source."""
@@ -131,8 +134,8 @@ class Model:
         return _norm(ops, x, self.spec.final_norm, self.weights.final_norm, out)
 
     def head_input(self, ops: Ops | Tape, x: F32) -> F32:
-        """What the head's matrix is multiplied with, from the residual stream x [R, D]."""
-        return self.before_head(ops, self.final_norm(ops, x))
+        """What the head's matrix is multiplied with, from the residual stream x [R, D], before that is changed."""
+        return self.before_head(ops, _product_norm(ops, x, self.spec.final_norm, self.weights.final_norm))
 
     def before_head(self, ops: Ops | Tape, x: F32) -> F32:
         """The same from states x [R, D] that have been normed: they are transformed or projected, and scaled."""
@@ -154,6 +157,17 @@ class Model:
     def logits(self, ops: Ops, x: F32, rows: I32, out: F32 | None = None) -> F32:
         """What the head gives, logits [R, V] or scores of labels, for these rows of the residual stream x [T, D]."""
         return self.head(ops, self.head_input(ops, ops.gather(x, rows)), out)
+
+    def joins_choice(self, ops: Ops, rows: int) -> bool:
+        """Whether :meth:`best_tokens` is to be had for so many rows: no logits are made then."""
+        head = self.weights.head
+        return head is not None and self.spec.head.softcap is None and ops.joins_argmax(head, rows)
+
+    def best_tokens(self, ops: Ops, x: F32) -> I32:
+        """The token of the largest logit for each row of the residual stream x [R, D], see :meth:`Ops.argmax`."""
+        head = self.weights.head
+        assert head is not None
+        return ops.argmax(self.head_input(ops, x), head, self.weights.head_bias)
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""
@@ -194,15 +208,18 @@ class Model:
 
     def _relative_bias(self, ops: Ops | Tape) -> F32 | None:
         table = self.weights.relative_bias
-        return None if table is None or self._buckets is None else ops.gather_columns(table, self._buckets)
+        return None if table is None or self._buckets is None else ops.shared(ops.gather_columns(table, self._buckets))
 
     def _block(self, this: _Pass, layer: int, x: F32) -> F32:
         """The residual stream after a block, from that before it."""
         ops, spec, weights = this.ops, self.spec.blocks[layer], self.weights.blocks[layer]
         if spec.placement.is_parallel:
             mark = ops.mark()
-            first = _norm(ops, x, spec.norm, weights.attn_norm)
-            second = first if weights.mlp_norm is None else _norm(ops, x, spec.norm, weights.mlp_norm)
+            if weights.mlp_norm is None:
+                first = second = _norm(ops, x, spec.norm, weights.attn_norm)
+            else:  # the second is read after attention has changed x
+                first = _product_norm(ops, x, spec.norm, weights.attn_norm)
+                second = _norm(ops, x, spec.norm, weights.mlp_norm)
             x = self._attention(this, layer, first, x)
             x = self._mlp(this, layer, second, x)
             ops.release(mark)
@@ -222,10 +239,10 @@ class Model:
             elif spec.placement is Placement.NORMED:
                 x = ops.add(x, part(this, layer, x), spec.residual_scale, out=x)
             elif spec.placement is Placement.SANDWICH:
-                branch = part(this, layer, _norm(ops, x, spec.norm, norm))
+                branch = part(this, layer, _product_norm(ops, x, spec.norm, norm))
                 x = ops.add(x, _norm(ops, branch, spec.norm, post_norm, out=branch), out=x)
             else:
-                x = part(this, layer, _norm(ops, x, spec.norm, norm), x)
+                x = part(this, layer, _product_norm(ops, x, spec.norm, norm), x)
             ops.release(mark)
             if spec.placement is Placement.POST:
                 x = _norm(ops, x, spec.norm, norm, out=x)
@@ -235,16 +252,18 @@ class Model:
         """out(attention(x)), plus the residual in its place where it is given and may be overwritten."""
         a, weights = self.spec.blocks[layer].attention, self.weights.blocks[layer]
         ops, batch, cache, size = this.ops, this.batch, this.cache.layers[layer], a.head_dim
-        qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
-        ends = a.heads * size, (a.heads + a.kv_heads) * size
-        q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
-        if a.qk_norm is not None:
-            q = _head_norm(ops, q, a.heads, a.qk_norm, weights.q_norm)
-            k = _head_norm(ops, k, a.kv_heads, a.qk_norm, weights.k_norm)
         cos, sin = this.angles if a.window is None else this.local_angles
-        if cos is not None and sin is not None:
-            ops.rope(q, cos, sin, size)
-        ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
+        norms = _head_norms(a, weights)
+        q = ops.queries(x, weights.qkv, weights.qkv_bias, cache, batch.slots, size, cos, sin, norms)
+        if q is None:
+            qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
+            ends = a.heads * size, (a.heads + a.kv_heads) * size
+            q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
+            if norms is not None:
+                q, k = _head_norm(ops, q, norms.q, norms), _head_norm(ops, k, norms.k, norms)
+            if cos is not None and sin is not None:
+                ops.rope(q, cos, sin, size)
+            ops.kv_write(cache, k, v, batch.slots, size, cos, sin)
         attend = partial(
             ops.attention,
             q,
@@ -317,6 +336,12 @@ class Model:
         return this.ops.matmul(inner, weights.down, weights.down_bias, residual=residual, out=residual)
 
 
+def _constant(array: NDArray[T]) -> NDArray[T]:
+    """The array, read-only: a GPU copies it once."""
+    array.flags.writeable = False
+    return array
+
+
 def _attention_weights(
     ops: Ops | Tape, attend_to: Callable[[F32], F32], spec: AttentionSpec, tokens: int, keys: int
 ) -> F32:
@@ -341,7 +366,21 @@ def _norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights |
     return ops.norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps, out=out)
 
 
-def _head_norm(ops: Ops | Tape, x: F32, heads: int, spec: NormSpec, weight: F32 | None) -> F32:
+def _product_norm(ops: Ops | Tape, x: F32, spec: NormSpec | None, weights: NormWeights | None) -> F32:
+    """The same for products alone, which come before x is changed."""
+    if spec is None or weights is None:
+        return x
+    return ops.product_norm(x, weights.weight, weights.bias, kind=spec.kind, eps=spec.eps)
+
+
+def _head_norms(spec: AttentionSpec, weights: BlockWeights) -> HeadNorms | None:
+    """Those of queries and keys, where there are any."""
+    if spec.qk_norm is None or weights.q_norm is None or weights.k_norm is None:
+        return None
+    return HeadNorms(weights.q_norm, weights.k_norm, spec.qk_norm.kind, spec.qk_norm.eps)
+
+
+def _head_norm(ops: Ops | Tape, x: F32, weight: F32, norms: HeadNorms) -> F32:
     """Normalise each head of x [T, heads * E], in place where it may be."""
-    view = x.reshape(x.shape[0], heads, -1)  # splits the last dimension: always a view
-    return ops.norm(view, weight, kind=spec.kind, eps=spec.eps, out=view).reshape(x.shape)
+    view = x.reshape(x.shape[0], -1, weight.shape[-1])  # splits the last dimension: always a view
+    return ops.norm(view, weight, kind=norms.kind, eps=norms.eps, out=view).reshape(x.shape)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,15 @@ class AttentionRule(TypedDict, total=False):
     bias: F32 | None  # [H, 2n + 1]
     slopes: F32 | None  # [H]
     softcap: float | None  # above 0
+
+
+class HeadNorms(NamedTuple):
+    """The norms of heads of queries and keys: weights [E], or [H, E] and [G, E] where heads have their own."""
+
+    q: F32
+    k: F32
+    kind: NormKind
+    eps: float
 
 
 class Ops:
@@ -145,6 +154,10 @@ class Ops:
         if self._arena is not None:
             self._arena.used = mark
 
+    def shared(self, x: F32) -> F32:
+        """x, which several blocks use: a tape has to know it."""
+        return x
+
     # Recording
 
     def begin_recording(self) -> None:
@@ -191,6 +204,11 @@ class Ops:
             self.context.pack(packed, w, row, int(gate is not None))
             row += w.shape[0]
         return packed
+
+    def pack_qkv(self, *weights: Array, head_size: int, half: int, dtype: str | None = None) -> _cpu.PackedMatrix:
+        """:meth:`pack` the weights of queries, keys and values, of heads of so many channels, of which `half` pairs are
+        rotated; on a GPU for :meth:`queries`."""
+        return self.pack(*weights, dtype=dtype)
 
     def pack_quantized(
         self,
@@ -250,6 +268,38 @@ class Ops:
         out = self.empty(x.shape[0], w.shape[0]) if out is None else out
         self.context.matmul(out, x, w, bias, bias_up, residual, ACTIVATIONS[activation], pre)
         return out
+
+    def queries(
+        self,
+        x: F32,
+        w: _cpu.PackedMatrix,
+        bias: F32 | None,
+        cache: Array,
+        slots: NDArray[np.int64],
+        head_size: int,
+        cos: F32 | None = None,
+        sin: F32 | None = None,
+        norms: HeadNorms | None = None,
+    ) -> F32 | None:
+        """On a GPU, what comes before attention: queries [T, H * E] of x [T, D], with w of :meth:`pack_qkv`, normed
+        head by head and rotated where `norms` and cos are given; keys, alike, and values go into the cache.
+
+        None: a product, :meth:`norm`, :meth:`rope` and :meth:`kv_write` do it one after the other.
+        """
+        return None
+
+    def joins_argmax(self, w: _cpu.PackedMatrix, rows: int) -> bool:
+        """Whether :meth:`argmax` is to be had for so many rows."""
+        return False
+
+    def argmax(self, x: F32, w: _cpu.PackedMatrix, bias: F32 | None = None) -> NDArray[np.int32]:
+        """On a GPU: the column of the largest of ``x w^T + bias`` in each row, the lowest of equals; -1 where one is
+        NaN or +inf. x [R, K], w [N, K] -> int32 [R]."""
+        raise NotImplementedError
+
+    def product_norm(self, x: F32, weight: F32, bias: F32 | None = None, *, kind: NormKind, eps: float) -> F32:
+        """:meth:`norm` of x [R, D] for products that come before x is changed: on a GPU they may form it themselves."""
+        return self.norm(x, weight, bias, kind=kind, eps=eps)
 
     def norm(
         self,

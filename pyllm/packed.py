@@ -154,16 +154,21 @@ class ModelWeights:
 
 @dataclass(frozen=True)
 class MatrixParts:
-    """A packed matrix: the slots that are stacked in it, and that of its gate, if it has one."""
+    """A packed matrix: the slots that are stacked in it, and that of its gate, if it has one.
+
+    `heads`, where it gives queries, keys and values that nothing but a rotation changes, has the channels of a head and
+    how many pairs of them are rotated.
+    """
 
     name: str
     slots: tuple[str, ...]
     gate: str | None = None
+    heads: tuple[int, int] | None = None
 
     def under(self, prefix: str) -> MatrixParts:
         """The same matrix of a part of the model whose names begin so."""
         gate = None if self.gate is None else prefix + self.gate
-        return MatrixParts(prefix + self.name, tuple(prefix + slot for slot in self.slots), gate)
+        return replace(self, name=prefix + self.name, slots=tuple(prefix + slot for slot in self.slots), gate=gate)
 
     @property
     def all_slots(self) -> tuple[str, ...]:
@@ -196,8 +201,12 @@ def matrices_of(spec: ModelSpec) -> list[MatrixParts]:
     for i, block in enumerate(spec.blocks):
         at = f"blocks.{i}"
         up = _plain(f"{at}.up", f"{at}.mlp.up")
+        qkv = _plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv"))
+        if block.attention.qk_norm is None:
+            rope = spec.rope_of(block)
+            qkv = replace(qkv, heads=(block.attention.head_dim, 0 if rope is None else rope.dim // 2))
         found += [
-            _plain(f"{at}.qkv", *(f"{at}.attn.{part}" for part in "qkv")),
+            qkv,
             _plain(f"{at}.out", f"{at}.attn.o"),
             *(_cross_matrices(at) if block.cross is not None else ()),
             replace(up, gate=f"{at}.mlp.gate.weight") if block.mlp.gated else up,
@@ -396,13 +405,15 @@ class _Packer:
         return table
 
     def matrix(self, parts: MatrixParts) -> _cpu.PackedMatrix:
-        packed = (self._integers(parts) if self.ops.packs_integers else None) or self.ops.pack(
-            *(self._plain(slot) for slot in parts.slots),
-            dtype=self.precision.of(*parts.all_slots),
-            gate=self._plain(parts.gate) if parts.gate is not None else None,
-        )
+        packed = (self._integers(parts) if self.ops.packs_integers else None) or self._floats(parts)
         self._release(*parts.all_slots)
         return packed
+
+    def _floats(self, parts: MatrixParts) -> _cpu.PackedMatrix:
+        weights, dtype = [self._plain(slot) for slot in parts.slots], self.precision.of(*parts.all_slots)
+        if parts.heads is not None:
+            return self.ops.pack_qkv(*weights, head_size=parts.heads[0], half=parts.heads[1], dtype=dtype)
+        return self.ops.pack(*weights, dtype=dtype, gate=None if parts.gate is None else self._plain(parts.gate))
 
     def _integers(self, parts: MatrixParts) -> _cpu.PackedMatrix | None:
         """The matrix of weights that are integers in the checkpoint; None if no one matrix can hold them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.cuda_ops import attention_workspace, takes_bfloat16
+from pyllm.cuda_ops import MATMUL_FLOATS, attention_workspace, takes_bfloat16
 from pyllm.device import Device
 from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, decode_floats, head_rows, scratch_blocks, step_floats
 from pyllm.engine.speculative import drafts_per_step
@@ -163,11 +163,9 @@ def plan_memory(
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
             raise ValueError(f"{name}: expected an integer from 1 to {1 << 20}, got {value!r}")
     precision = _precision(checkpoint, dtype, quantization, quantization_skip, gpu)
-    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
-    if gpu is not None and kv_cache_dtype == "auto" and not takes_bfloat16(spec):
-        cache_as = "float32"
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype, spec, gpu)
     available = available_memory() if gpu is None else gpu.memory()[0]
-    weights = packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
+    weights = _weight_bytes(checkpoint, precision, gpu)
     if spec.is_encoder and drafts:
         raise ValueError("speculative decoding: expected a model that generates, got an encoder: leave it out")
     step_tokens = prefix_tokens = max_num_batched_tokens
@@ -180,7 +178,8 @@ def plan_memory(
     max_source = 0 if spec.encoder is None else min(spec.encoder.max_positions, longest)
     workspace = _workspace(spec, max_num_seqs, step_tokens, drafts, max_source)
     if gpu is not None:
-        workspace += 4 * attention_workspace(spec, max_num_seqs, blocks_for(max_model_len or spec.max_positions))[0]
+        width = blocks_for(max(max_model_len or spec.max_positions, max_source))
+        workspace += 4 * (attention_workspace(spec, max_num_seqs, width)[0] + MATMUL_FLOATS)
     if spec.is_encoder:
         length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
         return Plan(
@@ -195,6 +194,7 @@ def plan_memory(
             cache=blocks * KVCache.block_bytes(spec, cache_as, shared=True),
             workspace=workspace,
             available=available,
+            gpu=None if gpu is None else gpu.name,
         )
     block, guessing = KVCache.block_bytes(spec, cache_as), None
     cross = 0 if spec.encoder is None else KVCache.block_bytes(spec, cache_as, cross=True)
@@ -206,6 +206,7 @@ def plan_memory(
             kv_cache_dtype,
             max_num_seqs,
             step_tokens,
+            gpu,
         )
     length, blocks = _cache_size(
         spec,
@@ -247,8 +248,18 @@ def _precision(
     return Precision("bfloat16" if precision.dtype == "float16" else precision.dtype)
 
 
+def _weight_bytes(checkpoint: Checkpoint, precision: Precision, gpu: Device | None) -> int:
+    return packed_bytes(checkpoint, precision) if gpu is None else plain_bytes(checkpoint, precision)
+
+
 def _draft_plan(
-    draft: Checkpoint, target: ModelSpec, precision: Precision, kv_cache_dtype: str, sequences: int, tokens: int
+    draft: Checkpoint,
+    target: ModelSpec,
+    precision: Precision,
+    kv_cache_dtype: str,
+    sequences: int,
+    tokens: int,
+    gpu: Device | None,
 ) -> DraftPlan:
     """That of a draft model of `target`, with one block of cache."""
     spec = draft.spec
@@ -270,20 +281,24 @@ def _draft_plan(
             f"draft_model: expected the model's vocabulary of {target.vocab_size} tokens, got one of "
             f"{spec.vocab_size}: choose a draft model that was made for the same tokenizer"
         )
-    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype)
+    cache_as = _cache_dtype(kv_cache_dtype, precision.dtype, spec, gpu)
+    workspace = _workspace(spec, sequences, tokens, CATCH_UP)
+    if gpu is not None:
+        workspace += 4 * attention_workspace(spec, sequences, blocks_for(spec.max_positions))[0]
     return DraftPlan(
         precision=precision,
         cache_dtype=cache_as,
         max_length=spec.max_positions,
-        weights=packed_bytes(draft, precision),
+        weights=_weight_bytes(draft, precision, gpu),
         cache=KVCache.block_bytes(spec, cache_as),
-        workspace=_workspace(spec, sequences, tokens, CATCH_UP),
+        workspace=workspace,
     )
 
 
-def _cache_dtype(asked: str, weights: str) -> str:
+def _cache_dtype(asked: str, weights: str, spec: ModelSpec, gpu: Device | None) -> str:
+    """What keys and values are held as; `weights` is the dtype of the matrices."""
     if asked == "auto":
-        return "bfloat16" if weights == "bfloat16" else "float32"
+        return "bfloat16" if weights == "bfloat16" and (gpu is None or takes_bfloat16(spec)) else "float32"
     if asked not in CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype: expected one of auto, {', '.join(CACHE_DTYPES)}, got {asked!r}")
     return asked

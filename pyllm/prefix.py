@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,14 @@ from numpy.typing import NDArray
 from pyllm.errors import RequestError, require
 
 I32 = NDArray[np.int32]
+
+
+class Place(NamedTuple):
+    """Number of a token in its sequence, and both of its positions."""
+
+    at: int
+    first: int
+    second: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,19 @@ class PrefixSpec:
         second[starts[0] :] = first[starts[0] :] - starts[blank] + 1
         first[starts[0] :] = masks[np.minimum(blank, len(masks) - 1)]
         return first, second
+
+    def positions_after(self, place: Place, tokens: Sequence[int]) -> Place:
+        """Those of the token behind `place`, one of `tokens`: in time that does not grow with them, but where a blank
+        begins."""
+        at, first, second = place.at + 1, place.first, place.second
+        if tokens[at] == self.start_id and (self.restarts or not second):
+            return self.place(tokens[: at + 1])
+        return Place(at, first, second + 1) if second else Place(at, at, 0)
+
+    def place(self, tokens: Sequence[int] | I32) -> Place:
+        """Those of the last of `tokens`."""
+        first, second = self.positions(tokens)
+        return Place(len(first) - 1, int(first[-1]), int(second[-1]))
 
     def check(self, prompt: Sequence[int], generates: bool) -> None:
         """Raise `RequestError` for a prompt that has a start token without a mask before it, or none to generate at."""

@@ -411,6 +411,7 @@ class SamplingState:
             self._ids = np.fromiter(self._place, np.int32, len(self._place))
             self._counts = np.zeros(len(self._place), np.int32)
         self.plain = not (params.penalised or params.logit_bias or params.allowed_token_ids)  # nothing but its row
+        self.greedy = params.temperature == 0  # its row chooses the largest logit
 
     @property
     def row(self) -> NDArray[np.void]:

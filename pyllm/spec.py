@@ -364,6 +364,10 @@ class ModelSpec:
         """Whether tokens see those that follow them, so that nothing can be generated."""
         return not self.blocks[0].attention.causal
 
+    def rope_of(self, block: BlockSpec) -> RopeSpec | None:
+        """The rotation of a block's queries and keys."""
+        return self.local_rope if block.attention.window is not None and self.local_rope is not None else self.rope
+
     @property
     def counts_twice(self) -> bool:
         """Whether tokens have two positions."""

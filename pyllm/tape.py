@@ -90,6 +90,11 @@ class Tape:
             self._values.forget(self._memory.part.memory)
             self._memory.part.used = 0
 
+    def shared(self, x: F32) -> F32:
+        """x, which several blocks use: its gradient outlives the part of the block that writes it first."""
+        self._view(x).value.gradient = self._memory.gradients.take(x.shape)
+        return x
+
     # Kernels
 
     def embedding(
@@ -138,10 +143,9 @@ class Tape:
         return cos, sin
 
     def gather_columns(self, x: F32, index: I32) -> F32:
-        """See :meth:`pyllm.ops.Ops.gather_columns`; x is a parameter. The result may be used in every block."""
+        """See :meth:`pyllm.ops.Ops.gather_columns`; x is a parameter."""
         out = self._new((x.shape[0], index.shape[0]), kept=True)
         ops, y, gradient = self.ops, self._view(out), self._gradient(x)
-        y.value.gradient = self._memory.gradients.take(out.shape)  # outlives the part of the block that writes it first
 
         def backward() -> None:
             if gradient is not None:
@@ -277,6 +281,13 @@ class Tape:
 
         self._run(forward, backward, again=residual is None)
         return out
+
+    def product_norm(self, x: F32, weight: F32, bias: F32 | None = None, *, kind: NormKind, eps: float) -> F32:
+        """See :meth:`pyllm.ops.Ops.product_norm`."""
+        return self.norm(x, weight, bias, kind=kind, eps=eps)
+
+    def queries(self, *arguments: Any) -> None:
+        """See :meth:`pyllm.ops.Ops.queries`: what each step makes is kept, so there are several."""
 
     def rope(self, x: F32, cos: F32, sin: F32, head_size: int) -> F32:
         """See :meth:`pyllm.ops.Ops.rope`: in place."""

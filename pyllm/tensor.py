@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -23,6 +24,26 @@ DTYPES = {
 }
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 DEVICE_KIND = 2  # DLPack's number for memory of a CUDA device
+
+
+class Shared:
+    """Keeps memory that two libraries share until ``wait()`` says that it is safe to give it back.
+
+    DLPack's deleter names no stream, and a stream that was named when the memory was lent may be gone by then: whoever
+    gives the memory back has to know by itself that nothing works on it any more.
+    """
+
+    def __init__(self, owner: object, wait: Callable[[], None]) -> None:
+        self._owner, self._wait = owner, wait
+
+    def array(self, kernels: Any, raw: _cuda.Array) -> _cuda.Array:
+        """`raw` again, as a view that this keeps."""
+        return kernels.Array(raw.pointer, raw.shape, raw.dtype, strides=raw.strides, owner=self)  # type: ignore[no-any-return]
+
+    def __del__(self) -> None:
+        """Wait; then what was kept goes."""
+        if not sys.is_finalizing():
+            self._wait()
 
 
 class DeviceArray:
@@ -63,6 +84,8 @@ class DeviceArray:
     @property
     def contiguous(self) -> bool:
         """Whether elements lie side by side in the order of numpy."""
+        if self.size == 0:
+            return True
         step = 1
         for length, stride in zip(reversed(self.shape), reversed(self.raw.strides), strict=True):
             if length != 1 and stride != step:
@@ -167,11 +190,17 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A capsule for ``from_dlpack`` of another library, whose `stream` (an address; -1: none) waits for ours."""
+        """A capsule for ``from_dlpack`` of another library.
+
+        What was given to our stream is done when this returns, unless `stream` is -1. Once the other library drops the
+        array, which it may do while its kernels still read it, the memory is freed after all streams have been waited
+        for. ``__cuda_array_interface__`` has no such sign: who takes an array through it keeps it until then.
+        """
         if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
             raise BufferError(f"dl_device: expected {self.__dlpack_device__()}, got {dl_device}")
         if copy:
             raise BufferError("copy: expected None or False: make one with copy()")
         if stream != -1:
             self.device.synchronize()
-        return self.device.kernels.to_dlpack(self.raw, DEVICE_KIND, 0)
+        lent = Shared(self.raw.owner, self.device.synchronize_all)
+        return self.device.kernels.to_dlpack(lent.array(self.device.kernels, self.raw), DEVICE_KIND, 0)

@@ -90,6 +90,13 @@ class Tokenizer:
         _check_text(second)
         return self._backend.encode_pair(first, second, max_tokens)
 
+    def around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that `encode` puts before a text, and those behind it."""
+        text = self.encode("a", add_special_tokens=False)
+        whole, count = self.encode("a"), len(text)
+        at = next((i for i in range(len(whole) - count + 1) if whole[i : i + count] == text), len(whole))
+        return whole[:at], whole[at + count :]
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids beyond the vocabulary (padding rows of an embedding) have no text."""
         stream = self.stream(skip_special_tokens)

@@ -39,6 +39,9 @@ class Rule:
 # The kernels of sampling have blocks of 1,024 threads, the other small ones of 256: 64 each is what a block may have.
 RULES = (
     Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
+    Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG")),
+    # 168 registers of 384 threads are all that a block can start with; its warpgroups then share them out anew.
+    Rule("wgmma_matmul_kernel", 168, (), ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
     Rule("plain_attention_kernel", 128, ("FFMA",)),
@@ -51,9 +54,10 @@ RULES = (
     Rule("gather_columns_kernel", 64),
     Rule("rope_angles_kernel", 64),
     Rule("rope_kernel", 64),
+    Rule("qkv_write_kernel", 64),
     Rule("kv_write_kernel", 64),
     Rule("advance_kernel", 64),
-    Rule("read_probe_kernel", 64),
+    Rule("read_probe_kernel", 64, ("LDG.128",)),
     Rule("empty_probe_kernel", 64),
     Rule("sample_kernel", 64, ("ATOMS",)),
     Rule("logprobs_kernel", 64, ("ATOMS",)),
@@ -86,14 +90,16 @@ def read_report(text: str) -> dict[str, Kernel]:
 
 
 def read_sass(text: str) -> dict[str, set[str]]:
-    """First words of the instructions of each function of a disassembly, without modifiers."""
+    """Instructions of each function of a disassembly, without modifiers, and those of 16 bytes also as ``LDG.128``."""
     functions: dict[str, set[str]] = {}
     words: set[str] = set()
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
             words = functions.setdefault(match[1], set())
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", line):
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)", line):
             words.add(match[1])
+            if ".128" in match[2]:
+                words.add(f"{match[1]}.128")
     return functions
 
 
@@ -133,6 +139,7 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
         "-O3",
         "--expt-relaxed-constexpr",
         f"-I{ROOT / 'csrc'}",
+        "-DPYLLM_WGMMA",
         f"-gencode={ARCHITECTURES[architecture]}",
         "-Xptxas",
         "-v",

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -39,11 +41,32 @@ class MatmulArgs(ctypes.Structure):
     ]
 
 
+class SplitMatmulArgs(ctypes.Structure):
+    """SplitMatmulArgs of cuda/matmul.h."""
+
+    _fields_ = [("matmul", MatmulArgs), ("partial", ctypes.c_void_p), ("tickets", ctypes.c_void_p)]
+
+
+class SplitPlan(ctypes.Structure):
+    """SplitPlan of cuda/matmul.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("tiles", "splits", "steps")]
+
+
+class WgmmaPlan(ctypes.Structure):
+    """WgmmaPlan of cuda/matmul.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("columns", "cluster", "row_units", "column_tiles", "blocks", "shared_bytes")
+    ]
+
+
 class SkinnyPlan(ctypes.Structure):
     """SkinnyPlan of cuda/matmul.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tiles", "blocks", "chunks", "x_pitch", "shared_bytes")),
+        *((name, ctypes.c_int64) for name in ("tiles", "blocks", "chunks", "stages", "shared_bytes")),
+        ("streamed", ctypes.c_bool),
         ("fits", ctypes.c_bool),
     ]
 
@@ -230,8 +253,24 @@ class KvWriteArgs(ctypes.Structure):
     ]
 
 
+class QkvWriteArgs(ctypes.Structure):
+    """QkvWriteArgs of cuda/qkv_write.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "qkv")),
+        ("cache", CacheView),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "q_norm", "k_norm")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "half", "q_stride", "qkv_stride", "norm_stride")),
+        ("eps", ctypes.c_float),
+        ("norm", ctypes.c_int32),
+        ("paired", ctypes.c_bool),
+        ("q_dtype", ctypes.c_int32),
+    ]
+
+
 LAYERS = (
     NormArgs, ActivationArgs, AxpbyArgs, EmbeddingArgs, GatherColumnsArgs, RopeAnglesArgs, RopeArgs, KvWriteArgs,
+    QkvWriteArgs,
 )  # fmt: skip
 
 
@@ -249,7 +288,7 @@ def library() -> Path:
     pybind11 = pytest.importorskip("pybind11")
     command = [compiler, "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-x", "c++"]
+    command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-DPYLLM_WGMMA", "-x", "c++"]
     kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
     bindings = sorted((ROOT / "csrc/bindings").glob("cuda_*.cc"))
     read = [
@@ -288,13 +327,29 @@ def build() -> ctypes.CDLL:
     kernels.host_skinny_qkv.argtypes = [ctypes.POINTER(QkvArgs), number]
     kernels.host_skinny_argmax.argtypes = [ctypes.POINTER(ArgmaxArgs), number]
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
-    kernels.host_skinny_plan.argtypes = [number] * 4 + [ctypes.POINTER(SkinnyPlan)]
+    kernels.host_skinny_plan.argtypes = [number] * 3 + [ctypes.c_bool, number, number, ctypes.POINTER(SkinnyPlan)]
+    kernels.host_wgmma_matmul.argtypes = [arguments, number]
+    kernels.host_wgmma_plan.argtypes = [number] * 3 + [ctypes.POINTER(WgmmaPlan)]
+    kernels.host_split_matmul.argtypes = [ctypes.POINTER(SplitMatmulArgs)]
+    kernels.host_split_plan.argtypes = [number, number, ctypes.POINTER(SplitPlan)]
+    kernels.host_last_block_first.argtypes = [ctypes.c_bool]
+    kernels.host_limit_device.argtypes = [ctypes.c_int, ctypes.c_int]
     for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]
     for args in (*LAYERS, SampleArgs, LogprobsArgs):
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in args.__name__.removesuffix("Args"))
         getattr(kernels, f"host{name}").argtypes = [ctypes.POINTER(args)]
     return kernels
+
+
+@contextmanager
+def limited(shared_bytes: int, major: int = 9) -> Iterator[None]:
+    """Inside, the emulated GPU's blocks have so much shared memory, and it is of that major compute capability."""
+    build().host_limit_device(shared_bytes, major)
+    try:
+        yield
+    finally:
+        build().host_limit_device(227 * 1024, 9)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

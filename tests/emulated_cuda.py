@@ -32,7 +32,9 @@ class _Library:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         for name, result, *arguments in (
             ("stream", pointer),
-            ("sync", None, pointer),
+            ("given", number, pointer),
+            ("sync", None, pointer, number),
+            ("sync_all", None),
             ("copy", None, pointer, pointer, pointer, number),
             ("fill", None, pointer, pointer, ctypes.c_int, number),
             ("begin_capture", None, pointer),
@@ -54,10 +56,10 @@ class _Library:
 
 class Event:
     def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+        self._stream, self._given = stream, stream._library.given(stream.handle)
 
     def sync(self) -> None:
-        self._stream.sync()
+        self._stream._library.sync(self._stream.handle, self._given)
 
     def __sub__(self, other: Event) -> float:
         return 1.0  # milliseconds
@@ -71,16 +73,11 @@ class Stream:
 
     def sync(self) -> None:
         assert not self.capturing, "a stream that is captured cannot be waited for"
-        self._library.sync(self.handle)
+        self._library.sync(self.handle, self._library.given(self.handle))
 
     def record(self, event: Event | None = None, options: object = None) -> Event:
-        return event or Event(self)
-
-    def wait(self, event_or_stream: Event | Stream) -> None:
-        pass
-
-    def create_graph_builder(self) -> GraphBuilder:
-        return GraphBuilder(self)
+        assert event is None, "an event is recorded once"
+        return Event(self)
 
 
 class GraphBuilder:
@@ -169,8 +166,13 @@ def _core(library: Any) -> ModuleType:
         def create_stream(self, obj: object = None, options: object = None) -> Stream:
             return Stream(library)
 
+        def create_graph_builder(self) -> GraphBuilder:
+            return GraphBuilder(Stream(library))
+
+        def sync(self) -> None:
+            library.sync_all()
+
         def allocate(self, size: int, *, stream: Stream) -> Buffer:
-            assert not stream.capturing, "memory cannot be taken while a graph is recorded"
             handle = library.allocate(size)
             if not handle:
                 stream.sync()  # frees what was given back

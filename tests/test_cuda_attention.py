@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_host import DTYPES, AttentionArgs, AttentionRule, AttentionScores, CacheView, aligned, as_aligned, build
+from cuda_host import (
+    DTYPES,
+    AttentionArgs,
+    AttentionRule,
+    AttentionScores,
+    CacheView,
+    aligned,
+    as_aligned,
+    build,
+    limited,
+)
 from oracle.attention import Rule, softmax
 
 bfloat16 = ml_dtypes.bfloat16
@@ -149,6 +159,18 @@ DECODES = [
     ([2], [260], 16, 2, 128),
     ([1], [193], 3, 3, 256),
 ]
+
+
+@pytest.mark.parametrize("kernel", ["prompt", "split"])
+def test_less_shared_memory_gives_the_same_bits(kernels, kernel):
+    run = getattr(kernels, f"host_{kernel}_attention")
+    for sizes in (PROMPTS if kernel == "prompt" else DECODES)[3:]:
+        c = case(*sizes)
+        whole = call(run, c)
+        for shared in (163, 99):  # A100, the other chips of Ampere
+            with limited(shared * 1024, major=8):
+                for got, expected in zip(call(run, c), whole, strict=True):
+                    assert (got == expected).all()
 
 
 @pytest.mark.parametrize("rule", [CAUSAL, Rule(window=1), Rule(window=70)], ids=str)

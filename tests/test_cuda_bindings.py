@@ -52,11 +52,27 @@ def test_matmul_refuses_what_it_cannot_take(changed, expected):
         _cuda.mma_matmul(**matmul_args(**changed))
 
 
+def test_other_products_refuse_what_they_cannot_take():
+    split = {"partial": array(256 * 64 * 128, dtype="float32"), "tickets": array(256, dtype="uint32")}
+    many = {"y": array(65, 16, dtype="float32"), "x": array(65, 64)}
+    for kernel, changed, expected in (
+        ("split_matmul", {**split, **many}, "x: rows: expected 0 to 64, got 65"),
+        ("split_matmul", {**split, "partial": array(8, dtype="float32")}, "partial: expected shape"),
+        ("split_matmul", {**split, "tickets": array(8, dtype="uint32")}, "tickets: expected shape"),
+        ("split_matmul", {**split, "x": array(4, 64, dtype="float32")}, "x: expected bfloat16"),
+        ("wgmma_matmul", {"multiprocessors": 0}, "multiprocessors: expected 1"),
+        ("wgmma_matmul", {"multiprocessors": 8, "x": array(4, 64, strides=[68, 1])}, "multiple of 8 elements apart"),
+        ("wgmma_matmul", {"multiprocessors": 8, "x": array(4, 64, dtype="float32")}, "x: expected bfloat16"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=expected):
+            getattr(_cuda, kernel)(**{**matmul_args(), **changed})
+
+
 def test_skinny_matmul_refuses_what_does_not_fit():
-    rest = {"norm_weight": None, "norm_bias": None, "norm": 0, "eps": 0.0, "multiprocessors": 132, "overlapped": True}
+    rest = {"norm_weight": None, "norm_bias": None, "norm": 0, "eps": 0.0, "multiprocessors": 132}
     many = {"y": array(17, 16, dtype="float32"), "x": array(17, 64)}
     for changed, expected in (
-        (many, "at most 16 rows"),
+        (many, "x: rows: expected 0 to 16, got 17"),
         ({"norm_bias": array(64, dtype="float32")}, "None where norm_weight is None"),
         ({"multiprocessors": 0}, "multiprocessors: expected 1"),
     ):
@@ -66,7 +82,7 @@ def test_skinny_matmul_refuses_what_does_not_fit():
 
 SKINNY = {
     "x": array(4, 64), "w": array(64, 64), "bias": None, "norm_weight": None, "norm_bias": None, "norm": 0, "eps": 0.0,
-    "multiprocessors": 132, "overlapped": True, "stream": 0,
+    "multiprocessors": 132, "stream": 0,
 }  # fmt: skip
 QKV = {
     **SKINNY, "q": array(4, 32), "cache": array(5, 1, 2, 64, 16), "cos": array(4, 8, dtype="float32"),
@@ -167,6 +183,11 @@ KV_WRITE = {
     "cache": array(5, 2, 2, 64, 16), "k": float32(3, 16), "v": float32(3, 16), "slots": array(3, dtype="int64"),
     "head_size": 8, "cos": float32(3, 4), "sin": float32(3, 4),
 }  # fmt: skip
+QKV_WRITE = {
+    "q": array(3, 32), "cache": array(5, 2, 2, 64, 16), "qkv": float32(3, 64), "slots": array(3, dtype="int64"),
+    "head_size": 8, "paired": True, "cos": float32(3, 4), "sin": float32(3, 4), "q_norm": float32(4, 8),
+    "k_norm": float32(2, 8), "norm": 0, "eps": 1e-5,
+}  # fmt: skip
 SAMPLE = {
     "tokens": int32(3), "logits": float32(3, 50), "rows": array(3, 48, dtype="uint8"), "history_starts": None,
     "history_ids": None, "history_counts": None, "bias_starts": None, "bias_ids": None, "bias_values": None,
@@ -191,8 +212,8 @@ LISTS = {"allowed_starts": array(4, dtype="int64"), "allowed_ids": int32(7)}
         (
             "norm",
             NORM,
-            {"x": float32(3, 57001), "y": float32(3, 57001), "weight": None},
-            "x: columns: expected 0 to 57000",
+            {"x": float32(3, 25001), "y": float32(3, 25001), "weight": None},
+            "x: columns: expected 0 to 25000",
         ),
         ("activation", ACTIVATION, {"up": array(3, 8)}, "up: expected float32, got bfloat16"),
         ("activation", ACTIVATION, {"y": array(3, 9)}, r"y: expected shape \[3, 8\]"),
@@ -208,6 +229,12 @@ LISTS = {"allowed_starts": array(4, dtype="int64"), "allowed_ids": int32(7)}
         ("kv_write", KV_WRITE, {"cache": array(5, 2, 2, 64, 8)}, "cache: expected shape"),
         ("kv_write", KV_WRITE, {"slots": int32(3)}, "slots: expected int64"),
         ("kv_write", KV_WRITE, {"sin": None}, "cos, sin: expected both or neither"),
+        ("qkv_write", QKV_WRITE, {"q": array(3, 33)}, "q: expected whole heads of 8, got 33 columns"),
+        ("qkv_write", QKV_WRITE, {"qkv": float32(3, 56)}, r"qkv: expected shape \[3, 64\], got \[3, 56\]"),
+        ("qkv_write", QKV_WRITE, {"sin": None}, "cos, sin: expected both or neither"),
+        ("qkv_write", QKV_WRITE, {"q_norm": float32(8)}, r"k_norm: expected shape \[8\], got \[2, 8\]"),
+        ("qkv_write", QKV_WRITE, {"k_norm": None}, "q_norm, k_norm: expected both or neither"),
+        ("qkv_write", QKV_WRITE, {"norm": 2}, "norm: expected 0 to 1, got 2"),
         ("sample", SAMPLE, {"rows": array(3, 40, dtype="uint8")}, r"rows: expected shape \[3, 48\]"),
         ("sample", SAMPLE, {"allowed_ids": int32(7)}, "allowed: expected starts and ids, or neither"),
         ("sample", SAMPLE, {**LISTS, "workspace": float32(6)}, r"workspace: expected shape \[7\]"),
@@ -239,4 +266,3 @@ def test_what_is_beside_the_kernels_checks_its_arguments():
         _cuda.read_probe(array(1, dtype="uint32"), array(24, dtype="uint8"), 0)
     with pytest.raises(TypeError, match="an unused DLPack capsule"):
         _cuda.from_dlpack(object(), 2, 0)
-    assert _cuda.skinny_fits(16, 2048) and not _cuda.skinny_fits(17, 2048) and not _cuda.skinny_fits(1, 12)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import sys
+import threading
+import weakref
+from functools import partial
 
 import emulated_cuda
 import ml_dtypes
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from pyllm import device as device_module
+from pyllm.cuda_ops import CudaOps
 from pyllm.errors import InsufficientMemoryError
 from pyllm.ops import Ops
 from pyllm.tensor import DTYPES
@@ -45,6 +48,7 @@ def test_views_are_those_of_numpy(gpu):
         lambda a: a[1:4], lambda a: a[:, 3:7], lambda a: a[2], lambda a: a[-1:], lambda a: a[1:3, :8],
         lambda a: a.reshape(-1, 3), lambda a: a.reshape(5, 2, 6), lambda a: a[:, 4:10].reshape(5, 2, 3),
         lambda a: a[:, 4:10].reshape(5, 2, -1).reshape(5, 6), lambda a: a[[4, 0, 4]], lambda a: a[1:4].copy(),
+        lambda a: a[5:, 2:4], lambda a: a[2:, 3:3], lambda a: a.reshape(5, 3, 4)[1:3, :2, :2],
     ):  # fmt: skip
         assert np.array_equal(view(there).numpy(), view(host))
     there[1] = there[3]
@@ -78,6 +82,46 @@ def test_exchange_through_dlpack(gpu):
     assert mine.shape == (4, 5) and np.array_equal(mine.numpy(), theirs)
     with pytest.raises(TypeError, match="type code 2 of 64 bits"):
         gpu.from_dlpack(theirs.astype("f8"))
+
+
+def test_a_read_only_index_is_copied_once_and_no_longer_than_it_lives(gpu):
+    ops, x, index = CudaOps(gpu, np.float32, threads=1), gpu.upload(numbers(2, 5)), np.array([4, 0], np.int32)
+    for fresh in (index, index[::-1].copy()):  # what may be written is read anew
+        index[...] = fresh
+        assert np.array_equal(ops.gather_columns(x, index).numpy(), numbers(2, 5)[:, fresh])
+    index.flags.writeable = False
+    gpu.synchronize()
+    free = gpu.memory()[0]
+    kept = [ops.gather_columns(x, index) for _ in range(3)]
+    assert free - gpu.memory()[0] == index.nbytes + sum(y.nbytes for y in kept)
+    del index, kept
+    gpu.synchronize()
+    assert gpu.memory()[0] == free
+
+
+def test_what_is_lent_is_freed_after_every_stream(gpu):
+    """The other library drops its array while a copy out of it has not run yet."""
+    theirs, found = gpu._core.create_stream(), np.zeros((3, 8), np.float32)
+    there = np.from_dlpack(gpu.upload(numbers(3, 8)))
+    buffer = sys.modules["cuda.core"].Buffer
+    buffer.from_handle(there.ctypes.data, there.nbytes).copy_to(
+        buffer.from_handle(found.ctypes.data, found.nbytes), stream=theirs
+    )
+    del there
+    gpu.synchronize()
+    theirs.sync()
+    assert np.array_equal(found, numbers(3, 8))
+
+
+def test_what_is_borrowed_is_given_back_after_what_reads_it(gpu):
+    memory, y = numbers(2, 8), gpu.empty((2, 8), np.float32)
+    theirs = memory[:]
+    weakref.finalize(theirs, memory.fill, np.nan)  # as an owner that hands its memory out again
+    mine = gpu.from_dlpack(theirs)
+    del theirs
+    gpu.kernels.activation(y.raw, mine.raw, None, 4, gpu.stream)
+    del mine
+    assert np.isnan(memory).all() and np.array_equal(y.numpy(), np.maximum(numbers(2, 8), 0))
 
 
 def test_a_capsule_nobody_takes_frees_what_it_holds(gpu):
@@ -120,21 +164,74 @@ def test_memory_comes_back_and_its_lack_is_said_with_what_to_do():
         assert gpu.memory()[0] == free
 
 
-def test_what_is_collected_during_a_recording_is_not_freed_by_the_graph(gpu):
-    cycle = [gpu.empty([64], np.float32)]
-    cycle.append(cycle)
+def test_what_is_freed_during_a_recording_is_not_freed_by_the_graph(gpu):
+    array = gpu.empty([64], np.float32)
     gpu.synchronize()
     free = gpu.memory()[0]
     gpu.begin_graph()
-    del cycle
-    for _ in range(5000):  # more objects than start a collection
-        garbage = []
-        garbage.append(garbage)
+    del array
     graph = gpu.end_graph()
     assert graph.nodes == 0
-    gc.collect()
     gpu.synchronize()
     assert gpu.memory()[0] == free + 256
+
+
+def test_a_graph_holds_what_its_own_thread_gave(gpu):
+    x, y, z = gpu.upload(numbers(2, 8)), *(gpu.empty((2, 8), np.float32) for _ in range(2))
+    relu = partial(gpu.kernels.activation, y.raw, x.raw, None, 4)
+    gpu.begin_graph()
+    relu(gpu.stream)
+    found = []
+
+    def beside():
+        assert not gpu.recording
+        gpu.kernels.activation(z.raw, x.raw, None, 5, gpu.stream)
+        found.append((z.numpy(), gpu.upload(numbers(3)).numpy()))
+
+    other = threading.Thread(target=beside)
+    other.start()
+    other.join()
+    graph = gpu.end_graph()
+    assert graph.nodes == 1 and np.isnan(y.numpy()).all()
+    assert np.allclose(found[0][0], np.tanh(numbers(2, 8)), atol=1e-6) and np.array_equal(found[0][1], numbers(3))
+    gpu.replay(graph)
+    assert np.array_equal(y.numpy(), np.maximum(numbers(2, 8), 0))
+
+
+@pytest.mark.parametrize("step", ["begin_building", "end_building", "complete"])
+def test_a_recording_that_fails_leaves_nothing_behind(gpu, monkeypatch, step):
+    """Nothing is recorded after it, its builder is closed, and the next one works."""
+    closed = []
+    monkeypatch.setattr(emulated_cuda.GraphBuilder, "close", lambda builder: closed.append(builder))
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated_cuda.GraphBuilder, step, lambda builder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gpu.begin_graph()
+            gpu.end_graph()
+        assert not gpu.recording and len(closed) == 1
+        if step == "end_building":
+            gpu.begin_graph()
+            gpu.drop_graph()  # does not hide what made the caller drop it
+            assert not gpu.recording and len(closed) == 2
+    x = gpu.upload(numbers(2, 8))
+    gpu.begin_graph()
+    with pytest.raises(RuntimeError, match="begin_graph: expected no graph"):
+        gpu.begin_graph()
+    with pytest.raises(RuntimeError, match="memory cannot be taken while a graph is recorded"):
+        gpu.empty([1], np.float32)
+    gpu.kernels.activation(x.raw, x.raw, None, 4, gpu.stream)
+    assert gpu.end_graph().nodes == 1
+
+
+def test_an_event_waits_for_what_was_before_it_and_no_more(gpu):
+    source, targets = gpu.upload(numbers(3)), [np.zeros(3, np.float32) for _ in range(2)]
+    gpu.fetch(targets[0], source)
+    event = gpu.record()
+    gpu.fetch(targets[1], source)
+    event.sync()
+    assert np.array_equal(targets[0], numbers(3)) and not targets[1].any()
+    gpu.synchronize()
+    assert np.array_equal(targets[1], numbers(3))
 
 
 def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):

@@ -23,7 +23,7 @@ SASS = """
 def test_reads_registers_spills_and_instructions():
     (kernel,) = read_report(REPORT).values()
     assert (kernel.registers, kernel.spilled, kernel.stack) == (128, 12, 16)
-    assert read_sass(SASS) == {kernel.name: {"LDC", "LDGSTS", "HMMA", "STL"}}
+    assert read_sass(SASS) == {kernel.name: {"LDC", "LDGSTS", "LDGSTS.128", "HMMA", "STL"}}
 
 
 def test_every_broken_rule_is_told():

@@ -15,6 +15,7 @@ from cuda_host import (
     GatherColumnsArgs,
     KvWriteArgs,
     NormArgs,
+    QkvWriteArgs,
     RopeAnglesArgs,
     RopeArgs,
     build,
@@ -105,8 +106,8 @@ def test_norm_vector_is_the_same_bits_among_any_others(kernels):
 
 
 def test_norm_refuses_a_vector_that_does_not_fit(kernels):
-    assert kernels.host_norm(NormArgs(rows=1, heads=1, dim=57001)) != 0
-    assert kernels.host_norm(NormArgs(rows=0, heads=1, dim=57001)) == 0
+    assert kernels.host_norm(NormArgs(rows=1, heads=1, dim=25001)) != 0
+    assert kernels.host_norm(NormArgs(rows=0, heads=1, dim=25001)) == 0
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -247,5 +248,55 @@ def test_kv_write_fills_slots(kernels, dtype, kv_heads, head_size, half):
     assert np.isnan(cache.astype("f4")).all()
 
 
+@pytest.mark.parametrize("norm", [None, "rms", "layer-each"])
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_size", "half"), [(1, 1, 1, 0), (1, 1, 2, 1), (5, 2, 35, 6), (9, 3, 128, 64)]
+)
+def test_qkv_write_norms_rotates_and_fills_slots(kernels, dtype, heads, kv_heads, head_size, half, norm):
+    rows, blocks, padded, keyed = 4, 3, -(-head_size // 16) * 16, heads + kv_heads
+    width = (keyed + kv_heads) * head_size
+    x = rng(head_size).standard_normal((rows, keyed + kv_heads, head_size)).astype("f4")
+    cos, sin = rng(1).standard_normal((2, rows, half)).astype("f4")
+    slots = np.array([2 * 64 + 63, -1, 0, blocks * 64], np.int64)  # the second and the last are no slots
+    each = norm == "layer-each"
+    weights = rng(2).standard_normal((keyed, head_size)).astype("f4")
+    q_norm, k_norm = (np.ascontiguousarray(w if each else w[0]) for w in (weights[:heads], weights[heads:]))
+    order = [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, head_size)]
+    for paired in (False, True):
+        given = x.copy()
+        if paired:
+            given[:, :keyed] = x[:, :keyed, order]
+        qkv = frame(rows, width)
+        qkv[:rows, :width] = given.reshape(rows, -1)
+        cache = np.full((blocks + 1, kv_heads, 2, 64, padded), np.nan, dtype)
+        q = frame(rows, heads * head_size, dtype=dtype)
+        args = QkvWriteArgs(
+            q=q.ctypes.data, qkv=qkv.ctypes.data,
+            cache=CacheView(cache.ctypes.data, blocks, kv_heads, head_size, DTYPES[dtype]),
+            cos=cos.ctypes.data if half else 0, sin=sin.ctypes.data, slots=slots.ctypes.data,
+            q_norm=q_norm.ctypes.data if norm else 0, k_norm=k_norm.ctypes.data if norm else 0, rows=rows, heads=heads,
+            half=half, q_stride=heads * head_size + 3, qkv_stride=width + 3, norm_stride=head_size * each, eps=1e-5,
+            norm=int(norm == "rms"), paired=paired, q_dtype=DTYPES[dtype],
+        )  # fmt: skip
+        assert kernels.host_qkv_write(args) == 0
+        turned = x[:, :keyed].astype("f8")
+        if norm:
+            parts = (turned[:, :heads], q_norm), (turned[:, heads:], k_norm)
+            kind = norm.removesuffix("-each")
+            turned = np.concatenate([norm_formula(part, w.astype("f8"), None, kind, 1e-5) for part, w in parts], axis=1)
+        turned = rope_formula(turned, cos.astype("f8"), sin.astype("f8"))
+        bound = F32_ERROR if dtype == float32 else BF16_ERROR
+        close(inside(q, rows, heads * head_size), turned[:, :heads].reshape(rows, -1), bound)
+        for row, (block, offset) in ((0, (2, 63)), (2, (0, 0))):
+            written = cache[block, :, :, offset].astype("f8")
+            close(written[:, 0, :head_size], turned[row, heads:], bound)
+            assert (written[:, 1, :head_size] == x[row, keyed:].astype(dtype).astype("f8")).all()
+            assert (written[:, :, head_size:] == 0).all()
+            cache[block, :, :, offset] = np.nan
+        assert np.isnan(cache.astype("f4")).all()
+
+
 def test_kv_write_refuses_other_caches(kernels):
+    assert kernels.host_qkv_write(QkvWriteArgs(cache=CacheView(0, 1, 1, 16, 3), rows=1, heads=1)) != 0
     assert kernels.host_kv_write(KvWriteArgs(cache=CacheView(0, 1, 1, 16, 3), rows=1)) != 0

@@ -13,12 +13,18 @@ from cuda_host import (
     MatmulArgs,
     QkvArgs,
     SkinnyPlan,
+    SplitMatmulArgs,
+    SplitPlan,
     aligned,
     as_aligned,
     build,
+    limited,
 )
+from emulated_cuda import emulated_gpu
 from oracle.activation import activation as activation_formula
 from oracle.rope import rope
+
+from pyllm.cuda_ops import CudaOps
 
 bfloat16 = ml_dtypes.bfloat16
 PAGE = 64
@@ -98,10 +104,26 @@ def test_skinny_normalises_its_input(kernels, norm):
     close(got, formula(arrays, norm=norm), 4e-3)  # the normalised row is rounded to bf16: 2^-9 each
 
 
-@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain"])
+def split(kernels):
+    def run(args):
+        partial, tickets = np.full(256 * 64 * 128, np.nan, "f4"), np.zeros(256, np.uint32)
+        failed = kernels.host_split_matmul(SplitMatmulArgs(args, partial.ctypes.data, tickets.ctypes.data))
+        assert not tickets.any()
+        return failed
+
+    return run
+
+
+def launcher(kernels, name):
+    if name in ("skinny", "split"):
+        return (skinny if name == "skinny" else split)(kernels)
+    return getattr(kernels, f"host_{name}_matmul")
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "plain"])
 @pytest.mark.parametrize("activation", ["gelu_erf", "gelu_tanh", "silu", "relu"])
 def test_activations_and_gates(kernels, kernel, activation):
-    run = skinny(kernels) if kernel == "skinny" else getattr(kernels, f"host_{kernel}_matmul")
+    run = launcher(kernels, kernel)
     for gated in (False, True):
         arrays, columns = case(4, 22, 72, gated=gated)
         got = call(run, arrays, columns, activation=activation, gated=gated)
@@ -128,9 +150,45 @@ def test_plain_matches_formula(kernels, rows, n, k, dtype):
     close(call(kernels.host_plain_matmul, arrays, columns), formula(arrays), 1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain"])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 1, 8), (17, 130, 64), (32, 7, 584), (33, 129, 1096), (64, 20, 776), (19, 300, 2824)]
+)
+def test_split_matches_formula(kernels, rows, n, k):
+    arrays, columns = case(rows, n, k, seed=n)
+    close(call(split(kernels), arrays, columns), formula(arrays), 1e-6)
+
+
+def test_split_row_is_the_same_bits_in_any_batch(kernels):
+    arrays, columns = case(64, 19, 840)  # three splits: 3 blocks and a half make a tree that is not full
+    plan = SplitPlan()
+    kernels.host_split_plan(19, 840, plan)
+    assert plan.splits == 3
+    whole = call(split(kernels), arrays, columns)
+    kernels.host_last_block_first(True)
+    try:
+        assert (call(split(kernels), arrays, columns) == whole).all()
+    finally:
+        kernels.host_last_block_first(False)
+    for rows in (17, 32, 33):
+        part = {**arrays, "x": as_aligned(arrays["x"][:rows]), "residual": arrays["residual"][:rows].copy()}
+        assert (call(split(kernels), part, columns) == whole[:rows]).all()
+
+
+@pytest.mark.parametrize("k", [8, 64, 768, 2048, 4096, 14336, 65544])
+@pytest.mark.parametrize("n", [1, 768, 2048, 4096, 16384, 28672, 128256])
+def test_splits_take_every_step_once_within_the_workspace(kernels, n, k):
+    plan, steps = SplitPlan(), -(-k // 64)
+    kernels.host_split_plan(n, k, plan)
+    assert plan.tiles * 128 >= n > (plan.tiles - 1) * 128
+    assert plan.splits * plan.steps >= steps > (plan.splits - 1) * plan.steps
+    assert plan.splits == 1 or (plan.tiles * plan.splits <= 256 and plan.steps >= 4)
+    if k >= 2048 and n >= 1024:  # 132 multiprocessors, each of two blocks, have something to do
+        assert plan.tiles * plan.splits >= 64
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "plain"])
 def test_bfloat16_output(kernels, kernel):
-    run = skinny(kernels) if kernel == "skinny" else getattr(kernels, f"host_{kernel}_matmul")
+    run = launcher(kernels, kernel)
     arrays, columns = case(3, 20, 40)
     exact = call(run, arrays, columns)
     assert (call(run, arrays, columns, y_dtype=bfloat16) == exact.astype("f4").astype(bfloat16).astype("f8")).all()
@@ -224,16 +282,93 @@ def test_what_a_kernel_cannot_take_is_an_error(kernels):
     assert kernels.host_skinny_matmul(args, 132) != 0  # 17 rows
     assert kernels.host_mma_matmul(MatmulArgs(rows=4, n=8, k=15, x_stride=16)) != 0
     assert kernels.host_plain_matmul(MatmulArgs(rows=4, n=8, k=15, w_dtype=2)) != 0
+    assert split(kernels)(MatmulArgs(rows=65, n=8, k=16, x_stride=16)) != 0
+    assert split(kernels)(MatmulArgs(rows=4, n=8, k=15, x_stride=16)) != 0
     assert kernels.host_skinny_argmax(ArgmaxArgs(args), 132) != 0
     assert kernels.host_skinny_qkv(QkvArgs(MatmulArgs(rows=1, n=8, k=16), CacheView(0, 1, 1, 4, 0), heads=1), 132) != 0
     assert kernels.host_mma_matmul(MatmulArgs(rows=0, n=8, k=16, x_stride=16)) == 0  # nothing to do
 
 
-@pytest.mark.parametrize(
-    ("n", "k"), [(2304, 768), (3072, 2048), (2048, 8192), (6144, 4096), (4096, 14336), (128256, 2048)]
-)
-def test_two_decode_kernels_share_a_multiprocessor(kernels, n, k):
+def plan_of(kernels, rows, n, k, *, whole=False, multiprocessors=132, shared=227):
     plan = SkinnyPlan()
-    kernels.host_skinny_plan(1, n, k, 132, plan)
+    kernels.host_skinny_plan(rows, n, k, whole, multiprocessors, shared * 1024, plan)
+    return plan
+
+
+SHAPES = [(2304, 768), (3072, 2048), (2048, 8192), (6144, 4096), (4096, 14336), (128256, 2048)]
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_two_decode_kernels_share_a_multiprocessor(kernels, n, k):
+    plan = plan_of(kernels, 1, n, k, whole=True)
     assert plan.fits and plan.blocks <= 132 and plan.tiles * 8 >= n > (plan.tiles - 1) * 8 and plan.chunks * 1024 >= k
     assert 2 * (plan.shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("shared", [227, 163, 99])  # Hopper, A100, the others
+def test_decoding_fits_every_chip(kernels, n, k, shared):
+    for rows in range(1, 17 if shared > 99 else 16):
+        plan = plan_of(kernels, rows, n, k, shared=shared)
+        assert plan.fits and plan.shared_bytes <= shared * 1024 and 2 <= plan.stages <= 5
+        assert plan.streamed or plan.stages == 5
+    assert not plan_of(kernels, 17, n, k).fits and not plan_of(kernels, 1, n, k + 4).fits
+
+
+def test_skinny_gives_the_same_bits_where_x_is_streamed(kernels):
+    arrays, columns = case(16, 75, 2056, seed=5)  # tiles in groups of 4 and of fewer, three chunks
+    whole = call(skinny(kernels, 2), arrays, columns)
+    close(whole, formula(arrays), 1e-6)
+    assert not plan_of(kernels, 16, 75, 2056).streamed
+    for shared, stages in ((163, 3), (102, 2)):
+        plan = plan_of(kernels, 16, 75, 2056, shared=shared)
+        assert plan.streamed and plan.stages == stages
+        with limited(shared * 1024):
+            assert (call(skinny(kernels, 2), arrays, columns) == whole).all()
+            assert (call(skinny(kernels, 13), arrays, columns) == whole).all()
+    alone = {**arrays, "x": as_aligned(arrays["x"][15:]), "residual": arrays["residual"][15:].copy()}
+    assert (call(skinny(kernels, 2), alone, columns)[0] == whole[15]).all()
+
+
+def test_many_rows_of_a_long_inner_dimension_are_streamed(kernels):
+    arrays, columns = case(16, 20, 14344, seed=6)
+    assert plan_of(kernels, 16, 20, 14344).streamed
+    close(call(skinny(kernels), arrays, columns), formula(arrays), 1e-6)
+    args = MatmulArgs(rows=16, n=20, k=14344, x_stride=14344, x_dtype=0, w_dtype=2)
+    assert kernels.host_skinny_matmul(args, 3) != 0  # float32 rows would have to lie there as a whole
+
+
+def test_shared_memory_is_allowed_once_for_a_kernel(kernels):
+    arrays, columns = case(2, 16, 1032)
+    call(skinny(kernels), arrays, columns)
+    before = kernels.host_allowances()
+    call(skinny(kernels), arrays, columns)
+    arrays, columns = case(16, 16, 4096)
+    call(skinny(kernels), arrays, columns)
+    assert kernels.host_allowances() == before
+
+
+def test_launches_on_older_chips_are_not_programmatic(kernels):
+    arrays, columns = case(3, 20, 40)
+    with limited(163 * 1024, major=8):
+        close(call(skinny(kernels), arrays, columns), formula(arrays), 1e-6)
+
+
+def test_the_op_rounds_what_must_be_streamed_first():
+    arrays, _ = case(16, 20, 14344, x_dtype=np.float32, bias=False, residual=False)
+    with emulated_gpu() as gpu:
+        ops = CudaOps(gpu)
+        x, w = gpu.upload(arrays["x"]), ops.pack(arrays["w"])
+        got = ops.matmul(x, w).numpy()
+        assert (got[3:5] == ops.matmul(x[3:5], w).numpy()).all()  # the same kernel for fewer rows
+    rounded = {**arrays, "x": arrays["x"].astype(bfloat16)}
+    close(got.astype("f8"), formula(rounded), 1e-6)
+
+
+def test_tokens_of_any_number_of_rows_come_to_the_host():
+    with emulated_gpu() as gpu:
+        ops = CudaOps(gpu)
+        few, many = np.arange(3, dtype=np.int32), np.arange(5000, dtype=np.int32)
+        pending = [ops.fetch(gpu.upload(tokens)) for tokens in (few, many, few)]
+        for tokens, there in zip((few, many, few), pending, strict=True):
+            assert there.wait().tolist() == tokens.tolist()

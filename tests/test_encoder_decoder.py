@@ -27,7 +27,6 @@ from pyllm.models import open_checkpoint, read_spec
 from pyllm.planning import plan
 from pyllm.server.limits import Limits
 from pyllm.structured import StructuredOutputs
-from pyllm.train.memory import StepShape, plan_training
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -326,8 +325,6 @@ def test_what_does_not_go_together() -> None:
             load(name, prefix=True)
         with pytest.raises(RequestError, match="prefix: expected None, got 1"):
             load(name).forward([5, 6], prefix=1, **more)
-    with pytest.raises(ConfigError, match="cannot be trained"):
-        plan_training(read_spec(GOLDEN / "t5"), StepShape(8, 1))
 
 
 def test_ngrams_guess_and_change_nothing() -> None:

@@ -66,16 +66,21 @@ def test_memory_goes_there_and_back(gpu, dtype):
         assert np.array_equal(gpu.upload(host).numpy(), host)
 
 
-SIZES = [(1, 40, 1024), (3, 18, 1032), (16, 34, 128), (130, 32, 328), (257, 1000, 72)]
+SIZES = [
+    (1, 40, 1024), (3, 18, 1032), (16, 34, 128), (16, 34, 14344), (33, 300, 1048), (64, 130, 72), (130, 32, 328),
+    (257, 1000, 72), (1030, 2056, 1096),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kernel", ["skinny", "mma", "plain", "plain float32"])
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "wgmma", "plain", "plain float32"])
 def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     rows, n, k = size
-    if kernel == "skinny" and rows > 16:
+    if rows > {"skinny": 16, "split": 64}.get(kernel, rows):
         pytest.skip("more rows than it takes")
+    if kernel == "wgmma" and not gpu.kernels.has_wgmma():
+        pytest.skip("no Hopper")
     dtype = float32 if kernel == "plain float32" else bfloat16
     rng = np.random.default_rng(rows)
     x, w = rng.standard_normal((rows, k)).astype(dtype), (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)
@@ -83,10 +88,15 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     bias, residual = rng.standard_normal(n).astype("f4"), rng.standard_normal((rows, columns)).astype("f4")
     arrays = [gpu.upload(a) for a in (x, w, bias, residual)]
     tail = (ACTIVATIONS[Activation.SILU], gated)
+    partial, tickets = gpu.upload(np.full(256 * 64 * 128, np.nan, "f4")), gpu.upload(np.zeros(256, np.uint32))
 
     def launch(y):
         if kernel == "skinny":
-            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, True, gpu.stream)
+            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, gpu.stream)
+        elif kernel == "split":
+            kernels.split_matmul(y, *arrays, *tail, partial, tickets, gpu.stream)
+        elif kernel == "wgmma":
+            kernels.wgmma_matmul(y, *arrays, *tail, gpu.multiprocessors, gpu.stream)
         elif kernel == "mma":
             kernels.mma_matmul(y, *arrays, *tail, gpu.stream)
         else:
@@ -107,7 +117,7 @@ def test_skinny_matmul_normalises_its_input(gpu, kernels, kind):
     def launch(y):
         kernels.skinny_matmul(
             y, arrays[0], arrays[1], None, None, 0, False, arrays[2], arrays[3], int(kind == "rms"), 1e-5,
-            gpu.multiprocessors, True, gpu.stream,
+            gpu.multiprocessors, gpu.stream,
         )  # fmt: skip
 
     normed = x.astype("f8") - (x.astype("f8").mean(1, keepdims=True) if kind == "layer" else 0)

@@ -33,6 +33,7 @@ def test_every_step_runs_on_the_emulated_gpu(check, tmp_path, capsys):
     assert all(step["state"] == "done" and step["seconds"] > 0 for step in found.values())
     assert found["facts"]["gpu"] == "Emulated GPU" and found["roofs"]["read GB/s"] > 0
     assert "passed" in found["tests"]["summary"][0]
+    assert {row["batch"] for row in found["kernels"]["rows"] if "batch" in row} == {1, 8}
     assert {row["unit"] for row in found["kernels"]["rows"]} == {"GB/s", "TFLOP/s"}
     assert found["llama-8b"]["rows"][0]["value"] > 0
 
@@ -50,6 +51,47 @@ def test_a_step_that_hangs_or_fails_stops_no_other(check, tmp_path, monkeypatch,
     ]
     with pytest.raises(SystemExit):
         check.main([str(tmp_path), "--only", "nothing"])
+
+
+def test_a_step_ends_at_its_deadline_with_all_that_it_started_and_its_figures_stay(check, tmp_path, monkeypatch):
+    script, found = tmp_path / "step.py", {"state": "crashed", "rows": [check.row_of("first", "GB/s", 1.0)]}
+    script.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid))\n"
+        f"pathlib.Path(sys.argv[1], 'facts.json').write_text({json.dumps(found)!r})\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setitem(check.STEPS, "facts", replace(check.STEPS["facts"], seconds=2))
+    monkeypatch.setattr(check, "__file__", str(script))
+    told = check.run(tmp_path, "facts", emulated=False)
+    assert told["state"] == "too long" and told["rows"] == found["rows"] and told["seconds"] < 30
+    state = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # nobody may have asked for its end yet
+
+
+def test_a_figure_that_fails_does_not_take_the_others(check, tmp_path):
+    def rows():
+        yield from check.guarded("fine", lambda name: iter([check.row_of(name, "GB/s", 2.0)]))
+        yield from check.guarded("broken", lambda name: iter([check.row_of(name, "GB/s", 1 / 0)]))
+        yield from check.guarded("late", lambda name: iter([check.row_of(name, "GB/s", 3.0)]))
+
+    check.run_here(tmp_path / "kernels.json", check.Step(lambda emulated: {"rows": rows()}, 1), True)
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["state"] == "failed" and [row.get("value") for row in found["rows"]] == [2.0, None, 3.0]
+    lines = check.table({"kernels": {**found, "seconds": 1.0}})
+    assert lines[0].endswith("ZeroDivisionError: division by zero") and len(lines) == 4
+
+
+def test_the_build_is_judged_by_a_fresh_process(check, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "missing"))
+    reason = check.missing()  # the GPU is missing here, or pyllm itself, and the reason says what
+    assert reason is None or "GPU" in reason or "NVIDIA" in reason or "pyllm" in reason
+    monkeypatch.setattr(check, "missing", lambda: "no kernels")
+    done = check.subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RuntimeError, match="built, but no kernels"):
+        check.build(emulated=False)
 
 
 def test_all_steps_together_keep_to_eight_minutes(check):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from encoder_folder import encoder_folder
 
+from pyllm import LLM
 from pyllm.errors import ConfigError, DataError
+from pyllm.models import read_spec
+from pyllm.ops import Ops
+from pyllm.train import TrainConfig, Trainer
 from pyllm.train.head_loss import IGNORED
+from pyllm.train.objectives.generator import Generator
 from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
+from pyllm.train.run_config import settings
+from pyllm.train.setup import prepare
 
 SPECIAL, MASK, VOCAB = (0, 2, 3), 4, 500
 
@@ -89,7 +100,7 @@ def test_what_is_replaced(special: tuple[int, ...]) -> None:
     """Labels are 1 where a token is another than it was, 0 elsewhere, and nothing at special tokens and padding, which
     may be an ordinary token."""
 
-    def propose(hidden: Any, places: Any) -> Any:
+    def propose(hidden: Any, starts: Any, places: Any, rng: Any) -> Any:
         seen.append(hidden.copy())
         given = np.full(len(places), 7, np.int32)
         given[::2] = originals[-1][places][::2]  # guessed right
@@ -112,3 +123,73 @@ def test_what_is_replaced(special: tuple[int, ...]) -> None:
     state = data.state()
     assert state == masked(seed=5).state() | {"masked": 3, "data": {"position": 3}}
     data.load_state(state)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def generator(threads: int = 2) -> Generator:
+    reader = read_spec(GOLDEN / "electra-discriminator")
+    return Generator(GOLDEN / "electra-generator", reader, Ops(threads), tokens=120, sequences=3, context=40)
+
+
+def test_a_generator_draws_by_its_probabilities() -> None:
+    tokens = np.random.default_rng(0).integers(3, 67, 120).astype(np.int32)
+    starts = np.array([0, 39, 80, 120], np.int32)
+    llm = LLM(GOLDEN / "electra-generator", skip_tokenizer_init=True, threads=2, dtype="float32")
+    logits = np.concatenate([llm.forward(tokens[a:b].tolist()).logits for a, b in pairwise(starts)])
+    silent: Any = SimpleNamespace(gumbel=lambda size: np.zeros(size))
+    found = generator().propose(tokens, starts, np.arange(120), silent)
+    np.testing.assert_array_equal(found, logits.argmax(1))
+    place, draws = 70, 4000
+    drawn = generator().propose(tokens, starts, np.full(draws, place), np.random.default_rng(1))
+    expected = np.exp(logits[place].astype(np.float64) - logits[place].max())
+    expected /= expected.sum()
+    frequency = np.bincount(drawn, minlength=67) / draws
+    assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected / draws) + 1 / draws).all()
+    one = generator(threads=1).propose(tokens, starts, np.full(draws, place), np.random.default_rng(1))
+    np.testing.assert_array_equal(one, drawn)
+
+
+def test_generators_that_do_not_fit() -> None:
+    reader = read_spec(GOLDEN / "electra-discriminator")
+    sizes = {"tokens": 8, "sequences": 1, "context": 8}
+    for name in ("electra-discriminator", "gpt2"):
+        with pytest.raises(ConfigError, match="generator: expected an encoder that fills masks"):
+            Generator(GOLDEN / name, reader, Ops(1), **sizes)
+    for other, more in ((replace(reader, vocab_size=68), {}), (reader, {"context": 4096})):
+        with pytest.raises(ConfigError, match=r"generator: expected the model's .* tokens and a context of at least"):
+            Generator(GOLDEN / "electra-generator", other, Ops(1), **{**sizes, **more})
+
+
+def test_replaced_tokens_are_learnt_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
+    model = encoder_folder("electra-discriminator", tmp_path / "model")
+    folder = encoder_folder("electra-generator", tmp_path / "generator")
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on the red mat and the dog ran fast"}\n' * 40)
+    given = {"out": str(tmp_path / "x"), "steps": 1, "model": str(model), "generator": str(folder), "context": 16,
+             "data": [str(tmp_path / "texts.jsonl")], "data_cache": str(tmp_path / "cache"), "batch_tokens": 64,
+             "valid_share": 0}  # fmt: skip
+
+    def trainer(out: str, resume: bool = False, **values: Any) -> Trainer:
+        config, theirs = settings({**given, "objective": "rtd", **values})
+        setup = prepare(config, theirs.seed, None, theirs.objective, 2)
+        run = TrainConfig(tmp_path / out, steps=30, learning_rate=5e-3, threads=2, objective="rtd")
+        return Trainer(setup.model, setup.train, run, tokenizer=setup.tokenizer, resume=resume)
+
+    whole = trainer("whole")
+    losses = [whole.step().loss for _ in range(30)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    stopped = trainer("stopped")
+    for _ in range(15):
+        stopped.step()
+    stopped.save()
+    trainer("stopped", resume=True).run()
+    resumed = trainer("stopped", resume=True)
+    np.testing.assert_array_equal(resumed.parameters.weights, whole.parameters.weights)
+    for values, message in [
+        ({"generator": None}, "generator: expected the folder of a model that fills masks, as rtd needs one"),
+        ({"objective": "mlm"}, "objective: expected rtd for this electra model, got 'mlm'"),
+        ({"objective": "mlm", "model": str(folder)}, "generator: expected none for mlm"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            trainer("other", **values)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from oracle.harness import ISAS, at_isa
 from oracle.transformer import forward
 
@@ -290,3 +292,19 @@ def test_a_text_becomes_a_prompt_with_a_blank() -> None:
     assert llm.encode("text") == [5, 6, 61, 62]
     assert llm.encode("text", add_special_tokens=False) == [5, 6]
     assert llm.chat_prompt([])["prompt_token_ids"] == [5, 6, 61, 62]
+
+
+@drawn(
+    tokens=st.lists(st.integers(0, 4), min_size=2, max_size=40),
+    prompt=st.integers(1, 39),
+    restarts=st.booleans(),
+)
+def test_positions_of_a_growing_sequence_are_those_of_all_its_tokens(
+    tokens: list[int], prompt: int, restarts: bool
+) -> None:
+    rule, tokens = PrefixSpec(start_id=4, mask_ids=((1, 2), (3,)), restarts=restarts), [1, *tokens]
+    first, second = rule.positions(tokens)
+    place = rule.place(tokens[:prompt])
+    for index in range(len(tokens[:prompt]), len(tokens)):
+        place = rule.positions_after(place, tokens)
+        assert place == (index, first[index], second[index])

@@ -36,6 +36,8 @@ GLM4 = {**MIDDLE, "model_type": "glm4", "head_dim": 64, "pad_token_id": 0}
 ELECTRA = {"model_type": "electra", "architectures": ["ElectraForMaskedLM"], "hidden_size": 512, "embedding_size": 128,
            "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 8000,
            "max_position_embeddings": 256}  # fmt: skip
+T5 = {"model_type": "t5", "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 2, "num_decoder_layers": 3,
+      "num_heads": 8, "vocab_size": 8000, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -47,7 +49,8 @@ config, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 class Data:
     def next_batch(self):
         ids = np.random.default_rng(0).integers(0, config["vocab_size"], 1024).astype(np.int32)
-        return ids, np.roll(ids, -1), np.arange(0, 1025, 256, dtype=np.int32)
+        batch = ids, np.roll(ids, -1), np.arange(0, 1025, 256, dtype=np.int32)
+        return (*batch, ids[:800], np.arange(0, 801, 200, dtype=np.int32)) if config["model_type"] == "t5" else batch
     def state(self):
         return {}
     def load_state(self, state):
@@ -73,7 +76,7 @@ def test_a_run_takes_what_was_planned(settings: dict[str, Any]) -> None:
     assert_planned(MIDDLE, settings)
 
 
-@pytest.mark.parametrize("config", [NEOX, GPTJ, OPT, GLM4, ELECTRA], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [NEOX, GPTJ, OPT, GLM4, ELECTRA, T5], ids=lambda config: config["model_type"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_so_do_other_shapes_of_blocks(config: dict[str, Any], checkpointed: bool) -> None:
     assert_planned(config, {"checkpoint_activations": checkpointed})

@@ -77,7 +77,9 @@ def torch_loss(model: Any, batch: Batch) -> Any:
 
 def by_slot(folder: Path, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
     """Arrays under the checkpoint's names as slots, [out, in]."""
-    spec, names, found = read_spec(folder), family_of(read_config(folder)).names, {}
+    with open_checkpoint(folder) as checkpoint:
+        spec = checkpoint.spec
+    names, found = family_of(read_config(folder)).names, {}
     for row in names.expand(spec):
         values = tensors[row.name] if Transform.LESS_ONE in row.transform else row.read(tensors[row.name])
         found |= {slot: values[place] for slot, place in row.places(spec).items()}

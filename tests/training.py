@@ -24,7 +24,7 @@ from pyllm.train.parameters import Parameters, load_values
 from pyllm.train.step import Step
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-Batch = tuple[NDArray[np.int32], NDArray[Any], NDArray[np.int32]]
+Batch = tuple[NDArray[Any], ...]  # tokens, labels, starts, and what some models need more
 
 TINY = {
     "model_type": "llama",
@@ -77,6 +77,17 @@ def make_batch(vocab: int, tokens: int, sequences: int, seed: Any, longest: int 
     return ids, labels, starts
 
 
+def sourced(batch: Batch, seed: int, start: int = 0, longest: int = 30) -> Batch:
+    """The same with a source of random tokens for each sequence, some of one token, and `start` before each text."""
+    tokens, labels, starts = batch
+    rng = np.random.default_rng(seed)
+    tokens = tokens.copy()
+    tokens[starts[:-1][np.diff(starts) > 0]] = start
+    lengths = rng.integers(1, longest, len(starts) - 1)
+    source = rng.integers(3, tokens.max() + 1, lengths.sum()).astype(np.int32)
+    return tokens, labels, starts, source, np.cumsum([0, *lengths]).astype(np.int32)
+
+
 def at_hand(name: str, ops: TrainingOps, dtype: str = "float32") -> Parameters:
     """The weights of a golden model."""
     with open_checkpoint(GOLDEN / name) as checkpoint:
@@ -91,7 +102,14 @@ def step_of(parameters: Parameters, batch: Batch, **options: Any) -> Step:
     step = Step(
         parameters,
         parameters.ops,
-        StepShape(len(batch[0]), len(batch[2]) - 1, parameters.compute, options.get("dropout", 0) > 0, **shape),
+        StepShape(
+            len(batch[0]),
+            len(batch[2]) - 1,
+            parameters.compute,
+            options.get("dropout", 0) > 0,
+            source=len(batch[3]) if len(batch) == 5 else 0,
+            **shape,
+        ),
         **options,
     )
     step.fill(*batch)
@@ -114,12 +132,13 @@ def values(parameters: Parameters) -> dict[str, NDArray[np.float64]]:
 
 def oracle_loss(spec: ModelSpec, weights: Mapping[str, Any], batch: Batch) -> float:
     """Mean cross entropy over counted labels, in float64."""
-    ids, labels, starts = batch
+    ids, labels, starts, *more = batch
     total, counted = 0.0, 0
-    for first, end in pairwise(starts):
-        if first == end:
+    for index, (first, end) in enumerate(pairwise(starts)):
+        if not (labels[first:end] != IGNORED).any():
             continue
-        logits, _ = transformer.forward(spec, weights, ids[first:end])
+        source = more[0][slice(*more[1][index : index + 2])] if more else None
+        logits, _ = transformer.forward(spec, weights, ids[first:end], source=source)
         rows = np.flatnonzero(labels[first:end] != IGNORED)
         logits = logits[rows]
         top = logits.max(-1, keepdims=True)
@@ -129,8 +148,9 @@ def oracle_loss(spec: ModelSpec, weights: Mapping[str, Any], batch: Batch) -> fl
     return total / counted
 
 
-def assert_gradients_of_float64(parameters: Parameters, batch: Batch) -> None:
-    """The loss, and the gradient of every slot along random directions: by central differences of the float64 model."""
+def assert_gradients_of_float64(parameters: Parameters, batch: Batch, width: float = 1e-5) -> None:
+    """The loss, and the gradient of every slot along random directions: by central differences of the float64 model
+    over `width`, which has to be small where an activation has a kink."""
     loss, found = gradients(parameters, batch)
     weights, spec = values(parameters), parameters.spec
     expected = oracle_loss(spec, weights, batch)
@@ -142,7 +162,6 @@ def assert_gradients_of_float64(parameters: Parameters, batch: Batch) -> None:
         norm = float(np.linalg.norm(gradient.astype(np.float64)))
         for _ in range(2):
             direction = rng.normal(size=gradient.shape)
-            width = 1e-5
             up = oracle_loss(spec, weights | {slot: weights[slot] + width * direction}, batch)
             down = oracle_loss(spec, weights | {slot: weights[slot] - width * direction}, batch)
             slope = (up - down) / (2 * width)

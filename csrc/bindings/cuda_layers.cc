@@ -1,13 +1,12 @@
-// The launchers of csrc/cuda/layers.h and sampling.h: every argument is checked here, and every launch's error raised.
+// The launchers of csrc/cuda/layers.h, qkv_write.h and sampling.h: every argument is checked here, and every launch's error raised.
 #include "bindings/cuda_launch.h"
 #include "cuda/advance.h"
 #include "cuda/layers.h"
+#include "cuda/qkv_write.h"
 #include "cuda/sampling.h"
 
 namespace pyllm::bindings {
 namespace {
-
-constexpr int64_t kMaxWidth = 65535 * 1024;  // columns that a kernel takes element by element
 
 // The data of an array that may be None.
 template <class T>
@@ -87,7 +86,7 @@ void activation(const py::object& y, const py::object& x, const py::object& up, 
     a.up_stride = other.row_stride();
   }
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(a.dim, 0, kMaxWidth, "x: columns");
+  check_range(a.dim, 0, cuda::kMaxRowWidth, "x: columns");
   check_range(activation, 0, kActivations - 1, "activation");
   a.activation = Activation(activation);
   py::gil_scoped_release release;
@@ -114,7 +113,7 @@ void axpby(const py::object& out, const py::object& x, float factor, const py::o
   a.a = factor;
   a.b = other_factor;
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(a.dim, 0, kMaxWidth, "x: columns");
+  check_range(a.dim, 0, cuda::kMaxRowWidth, "x: columns");
   py::gil_scoped_release release;
   raise(cuda::axpby(a, stream_of(stream)), "axpby");
 }
@@ -133,7 +132,7 @@ void gather_columns(const py::object& y, const py::object& x, const py::object& 
   a.y_stride = out.row_stride();
   a.x_stride = in.row_stride();
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(a.columns, 0, kMaxWidth, "index");
+  check_range(a.columns, 0, cuda::kMaxRowWidth, "index");
   py::gil_scoped_release release;
   raise(cuda::gather_columns(a, stream_of(stream)), "gather_columns");
 }
@@ -163,7 +162,7 @@ void embedding(const py::object& y, const py::object& tokens, const py::object& 
     a.position_rows = places.dim(0);
   }
   check_range(a.rows, 0, kMaxRows, "tokens");
-  check_range(a.dim, 0, kMaxWidth, "table: columns");
+  check_range(a.dim, 0, cuda::kMaxRowWidth, "table: columns");
   py::gil_scoped_release release;
   raise(cuda::embedding(a, stream_of(stream)), "embedding");
 }
@@ -185,7 +184,7 @@ void rope_angles(const py::object& cos, const py::object& sin, const py::object&
   a.scaling = scaling;
   if (a.classes == 0) throw py::value_error("inv_freq: expected at least one row, got none");
   check_range(a.rows, 0, kMaxRows, "positions");
-  check_range(a.half, 0, kMaxWidth, "inv_freq: columns");
+  check_range(a.half, 0, cuda::kMaxRowWidth, "inv_freq: columns");
   py::gil_scoped_release release;
   raise(cuda::rope_angles(a, stream_of(stream)), "rope_angles");
 }
@@ -218,7 +217,7 @@ void rope(const py::object& x, const py::object& cos, const py::object& sin, int
   a.x_stride = heads.row_stride();
   a.inverse = inverse;
   check_range(a.rows, 0, kMaxRows, "x: rows");
-  check_range(heads.dim(1), 0, kMaxWidth, "x: columns");
+  check_range(heads.dim(1), 0, cuda::kMaxRowWidth, "x: columns");
   py::gil_scoped_release release;
   raise(cuda::rope(a, stream_of(stream)), "rope");
 }
@@ -244,9 +243,57 @@ void kv_write(const py::object& cache, const py::object& k, const py::object& v,
     a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
   }
   check_range(a.rows, 0, kMaxRows, "k: rows");
-  check_range(a.cache.kv_heads * a.cache.padded_head(), 0, kMaxWidth, "cache: heads times channels");
+  check_range(a.cache.kv_heads * a.cache.padded_head(), 0, cuda::kMaxRowWidth, "cache: heads times channels");
   py::gil_scoped_release release;
   raise(cuda::kv_write(a, stream_of(stream)), "kv_write");
+}
+
+// The weights of a norm of heads, [E] of all or [heads, E]; null for None.
+const float* head_norm(const py::object& weight, const char* name, int64_t heads, int64_t head_size, int64_t stride) {
+  return optional<float>(weight, name, "float32",
+                         stride ? std::vector<int64_t>{heads, head_size} : std::vector<int64_t>{head_size});
+}
+
+void qkv_write(const py::object& q, const py::object& cache, const py::object& qkv, const py::object& slots,
+               int64_t head_size, bool paired, const py::object& cos, const py::object& sin, const py::object& q_norm,
+               const py::object& k_norm, int norm, float eps, uintptr_t stream) {
+  check_range(head_size, 1, kMaxHead, "head_size");
+  const auto& blocks = device_array(cache, "cache", kFloats, {-1, -1, 2, kBlockTokens, round_up(head_size, kHeadPad)});
+  cuda::QkvWriteArgs a{};
+  a.cache = {blocks.data, blocks.dim(0), blocks.dim(1), head_size, float_dtype(blocks, "cache")};
+  const auto& queries = device_array(q, "q", kFloats, {-1, -1}, false);
+  if (queries.dim(1) % head_size)
+    throw py::value_error("q: expected whole heads of " + std::to_string(head_size) + ", got " +
+                          std::to_string(queries.dim(1)) + " columns");
+  a.rows = queries.dim(0);
+  a.heads = queries.dim(1) / head_size;
+  const auto& product =
+      device_array(qkv, "qkv", "float32", {a.rows, (a.heads + 2 * a.cache.kv_heads) * head_size}, false);
+  a.q = queries.data;
+  a.q_stride = queries.row_stride();
+  a.q_dtype = float_dtype(queries, "q");
+  a.qkv = static_cast<const float*>(product.data);
+  a.qkv_stride = product.row_stride();
+  a.slots = static_cast<const int64_t*>(device_array(slots, "slots", "int64", {a.rows}).data);
+  if (cos.is_none() != sin.is_none()) throw py::value_error("cos, sin: expected both or neither");
+  if (!cos.is_none()) {
+    a.half = half_of(cos, sin, a.rows, head_size);
+    a.cos = optional<float>(cos, "cos", "float32", {a.rows, a.half});
+    a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
+  }
+  if (q_norm.is_none() != k_norm.is_none()) throw py::value_error("q_norm, k_norm: expected both or neither");
+  if (py::isinstance<DeviceArray>(q_norm) && q_norm.cast<const DeviceArray&>().shape.size() == 2)
+    a.norm_stride = head_size;
+  a.q_norm = head_norm(q_norm, "q_norm", a.heads, head_size, a.norm_stride);
+  a.k_norm = head_norm(k_norm, "k_norm", a.cache.kv_heads, head_size, a.norm_stride);
+  check_range(norm, 0, int(NormKind::rms), "norm");
+  a.norm = NormKind(norm);
+  a.eps = eps;
+  a.paired = paired;
+  check_range(a.rows, 0, kMaxRows, "q: rows");
+  check_range(a.heads + 2 * a.cache.kv_heads, 0, kMaxGrid, "qkv: heads");
+  py::gil_scoped_release release;
+  raise(cuda::qkv_write(a, stream_of(stream)), "qkv_write");
 }
 
 // starts [R + 1] and ids of a list for each row; both None where no row has one. Returns how many ids there are.
@@ -346,6 +393,8 @@ void bind_cuda_layers(py::module_& module) {
   module.def("rope", &rope, arg("x"), arg("cos"), arg("sin"), arg("head_size"), arg("inverse"), arg("stream"));
   module.def("kv_write", &kv_write, arg("cache"), arg("k"), arg("v"), arg("slots"), arg("head_size"), arg("cos"),
              arg("sin"), arg("stream"));
+  module.def("qkv_write", &qkv_write, arg("q"), arg("cache"), arg("qkv"), arg("slots"), arg("head_size"), arg("paired"),
+             arg("cos"), arg("sin"), arg("q_norm"), arg("k_norm"), arg("norm"), arg("eps"), arg("stream"));
   module.def("sample", &sample, arg("tokens"), arg("logits"), arg("rows"), arg("history_starts"), arg("history_ids"),
              arg("history_counts"), arg("bias_starts"), arg("bias_ids"), arg("bias_values"), arg("allowed_starts"),
              arg("allowed_ids"), arg("workspace"), arg("stream"));

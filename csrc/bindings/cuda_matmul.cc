@@ -1,5 +1,6 @@
 // The launchers of csrc/cuda/matmul.h: every argument is checked here, and every launch's error raised.
 #include "bindings/cuda_launch.h"
+#include "cuda/launch.h"
 #include "cuda/matmul.h"
 
 namespace pyllm::bindings {
@@ -51,37 +52,58 @@ void check_pieces(const cuda::MatmulArgs& a, const py::object& x, const py::obje
   check_aligned(x.cast<const DeviceArray&>(), "x");
 }
 
-// What the kernels of decoding take besides: a norm of x, and as many rows as fit.
+void check_rows_of_pieces(const cuda::MatmulArgs& a) {
+  if (a.rows > 1 && a.x_stride % 8)
+    throw py::value_error("x: expected rows that lie a multiple of 8 elements apart, got " +
+                          std::to_string(a.x_stride));
+}
+
+// What the kernels of decoding take besides: a norm of x, and few rows.
 void add_norm(cuda::MatmulArgs& a, const py::object& norm_weight, const py::object& norm_bias, int norm, float eps,
               int64_t multiprocessors) {
   a.norm_weight = static_cast<const float*>(device_data(norm_weight, "norm_weight", "float32", {a.k}));
   a.norm_bias = static_cast<const float*>(device_data(norm_bias, "norm_bias", "float32", {a.k}));
   if (a.norm_bias && !a.norm_weight) throw py::value_error("norm_bias: expected None where norm_weight is None");
+  check_range(a.rows, 0, cuda::kSkinnyRows, "x: rows");
+  check_range(a.k, 1, int64_t(1) << 30, "w: columns");
   check_range(norm, 0, int(NormKind::rms), "norm");
   check_range(multiprocessors, 1, 1 << 16, "multiprocessors");
   a.norm = NormKind(norm);
   a.eps = eps;
-  const cuda::SkinnyPlan plan = cuda::skinny_plan(a.rows, a.n, a.k, multiprocessors);
-  if (a.rows > 0 && a.n > 0 && (!plan.fits || a.k == 0))
-    throw py::value_error("x: expected at most 16 rows, of which a block's shared memory holds all, got " +
-                          std::to_string(a.rows) + " of " + std::to_string(a.k));
+}
+
+cuda::SkinnyPlan plan_of(int64_t rows, int64_t n, int64_t k, bool whole, int64_t multiprocessors) {
+  int64_t limit = 0;
+  raise(cuda::shared_limit(&limit), "skinny_matmul");
+  return cuda::skinny_plan(rows, n, k, whole, multiprocessors, limit);
+}
+
+// Whether the current GPU has room for x: the last check before a launch.
+void check_fits(const cuda::MatmulArgs& a, int64_t multiprocessors) {
+  if (a.rows == 0 || a.n == 0) return;
+  const bool whole = a.x_dtype != DType::bf16 || a.norm_weight;
+  const cuda::SkinnyPlan plan = plan_of(a.rows, a.n, a.k, whole, multiprocessors);
+  if (!plan.fits)
+    throw py::value_error("x: expected what a block's shared memory has room for, got " + std::to_string(a.rows) +
+                          " rows of " + std::to_string(a.k) + (whole ? ", float32 or with a norm" : ""));
+  if (plan.streamed) check_rows_of_pieces(a);
 }
 
 void skinny_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
                    const py::object& residual, int activation, bool gated, const py::object& norm_weight,
-                   const py::object& norm_bias, int norm, float eps, int64_t multiprocessors, bool overlapped,
-                   uintptr_t stream) {
+                   const py::object& norm_bias, int norm, float eps, int64_t multiprocessors, uintptr_t stream) {
   cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
   check_pieces(a, x, w);
   add_norm(a, norm_weight, norm_bias, norm, eps, multiprocessors);
+  check_fits(a, multiprocessors);
   py::gil_scoped_release release;
-  raise(cuda::skinny_matmul(a, multiprocessors, overlapped, stream_of(stream)), "skinny_matmul");
+  raise(cuda::skinny_matmul(a, multiprocessors, stream_of(stream)), "skinny_matmul");
 }
 
 void skinny_qkv(const py::object& q, const py::object& cache, const py::object& x, const py::object& w,
                 const py::object& bias, const py::object& cos, const py::object& sin, const py::object& slots,
                 int64_t head_size, const py::object& norm_weight, const py::object& norm_bias, int norm, float eps,
-                int64_t multiprocessors, bool overlapped, uintptr_t stream) {
+                int64_t multiprocessors, uintptr_t stream) {
   check_range(head_size, 1, kMaxHead, "head_size");
   if (head_size % 2) throw py::value_error("head_size: expected an even number, got " + std::to_string(head_size));
   cuda::QkvArgs a{};
@@ -109,14 +131,14 @@ void skinny_qkv(const py::object& q, const py::object& cache, const py::object& 
     a.cos = static_cast<const float*>(angles.data);
     a.sin = static_cast<const float*>(device_array(sin, "sin", "float32", {a.matmul.rows, a.half}).data);
   }
+  check_fits(a.matmul, multiprocessors);
   py::gil_scoped_release release;
-  raise(cuda::skinny_qkv(a, multiprocessors, overlapped, stream_of(stream)), "skinny_qkv");
+  raise(cuda::skinny_qkv(a, multiprocessors, stream_of(stream)), "skinny_qkv");
 }
 
 void skinny_argmax(const py::object& tokens, const py::object& x, const py::object& w, const py::object& bias,
                    const py::object& norm_weight, const py::object& norm_bias, int norm, float eps,
-                   const py::object& partial, const py::object& ticket, int64_t multiprocessors, bool overlapped,
-                   uintptr_t stream) {
+                   const py::object& partial, const py::object& ticket, int64_t multiprocessors, uintptr_t stream) {
   cuda::ArgmaxArgs a{};
   a.matmul = input_args(x, w, bias);
   check_pieces(a.matmul, x, w);
@@ -126,18 +148,50 @@ void skinny_argmax(const py::object& tokens, const py::object& x, const py::obje
   a.partial = static_cast<unsigned long long*>(
       device_array(partial, "partial", "int64", {multiprocessors, a.matmul.rows}).data);
   a.ticket = static_cast<uint32_t*>(device_array(ticket, "ticket", "uint32", {1}).data);
+  check_fits(a.matmul, multiprocessors);
   py::gil_scoped_release release;
-  raise(cuda::skinny_argmax(a, multiprocessors, overlapped, stream_of(stream)), "skinny_argmax");
+  raise(cuda::skinny_argmax(a, multiprocessors, stream_of(stream)), "skinny_argmax");
+}
+
+// What the kernels that take x as it is ask of it besides.
+void check_rounded(const cuda::MatmulArgs& a) {
+  if (a.x_dtype != DType::bf16) throw py::type_error("x: expected bfloat16, got float32");
+  check_rows_of_pieces(a);
+}
+
+void split_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                  const py::object& residual, int activation, bool gated, const py::object& partial,
+                  const py::object& tickets, uintptr_t stream) {
+  cuda::SplitMatmulArgs a{};
+  a.matmul = matmul_args(y, x, w, bias, residual, activation, gated);
+  check_pieces(a.matmul, x, w);
+  check_rounded(a.matmul);
+  check_range(a.matmul.rows, 0, cuda::kSplitMatmulRows, "x: rows");
+  check_range(a.matmul.k, 1, int64_t(1) << 30, "w: columns");
+  a.partial = static_cast<float*>(device_array(partial, "partial", "float32", {cuda::kSplitMatmulFloats}).data);
+  a.tickets = static_cast<uint32_t*>(device_array(tickets, "tickets", "uint32", {cuda::kSplitMatmulBlocks}).data);
+  py::gil_scoped_release release;
+  raise(cuda::split_matmul(a, stream_of(stream)), "split_matmul");
+}
+
+void wgmma_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
+                  const py::object& residual, int activation, bool gated, int64_t multiprocessors, uintptr_t stream) {
+  const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
+  check_pieces(a, x, w);
+  check_rounded(a);
+  check_range(a.k, 1, int64_t(1) << 30, "w: columns");
+  check_range(a.rows, 0, kMaxRows, "x: rows");
+  check_range(a.n, 0, kMaxRows, "w: rows");
+  check_range(multiprocessors, 1, 1 << 16, "multiprocessors");
+  py::gil_scoped_release release;
+  raise(cuda::wgmma_matmul(a, multiprocessors, stream_of(stream)), "wgmma_matmul");
 }
 
 void mma_matmul(const py::object& y, const py::object& x, const py::object& w, const py::object& bias,
                 const py::object& residual, int activation, bool gated, uintptr_t stream) {
   const cuda::MatmulArgs a = matmul_args(y, x, w, bias, residual, activation, gated);
   check_pieces(a, x, w);
-  if (a.x_dtype != DType::bf16) throw py::type_error("x: expected bfloat16, got float32");
-  if (a.rows > 1 && a.x_stride % 8)
-    throw py::value_error("x: expected rows that lie a multiple of 8 elements apart, got " +
-                          std::to_string(a.x_stride));
+  check_rounded(a);
   py::gil_scoped_release release;
   raise(cuda::mma_matmul(a, stream_of(stream)), "mma_matmul");
 }
@@ -156,18 +210,31 @@ void plain_matmul(const py::object& y, const py::object& x, const py::object& w,
 void bind_cuda_matmul(py::module_& module) {
   using py::arg;
   module.def(
-      "skinny_fits",
-      [](int64_t rows, int64_t k) { return k % 8 == 0 && k > 0 && cuda::skinny_plan(rows, 1, k, 1).fits; },
-      "Whether skinny_matmul takes so many rows of this inner dimension.", arg("rows"), arg("k"));
+      "skinny_fits", [](int64_t rows, int64_t k, bool whole) { return plan_of(rows, 1, k, whole, 1).fits; },
+      "Whether skinny_matmul takes so many rows of this inner dimension on the current GPU; whole: float32 or with a "
+      "norm.",
+      arg("rows"), arg("k"), arg("whole"));
   module.def("skinny_matmul", &skinny_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
              arg("activation"), arg("gated"), arg("norm_weight"), arg("norm_bias"), arg("norm"), arg("eps"),
-             arg("multiprocessors"), arg("overlapped"), arg("stream"));
+             arg("multiprocessors"), arg("stream"));
   module.def("skinny_qkv", &skinny_qkv, arg("q"), arg("cache"), arg("x"), arg("w"), arg("bias"), arg("cos"), arg("sin"),
              arg("slots"), arg("head_size"), arg("norm_weight"), arg("norm_bias"), arg("norm"), arg("eps"),
-             arg("multiprocessors"), arg("overlapped"), arg("stream"));
+             arg("multiprocessors"), arg("stream"));
   module.def("skinny_argmax", &skinny_argmax, arg("tokens"), arg("x"), arg("w"), arg("bias"), arg("norm_weight"),
              arg("norm_bias"), arg("norm"), arg("eps"), arg("partial"), arg("ticket"), arg("multiprocessors"),
-             arg("overlapped"), arg("stream"));
+             arg("stream"));
+  module.def("split_matmul", &split_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
+             arg("activation"), arg("gated"), arg("partial"), arg("tickets"), arg("stream"));
+  module.def(
+      "has_wgmma",
+      [] {
+        bool yes = false;
+        raise(cuda::has_wgmma(&yes), "has_wgmma");
+        return yes;
+      },
+      "Whether wgmma_matmul runs on the current GPU: Hopper, and a build for sm_90a.");
+  module.def("wgmma_matmul", &wgmma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
+             arg("activation"), arg("gated"), arg("multiprocessors"), arg("stream"));
   module.def("mma_matmul", &mma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"), arg("activation"),
              arg("gated"), arg("stream"));
   module.def("plain_matmul", &plain_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),

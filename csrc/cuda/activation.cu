@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads) activation_kernel(const __grid_co
   let_later_kernels_start();
   for_columns(a.dim, [&](int64_t i) {
     const float v = activate(to_float(x[i]), a.activation);
-    store_element(y + i, up ? v * to_float(up[i]) : v);
+    store(y + i, up ? v * to_float(up[i]) : v);
   });
 }
 
@@ -29,7 +29,7 @@ cudaError_t activation(const ActivationArgs& args, cudaStream_t stream) {
   const auto kernel = args.x_dtype == DType::f32
                           ? (narrow ? activation_kernel<float, bf16> : activation_kernel<float, float>)
                           : (narrow ? activation_kernel<bf16, bf16> : activation_kernel<bf16, float>);
-  return launch(kernel, args, row_grid(args.rows, args.dim), kRowThreads, 0, true, stream);
+  return launch(kernel, args, row_grid(args.rows, args.dim), kRowThreads, 0, stream);
 }
 
 }  // namespace pyllm::cuda

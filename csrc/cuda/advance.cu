@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
 
 cudaError_t advance(const AdvanceArgs& args, cudaStream_t stream) {
   if (args.count == 0) return cudaSuccess;
-  return launch(advance_kernel, args, dim3(unsigned((args.count + kThreads - 1) / kThreads)), kThreads, 0, true,
-                stream);
+  return launch(advance_kernel, args, dim3(unsigned((args.count + kThreads - 1) / kThreads)), kThreads, 0, stream);
 }
 
 }  // namespace pyllm::cuda

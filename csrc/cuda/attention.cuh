@@ -5,13 +5,31 @@
 // of a matrix lie in different banks.
 #pragma once
 #include "cuda/attention.h"
-#include "cuda/ptx.cuh"
+#include "cuda/launch.h"
+#include "cuda/store.cuh"
 
 namespace pyllm::cuda {
 
 constexpr int kPage = int(kBlockTokens);
 constexpr int kAttentionThreads = 128;
 constexpr float kLog2E = 1.44269504f;
+
+// What a kernel of attention is launched with. `stages`: pages that shared memory holds, of which one is worked on.
+struct Staged {
+  AttentionArgs a;
+  int stages;
+};
+
+// Launches with as many stages as shared memory holds, at most `stages`; `bytes(n)` is what n of them take.
+template <class Bytes>
+cudaError_t launch_staged(void (*kernel)(Staged), const AttentionArgs& a, dim3 grid, int stages, Bytes bytes,
+                          cudaStream_t stream) {
+  int64_t limit = 0;
+  const cudaError_t error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  while (stages > 1 && bytes(stages) > limit) --stages;
+  return launch(kernel, Staged{a, stages}, grid, kAttentionThreads, bytes(stages), stream);
+}
 
 // One sequence and key/value head of a launch.
 struct Group {
@@ -122,14 +140,6 @@ __device__ __forceinline__ void fetch_queries(bf16* to, int rows, const Attentio
 __device__ __forceinline__ int64_t out_place(const AttentionArgs& a, const Group& g, int row) {
   return (g.start + row / g.size) * a.out_stride + (g.kv_head * g.size + row % g.size) * a.cache.head_size;
 }
-__device__ __forceinline__ void store_out(const AttentionArgs& a, int64_t place, float v) {
-  if (a.out_dtype == DType::bf16) {
-    static_cast<bf16*>(a.out)[place] = bf16(pack_bf16(v, 0.0f));
-  } else {
-    static_cast<float*>(a.out)[place] = v;
-  }
-}
-
 // `most` in units of 1 / scale of the softmax's scores.
 __device__ __forceinline__ void store_lse(const AttentionArgs& a, const Group& g, int row, float most, float scale,
                                           float total) {

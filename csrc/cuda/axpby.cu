@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kRowThreads) axpby_kernel(const __grid_constan
 cudaError_t axpby(const AxpbyArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.dim == 0) return cudaSuccess;
   if (args.dim > kMaxRowWidth) return cudaErrorInvalidValue;
-  return launch(axpby_kernel, args, row_grid(args.rows, args.dim), kRowThreads, 0, true, stream);
+  return launch(axpby_kernel, args, row_grid(args.rows, args.dim), kRowThreads, 0, stream);
 }
 
 }  // namespace pyllm::cuda

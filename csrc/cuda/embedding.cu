@@ -34,14 +34,14 @@ __global__ void __launch_bounds__(kRowThreads) gather_columns_kernel(const __gri
 cudaError_t gather_columns(const GatherColumnsArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.columns == 0) return cudaSuccess;
   if (args.columns > kMaxRowWidth) return cudaErrorInvalidValue;
-  return launch(gather_columns_kernel, args, row_grid(args.rows, args.columns), kRowThreads, 0, true, stream);
+  return launch(gather_columns_kernel, args, row_grid(args.rows, args.columns), kRowThreads, 0, stream);
 }
 
 cudaError_t embedding(const EmbeddingArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.dim == 0) return cudaSuccess;
   if (args.dim > kMaxRowWidth) return cudaErrorInvalidValue;
   return launch(args.table_dtype == DType::f32 ? embedding_kernel<float> : embedding_kernel<bf16>, args,
-                row_grid(args.rows, args.dim), kRowThreads, 0, true, stream);
+                row_grid(args.rows, args.dim), kRowThreads, 0, stream);
 }
 
 }  // namespace pyllm::cuda

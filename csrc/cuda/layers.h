@@ -7,9 +7,12 @@
 
 namespace pyllm::cuda {
 
+// Columns that a kernel takes element by element.
+constexpr int64_t kMaxRowWidth = 65535 * 1024;
+
 // y = norm(x + residual) * weight + bias over the last dimension; the sum is also stored where sum is not null.
 // A vector's result depends on the vector and D alone.
-constexpr int64_t kMaxNormDim = 57000;  // a vector is kept in shared memory
+constexpr int64_t kMaxNormDim = 25000;  // a vector is kept in shared memory, of which every GPU has 99 KB
 struct NormArgs {
   void* y;                // [R, heads, D] of y_dtype, may be x where that is float32
   float* sum;             // [R, heads, D] or null, may be x

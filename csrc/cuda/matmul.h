@@ -27,16 +27,19 @@ struct MatmulArgs {
   DType x_dtype, w_dtype, y_dtype;
 };
 
-// Decoding: at most 16 rows, w bf16, x float32 (rounded to bf16 after the norm) or bf16; K a multiple of 8, pointers 16-byte aligned.
-// An overlapped launch has its first weights under way before the kernel that makes x has ended.
+// Decoding: at most 16 rows, w bf16, x float32 (rounded to bf16 after the norm) or bf16; K a multiple of 8, pointers 16-byte aligned. The
+// first weights are under way before the kernel that makes x has ended.
+constexpr int64_t kSkinnyRows = 16;
 struct SkinnyPlan {
   int64_t tiles, blocks, chunks;  // of 8 outputs; thread blocks; pieces of K
-  int64_t x_pitch;                // elements between rows of x in shared memory
+  int64_t stages;                 // of the rings
   int64_t shared_bytes;
-  bool fits;  // into a block's shared memory
+  bool streamed;  // x goes through a ring too: its rows are 16-byte aligned
+  bool fits;      // into `shared_limit` bytes of a block's shared memory
 };
-SkinnyPlan skinny_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors);
-cudaError_t skinny_matmul(const MatmulArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
+// `whole`: x is float32 or has a norm, and cannot be streamed.
+SkinnyPlan skinny_plan(int64_t rows, int64_t n, int64_t k, bool whole, int64_t multiprocessors, int64_t shared_limit);
+cudaError_t skinny_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream);
 
 // The same for the projection of queries, keys and values of decoding. W has the rows of H heads of queries, G of keys and G of values, E
 // (even) each: queries go to y, keys into the cache, both rotated where cos is not null, values into the cache. In heads of queries and
@@ -50,7 +53,7 @@ struct QkvArgs {
   const int64_t* slots;  // [T]: block * kBlockTokens + offset; one outside the cache is skipped
   int64_t heads, half;   // H
 };
-cudaError_t skinny_qkv(const QkvArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
+cudaError_t skinny_qkv(const QkvArgs& args, int64_t multiprocessors, cudaStream_t stream);
 
 // The same for the head of greedy decoding: no outputs but the place of the largest in each row, the lowest of equals; -1 where one is
 // NaN or +inf. The last block to end compares what all have found.
@@ -60,10 +63,39 @@ struct ArgmaxArgs {
   unsigned long long* partial;  // [multiprocessors, T]
   uint32_t* ticket;             // [1], zero, and zero again afterwards
 };
-cudaError_t skinny_argmax(const ArgmaxArgs& args, int64_t multiprocessors, bool overlapped, cudaStream_t stream);
+cudaError_t skinny_argmax(const ArgmaxArgs& args, int64_t multiprocessors, cudaStream_t stream);
+
+// Decoding of more: at most 64 rows, x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned. W is cut into tiles of 128 outputs
+// and, so that there are blocks enough to draw on all of the memory's speed, into splits of K; which depends on N and K alone,
+// and so does the order in which the splits of an output are added.
+constexpr int64_t kSplitMatmulRows = 64;
+constexpr int64_t kSplitMatmulBlocks = 256;  // where there are several splits: what a workspace has room for
+constexpr int64_t kSplitMatmulFloats = kSplitMatmulBlocks * kSplitMatmulRows * 128;
+struct SplitPlan {
+  int64_t tiles, splits, steps;  // steps of 64 k in a split
+};
+SplitPlan split_plan(int64_t n, int64_t k);
+struct SplitMatmulArgs {
+  MatmulArgs matmul;
+  float* partial;     // [kSplitMatmulFloats]
+  uint32_t* tickets;  // [kSplitMatmulBlocks], zero, and zero again afterwards
+};
+cudaError_t split_matmul(const SplitMatmulArgs& args, cudaStream_t stream);
 
 // Prompts and training: x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned.
 cudaError_t mma_matmul(const MatmulArgs& args, cudaStream_t stream);
+
+// The same on Hopper, by wgmma. A block makes tiles of 128 rows by 256 or 128 outputs, one after the other; two of a cluster, neighbours
+// along the rows, share what they read of W.
+struct WgmmaPlan {
+  int64_t columns, cluster;         // outputs of a tile; blocks of a cluster
+  int64_t row_units, column_tiles;  // a unit: the row tiles of a cluster
+  int64_t blocks, shared_bytes;
+};
+WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors);
+// Whether the current GPU has wgmma, and this build code for it.
+cudaError_t has_wgmma(bool* yes);
+cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream);
 
 // Tests, and sizes that the others refuse: any size and alignment, x and w both float32 or both bf16; multiply-adds in float32.
 cudaError_t plain_matmul(const MatmulArgs& args, cudaStream_t stream);

@@ -18,6 +18,9 @@ foreach(architecture ${architectures})
     list(APPEND codes "-gencode=arch=compute_${architecture},code=sm_${architecture}")
   endif()
 endforeach()
+if(90a IN_LIST architectures)
+  list(APPEND codes -DPYLLM_WGMMA)  # there is code that uses it
+endif()
 list(JOIN architectures ", " architectures)
 message(STATUS "CUDA kernels for ${architectures} by ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}")
 

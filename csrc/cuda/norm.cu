@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     float v = (kept[i] - mean) * scale;
     if (a.weight) v *= a.weight[i];
     if (a.bias) v += a.bias[i];
-    store_element(y + i, v);
+    store(y + i, v);
   }
 }
 
@@ -66,7 +66,7 @@ cudaError_t launch_teams(const NormArgs& a, cudaStream_t stream) {
   constexpr int kTeams = kThreads / 32 / kWarps;
   const dim3 grid(unsigned((a.rows * a.heads + kTeams - 1) / kTeams));
   return launch(a.y_dtype == DType::f32 ? norm_kernel<kWarps, float> : norm_kernel<kWarps, bf16>, a, grid, kThreads,
-                (kThreads / 32 + kTeams * a.dim) * 4, true, stream);
+                (kThreads / 32 + kTeams * a.dim) * 4, stream);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ cudaError_t plain_attention(const AttentionArgs& args, cudaStream_t stream) {
       args.cache.head_size > kMaxHead || args.heads % args.cache.kv_heads)
     return cudaErrorInvalidValue;
   const dim3 grid(unsigned((args.most_queries * args.heads + kWarps - 1) / kWarps), 1, unsigned(args.sequences));
-  return launch(plain_attention_kernel, args, grid, kWarps * 32, 0, true, stream);
+  return launch(plain_attention_kernel, args, grid, kWarps * 32, 0, stream);
 }
 
 }  // namespace pyllm::cuda

@@ -44,7 +44,7 @@ cudaError_t plain_matmul(const MatmulArgs& args, cudaStream_t stream) {
   if (args.norm_weight || args.x_dtype != args.w_dtype) return cudaErrorInvalidValue;
   const dim3 grid(unsigned((args.n + kColumns - 1) / kColumns), unsigned((args.rows + kRows - 1) / kRows));
   return launch(args.w_dtype == DType::f32 ? plain_matmul_kernel<float> : plain_matmul_kernel<bf16>, args, grid,
-                kThreads, int64_t(kRows + kColumns) * kPitch * 4, true, stream);
+                kThreads, int64_t(kRows + kColumns) * kPitch * 4, stream);
 }
 
 }  // namespace pyllm::cuda

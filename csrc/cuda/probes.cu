@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256, kLoads = 8;  // 16-byte loads of a thread that are under way together
 
-struct Piece {
+struct alignas(16) Piece {
   uint32_t v[4];
 };
 
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(32) empty_probe_kernel(const __grid_constant__
 cudaError_t read_probe(const ReadArgs& args, cudaStream_t stream) {
   if (args.blocks == 0) return cudaSuccess;
   if (args.bytes % 16) return cudaErrorInvalidValue;
-  return launch(read_probe_kernel, args, dim3(unsigned(args.blocks)), kThreads, kThreads / 32 * 4, true, stream);
+  return launch(read_probe_kernel, args, dim3(unsigned(args.blocks)), kThreads, kThreads / 32 * 4, stream);
 }
 
 cudaError_t empty_probe(bool overlapped, cudaStream_t stream) {
-  return launch(empty_probe_kernel, Nothing{}, dim3(1), 32, 0, overlapped, stream);
+  return launch(empty_probe_kernel, Nothing{}, dim3(1), 32, 0, stream, overlapped);
 }
 
 }  // namespace pyllm::cuda

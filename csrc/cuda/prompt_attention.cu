@@ -1,9 +1,8 @@
 // Attention of prompts by mma.sync with an online softmax (Dao: FlashAttention-2, 2023). A block takes 64 rows, each of its 4 warps 16
 // of them and all keys of a page.
 //
-// In shared memory: queries [64][pitch] | two stages of keys and values [2][64][pitch].
+// In shared memory: queries [64][pitch] | one or two stages of keys and values [2][64][pitch].
 #include "cuda/attention.cuh"
-#include "cuda/launch.h"
 
 namespace pyllm::cuda {
 namespace {
@@ -74,10 +73,11 @@ __device__ __forceinline__ void attend(float (&sums)[kHead / 8][4], Softmax& sof
 }
 
 template <int kHead>
-__global__ void __launch_bounds__(kAttentionThreads, 1)
-    prompt_attention_kernel(const __grid_constant__ AttentionArgs a) {
+__global__ void __launch_bounds__(kAttentionThreads, 1) prompt_attention_kernel(const __grid_constant__ Staged s) {
   // Where sums take most of the registers, 32 keys at a time.
   constexpr int kPitch = kHead + 8, kStep = kHead > 128 ? 32 : kPage;
+  const AttentionArgs& a = s.a;
+  const int ahead = s.stages - 1;
   wait_for_earlier_kernels();
   let_later_kernels_start();
   const Group group = find_group(a, blockIdx.z, blockIdx.y);
@@ -89,11 +89,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   bf16* q = reinterpret_cast<bf16*>(shared_memory());
   bf16* stages = q + kRows * kPitch;
   const auto fetch = [&](int i) {
-    if (i < pages.count()) fetch_page<kHead>(stages + i % 2 * 2 * kPage * kPitch, a, group, pages[i]);
+    if (i < pages.count()) fetch_page<kHead>(stages + i % s.stages * 2 * kPage * kPitch, a, group, pages[i]);
     commit_copies();
   };
   fetch_queries<kHead>(q, kRows, a, group, row0);
-  fetch(0);
+  for (int i = 0; i < ahead; ++i) fetch(i);
 
   const int warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
   int rows[2], positions[2], heads[2];
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   float sums[kHead / 8][4] = {};
   Softmax softmax{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
   for (int i = 0; i < pages.count(); ++i) {
-    fetch(i + 1);
-    wait_copies<1>();
+    fetch(i + ahead);
+    wait_copies_but(ahead);
     __syncthreads();
-    const bf16* keys = stages + i % 2 * 2 * kPage * kPitch;
+    const bf16* keys = stages + i % s.stages * 2 * kPage * kPitch;
     const int page = pages[i];
 #pragma unroll 1
     for (int from = 0; from < kPage; from += kStep) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
     for (int n = 0; n < kHead / 8; ++n)
       if (n * 8 < a.cache.head_size)
-        for (int j = 0; j < 2; ++j) store_out(a, place + n * 8 + j, sums[n][2 * half + j] * share);
+        store_pair(a.out, a.out_dtype, place + n * 8, sums[n][2 * half] * share, sums[n][2 * half + 1] * share);
     if (lane % 4 == 0) store_lse(a, group, rows[half], softmax.most[half], unit, total);
   }
 }
@@ -158,8 +158,8 @@ template <int kHead>
 cudaError_t launch_prompt(const AttentionArgs& a, cudaStream_t stream) {
   const int64_t rows = a.most_queries * (a.heads / a.cache.kv_heads);
   const dim3 grid(unsigned((rows + kRows - 1) / kRows), unsigned(a.cache.kv_heads), unsigned(a.sequences));
-  return launch(prompt_attention_kernel<kHead>, a, grid, kAttentionThreads,
-                int64_t(kRows + 4 * kPage) * (kHead + 8) * 2, true, stream);
+  const auto bytes = [](int stages) { return int64_t(kRows + stages * 2 * kPage) * (kHead + 8) * 2; };
+  return launch_staged(prompt_attention_kernel<kHead>, a, grid, 2, bytes, stream);
 }
 
 }  // namespace

@@ -46,6 +46,19 @@ template <int pending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+// The same for a number of at most 3 that the compiler does not know.
+__device__ __forceinline__ void wait_copies_but(int pending) {
+  switch (pending) {
+    case 0:
+      return wait_copies<0>();
+    case 1:
+      return wait_copies<1>();
+    case 2:
+      return wait_copies<2>();
+    default:
+      return wait_copies<3>();
+  }
+}
 
 // Loads four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and gets elements
 // (l / 4, 2 (l % 4)) and the next of each; of their transposes in the second version.

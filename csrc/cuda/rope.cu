@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kRowThreads) kv_write_kernel(const __grid_cons
         key = c < a.half ? key * a.cos[j] - k[c + a.half] * a.sin[j] : key * a.cos[j] + k[c - a.half] * a.sin[j];
       }
     }
-    store_element(to, key);
-    store_element(to + half, value);
+    store(to, key);
+    store(to + half, value);
   });
 }
 
@@ -69,13 +69,13 @@ __global__ void __launch_bounds__(kRowThreads) kv_write_kernel(const __grid_cons
 cudaError_t rope_angles(const RopeAnglesArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.half == 0) return cudaSuccess;
   if (args.half > kMaxRowWidth) return cudaErrorInvalidValue;
-  return launch(rope_angles_kernel, args, row_grid(args.rows, args.half), kRowThreads, 0, true, stream);
+  return launch(rope_angles_kernel, args, row_grid(args.rows, args.half), kRowThreads, 0, stream);
 }
 
 cudaError_t rope(const RopeArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.heads * args.half == 0) return cudaSuccess;
   if (args.heads * args.half > kMaxRowWidth) return cudaErrorInvalidValue;
-  return launch(rope_kernel, args, row_grid(args.rows, args.heads * args.half), kRowThreads, 0, true, stream);
+  return launch(rope_kernel, args, row_grid(args.rows, args.heads * args.half), kRowThreads, 0, stream);
 }
 
 cudaError_t kv_write(const KvWriteArgs& args, cudaStream_t stream) {
@@ -84,7 +84,7 @@ cudaError_t kv_write(const KvWriteArgs& args, cudaStream_t stream) {
   if ((args.cache.dtype != DType::f32 && args.cache.dtype != DType::bf16) || width > kMaxRowWidth)
     return cudaErrorInvalidValue;
   return launch(args.cache.dtype == DType::f32 ? kv_write_kernel<float> : kv_write_kernel<bf16>, args,
-                row_grid(args.rows, width), kRowThreads, 0, true, stream);
+                row_grid(args.rows, width), kRowThreads, 0, stream);
 }
 
 }  // namespace pyllm::cuda

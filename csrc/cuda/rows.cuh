@@ -4,13 +4,14 @@
 
 #include <cstdint>
 
-#include "cuda/ptx.cuh"
+#include "cuda/layers.h"
+#include "cuda/store.cuh"
 
 namespace pyllm::cuda {
 
 constexpr int kRowThreads = 256;
 constexpr int64_t kRowPiece = 4 * kRowThreads;
-constexpr int64_t kMaxRowWidth = 65535 * kRowPiece;  // blocks in a grid's second dimension
+static_assert(kMaxRowWidth == 65535 * kRowPiece, "blocks in a grid's second dimension");
 
 inline dim3 row_grid(int64_t rows, int64_t width) {
   return dim3(unsigned(rows), unsigned((width + kRowPiece - 1) / kRowPiece));
@@ -22,8 +23,5 @@ __device__ __forceinline__ void for_columns(int64_t width, Fn fn) {
   const int64_t from = int64_t(blockIdx.y) * kRowPiece, end = from + kRowPiece < width ? from + kRowPiece : width;
   for (int64_t i = from + threadIdx.x; i < end; i += kRowThreads) fn(i);
 }
-
-__device__ __forceinline__ void store_element(float* to, float v) { *to = v; }
-__device__ __forceinline__ void store_element(bf16* to, float v) { *to = bf16(pack_bf16(v, 0.0f)); }
 
 }  // namespace pyllm::cuda

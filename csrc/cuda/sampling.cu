@@ -163,15 +163,14 @@ __global__ void __launch_bounds__(kSelectThreads) logprobs_kernel(const __grid_c
 cudaError_t sample(const SampleArgs& args, cudaStream_t stream) {
   if (args.count == 0) return cudaSuccess;
   if (args.vocab > kMaxVocab) return cudaErrorInvalidValue;
-  return launch(sample_kernel, args, dim3(unsigned(args.count)), kSelectThreads, int64_t(sizeof(SelectScratch)), true,
+  return launch(sample_kernel, args, dim3(unsigned(args.count)), kSelectThreads, int64_t(sizeof(SelectScratch)),
                 stream);
 }
 
 cudaError_t logprobs(const LogprobsArgs& args, cudaStream_t stream) {
   if (args.count == 0) return cudaSuccess;
   if (args.vocab > kMaxVocab || args.top_n > kMaxTop) return cudaErrorInvalidValue;
-  return launch(logprobs_kernel, args, dim3(unsigned(args.count)), kSelectThreads, int64_t(sizeof(TopScratch)), true,
-                stream);
+  return launch(logprobs_kernel, args, dim3(unsigned(args.count)), kSelectThreads, int64_t(sizeof(TopScratch)), stream);
 }
 
 }  // namespace pyllm::cuda

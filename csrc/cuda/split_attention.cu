@@ -4,14 +4,12 @@
 //
 // In shared memory: stages of keys and values [2][64][pitch] | queries [16][pitch] | weights [16][72] | maxima and sums [4 warps][16].
 #include "cuda/attention.cuh"
-#include "cuda/launch.h"
 
 namespace pyllm::cuda {
 namespace {
 
 constexpr int kRows = int(kSplitRows), kWarps = kAttentionThreads / 32, kWeightPitch = kPage + 8;
-template <int kHead>
-constexpr int kStages = kHead <= 128 ? 3 : 2;
+constexpr int kStages = 3;  // at most
 
 // The splits that see any of a group's keys, in rising order: [0, sinks), then from `first` on.
 struct Splits {
@@ -47,10 +45,11 @@ __device__ __forceinline__ Merged merge(Record record, int count, int size, int 
 }
 
 template <int kHead>
-__global__ void __launch_bounds__(kAttentionThreads, 4)
-    split_attention_kernel(const __grid_constant__ AttentionArgs a) {
+__global__ void __launch_bounds__(kAttentionThreads, 4) split_attention_kernel(const __grid_constant__ Staged s) {
   constexpr int kPitch = kHead + 8, kStage = 2 * kPage * kPitch, kChannels = kHead / kWarps;
   constexpr int kUnroll = kHead > 128 ? 1 : 4;  // within the registers
+  const AttentionArgs& a = s.a;
+  const int ahead = s.stages - 1;
   wait_for_earlier_kernels();
   let_later_kernels_start();
   const Group group = find_group(a, blockIdx.z, blockIdx.y);
@@ -71,15 +70,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
   if (pages.last < pages.first) pages.last = pages.first;
 
   bf16* stages = reinterpret_cast<bf16*>(shared_memory());
-  bf16* q = stages + kStages<kHead> * kStage;
+  bf16* q = stages + s.stages * kStage;
   bf16* weights = q + kRows * kPitch;
   float* maxima = reinterpret_cast<float*>(weights + kRows * kWeightPitch);
   const auto fetch = [&](int i) {
-    if (i < pages.count()) fetch_page<kHead>(stages + i % kStages<kHead> * kStage, a, group, pages[i]);
+    if (i < pages.count()) fetch_page<kHead>(stages + i % s.stages * kStage, a, group, pages[i]);
     commit_copies();
   };
   fetch_queries<kHead>(q, kRows, a, group, 0);
-  for (int i = 0; i < kStages<kHead> - 1; ++i) fetch(i);
+  for (int i = 0; i < ahead; ++i) fetch(i);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const bool changed = a.scores.changed();
@@ -87,10 +86,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
   float sums[kChannels / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 #pragma unroll 1
   for (int i = 0; i < pages.count(); ++i) {
-    wait_copies<kStages<kHead> - 2>();
+    if (ahead > 0) wait_copies_but(ahead - 1);
     __syncthreads();
-    fetch(i + kStages<kHead> - 1);  // into the stage that was read last
-    const bf16* keys = stages + i % kStages<kHead> * kStage;
+    fetch(i + ahead);  // into the stage that was read last
+    if (ahead == 0) {
+      wait_copies<0>();
+      __syncthreads();
+    }
+    const bf16* keys = stages + i % s.stages * kStage;
     const bf16* values = keys + kPage * kPitch;
 
     float scores[2][4] = {};  // 16 rows by 16 keys
@@ -183,16 +186,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
     const int64_t place = out_place(a, group, row);
     float* mine = partial + (split * kRows + row) * record;
 #pragma unroll
-    for (int n = 0; n < kChannels / 8; ++n)
-      for (int j = 0; j < 2; ++j) {
-        const int channel = warp * kChannels + n * 8 + 2 * t + j;
-        if (channel >= head) continue;
-        if (alone) {
-          store_out(a, place + channel, sums[n][2 * half + j] * share);
-        } else {
-          mine[channel] = sums[n][2 * half + j];
-        }
+    for (int n = 0; n < kChannels / 8; ++n) {
+      const int channel = warp * kChannels + n * 8 + 2 * t;  // heads have a multiple of 8
+      if (channel >= head) continue;
+      if (alone) {
+        store_pair(a.out, a.out_dtype, place + channel, sums[n][2 * half] * share, sums[n][2 * half + 1] * share);
+      } else {
+        store_pair(mine + channel, sums[n][2 * half], sums[n][2 * half + 1]);
       }
+    }
     if (threadIdx.x % 32 % 4 != 0 || warp != 0) continue;
     if (alone) {
       store_lse(a, group, row, most[half], unit, whole);
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
     const int row = i / head, channel = i % head;
     const Merged m =
         merge([&](int j) { return partial + (splits[j] * kRows + row) * record; }, splits.count, head, channel, scale);
-    store_out(a, out_place(a, group, row) + channel, m.total > 0.0f ? m.value / m.total : 0.0f);
+    store(a.out, a.out_dtype, out_place(a, group, row) + channel, m.total > 0.0f ? m.value / m.total : 0.0f);
     if (channel == 0) store_lse(a, group, row, m.most, unit, m.total);
   }
   if (threadIdx.x == 0) a.tickets[group_index] = 0;
@@ -225,9 +227,10 @@ template <int kHead>
 cudaError_t launch_split(const AttentionArgs& a, cudaStream_t stream) {
   const dim3 grid(unsigned((a.table_width + a.split_blocks - 1) / a.split_blocks), unsigned(a.cache.kv_heads),
                   unsigned(a.sequences));
-  constexpr int64_t kElements = (kStages<kHead> * 2 * kPage + kRows) * (kHead + 8) + kRows * kWeightPitch;
-  return launch(split_attention_kernel<kHead>, a, grid, kAttentionThreads, kElements * 2 + kWarps * kRows * 4, true,
-                stream);
+  const auto bytes = [](int stages) {
+    return int64_t(stages * 2 * kPage + kRows) * (kHead + 8) * 2 + kRows * kWeightPitch * 2 + kWarps * kRows * 4;
+  };
+  return launch_staged(split_attention_kernel<kHead>, a, grid, kStages, bytes, stream);
 }
 
 }  // namespace

@@ -17,11 +17,13 @@ EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 class LiveLine(Callbacks):
     """Loss, rate, norm, speed, share of the machine's peak and time left: one line, written anew; or a line now and
-    then where stderr is no terminal. A `context` of 0 stands for the default one."""
+    then where stderr is no terminal. A `context` of 0 stands for the default one; `of_sources` is the share of tokens
+    that an encoder beside the decoder reads."""
 
-    def __init__(self, spec: ModelSpec, context: int, dtype: str, threads: int) -> None:
+    def __init__(self, spec: ModelSpec, context: int, dtype: str, threads: int, of_sources: float = 0.0) -> None:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._operations = operations_per_token(spec, context or min(DEFAULT_CONTEXT, spec.max_positions))
+        context = context or min(DEFAULT_CONTEXT, spec.max_positions)
+        self._operations = operations_per_token(spec, context, of_sources)
         self._peak = 0.0 if is_quiet() else peak_gflops(dtype, threads) * 1e9
         self._steps, self._first, self._began, self._shown = 1, 0, time.monotonic(), 0.0
         self._open = False
@@ -76,13 +78,21 @@ class LiveLine(Callbacks):
         note(text)
 
 
-def operations_per_token(spec: ModelSpec, context: int) -> float:
+def operations_per_token(spec: ModelSpec, context: int, of_sources: float = 0.0) -> float:
     """Multiplications and additions of a token in a sequence of `context`, forward and, twice as many, backward.
 
-    The head reads every token; what checkpointed activations compute again is not counted.
+    The head reads every token; what checkpointed activations compute again is not counted. With an encoder it is the
+    mean over its tokens, `of_sources` of all, and the decoder's, which attend to sources as long as the context.
     """
     head_of_others = 2 * (context - 1) * spec.vocab_size * spec.hidden
-    return 3 * (spec.operations(context) + head_of_others) / context
+    own = (spec.operations(context) + head_of_others) / context
+    if spec.encoder is None:
+        return 3 * own
+    cross = [block.cross for block in spec.blocks if block.cross is not None]
+    own += sum(4 * a.heads * a.head_dim for a in cross) * context
+    read = (spec.encoder.operations(context) - 2 * spec.encoder.outputs * spec.encoder.head_width) / context
+    read += sum(4 * a.kv_heads * a.head_dim for a in cross) * spec.hidden
+    return 3 * ((1 - of_sources) * own + of_sources * read)
 
 
 def _clock(seconds: float) -> str:

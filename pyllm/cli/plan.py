@@ -136,7 +136,7 @@ def _training(config: Path | None, flags: dict[str, Any], json: bool) -> int:
         f"{spec.family}, {spec.num_parameters() / 1e6:.1f} million parameters, {len(spec.blocks)} layers, products in "
         f"{shape.dtype}",
         *(f"{name:12}{_size(count)}" for name, count in parts.items()),
-        f"total       {_size(result.total)}  for micro-batches of {shape.tokens} tokens",
+        f"total       {_size(result.total)}  for micro-batches of {shape.all_tokens} tokens",
         f"available   {_size(result.available)}  {'it fits' if result.fits else 'it does not fit'}",
     ]
     write("\n".join(lines), end="\n")

@@ -25,6 +25,9 @@ def train_tokenizer(
     special: Annotated[
         list[str] | None, o.option("--special", help="A further special token; may be given several times.")
     ] = None,
+    sentinels: Annotated[
+        int, o.option("--sentinels", help="T5's tokens for spans, as --objective spans needs them; default none.")
+    ] = 0,
     begin: Annotated[bool, o.option("--begin/--no-begin", help="Put <s> before each text; default yes.")] = True,
     chat_template: o.ChatTemplate = None,
     quiet: o.Quiet = False,
@@ -34,7 +37,15 @@ def train_tokenizer(
     from pyllm.train.tokenizer_training import train_tokenizer as run
 
     template = given_text(None, chat_template, "template") if chat_template is not None else None
-    size = run(files, out, vocab_size=vocab_size, special=special or (), begin=begin, chat_template=template)
+    size = run(
+        files,
+        out,
+        vocab_size=vocab_size,
+        special=special or (),
+        begin=begin,
+        chat_template=template,
+        sentinels=sentinels,
+    )
     note(f"{out}: {size} tokens")
     return 0
 

@@ -42,8 +42,8 @@ def train(
     model: Annotated[
         str | None, o.option("--model", "-m", help="Go on training this model: folder or hub name (owner/name).")
     ] = None,
-    arch: Annotated[str | None, o.option("--arch", help="Begin a new model: gpt2 or llama.")] = None,
-    layers: Annotated[int | None, o.option("--layers", help="Blocks of a new model; default 6.")] = None,
+    arch: Annotated[str | None, o.option("--arch", help="Begin a new model: gpt2, llama, t5 or bart.")] = None,
+    layers: Annotated[int | None, o.option("--layers", help="Blocks of a new model (of each part); default 6.")] = None,
     hidden: Annotated[int | None, o.option("--hidden", help="Its width; default 384.")] = None,
     heads: Annotated[int | None, o.option("--heads", help="Its attention heads; default 6.")] = None,
     kv_heads: Annotated[
@@ -77,10 +77,16 @@ def train(
         bool | None, o.option("--mask-prompt/--no-mask-prompt", help="Only answers count; default no.")
     ] = None,
     mask_share: Annotated[
-        float | None, o.option("--mask-share", help="Of tokens hidden with mlm; default 0.15.")
+        float | None, o.option("--mask-share", help="Of a text that is hidden; default 0.15, with denoise 0.3.")
+    ] = None,
+    mean_span: Annotated[
+        float | None, o.option("--mean-span", help="Of what is hidden in one place, with spans or denoise; default 3.")
     ] = None,
     mask_rule: Annotated[
         str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
+    ] = None,
+    generator: Annotated[
+        str | None, o.option("--generator", help="With rtd: the model that fills masks, whose tokens are detected.")
     ] = None,
     data_cache: Annotated[str | None, o.option("--data-cache", help="Folder for tokens of files.")] = None,
     batch_tokens: Annotated[
@@ -94,7 +100,8 @@ def train(
         str | None,
         o.option(
             "--objective",
-            help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm.",
+            help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm: "
+            "encoders'; rtd: replaced tokens; seq2seq: pairs; spans: T5's; denoise: BART's.",
         ),
     ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,
@@ -171,7 +178,7 @@ def train(
     from pyllm.train.trackers import TensorBoard, WeightsAndBiases
 
     with progress_bar("tokenising") as progress:
-        setup = prepare(run, theirs.seed, progress, theirs.objective)
+        setup = prepare(run, theirs.seed, progress, theirs.objective, theirs.threads)
     source = setup.train if overfit_batch is None else RepeatedData(setup.train, overfit_batch)
     trainer = Trainer(
         setup.model,
@@ -185,7 +192,8 @@ def train(
         note(f"note: {line}")
     if check_grads:
         return _check_gradients(trainer)
-    live = LiveLine(trainer.spec, run.context or 0, theirs.dtype, trainer.ops.threads)
+    of_sources = trainer.shape.source / trainer.shape.all_tokens
+    live = LiveLine(trainer.spec, run.context or 0, theirs.dtype, trainer.ops.threads, of_sources)
     trainer.callbacks += [RunLog(theirs.out), live]
     if tensorboard:
         trainer.callbacks.append(TensorBoard(theirs.out / "tensorboard"))

@@ -2,7 +2,8 @@
 
 A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
 number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
-directly. All are the same model code and give the same bits.
+directly. All are the same model code. On the CPU they give the same bits; on a GPU a row's kernels, and with them its
+last bits, depend on how many rows a step has (:mod:`pyllm.cuda_ops`).
 
 On a GPU a recorded step is a CUDA graph, one for each size of block tables in `GPU_WIDTHS` too. It ends by making the
 inputs of the next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of
@@ -27,11 +28,12 @@ from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
 from pyllm.model import AttentionTrace, EncodedSource, Model
 from pyllm.ops import F32, Ops, Stage
+from pyllm.prefix import Place
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
 MAX_GRAPHS = 16  # recorded steps kept
-SCRATCH_DTYPE = "float32"  # of an encoder's keys and values: they are read at once, and dropped
+SCRATCH_DTYPE = "float32"  # at most, of an encoder's keys and values: they are read at once, and dropped
 GPU_WIDTHS = (8, 32, 128, 512, 2048)  # blocks of a sequence: contexts of 512 tokens, 2 k, 8 k, 32 k, 128 k
 AHEAD = 8  # steps that a GPU computes before the tokens of the first are taken in
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
@@ -82,16 +84,17 @@ class Runner:
         self.max_tokens = max_tokens
         self.max_rows = head_rows(max_sequences, max_drafts)
         self.table_width = -(-max_length // BLOCK_TOKENS)
-        self._encoder = (
-            None if model.encoder is None else _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences)
-        )
+        self._encoder: _Encoder | None = None
+        if model.encoder is not None and cross is not None:
+            dtype = cross.dtype if ops.on_gpu else SCRATCH_DTYPE
+            self._encoder = _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences, dtype, ops)
         self.max_source = max_source
         self._widths = (*(w for w in GPU_WIDTHS if ops.on_gpu and w < self.table_width), self.table_width)
         self._arena = ops.arena(step_floats(model.spec, max_tokens, max_source))
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
-        ops.reserve(model.spec, max_sequences, self.table_width)
-        self._recorded: OrderedDict[tuple[int, int, int], _Recorded] = OrderedDict()  # by sequences, rows and width
+        ops.reserve(model.spec, max_sequences, max(self.table_width, blocks_for(max_source)))
+        self._recorded: OrderedDict[tuple[int, int, int, bool], _Recorded] = OrderedDict()  # by what `_step` is given
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
         self._counts_twice = model.spec.counts_twice
@@ -101,14 +104,17 @@ class Runner:
         """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
 
         `states` choose, each at its sequence's end and behind every draft, as if the drafts were right. Tokens are None
-        unless all states are plain. R is at most `max_rows`. The arrays are reused by the next step.
+        unless all states are plain; where these choose the largest logit, a GPU may make none: [R, 0]. R is at most
+        `max_rows`. The arrays are reused by the next step.
         """
         rows = sum(work.rows for work in plan)
+        greedy = rows == len(plan) and self.model.joins_choice(self.ops, rows)
+        greedy = greedy and all(state.plain and state.greedy for state in states)
         width = self.table_width
         if len(self._widths) > 1:
             most = max(len(work.sequence.blocks) for work in plan)
             width = next(width for width in self._widths if width >= most)
-        step = self._last = self._step(len(plan), rows, width)
+        step = self._last = self._step(len(plan), rows, width, greedy)
         self._ahead.clear()
         step.stage.wait()
         if rows > len(plan):
@@ -119,7 +125,7 @@ class Runner:
             step.tokens[i] = sequence.tokens[position]
             step.positions[i] = position
             if self._counts_twice:
-                self._place(step.batch, i, sequence.tokens, position)
+                self._place(step.batch, i, sequence, position)
             step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
             step.lengths[i] = position + 1
             count = len(sequence.blocks)
@@ -150,7 +156,7 @@ class Runner:
             step.tokens[i] = step.drawn[i]
             step.positions[i] = work.start
             if self._counts_twice:
-                self._place(step.batch, i, work.sequence.tokens, work.start)
+                self._place(step.batch, i, work.sequence, work.start)
             step.slots[i] += 1
             step.lengths[i] += 1
             step.draw_positions[i] += 1
@@ -174,11 +180,13 @@ class Runner:
             count = int(np.searchsorted(np.cumsum(lengths), encoder.max_tokens, side="right"))
             together, sources = sources[:count], sources[count:]
             batch = whole_texts(encoder.spec, [source.tokens for source in together], encoder.scratch.blocks)
+            stage, slots = self.ops.stage(_arrays(batch), lasting=False), self.ops.place(cross_slots(together))
+            stage.send()
             self.ops.use_arena(self._arena)
             self.ops.release(0)
             try:
-                states = self.model.encode(self.ops, batch, encoder.scratch, trace, attentions)
-                self.model.write_cross(self.ops, EncodedSource(states, cross_slots(together)), self.cross)
+                states = self.model.encode(self.ops, Batch(*stage.placed), encoder.scratch, trace, attentions)
+                self.model.write_cross(self.ops, EncodedSource(states, slots), self.cross)
                 states = states.copy() if trace is not None else None
             finally:
                 self.ops.use_arena(None)
@@ -281,13 +289,14 @@ class Runner:
         step.drawn = self.ops.tokens(step.chosen)
         return step.logits, step.drawn
 
-    def _step(self, sequences: int, tokens: int, width: int) -> _Recorded:
-        """The recorded step of this many sequences and tokens, over tables of `width` blocks."""
-        key = sequences, tokens, width
+    def _step(self, sequences: int, tokens: int, width: int, greedy: bool) -> _Recorded:
+        """The recorded step of this many sequences and tokens, over tables of `width` blocks; `greedy` makes no
+        logits."""
+        key = sequences, tokens, width, greedy
         if key not in self._recorded:
             if len(self._recorded) >= MAX_GRAPHS:
                 self._recorded.popitem(last=False)
-            self._recorded[key] = self._record(sequences, tokens, width)
+            self._recorded[key] = self._record(*key)
         self._recorded.move_to_end(key)
         return self._recorded[key]
 
@@ -302,7 +311,7 @@ class Runner:
             if batch.types is not None:
                 batch.types[span] = sequence.types[work.start : end] if sequence.types else 0
             if self._counts_twice:
-                self._place(batch, at, [*sequence.tokens[: work.start + work.count], *work.drafts], work.start)
+                self._place(batch, at, sequence, work.start, work.count, work.drafts)
             batch.slots[span] = (
                 sequence.table[positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
             )
@@ -317,12 +326,24 @@ class Runner:
             at += work.rows
             batch.starts[i + 1] = at
 
-    def _place(self, batch: Batch, row: int, tokens: list[int], start: int) -> None:
-        """Both positions of the tokens from `start` on, in the rows from `row` on."""
-        rule = self.model.spec.prefix
+    def _place(
+        self, batch: Batch, row: int, sequence: Sequence, start: int, count: int = 1, drafts: Seq[int] = ()
+    ) -> None:
+        """Both positions of `count` tokens from `start` on, and of drafts behind them, in the rows from `row` on."""
+        rule, end, place = self.model.spec.prefix, start + count, sequence.place
         assert rule is not None
-        first, second = rule.positions(tokens)
-        batch.place(slice(row, row + len(tokens) - start), first[start:], second[start:])
+        if count > 1 or place is None or place.at != start - 1:
+            first, second = rule.positions(sequence.tokens[:end])
+            batch.place(slice(row, row + count), first[start:], second[start:])
+            place = Place(end - 1, int(first[-1]), int(second[-1]))
+        else:
+            place = rule.positions_after(place, sequence.tokens)
+            batch.place(slice(row, row + 1), place.first, place.second)
+        sequence.place = place
+        tokens = [*sequence.tokens[:end], *drafts] if drafts else []
+        for draft_row in range(row + count, row + count + len(drafts)):
+            place = rule.positions_after(place, tokens)
+            batch.place(slice(draft_row, draft_row + 1), place.first, place.second)
 
     def _fill_rope(self, batch: Batch, row: int, sequence: Sequence, position: int) -> None:
         """Frequencies that depend on the length: a prompt's are those of all of it, later tokens' of their own."""
@@ -336,33 +357,36 @@ class Runner:
             self._inv_freq[key] = rope.inv_freq(length)
         batch.inv_freq[row] = self._inv_freq[key]
 
-    def _record(self, sequences: int, tokens: int, width: int) -> _Recorded:
+    def _record(self, sequences: int, tokens: int, width: int, greedy: bool) -> _Recorded:
         """Record a step of this many sequences and tokens, one each where the numbers are equal."""
         batch = Batch.empty(tokens, sequences, width, self.model.spec, source_width=blocks_for(self.max_source))
         batch.starts[:] = [*range(sequences), tokens]
-        stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens), np.arange(tokens, dtype=np.int32)])
-        *arrays, draws, _ = stage.host
+        stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens)])
+        *arrays, draws = stage.host
         seats: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * sequences
         try:
             if self.ops.on_gpu:  # what takes memory or loads code does so before the recording
                 stage.send()
-                self._compute(stage)
+                self._compute(stage, greedy)
             self.ops.begin_recording()
-            logits, chosen = self._compute(stage)
+            logits, chosen = self._compute(stage, greedy)
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
         return _Recorded(graph, stage, Batch(*arrays), draws, logits, chosen, seats)
 
-    def _compute(self, stage: Stage) -> tuple[F32, I32]:
+    def _compute(self, stage: Stage, greedy: bool) -> tuple[F32, I32]:
         """Logits of all rows of a step, and the tokens chosen from them."""
-        *arrays, draws, rows = stage.placed
+        *arrays, draws = stage.placed
         batch = Batch(*arrays)
         self.ops.use_arena(self._decode_arena)
         self.ops.release(0)
         x = self.model.forward(self.ops, batch, self.cache, cross=self.cross)
-        logits = self.model.logits(self.ops, x, rows)
-        chosen = self.ops.sample(logits, SampleInputs(draws))
+        if greedy:
+            logits, chosen = self.ops.empty(len(batch.tokens), 0), self.model.best_tokens(self.ops, x)
+        else:
+            logits = self.model.head(self.ops, self.model.head_input(self.ops, x))
+            chosen = self.ops.sample(logits, SampleInputs(draws))
         if self.ops.on_gpu and len(batch.tokens) == len(batch.lengths):
             self.ops.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
         return logits, chosen
@@ -375,9 +399,9 @@ def _arrays(batch: Batch) -> list[Any]:
 class _Encoder:
     """What encoding at most `max_tokens` tokens of at most `max_sources` sources together takes."""
 
-    def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int) -> None:
+    def __init__(self, spec: ModelSpec, max_tokens: int, max_sources: int, dtype: str, ops: Ops) -> None:
         self.spec, self.max_tokens = spec, max_tokens
-        self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), SCRATCH_DTYPE, shared=True)
+        self.scratch = KVCache(spec, scratch_blocks(max_tokens, max_sources), dtype, ops.allocate, shared=True)
 
 
 def whole_texts(spec: ModelSpec, texts: Seq[Seq[int]], blocks: int, types: Seq[Seq[int] | None] | None = None) -> Batch:
@@ -385,16 +409,10 @@ def whole_texts(spec: ModelSpec, texts: Seq[Seq[int]], blocks: int, types: Seq[S
 
     `types` tell which text of a pair each token belongs to; None: the first.
     """
-    lengths = np.array([len(text) for text in texts])
-    held = -(-lengths // BLOCK_TOKENS)
-    first = np.cumsum(held) - held
-    batch = Batch.empty(int(lengths.sum()), len(texts), int(held.max()), spec)
+    lengths = [len(text) for text in texts]
+    batch = Batch.empty(sum(lengths), len(texts), blocks_for(max(lengths)), spec)
     batch.tokens[:] = np.concatenate(texts)
-    batch.starts[1:] = np.cumsum(lengths)
-    batch.positions[:] = np.arange(len(batch.tokens)) - np.repeat(batch.starts[:-1], lengths)
-    batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
-    batch.lengths[:] = lengths
-    batch.tables[:] = np.minimum(first[:, None] + np.arange(batch.tables.shape[1]), blocks - 1)
+    batch.fill_whole(np.cumsum([0, *lengths]), blocks)
     for i, given in enumerate(types or ()):
         if batch.types is not None and given is not None:
             batch.types[batch.starts[i] : batch.starts[i + 1]] = given

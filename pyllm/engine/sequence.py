@@ -10,6 +10,7 @@ import numpy as np
 from pyllm.batch import I32
 from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
 from pyllm.engine.sources import Source
+from pyllm.prefix import Place
 
 
 class Sequence:
@@ -45,6 +46,7 @@ class Sequence:
         self.cached = 0  # of the prompt, taken from the prefix cache when it first got blocks
         self.blocks: list[int] = []
         self.table: I32 = np.zeros(blocks_for(self.limit), np.int32)  # blocks again, as the kernels read them
+        self.place: Place | None = None  # of the last token that was given two positions, where the model counts twice
         self.residence = 0  # counts how often the sequence was given blocks anew
         self.seats = 1  # of those that run together: one, or what its search may fork into
         self.forked = False  # whether its last block may be shared, and has to be copied before a write

@@ -15,7 +15,8 @@ from pyllm.tokenizer import Tokenizer
 
 PIECE_CHARACTERS = 1 << 20  # of a text file that are tokenised together: as many, up to twice as many
 MAX_LINE_BYTES = 64 << 20
-KEYS = "`text`, `prompt` and `completion`, or `messages`"
+KEYS = "`text`, `prompt` and `completion`, `source` and `target`, or `messages`"
+PAIRS = (("prompt", "completion"), ("source", "target"))  # what is given, and what is to be written
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def read_texts(path: Path) -> Iterator[str]:
     """The plain texts of a file, without any template; raises `DataError`."""
     if path.suffix == ".jsonl":
         for record, at, _ in _records(path):
-            keys = [key for key in ("text", "prompt", "completion") if isinstance(record.get(key), str)]
+            names = ("text", *(name for pair in PAIRS for name in pair))
+            keys = [key for key in names if isinstance(record.get(key), str)]
             yield from (record[key] for key in keys)
             messages = record.get("messages")
             said = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
@@ -135,17 +137,18 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
 
 
 def _document(record: Mapping[str, Any], at: str, tokenizer: Tokenizer, read: int) -> Document:
-    keys = {"text", "prompt", "completion", "messages"} & record.keys()
+    keys = {"text", "messages", *(name for pair in PAIRS for name in pair)} & record.keys()
     if keys == {"messages"}:
         return _conversation(record["messages"], at, tokenizer, read)
-    if keys not in ({"text"}, {"prompt", "completion"}):
+    if keys != {"text"} and not any(keys == set(pair) for pair in PAIRS):
         raise DataError(f"{at}: expected {KEYS}, found {', '.join(sorted(record)) or 'no keys'}")
     for key in keys:
         if not isinstance(record[key], str):
             raise DataError(f"{at}: {key}: expected a string, found {shown(record[key])}")
     if keys == {"text"}:
         return Document(((record["text"], True),), bytes_read=read)
-    return Document(((record["prompt"], False), (record["completion"], True)), bytes_read=read)
+    [(given, written)] = [pair for pair in PAIRS if keys == set(pair)]
+    return Document(((record[given], False), (record[written], True)), bytes_read=read)
 
 
 def _conversation(messages: object, at: str, tokenizer: Tokenizer, read: int) -> Document:

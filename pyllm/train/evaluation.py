@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pyllm.errors import ConfigError, RequestError
 from pyllm.llm import LLM
+from pyllm.train.pairs import Pairs, pair_form
 from pyllm.train.token_store import TokenStore
 
 BATCH = 64  # sequences scored together
@@ -38,8 +43,8 @@ def evaluate(
 ) -> Evaluation:
     """Score the first `limit` documents, each by itself; longer ones in pieces of the context.
 
-    With `mask_prompt` only answers count. Raises `ConfigError` where they cannot be told from prompts, `RequestError`
-    where nothing counts.
+    With `mask_prompt` only answers count, as they do where the model has an encoder, whose documents must be pairs.
+    Raises `ConfigError` where they cannot be told from prompts, `RequestError` where nothing counts.
     """
     if mask_prompt and not store.maskable:
         raise ConfigError(
@@ -50,6 +55,33 @@ def evaluate(
         raise ConfigError(
             f"mask_prompt: {store.name} holds no prompts: expected `prompt` and `completion`, or `messages`"
         )
+    texts = _pairs_of(llm, store, limit) if llm.spec.encoder is not None else _pieces_of(llm, store, limit, mask_prompt)
+    total, counted, done = 0.0, 0, 0
+    while chosen := list(islice(texts.given, BATCH)):
+        scores = llm.score([given for given, _ in chosen])
+        for (_, answers), score in zip(chosen, scores, strict=True):
+            kept = [v for i, v in enumerate(score.logprobs) if answers is None or answers[i]]
+            total -= sum(kept)
+            counted += len(kept)
+        done += len(chosen)
+        if progress is not None:
+            progress(done / texts.count)
+    if counted == 0:
+        raise RequestError(f"{store.name}: no token to predict")
+    return Evaluation(store.name, total / counted, counted, texts.documents)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is scored, each with which of its predicted tokens count (None: all), and how many of them there are."""
+
+    given: Iterator[tuple[dict[str, list[int]], NDArray[np.uint8] | None]]
+    count: int
+    documents: int
+
+
+def _pieces_of(llm: LLM, store: TokenStore, limit: int | None, mask_prompt: bool) -> _Texts:
+    """Documents, in pieces where they are longer than the context."""
     ends = store.ends[:limit]
     pieces: list[tuple[int, int]] = []
     begin = 0
@@ -57,17 +89,21 @@ def evaluate(
         step = llm.max_model_len - 1
         pieces += [(start, min(start + step + 1, end)) for start in range(begin, end - 1, max(step, 1))]
         begin = end
-    total, counted = 0.0, 0
-    for at in range(0, len(pieces), BATCH):
-        chosen = pieces[at : at + BATCH]
-        scores = llm.score([{"prompt_token_ids": store.tokens[a:b].tolist()} for a, b in chosen])
-        for (a, b), score in zip(chosen, scores, strict=True):
-            answers = store.answers[a + 1 : b] if mask_prompt and store.answers is not None else None
-            kept = [v for i, v in enumerate(score.logprobs) if answers is None or answers[i]]
-            total -= sum(kept)
-            counted += len(kept)
-        if progress is not None:
-            progress((at + len(chosen)) / len(pieces))
-    if counted == 0:
-        raise RequestError(f"{store.name}: no token to predict")
-    return Evaluation(store.name, total / counted, counted, len(ends))
+    answers = store.answers if mask_prompt else None
+    given = (
+        ({"prompt_token_ids": store.tokens[a:b].tolist()}, None if answers is None else answers[a + 1 : b])
+        for a, b in pieces
+    )
+    return _Texts(given, len(pieces), len(ends))
+
+
+def _pairs_of(llm: LLM, store: TokenStore, limit: int | None) -> _Texts:
+    """Sources with their targets, which are what counts."""
+    form = pair_form(llm.spec, llm.tokenizer, llm.engine.defaults)
+    pairs = Pairs(store, form, min(llm.max_model_len - 1, llm.plan.max_source))
+    count = pairs.count() if limit is None else min(limit, pairs.count())
+    read = (pairs.pair(index) for index in range(count))
+    given = (
+        ({"prompt_token_ids": source.tolist(), "target_token_ids": target.tolist()}, None) for source, target in read
+    )
+    return _Texts(given, count, count)

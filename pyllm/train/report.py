@@ -10,16 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 I32 = NDArray[np.int32]
-MicroBatch: TypeAlias = "tuple[I32, NDArray[Any], I32] | tuple[I32, NDArray[Any], I32, I32]"
+MicroBatch: TypeAlias = (
+    "tuple[I32, NDArray[Any], I32] | tuple[I32, NDArray[Any], I32, I32] | tuple[I32, NDArray[Any], I32, I32, I32]"
+)
 
 
 class Data(Protocol):
-    """Micro-batches without end, all of one shape: T tokens, at most B sequences."""
+    """Micro-batches without end, all of one shape: T tokens, at most B sequences, with an encoder beside the decoder S
+    tokens of sources."""
 
     def next_batch(self) -> MicroBatch:
         """Tokens int32 [T], labels int32 [T] (-100: not counted), starts int32 [B + 1], and int32 [T] where they are
         needed: first positions, where blanks are filled in another order than that of their masks, or with an encoder
-        token types, where texts are pairs.
+        token types, where texts are pairs. With an encoder beside the decoder, the tokens of sources int32 [S], and
+        where that of each sequence starts, int32 [B + 1]: from 0 to S like the others.
 
         Label t is what should follow token t, or stand in its place where the model predicts that; for heads of labels
         see :class:`pyllm.train.head_loss.HeadLoss`. Sequence b is tokens starts[b] to starts[b + 1]; it sees nothing of

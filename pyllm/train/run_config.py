@@ -31,7 +31,9 @@ class RunConfig:
     tokenizer: str | None = None  # folder; default `model`
     packing: str = "documents"
     mask_prompt: bool = False
-    mask_share: float = 0.15  # of the tokens, hidden with mlm
+    mask_share: float | None = None  # of a text, hidden; default 0.15, with denoise 0.3
+    mean_span: float = 3.0  # of what is hidden in one place with spans (tokens) or denoise (words)
+    generator: str | None = None  # folder or hub name of the model whose tokens are detected, with rtd
     mask_rule: str = "bert"  # or "bernoulli": how they are chosen
     data_cache: str | None = None  # where tokens are kept; default: the user's cache folder
     model: str | None = None
@@ -43,7 +45,7 @@ class RunConfig:
     ffn: int | None = None
     tie: bool = True
     vocab_size: int | None = None  # default: the tokenizer's
-    init_std: float = 0.02  # of the first weights of a new model
+    init_std: float | None = None  # of the first weights of a new model; default 0.02
     context: int | None = None  # default 256, at most the model's
     batch_tokens: int | None = None  # of a micro-batch; default: eight contexts
 

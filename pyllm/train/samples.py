@@ -23,7 +23,8 @@ class Sampler:
         self.model, self.ops, self.tokenizer = model, ops, tokenizer
 
     def complete(self, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int) -> list[str]:
-        """How each prompt goes on; an empty prompt is the start token of the model."""
+        """How each prompt goes on, or with an encoder what is written about it; an empty prompt is the start token of
+        the model."""
         spec = self.model.spec
         encoded = [self._encode(prompt) for prompt in prompts]
         if spec.prefix is not None:
@@ -32,8 +33,9 @@ class Sampler:
         most = MAX_TOKENS if spec.prefix is None else max(MAX_TOKENS, length)
         blocks = blocks_for(length) * min(len(prompts), MAX_SEQUENCES)
         cache = KVCache(spec, max(blocks, 1), self.model.weights.dtype)
+        cross = None if spec.encoder is None else KVCache(spec, cache.blocks, self.model.weights.dtype, cross=True)
         engine = Engine(
-            Runner(self.model, self.ops, cache, most, MAX_SEQUENCES, length),
+            Runner(self.model, self.ops, cache, most, MAX_SEQUENCES, length, cross=cross, max_source=length),
             BlockPool(cache.blocks),
             self.tokenizer,
             sorted({*spec.eos_token_ids, *self.tokenizer.eos_token_ids}),

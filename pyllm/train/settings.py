@@ -9,7 +9,7 @@ from typing import Any
 
 from pyllm.errors import ConfigError, listed
 
-OBJECTIVES = ("causal", "prefix", "blanks", "mlm")
+OBJECTIVES = ("causal", "prefix", "blanks", "mlm", "rtd", "seq2seq", "spans", "denoise")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 DTYPES = ("float32", "bfloat16")
 
@@ -24,7 +24,7 @@ class TrainConfig:
 
     out: Path
     steps: int  # optimizer steps of the whole run
-    objective: str = "causal"  # or "prefix": what is before the first counted label sees all of itself; "blanks"; "mlm"
+    objective: str = "causal"  # with "prefix" what is before the first counted label sees all of itself
     accumulation: int = 1  # micro-batches of a step
     dtype: str = "float32"  # of the products: "float32" or "bfloat16"; weights, gradients and moments are float32
     learning_rate: float = 6e-4  # the highest

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
+from pyllm.generation_config import GenerationConfig
 from pyllm.models import family_of
+from pyllm.ops import Ops
+from pyllm.ops_training import IGNORED_LABEL
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
-from pyllm.train.objectives.blanks import BlankedTokens, blanked_shape
-from pyllm.train.objectives.masked import MaskedTokens
+from pyllm.train.objectives.blanks import BlankedTokens
+from pyllm.train.objectives.denoising import CorruptedSpans, Denoising, InfilledText
+from pyllm.train.objectives.generator import Generator
+from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.objectives.prefix import SplitTokens
-from pyllm.train.report import Data
+from pyllm.train.pairs import PairedData, pair_form
+from pyllm.train.report import I32, Data
 from pyllm.train.run_config import RunConfig, settings
 from pyllm.train.token_store import TokenStore, open_tokens
+from pyllm.train.tokenizer_training import SENTINEL
+from pyllm.train.trainer import shape_of
 
 DEFAULT_CONTEXT = 256
 CONTEXTS = 8  # in a micro-batch, unless told
+OF_ENCODER_DECODERS = ("seq2seq", "spans", "denoise")
+MASK_SHARES = {"denoise": 0.3}  # of a text; else:
+MASK_SHARE = 0.15
+SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+WORD_BEGINS = ("\u0120", "\u2581")  # a space before the word, as byte-level and SentencePiece vocabularies write it
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Setup:
 
     model: Path | dict[str, Any]
     tokenizer: Path | None
-    packed: PackedData  # what `train` is made of
+    packed: PackedData | PairedData  # what `train` is made of
     train: Data
     valid: Data | None
     notes: tuple[str, ...]
@@ -79,10 +94,18 @@ def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path 
 
 
 def prepare(
-    config: RunConfig, seed: int, progress: Callable[[float], None] | None = None, objective: str = "causal"
+    config: RunConfig,
+    seed: int,
+    progress: Callable[[float], None] | None = None,
+    objective: str = "causal",
+    threads: int | None = None,
 ) -> Setup:
-    """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit."""
+    """Tokenise what is not tokenised yet, and set up micro-batches; raises `PyllmError` for what does not fit.
+
+    `threads` are those of a generator (default: the physical cores).
+    """
     model, tokenizer, context = model_and_tokenizer(config)
+    aim = _Aim(config, model, tokenizer, context, objective, seed)
     tokens = _batch_tokens(config, context)
     files = [*config.data, *config.valid]
     cache = Path(config.data_cache) if config.data_cache is not None else None
@@ -99,51 +122,170 @@ def prepare(
     if not 0 <= config.valid_share < 1:
         raise ConfigError(f"valid_share: expected 0 <= value < 1, got {config.valid_share}")
     if not held and config.valid_share > 0:
-        training, held = map(list, zip(*(store.split(config.valid_share) for store in training), strict=True))
+        whole = objective == "seq2seq"
+        training, held = map(list, zip(*(store.split(config.valid_share, whole) for store in training), strict=True))
     _check_ids(model, stores)
+    if objective == "seq2seq":
+        pairs = PairedData(training, aim.form, context=context, tokens=tokens, weights=config.weights, seed=seed)
+        others = PairedData(held, aim.form, context=context, tokens=tokens, seed=seed, like=pairs) if held else None
+        return Setup(model, tokenizer, pairs, pairs, others, tuple(pairs.notes))
 
     def packed(chosen: Sequence[TokenStore], weights: Sequence[float] | None, sequences: int | None) -> PackedData:
         return PackedData(
             chosen,
-            context=context,
-            tokens=tokens,
+            context=aim.text_context,
+            tokens=aim.text_tokens(tokens),
             weights=weights,
             packing=config.packing,
             mask_prompt=config.mask_prompt,
             seed=seed,
             sequences=sequences,
-            next_token=objective != "mlm",
+            next_token=objective in ("causal", "prefix", "blanks"),
         )
 
-    values = model if isinstance(model, dict) else read_config(model)
-    spec = family_of(values).read(values)
-    _check_objective(spec, objective, config.mask_prompt)
     train = packed(training, config.weights, None)
     valid = packed(held, None, train.sequences) if held else None
+    if objective == "rtd":
+        aim.load_generator(train, threads)
+    return Setup(
+        model, tokenizer, train, aim.data(train), None if valid is None else aim.data(valid), tuple(train.notes)
+    )
 
-    def aimed(data: PackedData) -> Data:
+
+class _Aim:
+    """What a run's objective makes of micro-batches of texts; raises `ConfigError` for one that does not fit the model.
+
+    `text_context` is the longest text, which becomes a sequence of the run's context.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Path | dict[str, Any],
+        tokenizer: Path | None,
+        context: int,
+        objective: str,
+        seed: int,
+    ) -> None:
+        values = model if isinstance(model, dict) else read_config(model)
+        self._config, self._objective, self._seed = config, objective, seed
+        self._spec = family_of(values).read(values)
+        _check_objective(self._spec, objective, config)
+        self._tokenizer = Tokenizer.load(tokenizer) if tokenizer is not None else None
+        self._context, around = context, 0
+        self._generator: Generator | None = None
+        if objective in OF_ENCODER_DECODERS:
+            own = GenerationConfig.read(model, self._spec.vocab_size) if isinstance(model, Path) else None
+            self.form = pair_form(self._spec, self._tokenizer, own)
+            around = max(self.form.around_source, self.form.around_target) if objective != "seq2seq" else 0
+        self.text_context = context - around
+        if self.text_context < 1 + bool(around):
+            raise ConfigError(f"context: expected at least {around + 2} tokens for {objective}, got {context}")
+
+    def text_tokens(self, tokens: int) -> int:
+        """Tokens of texts that become a micro-batch of `tokens`."""
+        return tokens - tokens // self._context * (self._context - self.text_context)
+
+    def load_generator(self, texts: PackedData, threads: int | None) -> None:
+        """Have the model whose tokens are detected, for micro-batches like these."""
+        if self._config.generator is None:
+            raise ConfigError("generator: expected the folder of a model that fills masks, as rtd needs one, got none")
+        self._generator = Generator(
+            resolve(self._config.generator),
+            self._spec,
+            Ops(threads),
+            tokens=texts.tokens,
+            sequences=texts.sequences,
+            context=self._context,
+        )
+
+    def data(self, texts: Data) -> Data:
+        """Micro-batches of the objective, made of those of texts."""
+        config, spec, seed, objective = self._config, self._spec, self._seed, self._objective
         if objective == "mlm":
-            return _masked(data, config, tokenizer, seed)
+            return self._masked(texts)
+        if objective == "rtd":
+            assert self._generator is not None
+            return ReplacedTokens(self._masked(texts), self._generator.propose, seed)
         if objective == "blanks":
             end = next(iter(spec.eos_token_ids), None)
-            return BlankedTokens(data, spec.prefix, end, context=context, positions=spec.max_positions, seed=seed)
-        return SplitTokens(data, seed) if objective == "prefix" else data
+            return BlankedTokens(
+                texts, spec.prefix, end, context=self._context, positions=spec.max_positions, seed=seed
+            )
+        if objective in ("spans", "denoise"):
+            options = {"context": self.text_context, "share": self._share, "mean_span": config.mean_span, "seed": seed}
+            return self._corrupted(texts, options) if objective == "spans" else self._infilled(texts, options)
+        return SplitTokens(texts, seed) if objective == "prefix" else texts
 
-    return Setup(model, tokenizer, train, aimed(train), None if valid is None else aimed(valid), tuple(train.notes))
+    @property
+    def _share(self) -> float:
+        share = self._config.mask_share
+        return MASK_SHARES.get(self._objective, MASK_SHARE) if share is None else share
+
+    def _masked(self, texts: Data) -> MaskedTokens:
+        loaded = self._tokenizer
+        if loaded is None or loaded.mask_token_id is None:
+            raise _no_mask(self._objective)
+        return MaskedTokens(
+            texts,
+            mask=loaded.mask_token_id,
+            special=loaded.special_ids,
+            vocab_size=loaded.vocab_size,
+            share=self._share,
+            rule=self._config.mask_rule,
+            seed=self._seed,
+        )
+
+    def _corrupted(self, texts: Data, options: Mapping[str, Any]) -> Denoising:
+        assert self._tokenizer is not None
+        sentinels: list[int] = []
+        while (sentinel := self._tokenizer.id_of(SENTINEL.format(len(sentinels)))) is not None:
+            sentinels.append(sentinel)
+        return CorruptedSpans(texts, self.form, sentinels, **options)
+
+    def _infilled(self, texts: Data, options: Mapping[str, Any]) -> Denoising:
+        loaded = self._tokenizer
+        assert loaded is not None
+        if loaded.mask_token_id is None:
+            raise _no_mask("denoise")
+        names = [(i, loaded.token_of(i) or "") for i in range(loaded.vocab_size) if i not in loaded.special_ids]
+        ends = [i for i, name in names if name.endswith(SENTENCE_ENDS)]
+        begins = [i for i, name in names if name.startswith(WORD_BEGINS)]
+        return InfilledText(texts, self.form, loaded.mask_token_id, ends, begins, **options)
 
 
-def _check_objective(spec: ModelSpec, objective: str, mask_prompt: bool) -> None:
+def _no_mask(objective: str) -> ConfigError:
+    return ConfigError(
+        f"objective: {objective} needs a tokenizer with a mask token (mask_token in tokenizer_config.json)"
+    )
+
+
+def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
     """Raise `ConfigError` where the model does not predict what the objective makes labels of. A model that fills
     blanks predicts no token before its start token: of prompts and answers only answers count, with `mask_prompt`."""
-    if spec.head.kind is not HeadKind.TOKENS:
+    detects = spec.head.kind is HeadKind.EACH
+    if spec.head.kind is not HeadKind.TOKENS and not detects:
         raise ConfigError(
-            "model: expected one that predicts tokens, config.json names a class with another head or none: train "
-            "others from Python, with data that has their labels"
+            "model: expected one that predicts tokens or detects replaced ones, config.json names a class with another "
+            "head or none: train others from Python, with data that has their labels"
         )
-    if spec.is_encoder != (objective == "mlm"):
-        expected = "mlm" if spec.is_encoder else "causal, prefix or blanks"
+    fitting = ("mlm",) if spec.is_encoder else ("causal", "prefix", "blanks")
+    if detects:
+        fitting = ("rtd",)
+    elif spec.encoder is not None:
+        fitting = OF_ENCODER_DECODERS
+    if objective not in fitting:
+        expected = " or ".join((", ".join(fitting[:-1]), fitting[-1])) if len(fitting) > 1 else fitting[0]
         raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
-    if spec.fills_blanks and objective != "blanks" and not (objective == "causal" and mask_prompt):
+    if config.generator is not None and objective != "rtd":
+        raise ConfigError(f"generator: expected none for {objective}, which has no use for it: leave it out")
+    if spec.encoder is not None and config.mask_prompt:
+        raise ConfigError(
+            "mask_prompt: expected no for a model with an encoder, whose targets alone count: leave it out"
+        )
+    if objective == "seq2seq" and config.packing != "documents":
+        raise ConfigError(f"packing: expected documents for seq2seq, where each is a pair, got {config.packing!r}")
+    if spec.fills_blanks and objective != "blanks" and not (objective == "causal" and config.mask_prompt):
         raise ConfigError(
             f"objective: expected blanks for this {spec.family} model, got {objective!r}: it predicts what fills a "
             "blank, not every token. Train with objective=blanks, or causal with mask_prompt on prompts that end in "
@@ -151,36 +293,45 @@ def _check_objective(spec: ModelSpec, objective: str, mask_prompt: bool) -> None
         )
 
 
-def _masked(data: PackedData, config: RunConfig, tokenizer: Path | None, seed: int) -> MaskedTokens:
-    loaded = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    if loaded is None or loaded.mask_token_id is None:
-        raise ConfigError("objective: mlm needs a tokenizer with a mask token (mask_token in tokenizer_config.json)")
-    return MaskedTokens(
-        data,
-        mask=loaded.mask_token_id,
-        special=loaded.special_ids,
-        vocab_size=loaded.vocab_size,
-        share=config.mask_share,
-        rule=config.mask_rule,
-        seed=seed,
-    )
+class _Contexts:
+    """Micro-batches of so many tokens in so many sequences, in place of data that a plan does not have."""
+
+    def __init__(self, tokens: int, sequences: int) -> None:
+        self._tokens, self._sequences = tokens, sequences
+
+    def next_batch(self) -> tuple[I32, I32, I32]:
+        """Padding."""
+        starts = np.linspace(0, self._tokens, self._sequences + 1).astype(np.int32)
+        return np.zeros(self._tokens, np.int32), np.full(self._tokens, IGNORED_LABEL, np.int32), starts
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | None = None) -> TrainPlan:
-    """The memory of a run with these settings; without data, for documents of about the context's length."""
+    """The memory of a run with these settings; without data, for documents of about the context's length, and for
+    sources as long as their targets."""
     needed = {"steps": 1, "out": ".", "data": ("none.bin",)}
     config, theirs = settings({**needed, **values})
-    model, _, context = model_and_tokenizer(config)
+    model, tokenizer, context = model_and_tokenizer(config)
     config_json = model if isinstance(model, dict) else read_config(model)
+    spec = family_of(config_json).read(config_json)
     tokens = _batch_tokens(config, context)
     if "data" in values:
-        sequences = prepare(config, theirs.seed, progress, theirs.objective).packed.sequences
+        shape = shape_of(prepare(config, theirs.seed, progress, theirs.objective).train, None, theirs)
     else:
         sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
-    if theirs.objective == "blanks":
-        tokens, sequences = blanked_shape(tokens, sequences, context)
-    shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
-    return plan_training(family_of(config_json).read(config_json), shape)
+        shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
+        if theirs.objective in ("blanks", "spans", "denoise"):
+            aim = _Aim(config, model, tokenizer, context, theirs.objective, theirs.seed)
+            shape = shape_of(aim.data(_Contexts(aim.text_tokens(tokens), sequences)), None, theirs)
+        elif spec.encoder is not None:
+            shape = replace(shape, tokens=tokens - tokens // 2, source=tokens // 2)
+    return plan_training(spec, shape)
 
 
 def _batch_tokens(config: RunConfig, context: int) -> int:

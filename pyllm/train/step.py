@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyllm import _cpu
 from pyllm.batch import Batch
-from pyllm.cache import BLOCK_TOKENS, KVCache
+from pyllm.cache import KVCache
 from pyllm.errors import RequestError
 from pyllm.model import Model
 from pyllm.ops import F32, Arena
@@ -30,6 +30,7 @@ from pyllm.train.memory import (
 )
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import I32
+from pyllm.train.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,21 @@ class Step:
         self.optimizer = optimizer
         spec = parameters.spec
         self.model = Model(spec, parameters.model_weights)
-        self.batch = Batch.empty(shape.tokens, shape.sequences, table_width(spec, shape), spec, spec.prefix is not None)
+        width = table_width(spec, shape.tokens)
+        self.batch = Batch.empty(shape.tokens, shape.sequences, width, spec, spec.prefix is not None)
+        self._sources: Sources | None = None
+        if spec.encoder is not None:
+            self._sources = Sources(spec, spec.encoder, shape)
+            read = self._sources.batch
+            self.batch = replace(self.batch, source_lengths=read.lengths, source_tables=read.tables)
         self.head_loss = HeadLoss(spec, shape, loss or Loss())
         self._scale: F32 = np.zeros(1, np.float32)
         self._seed = np.zeros(1, np.uint64)
         self._hyper = np.zeros(7, np.float64)
         self._squares = np.zeros(1, np.float64)
         shared = shape.checkpoint_activations
-        self._cache = KVCache(spec, cache_blocks(shape), cache_dtype(shape), shared=shared)
+        blocks = cache_blocks(shape.tokens, shape.sequences)
+        self._cache = KVCache(spec, blocks, cache_dtype(shape), shared=shared)
         self._floats = step_floats(spec, shape)
         self._memory: F32 = _cpu.allocate(4 * self._floats.total).view(np.float32)
         self._dropout = Dropout(dropout, self._seed) if dropout > 0 else None
@@ -78,32 +86,24 @@ class Step:
 
     # A step
 
-    def fill(self, tokens: I32, labels: Labels, starts: I32, more: I32 | None = None) -> None:
+    def fill(self, tokens: I32, labels: Labels, starts: I32, *more: I32) -> None:
         """Take in a micro-batch, as :class:`pyllm.train.Data` gives it; raises `RequestError` for one that is wrong."""
-        spec = self.parameters.spec
-        if more is not None and not (self.batch.types is not None if spec.is_encoder else spec.fills_blanks):
-            raise RequestError(
-                f"micro-batch: expected three arrays for this {spec.family} model, got a fourth: it has neither types "
-                "of tokens nor blanks to fill; leave it out"
-            )
-        types, positions = (more, None) if spec.is_encoder else (None, more)
+        spec, batch = self.parameters.spec, self.batch
+        self._check_count(more)
+        types = more[0] if more and spec.is_encoder else None
+        positions = more[0] if more and spec.fills_blanks else None
         self._check(tokens, starts, types, positions)
         self.head_loss.check(labels)
-        batch, lengths = self.batch, np.diff(starts)
-        blocks = -(-lengths // BLOCK_TOKENS)
-        first = np.cumsum(blocks) - blocks
+        if self._sources is not None:
+            self._check_sources(labels, starts, *more)
+            self._sources.fill(*more)
         batch.tokens[:] = tokens
         self.head_loss.labels[:] = labels
         if batch.types is not None:
             batch.types[:] = 0 if types is None else types
-        batch.starts[:] = starts
-        batch.lengths[:] = lengths
-        batch.positions[:] = np.arange(self.shape.tokens) - np.repeat(starts[:-1], lengths)
-        batch.slots[:] = np.repeat(first * BLOCK_TOKENS, lengths) + batch.positions
-        width = batch.tables.shape[1]
-        batch.tables[:] = np.minimum(first[:, None] + np.arange(width), self._cache.blocks - 1)
+        batch.fill_whole(starts, self._cache.blocks)
         if batch.rope_rows is not None:
-            self._fill_rope(lengths)
+            self._fill_rope(np.diff(starts))
         if batch.prefix is not None:
             self._fill_prefixes(tokens, labels, starts, positions)
 
@@ -140,19 +140,20 @@ class Step:
         where = self.parameters.first_bad(self.parameters.weights)
         if where is not None:
             return f"the weights {where} are not finite"
-        trace: list[F32] = []
-        x = self.model.forward(self.ops, self.batch, self._cache, trace)
-        for layer, values in enumerate([*trace, x]):
-            if not np.isfinite(values).all():
-                name = "the embedding" if layer == 0 else f"layer {layer - 1}"
-                return f"values are not finite from {name} on. Lower the learning rate, or train in float32"
+        traces: dict[str, list[F32]] = {" of the encoder": [], "": []}
+        traces[""].append(self._forward(self.ops, *traces.values()))
+        for where, trace in traces.items():
+            for layer, values in enumerate(trace):
+                if not np.isfinite(values).all():
+                    name = "the embedding" if layer == 0 else f"layer {layer - 1}"
+                    return f"values are not finite from {name}{where} on. Lower the learning rate, or train in float32"
         return "values are not finite in the head. Lower the learning rate, or train in float32"
 
     @property
     def nbytes(self) -> int:
         """Bytes of activations, keys and values."""
-        caches = {id(layer): layer.nbytes for layer in self._cache.layers}
-        return self._memory.nbytes + sum(caches.values())
+        of_sources = self._sources.nbytes if self._sources is not None else 0
+        return self._memory.nbytes + self._cache.nbytes + of_sources
 
     # What is recorded
 
@@ -191,10 +192,20 @@ class Step:
 
     def _head_input(self, ops: TrainingOps | Tape) -> F32:
         """What the head's matrix is multiplied with, for every row that has a label."""
-        x = self.model.forward(ops, self.batch, self._cache)
+        x = self._forward(ops)
         if self.parameters.spec.head.kind is HeadKind.POOLED:
             x = ops.pool(x, self.batch.starts, Pooling.CLS)
         return self.model.head_input(ops, x)
+
+    def _forward(
+        self, ops: TrainingOps | Tape, encoder_trace: list[F32] | None = None, trace: list[F32] | None = None
+    ) -> F32:
+        """Residual stream [T, D] after the last block, of an encoder's sources first where the model has one."""
+        sources = self._sources
+        if sources is None:
+            return self.model.forward(ops, self.batch, self._cache, trace)
+        encoded = sources.encode(self.model, ops, encoder_trace)
+        return self.model.forward(ops, self.batch, self._cache, trace, cross=sources.cross, source=encoded)
 
     def _record(self, calls: Any) -> _cpu.Graph:
         self.ops.begin_recording()
@@ -206,33 +217,47 @@ class Step:
 
     # Inside
 
+    def _check_count(self, more: tuple[I32, ...]) -> None:
+        spec = self.parameters.spec
+        if self._sources is not None:
+            if len(more) != 2:
+                raise RequestError(
+                    f"micro-batch: expected five arrays for this {spec.family} model, the last two being tokens of "
+                    f"sources and where each starts, got {3 + len(more)}"
+                )
+        elif len(more) > (self.batch.types is not None if spec.is_encoder else spec.fills_blanks):
+            found = "a fourth" if len(more) == 1 else f"{3 + len(more)}"
+            raise RequestError(
+                f"micro-batch: expected three arrays for this {spec.family} model, got {found}: it has no types of "
+                "tokens, no blanks to fill or no encoder to read sources; leave out what it has not"
+            )
+
     def _check(self, tokens: I32, starts: I32, types: I32 | None, positions: I32 | None) -> None:
         spec, shape = self.parameters.spec, self.shape
         arrays = [("tokens", tokens, shape.tokens), ("starts", starts, shape.sequences + 1)]
         arrays += [("types", types, shape.tokens)] if types is not None else []
         arrays += [("positions", positions, shape.tokens)] if positions is not None else []
         for name, array, size in arrays:
-            if array.dtype != np.int32 or array.shape != (size,):
-                raise RequestError(
-                    f"micro-batch: {name}: expected int32 [{size}], got {array.dtype} {list(array.shape)}"
-                )
-        if starts[0] != 0 or starts[-1] != shape.tokens or (np.diff(starts) < 0).any():
-            raise RequestError(f"micro-batch: starts: expected to rise from 0 to {shape.tokens}, got {starts.tolist()}")
-        longest = int(np.diff(starts).max(initial=0))
-        if longest > spec.max_positions:
+            _check_array(name, array, size)
+        _check_starts("starts", "sequences", starts, shape.tokens, spec.max_positions)
+        _check_ids("token", tokens, spec.vocab_size)
+        if types is not None:
+            _check_ids("token type", types, max(spec.embedding.types, 1))
+
+    def _check_sources(self, labels: I32, starts: I32, source: I32, source_starts: I32) -> None:
+        encoder, shape = self.parameters.spec.encoder, self.shape
+        assert encoder is not None
+        _check_array("tokens of sources", source, shape.source)
+        _check_array("starts of sources", source_starts, shape.sequences + 1)
+        _check_starts("starts of sources", "sources", source_starts, shape.source, encoder.max_positions)
+        _check_ids("token of a source", source, encoder.vocab_size)
+        counted = np.diff(np.append(0, np.cumsum(labels != IGNORED))[starts])
+        empty = np.flatnonzero((counted > 0) & (np.diff(source_starts) == 0))
+        if empty.size:
             raise RequestError(
-                f"micro-batch: expected sequences of at most the model's {spec.max_positions} positions, got one of "
-                f"{longest} tokens: cut the texts shorter"
+                f"micro-batch: sequence {empty[0]} has labels that count and an empty source: expected at least one "
+                "token for the encoder to read"
             )
-        kinds = max(spec.embedding.types, 1)
-        given = [("token", tokens, spec.vocab_size)] + ([] if types is None else [("token type", types, kinds)])
-        for name, ids, count in given:
-            outside = ids[(ids < 0) | (ids >= count)]
-            if outside.size:
-                raise RequestError(
-                    f"micro-batch: {name} {outside[0]} lies outside the model's {count}: was the data tokenized for "
-                    "another model?"
-                )
 
     def _fill_prefixes(self, tokens: I32, labels: I32, starts: I32, positions: I32 | None) -> None:
         """Where each sequence's bidirectional prefix ends: before its start token, or with the first label that counts,
@@ -261,3 +286,28 @@ class Step:
         for length in lengths.tolist():
             self.batch.inv_freq[at : at + length] = rope.inv_freq(max(length, 1))
             at += length
+
+
+def _check_array(name: str, array: I32, size: int) -> None:
+    if array.dtype != np.int32 or array.shape != (size,):
+        raise RequestError(f"micro-batch: {name}: expected int32 [{size}], got {array.dtype} {list(array.shape)}")
+
+
+def _check_starts(name: str, what: str, starts: I32, total: int, longest: int) -> None:
+    lengths = np.diff(starts)
+    if starts[0] != 0 or starts[-1] != total or (lengths < 0).any():
+        raise RequestError(f"micro-batch: {name}: expected to rise from 0 to {total}, got {starts.tolist()}")
+    if lengths.max(initial=0) > longest:
+        raise RequestError(
+            f"micro-batch: expected {what} of at most the model's {longest} positions, got one of {lengths.max()} "
+            "tokens: cut the texts shorter"
+        )
+
+
+def _check_ids(name: str, ids: I32, count: int) -> None:
+    outside = ids[(ids < 0) | (ids >= count)]
+    if outside.size:
+        raise RequestError(
+            f"micro-batch: {name} {outside[0]} lies outside the model's {count}: was the data tokenized for another "
+            "model?"
+        )

@@ -54,10 +54,11 @@ class TokenStore:
     key: str
     name: str
 
-    def split(self, share: float) -> tuple[TokenStore, TokenStore]:
-        """All but the last `share` of the tokens, or a little more, and that; between documents where there are 20."""
+    def split(self, share: float, whole: bool = False) -> tuple[TokenStore, TokenStore]:
+        """All but the last `share` of the tokens, or a little more, and that; between documents where there are 20, or
+        where they must stay `whole`."""
         cut = int(len(self.tokens) * (1 - share))
-        if len(self.ends) >= 20:
+        if whole or len(self.ends) >= 20:
             cut = int(self.ends[max(int(np.searchsorted(self.ends, cut, "right")) - 1, 0)])
         if not 2 <= cut <= len(self.tokens) - 2:
             raise DataError(
@@ -118,6 +119,13 @@ def default_cache() -> Path:
     return (Path(given) if given else home) / "tokens"
 
 
+def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What may end a document, the first of which is added to one that has none: the tokenizer's end tokens, or what
+    it puts behind a text where it has none or that is one of them, as encoders' [SEP]."""
+    behind, ends = tokenizer.around()[1], tokenizer.eos_token_ids
+    return tuple(behind[:1]) if behind and (not ends or behind[0] in ends) else ends
+
+
 def _of_bin(path: Path, tokenizer: Tokenizer | None) -> TokenStore:
     """A token file; its documents end where the tokenizer's end token stands."""
     tokens = read_bin(path, tokenizer.vocab_size if tokenizer else None)
@@ -163,11 +171,7 @@ class _Writer:
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.ends: list[int] = []
         self.masked, self.maskable, self.count = False, True, 0
-        around, start = tokenizer.encode(""), tokenizer.bos_token_id
-        self._start = [start] if start is not None and around[:1] == [start] else []
-        self._final = tokenizer.eos_token_ids
-        if len(around) == 2:  # as encoders have them: [CLS] and [SEP]
-            self._start, self._final = around[:1], (around[1],)
+        self._start, self._final = tokenizer.around()[0], end_tokens(tokenizer)
         self._open = False  # whether the last document goes on
 
     def add(self, documents: Sequence[Document]) -> None:
@@ -178,7 +182,7 @@ class _Writer:
         for document in documents:
             begins = not self._open and not document.chat
             ids = list(self._start) if begins else []
-            answers = [document.parts[0][1]] if ids else []
+            answers = [document.parts[0][1]] * len(ids) if ids else []
             for _, answer in document.parts:
                 more = next(encoded)
                 ids += more

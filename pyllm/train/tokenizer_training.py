@@ -11,6 +11,8 @@ from pyllm.errors import ConfigError, DataError, listed
 from pyllm.train.documents import read_texts
 
 BEGIN, END = "<s>", "</s>"
+PURPOSES = {"<pad>": "pad_token", "<mask>": "mask_token"}  # of further special tokens, by their names
+SENTINEL = "<extra_id_{}>"
 BYTES = 256
 
 
@@ -23,20 +25,24 @@ def train_tokenizer(
     begin: bool = True,
     chat_template: str | None = None,
     context: int | None = None,
+    sentinels: int = 0,
 ) -> int:
     """Write the folder `out` with a tokenizer of at most `vocab_size` entries; gives how many it has.
 
-    `files` are `.txt` or `.jsonl`. The vocabulary holds `<s>`, `</s>`, `special` and the 256 bytes, so that every text
-    can be written. With `begin`, `<s>` stands before each text. transformers reads the folder, too. Raises `DataError`,
-    `ConfigError` and `FileExistsError`.
+    `files` are `.txt` or `.jsonl`. The vocabulary holds `<s>`, `</s>`, `special`, T5's `sentinels` from `<extra_id_0>`
+    on, and the 256 bytes, so that every text can be written. `<pad>` and `<mask>` among the special tokens are those
+    for padding and masks. With `begin`, `<s>` stands before each text. transformers reads the folder, too. Raises
+    `DataError`, `ConfigError` and `FileExistsError`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    tokens = [BEGIN, END, *special]
+    tokens = [BEGIN, END, *special, *(SENTINEL.format(i) for i in range(sentinels))]
     least = BYTES + len(tokens)
     problems = []
     if not least <= vocab_size <= 1 << 20:
         problems.append(f"vocab_size: expected at least {least} (bytes and special tokens), got {vocab_size}")
+    if not 0 <= sentinels <= 1000:
+        problems.append(f"sentinels: expected 0 to 1000, got {sentinels}")
     if len(set(tokens)) != len(tokens) or not all(tokens):
         problems.append(f"special: expected different names other than {BEGIN} and {END}, got {list(special)}")
     if not files:
@@ -56,17 +62,19 @@ def train_tokenizer(
     tokenizer.train_from_iterator(_texts(files), trainer)
     if begin:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 0)])
+    named = {PURPOSES[token]: token for token in special if token in PURPOSES}
     with new_folder(out) as partial:
         tokenizer.save(str(partial / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BEGIN,
             "eos_token": END,
+            **named,
             "clean_up_tokenization_spaces": False,
             **({"model_max_length": context} if context is not None else {}),
         }
         _write(partial / "tokenizer_config.json", settings)
-        _write(partial / "special_tokens_map.json", {"bos_token": BEGIN, "eos_token": END})
+        _write(partial / "special_tokens_map.json", {"bos_token": BEGIN, "eos_token": END, **named})
         if chat_template is not None:
             (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     return int(tokenizer.get_vocab_size())

@@ -73,10 +73,20 @@ class Trainer:
             _check_resumed(state, config, self._model_config)
             data.load_state(state.data)
         self.spec: ModelSpec = family_of(self._model_config).read(self._model_config)
+        begun = config.out / "last" if state is not None else folder
+        if begun is not None and self.spec.head.tied:
+            with open_checkpoint(begun) as checkpoint:
+                if not checkpoint.spec.head.tied:  # config.json says otherwise, as some of T5 v1.1 do
+                    self.spec = self.spec.untied()
+        if config.objective == "prefix" and self.spec.encoder is not None:
+            raise ConfigError(
+                f"objective: expected none of a prefix for this {self.spec.family} model, whose encoder sees all of a "
+                "source: train on sources and targets"
+            )
         if config.objective == "prefix" and self.spec.prefix is None:
             self.spec = replace(self.spec, prefix=PrefixSpec())
         self._eval_start = eval_data.state() if eval_data is not None else None
-        self.shape = _shape(data, eval_data, config)
+        self.shape = shape_of(data, eval_data, config)
         if self.spec.head.kind is HeadKind.NONE:
             raise ConfigError("model: expected one with a head to train, config.json names a class without one")
         if self.spec.is_encoder and config.sample_every > 0:
@@ -165,7 +175,7 @@ class Trainer:
         self._step.update(number, rate, scale)
         self._left_over = False
         self.steps_done, self._last_loss = number, total / counted
-        tokens = len(batches) * self.shape.tokens
+        tokens = len(batches) * self.shape.all_tokens
         return StepReport(number, self._last_loss, rate, norm, tokens, counted, time.perf_counter() - began)
 
     def evaluate(self) -> EvalReport:
@@ -260,10 +270,6 @@ class Trainer:
         with open_checkpoint(folder) as checkpoint:
             if checkpoint.quantized:
                 raise CheckpointError(f"{folder}: the weights are quantized: train the model that they were made of")
-            if checkpoint.spec.head.tied != self.spec.head.tied:
-                raise CheckpointError(
-                    f"{folder}: config.json ties embedding and head, but the weights hold two of them"
-                )
             load_values(self.parameters, checkpoint.tensors)
 
 
@@ -300,19 +306,23 @@ def _check_resumed(state: RunState, config: TrainConfig, model: Mapping[str, Any
         )
 
 
-def _shape(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape:
+def shape_of(data: Data, eval_data: Data | None, config: TrainConfig) -> StepShape:
     """That of the micro-batches; the data stands where it stood."""
     shapes = []
     for source in (data, eval_data):
         if source is None:
             continue
         state = source.state()
-        tokens, _, starts, *_ = source.next_batch()
+        tokens, _, starts, *more = source.next_batch()
         source.load_state(state)
-        shapes.append((len(tokens), len(starts) - 1))
-    if len(set(shapes)) > 1:
-        raise ConfigError(
-            f"eval_data: expected micro-batches of {shapes[0][0]} tokens and at most {shapes[0][1]} sequences like "
-            f"those of the training data, got {shapes[1][0]} and {shapes[1][1]}"
+        read = len(more[0]) if len(more) == 2 else 0
+        made = StepShape(
+            len(tokens), len(starts) - 1, config.dtype, config.dropout > 0, config.checkpoint_activations, read
         )
-    return StepShape(*shapes[0], config.dtype, config.dropout > 0, config.checkpoint_activations)
+        shapes.append(made)
+    if len(set(shapes)) > 1:
+        said = [f"{s.tokens} tokens, {s.sequences} sequences and {s.source} tokens of sources" for s in shapes]
+        raise ConfigError(
+            f"eval_data: expected micro-batches of at most {said[0]}, like the training data, got {said[1]}"
+        )
+    return shapes[0]

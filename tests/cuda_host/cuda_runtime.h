@@ -23,15 +23,25 @@ struct dim3 {
 extern dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 #define CUDART_VERSION 13000
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline const char* cudaGetErrorName(cudaError_t error) { return error ? "cudaErrorInvalidValue" : "cudaSuccess"; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid argument" : "no error"; }
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : error == 1 ? "cudaErrorInvalidValue" : "cudaErrorNotSupported";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == 1 ? "invalid argument" : "operation not supported";
+}
 using cudaStream_t = void*;
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -42,10 +52,29 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+enum { cudaEnableDefault = 0 };
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 
 namespace emulator {
-constexpr size_t kSharedLimit = 227 * 1024;
-cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> body);
+int device_attribute(cudaDeviceAttr attribute);
+cudaError_t allow_shared(const void* kernel, int bytes);
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, std::function<void()> body);
 unsigned char* shared();
 void block_barrier();
 // The last of a warp's lanes to come calls act(operands of all 32 lanes); then all go on.
@@ -53,6 +82,19 @@ void warp_together(void* mine, const std::function<void(void* const*)>& act);
 void copy_later(void* dst, const void* src, bool valid);
 void commit();
 void wait(int pending);
+// Blocks of a cluster, which run together: this one's number, and what lies at the same place in another's shared memory.
+int rank();
+void* at_rank(void* place, int rank);
+void cluster_barrier();
+// Barriers in shared memory; `land` puts bytes there that a barrier counts.
+void make_barrier(void* barrier, int arrivals);
+void arrive(void* barrier, int bytes);
+void bring(void* barrier, int bytes, std::function<void()> land);
+void wait_for_phase(void* barrier, int parity);
+// Products of a warpgroup.
+void multiply_later(std::function<void()> act);
+void commit_products();
+void wait_for_products(int pending);
 void memory_info(size_t* free, size_t* total);
 }  // namespace emulator
 
@@ -64,14 +106,21 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   emulator::memory_info(free, total);
   return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return size_t(bytes) <= emulator::kSharedLimit ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = emulator::device_attribute(attribute);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return emulator::allow_shared(kernel, bytes);
 }
 template <class... Parameters, class... Values>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Values&... values) {
-  return emulator::run(*config, [=] { kernel(values...); });
+  return emulator::run(reinterpret_cast<const void*>(kernel), *config, [=] { kernel(values...); });
 }
 
 inline void __syncthreads() { emulator::block_barrier(); }
@@ -84,6 +133,10 @@ T atomicAdd(T* p, T by) {
   const T before = *p;
   *p += by;
   return before;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
 }
 inline float __uint_as_float(uint32_t bits) {
   float f;

@@ -114,12 +114,12 @@ static inline float scale_of_x(const int32_t* record) {
 }
 
 // One group, for Rows rows and int_vectors(Rows) vectors of columns: sums[r][c] += x[r] . w[c] times the scale, where it
-// has one, of the group of weights, or else that of x. Rows of sums are `stride` apart, those of x kIntStride; `x` are
-// the quads of the group, `facts` the records moved on by its number. A function of its own, as gcc 12 would otherwise
-// carry the sums of all groups in registers, and spill the accumulators.
+// has one, of the group of weights, or else that of x; what sums held is read from `before`. Rows of both are `stride`
+// apart, those of x kIntStride; `x` are the quads of the group, `facts` the records moved on by its number. A function of
+// its own, as gcc 12 would otherwise carry the sums of all groups in registers, and spill the accumulators.
 template <class Step, int Rows, bool Scaled, int Lines>
-[[gnu::noinline]] void int_tile_group(float* sums, int64_t stride, const int32_t* x, const int32_t* facts,
-                                      const IntGroup& group, IntAhead& ahead) {
+[[gnu::noinline]] void int_tile_group(float* sums, const float* before, int64_t stride, const int32_t* x,
+                                      const int32_t* facts, const IntGroup& group, IntAhead& ahead) {
   using simd::F;
   using simd::I;
   constexpr int kVectors = int_vectors(Rows);
@@ -170,8 +170,8 @@ template <class Step, int Rows, bool Scaled, int Lines>
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       if (!Scaled) scale = simd::set(scale_of_x(facts + r * plan::kIntStride));
-      float* sum = sums + r * stride + v * F::N;
-      simd::store(sum, fma(to_float(c[r][v]), scale, simd::load(sum)));
+      const int64_t at = r * stride + v * F::N;
+      simd::store(sums + at, fma(to_float(c[r][v]), scale, simd::load(before + at)));
     }
   }
 }
@@ -182,7 +182,8 @@ template <class Step, int Rows, bool Scaled, int Lines>
 void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t column, IntAhead& ahead) {
   using simd::F;
   constexpr int64_t kColumns = int_vectors(Rows) * F::N;
-  alignas(64) float of_block[Rows * kColumns] = {};
+  alignas(64) static constexpr float kZeros[Rows * kColumns] = {};
+  alignas(64) float of_block[Rows * kColumns];
   for (int64_t k = 0, g = 0; k < block.k; k += block.group, ++g) {
     const int64_t left = block.k - k, count = left < block.group ? left : block.group;
     const int64_t steps = count / 4 / Step::kQuads;
@@ -190,8 +191,9 @@ void int_tile(float* sums, const int32_t* x, const IntBlock& block, int64_t colu
     const IntGroup group{block.values + g * block.values_stride + 4 * column,
                          Scaled ? block.scales + at + 2 * column : nullptr,
                          block.zeros ? block.zeros + (Scaled ? at : 0) + column : nullptr, steps, block.half_scales};
-    int_tile_group<Step, Rows, Scaled, Lines>(Scaled ? of_block : sums, Scaled ? kColumns : kPanel, x + k / 4, x + g,
-                                              group, ahead);
+    float* to = Scaled ? of_block : sums;
+    int_tile_group<Step, Rows, Scaled, Lines>(to, Scaled && k == 0 ? kZeros : to, Scaled ? kColumns : kPanel, x + k / 4,
+                                              x + g, group, ahead);
     if (Lines == 4 && Scaled) {
       const int64_t rest = block.values_stride - 64 * Lines * steps;
       for (int64_t line = 0; line < rest; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);

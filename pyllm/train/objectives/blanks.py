@@ -10,6 +10,7 @@ import numpy as np
 from pyllm.errors import ConfigError, DataError
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.prefix import PrefixSpec
+from pyllm.train.objectives.spans import spread
 from pyllm.train.report import I32, Data, MicroBatch
 
 SHARE = 0.15  # of a text's tokens that are blanked
@@ -48,7 +49,8 @@ class BlankedTokens:
                 f"context: {context} tokens and the blanks behind them may become {longest}, and the model has "
                 f"{positions} positions: expected a shorter one"
             )
-        self.tokens, self.sequences = blanked_shape(len(tokens), texts, context)
+        self.tokens = len(tokens) + 2 * (int(SHARE * len(tokens) / 2) + texts)  # with start tokens and masks
+        self.sequences = texts + -(-self.tokens // context)
         self._context = context
 
     def next_batch(self) -> MicroBatch:
@@ -116,19 +118,7 @@ class BlankedTokens:
         while sum(sizes) < wanted and len(sizes) < _most_spans(self._rule, length):
             drawn = int(np.clip(rng.poisson(MEAN_SPAN), 1, LONGEST_SPAN))
             sizes.append(min(drawn, wanted - sum(sizes)))
-        between = length - sum(sizes)  # tokens that stay
-        gaps = np.sort(rng.choice(between + 1, min(len(sizes), between + 1), replace=False)).tolist()
-        spans, before = [], 0
-        for gap, size in zip(gaps, sizes, strict=False):
-            spans.append((gap + before, gap + before + size))
-            before += size
-        return spans
-
-
-def blanked_shape(tokens: int, texts: int, context: int) -> tuple[int, int]:
-    """Tokens and most sequences of what becomes of a micro-batch with so many tokens and texts."""
-    blanked = tokens + 2 * (int(SHARE * tokens / 2) + texts)  # start tokens and masks
-    return blanked, texts + -(-blanked // context)
+        return spread(sizes, length, rng)
 
 
 def _most_spans(rule: PrefixSpec, tokens: int) -> int:

@@ -17,7 +17,8 @@ from pyllm.train.report import I32, Data
 RULES = ("bert", "bernoulli")
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or any token; others stay
 
-Propose = Callable[[I32, NDArray[np.intp]], I32]  # masked tokens [T] and chosen places [n] -> tokens [n]
+# Masked tokens [T], starts [B + 1], chosen places [n] and a source of random numbers -> tokens [n]
+Propose = Callable[[I32, I32, NDArray[np.intp], np.random.Generator], I32]
 
 
 class MaskedTokens:
@@ -51,7 +52,7 @@ class MaskedTokens:
         self._data, self._mask, self._vocab_size = data, mask, vocab_size
         self._special = np.array(sorted({*special, mask}), np.int32)
         self._share, self._rule, self._seed = share, rule, seed
-        self._position = 0
+        self.position = 0
 
     def next_batch(self) -> tuple[I32, I32, I32]:
         """Tokens with some hidden [T], labels [T] that are -100 elsewhere, and starts [B + 1]."""
@@ -61,8 +62,8 @@ class MaskedTokens:
     def next_choice(self) -> tuple[I32, I32, I32, NDArray[np.bool_]]:
         """The same, and which tokens might have been chosen [T]: all but special ones and padding."""
         tokens, labels, starts, *_ = self._data.next_batch()
-        rng = np.random.Generator(np.random.PCG64([self._seed, self._position]))
-        self._position += 1
+        rng = np.random.Generator(np.random.PCG64([self._seed, self.position]))
+        self.position += 1
         eligible = (labels != IGNORED_LABEL) & ~np.isin(tokens, self._special)
         chosen = self._choose(eligible, starts, rng)
         hidden, aims = tokens.copy(), np.full_like(labels, IGNORED_LABEL)
@@ -76,7 +77,7 @@ class MaskedTokens:
     def state(self) -> dict[str, Any]:
         """See :class:`pyllm.train.Data`."""
         kind = [self._rule, self._share, self._seed]
-        return {"masked": self._position, "kind": kind, "data": self._data.state()}
+        return {"masked": self.position, "kind": kind, "data": self._data.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`pyllm.train.Data`."""
@@ -84,7 +85,7 @@ class MaskedTokens:
         if state.get("kind") != kind:
             raise DataError(f"the run masked tokens by {state.get('kind')} (rule, share, seed), now it is {kind}")
         self._data.load_state(state["data"])
-        self._position = state["masked"]
+        self.position = state["masked"]
 
     def _choose(self, eligible: NDArray[np.bool_], starts: I32, rng: np.random.Generator) -> NDArray[np.intp]:
         """Places, rising."""
@@ -102,19 +103,20 @@ class ReplacedTokens:
     """Micro-batches in which chosen tokens are replaced, and every token's label is 1 where it was and 0 elsewhere.
 
     `masked` chooses them, and `propose` gives the tokens that stand in their place, drawn from a generator that sees
-    the masked text; one that it guesses right is not a replacement. Labels are float32 [T, 1], NaN for special tokens
-    and padding.
+    the masked text; one that it guesses right is not a replacement. What is drawn is a function of `seed` and the
+    micro-batch's number. Labels are float32 [T, 1], NaN for special tokens and padding.
     """
 
-    def __init__(self, masked: MaskedTokens, propose: Propose) -> None:
-        self._masked, self._propose = masked, propose
+    def __init__(self, masked: MaskedTokens, propose: Propose, seed: int = 0) -> None:
+        self._masked, self._propose, self._seed = masked, propose, seed
 
     def next_batch(self) -> tuple[I32, NDArray[np.float32], I32]:
         """Tokens with some replaced [T], labels [T, 1] and starts [B + 1]."""
+        rng = np.random.Generator(np.random.PCG64([self._seed, self._masked.position, 1]))
         hidden, aims, starts, eligible = self._masked.next_choice()
         chosen = np.flatnonzero(aims != IGNORED_LABEL)
         tokens = hidden.copy()
-        tokens[chosen] = self._propose(hidden, chosen)
+        tokens[chosen] = self._propose(hidden, starts, chosen, rng)
         labels = np.where(eligible, np.float32(0), np.float32(np.nan))
         labels[chosen] = tokens[chosen] != aims[chosen]
         return tokens, labels[:, None], starts

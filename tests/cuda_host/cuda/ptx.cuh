@@ -16,6 +16,11 @@ inline uint32_t round_bf16(float x) {
 inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline unsigned char* shared_memory() { return emulator::shared(); }
+// Shared memory begins at an address that is a multiple of 128, and not of 1,024.
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - emulator::shared()) + 128;
+}
+inline const void* at_shared_address(uint32_t address) { return emulator::shared() + address - 128; }
 
 inline void copy16_async(void* dst, const void* src, bool valid) { emulator::copy_later(dst, src, valid); }
 inline void commit_copies() { emulator::commit(); }
@@ -23,6 +28,7 @@ template <int pending>
 void wait_copies() {
   emulator::wait(pending);
 }
+inline void wait_copies_but(int pending) { emulator::wait(pending); }
 
 struct MatrixLoad {
   uint32_t* r;

@@ -1,0 +1,64 @@
+"""A masked language model that proposes what may stand in place of hidden tokens, for a discriminator to detect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.batch import Batch
+from pyllm.cache import KVCache
+from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, arena_floats
+from pyllm.errors import ConfigError
+from pyllm.model import Model
+from pyllm.models import open_checkpoint
+from pyllm.ops import Ops
+from pyllm.packed import pack_weights, precision_of
+from pyllm.spec import HeadKind, ModelSpec
+from pyllm.train.memory import cache_blocks, table_width
+from pyllm.train.report import I32
+
+
+class Generator:
+    """The model in `folder`, in float32, for micro-batches of `tokens` tokens in at most `sequences` sequences.
+
+    Raises `ConfigError` for a model that fills no masks, or not for texts of `reader`, the spec of who reads what it
+    proposes, of up to `context` tokens.
+    """
+
+    def __init__(self, folder: Path, reader: ModelSpec, ops: Ops, *, tokens: int, sequences: int, context: int) -> None:
+        with open_checkpoint(folder) as checkpoint:
+            spec = checkpoint.spec
+            if not spec.is_encoder or spec.head.kind is not HeadKind.TOKENS:
+                raise ConfigError(f"generator: expected an encoder that fills masks, {folder} is none")
+            if spec.vocab_size != reader.vocab_size or spec.max_positions < context:
+                raise ConfigError(
+                    f"generator: expected the model's {reader.vocab_size} tokens and a context of at least {context}, "
+                    f"{folder} has {spec.vocab_size} and {spec.max_positions}"
+                )
+            weights = pack_weights(checkpoint, ops, precision_of(checkpoint, "float32"))
+        self._model, self._ops = Model(spec, weights), ops
+        self._batch = Batch.empty(tokens, sequences, table_width(spec, tokens), spec)
+        self._cache = KVCache(spec, cache_blocks(tokens, sequences), SCRATCH_DTYPE, shared=True)
+        self._arena = ops.arena(arena_floats(spec, tokens, HEAD_ROWS))
+        self._logits = np.empty((HEAD_ROWS, spec.outputs), np.float32)
+
+    def propose(self, hidden: I32, starts: I32, places: NDArray[np.intp], rng: np.random.Generator) -> I32:
+        """A token for each of these places [n] of a masked micro-batch [T], drawn from what the model gives there."""
+        ops, batch = self._ops, self._batch
+        batch.tokens[:] = hidden
+        batch.fill_whole(starts, self._cache.blocks)
+        drawn = np.empty(len(places), np.int32)
+        ops.use_arena(self._arena)
+        ops.release(0)
+        try:
+            x = self._model.forward(ops, batch, self._cache)
+            for first in range(0, len(places), HEAD_ROWS):
+                rows, mark = places[first : first + HEAD_ROWS].astype(np.int32), ops.mark()
+                logits = self._model.logits(ops, x, rows, out=self._logits[: len(rows)])
+                ops.release(mark)
+                drawn[first : first + len(rows)] = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+        finally:
+            ops.use_arena(None)
+        return drawn

@@ -1,0 +1,83 @@
+// The functions of csrc/cuda/hopper.cuh on the host, written from the instructions' documented layouts. Boxes land no sooner than somebody
+// waits for their barrier, products are made no sooner than they are waited for, and then by all threads of a warpgroup together.
+#pragma once
+#include <cuda.h>
+
+#include "cuda/ptx.cuh"
+
+namespace pyllm::cuda {
+
+struct alignas(8) Barrier {
+  uint64_t state;
+};
+
+inline void make_barrier(Barrier* b, int arrivals) { emulator::make_barrier(b, arrivals); }
+inline void publish_barriers() {}
+inline void arrive_expecting(Barrier* b, int bytes) { emulator::arrive(b, bytes); }
+inline void arrive_at(Barrier* b, int rank) { emulator::arrive(emulator::at_rank(b, rank), 0); }
+inline void wait_for_phase(Barrier* b, int parity) { emulator::wait_for_phase(b, parity); }
+inline int rank_in_cluster() { return emulator::rank(); }
+inline void cluster_barrier() { emulator::cluster_barrier(); }
+
+inline void load_box(void* to, const CUtensorMap* map, int column, int row, Barrier* b, int mask) {
+  for (int rank = 0; mask >> rank; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    auto* there = static_cast<uint16_t*>(emulator::at_rank(to, rank));
+    emulator::bring(emulator::at_rank(b, rank), map->box[0] * map->box[1] * 2, [=, map = *map] {
+      for (int r = 0; r < map.box[1]; ++r)
+        for (int k = 0; k < map.box[0]; ++k) {
+          const bool inside = row + r < map.size[1] && column + k < map.size[0];
+          there[r * 64 + (k / 8 ^ r % 8) * 8 + k % 8] = inside ? map.base[(row + r) * map.stride + column + k] : 0;
+        }
+    });
+  }
+}
+inline void load_box(void* to, const CUtensorMap* map, int column, int row, Barrier* b) {
+  load_box(to, map, column, row, b, 1 << emulator::rank());
+}
+inline void prefetch_map(const CUtensorMap*) {}
+template <int>
+void keep_registers() {}
+template <int>
+void take_registers() {}
+
+inline uint64_t operand(const void* rows) {
+  return uint64_t(shared_address(rows) >> 4 & 0x3fff) | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// Element (row, k) of an operand in rows of 128 bytes whose pieces are exchanged: bits 4 to 6 of an address with bits 7 to 9.
+inline float operand_element(uint64_t operand, int row, int k) {
+  if (operand >> 62 != 1) std::abort();
+  uint32_t address = uint32_t(operand & 0x3fff) << 4;
+  address += row / 8 * (uint32_t(operand >> 32 & 0x3fff) << 4) + row % 8 * 128 + k * 2;
+  address ^= (address >> 7 & 7) << 4;
+  return to_float(*static_cast<const bf16*>(at_shared_address(address)));
+}
+inline void wgmma_begin() {}
+inline void wgmma_commit() { emulator::commit_products(); }
+template <int pending>
+void wgmma_wait() {
+  emulator::wait_for_products(pending);
+}
+template <int count>
+void wgmma_settle(float (&)[count]) {}
+
+template <int n>
+void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool add) {
+  emulator::multiply_later([&d, a, b, add] {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    float x[2][16];
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k) x[half][k] = operand_element(a, row + half * 8, k);
+    for (int column = 0; column < n / 4; ++column) {  // of those that this thread has
+      float w[16];
+      for (int k = 0; k < 16; ++k) w[k] = operand_element(b, column / 2 * 8 + lane % 4 * 2 + column % 2, k);
+      for (int half = 0; half < 2; ++half) {
+        float& sum = d[column / 2 * 4 + half * 2 + column % 2];
+        if (!add) sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += x[half][k] * w[k];
+      }
+    }
+  });
+}
+
+}  // namespace pyllm::cuda
