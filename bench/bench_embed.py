@@ -43,6 +43,7 @@ LENGTHS = (16, 64, 256)
 TOKENS = sized(4096, 256)  # of all texts
 BATCHES = (1, 8, 32, 128)
 ROUNDS = sized(7, 1)
+PAUSE = sized(0.3, 0.0)  # seconds after a turn: threads that wait for more work go on spinning for a while
 States = Callable[[NDArray[np.int64]], F32]  # hidden states [B, L, D] of token ids [B, L]
 Embed = Callable[[list[list[int]]], F32]
 
@@ -140,6 +141,7 @@ def test_embed(
             began = time.perf_counter()
             embed(texts)
             seconds[name].append(time.perf_counter() - began)
+            time.sleep(PAUSE)
 
     vectors = benchmark.pedantic(
         lambda: llm.embed(prompts, pooling="mean"), setup=peers_turn, rounds=ROUNDS, warmup_rounds=sized(1, 0)

@@ -18,8 +18,7 @@ void narrow(uint16_t* dst, const float* src, int64_t E, int64_t Ep) {
   for (e = E; e < Ep; ++e) dst[e] = 0;
 }
 
-// One head of tokens that follow each other. `at` is the first one's place in their block. Tokens of one group or pair
-// may be written by different threads at once: each stores only elements of its own.
+// One head of tokens that follow each other.
 struct HeadRows {
   const float* data;
   int64_t stride;
@@ -27,7 +26,17 @@ struct HeadRows {
   const float* row(int64_t i) const { return data + i * stride; }
 };
 
-// They belong to one group of keys.
+// Asks for the lines that write_f32 will write: another head's are on another page.
+void expect_f32(const float* head, const CacheView& cache, int64_t at, int64_t tokens) {
+  const int64_t E = cache.head_size, Ep = cache.padded_head();
+  const float* keys = head + at / kKeyGroup * (E * kKeyGroup);
+  for (int64_t i = 0; i < E * kKeyGroup; i += 16) __builtin_prefetch(keys + i, 1, 2);
+  const float* values = head + cache.half_elements() + at * Ep;
+  for (int64_t i = 0; i < tokens * Ep; i += 16) __builtin_prefetch(values + i, 1, 2);
+}
+
+// One head of tokens that stand one behind the other in one group of keys, from place `at` of their block on. Tokens of
+// one group or pair may be written by different threads at once: each stores only elements of its own.
 void write_f32(float* head, const CacheView& cache, int64_t at, int64_t tokens, HeadRows k, HeadRows v) {
   const int64_t E = cache.head_size, Ep = cache.padded_head();
   float* keys = head + at / kKeyGroup * (E * kKeyGroup) + at % kKeyGroup;
@@ -120,7 +129,9 @@ void kv_write(const KvWriteArgs& a, Parallel& pool) {
         }
         const int64_t head = block * cache.block_elements() + g * cache.head_elements();
         if (cache.dtype == DType::f32) {
-          write_f32(static_cast<float*>(cache.data) + head, cache, at, tokens, k, v);
+          float* to = static_cast<float*>(cache.data) + head;
+          if (g + 1 < cache.kv_heads) expect_f32(to + cache.head_elements(), cache, at, tokens);
+          write_f32(to, cache, at, tokens, k, v);
           continue;
         }
         for (int64_t i = 0; i < tokens; ++i) {

@@ -53,8 +53,8 @@ static inline F logistic_times(F x, F z) {
 }
 
 // The normal distribution function and e^(-x^2/2), relative error below 7e-7 down to -5: for a = |x|, its tail is e^(-a^2/2) p(u) / (a
-// + 3), u = (a - 3) / (a + 3), p of degree 8 fitted for a <= 14.5 (5.2e-8). From 12.5 on both are 0: they are below 2e-34,
-// and a little further products would become denormal, which are slow.
+// + 3), u = (a - 3) / (a + 3), p of degree 8 fitted for a <= 14.5 (5.2e-8). From 12.5 on both are 0: they are below
+// 2e-34, and a little further products would become denormal, which are slow.
 struct Normal {
   F cdf, bell;
 };

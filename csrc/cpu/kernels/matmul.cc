@@ -3,8 +3,8 @@
 // A worker takes some rows by some panels of 64 outputs. K is cut into blocks, and each block of a panel is multiplied
 // with all those rows, a register tile at a time (matmul_tile.h); between blocks the partial sums rest in the worker's
 // scratch, so that every output is one chain over rising k. Rows of x are read where they stand, or from a copy laid
-// out by blocks, and where there are many of them, weights that must be widened are widened once per block. A tile that has met its last
-// block goes through the epilogue at once, so that y is written while the next tile is multiplied.
+// out by blocks, and where there are many of them, weights that must be widened are widened once per block. A tile that
+// has met its last block goes through the epilogue at once, so that y is written while the next tile is multiplied.
 #include "cpu/cores.h"
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/matmul_amx.h"

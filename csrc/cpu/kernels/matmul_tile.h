@@ -82,7 +82,7 @@ struct StepBf16Wide {
 enum class Fetch {
   none,
   stream,  // the lines of one step from `w` on, `w_advance` bytes further at each step: for tiles that meet their weights in memory
-  next,  // a line at `w`, one at `x` and one at `y`, which advance slowly: what the next blocks, and the epilogue, will need
+  next,    // a line at `w`, `x` and `y` each, which advance slowly: what the next blocks, and the epilogue, will need
 };
 struct Ahead {
   const char* w;
