@@ -127,8 +127,10 @@ def test_skinny_matmul_normalises_its_input(gpu, kernels, kind):
 
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
-@pytest.mark.parametrize("kernel", ["prompt", "split", "plain"])
+@pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split", "plain"])
 def test_attention_matches_formula(gpu, kernels, kernel, head_size, window):
+    if kernel == "wgmma" and (head_size not in (64, 128) or not gpu.kernels.has_wgmma()):
+        pytest.skip("no Hopper, or no head size of its")
     rng = np.random.default_rng(head_size)
     queries, lengths, heads, kv_heads = ([1, 2, 0], [193, 300, 9], 8, 2) if kernel == "split" else (
         [5, 70, 0], [97, 70, 9], 4, 2)  # fmt: skip
