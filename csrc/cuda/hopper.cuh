@@ -1,4 +1,4 @@
-// The instructions of Hopper that its matrix product is made of: barriers in shared memory, tiles that the copy engine brings by itself
+// The instructions of Hopper that its products and its attention are made of: barriers in shared memory, tiles that the copy engine brings by itself
 // (TMA), and products of a warpgroup (wgmma). One function each, of which tests/cuda_host/cuda/hopper.cuh is the counterpart on the host.
 // Only code that is compiled for sm_90a has them: elsewhere a kernel that calls one traps.
 #pragma once
