@@ -27,6 +27,7 @@ from pyllm.tensor import DeviceArray
 SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
 SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
 SKINNY_ROWS = 16  # of the products of decoding, at most
+WGMMA_HEADS = 64, 128  # head sizes of attention by wgmma
 MATMUL_ROWS, MATMUL_BLOCKS = 64, 256  # rows and thread blocks of a product that is split over K
 MATMUL_FLOATS = MATMUL_BLOCKS * MATMUL_ROWS * 128  # its workspace
 TOP_TOKENS = 256  # that its log-probabilities list at most
@@ -406,7 +407,9 @@ class CudaOps(Ops):
         if cache.dtype == FLOAT32:
             self.kernels.plain_attention(*arguments, self.device.stream)
         elif self.invariant or most * group > SPLIT_ROWS:
-            self.kernels.prompt_attention(*arguments, self.device.stream)
+            fast = self._has_wgmma and not self.invariant and head_size in WGMMA_HEADS
+            kernel = self.kernels.wgmma_attention if fast else self.kernels.prompt_attention
+            kernel(*arguments, self.device.stream)
         else:
             sequences, width = tables.shape
             shape = (sequences, kv_heads, -(-width // SPLIT_BLOCKS), SPLIT_ROWS, head_size + 2)

@@ -42,6 +42,7 @@ RULES = (
     Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG")),
     # 168 registers of 384 threads are all that a block can start with; its warpgroups then share them out anew.
     Rule("wgmma_matmul_kernel", 168, (), ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")),
+    Rule("wgmma_attention_kernel", 168, (), ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")),
     Rule("mma_matmul_kernel", 255, ("HMMA", "LDSM", "LDGSTS")),
     Rule("plain_matmul_kernel", 128, ("FFMA",)),
     Rule("plain_attention_kernel", 128, ("FFMA",)),

@@ -286,7 +286,16 @@ def library() -> Path:
     if shutil.which(compiler) is None:
         pytest.skip("no C++ compiler is installed")
     pybind11 = pytest.importorskip("pybind11")
-    command = [compiler, "-std=c++17", "-fPIC", "-w", "-U_FORTIFY_SOURCE", f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fPIC",
+        "-w",
+        "-Wno-psabi",
+        "-U_FORTIFY_SOURCE",
+        f"-I{HOST}",
+        f"-I{ROOT / 'csrc'}",
+    ]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     command += ['-DPYLLM_CUDA_ARCHITECTURES="host"', "-DPYLLM_WGMMA", "-x", "c++"]
     kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HOST / "emulator.cc", HOST / "library.cc"]
@@ -334,7 +343,12 @@ def build() -> ctypes.CDLL:
     kernels.host_split_plan.argtypes = [number, number, ctypes.POINTER(SplitPlan)]
     kernels.host_last_block_first.argtypes = [ctypes.c_bool]
     kernels.host_limit_device.argtypes = [ctypes.c_int, ctypes.c_int]
-    for attention in (kernels.host_prompt_attention, kernels.host_split_attention, kernels.host_plain_attention):
+    for attention in (
+        kernels.host_prompt_attention,
+        kernels.host_wgmma_attention,
+        kernels.host_split_attention,
+        kernels.host_plain_attention,
+    ):
         attention.argtypes = [ctypes.POINTER(AttentionArgs)]
     for args in (*LAYERS, SampleArgs, LogprobsArgs):
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in args.__name__.removesuffix("Args"))

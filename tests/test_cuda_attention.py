@@ -180,6 +180,21 @@ def test_prompt_matches_formula(kernels, sizes, rule):
     close(call(kernels.host_prompt_attention, c, rule=rule), formula(c, rule=rule))
 
 
+HOPPER_PROMPTS = [
+    ([1], [1], 1, 1, 64),
+    ([5, 0, 170], [5, 3, 170], 4, 2, 64),
+    ([2, 17], [129, 64], 4, 1, 128),
+    ([140, 3], [450, 700], 2, 2, 128),  # more pages than the stages hold, rows of two blocks
+]
+
+
+@pytest.mark.parametrize("rule", [CAUSAL, Rule(window=1), Rule(window=70)], ids=str)
+@pytest.mark.parametrize("sizes", HOPPER_PROMPTS, ids=str)
+def test_wgmma_matches_formula(kernels, sizes, rule):
+    c = case(*sizes, seed=sizes[-1])
+    close(call(kernels.host_wgmma_attention, c, rule=rule), formula(c, rule=rule))
+
+
 @pytest.mark.parametrize("rule", [CAUSAL, Rule(window=1), Rule(window=70)], ids=str)
 @pytest.mark.parametrize("sizes", DECODES, ids=str)
 def test_split_matches_formula(kernels, sizes, rule):
@@ -208,30 +223,31 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("kernel", ["prompt", "split", "plain"])
+@pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split", "plain"])
 def test_rules_of_what_is_seen(kernels, kernel, rule):
     dtype, bound = (np.float32, 1e-6) if kernel == "plain" else (bfloat16, 4e-3)
-    c = case([90, 2] if kernel == "prompt" else [7, 2], [330, 61], 2, 1, 32, dtype=dtype)
+    queries = [90, 2] if kernel in ("prompt", "wgmma") else [7, 2]
+    c = case(queries, [330, 61], 2, 1, 64 if kernel == "wgmma" else 32, dtype=dtype)
     for split_blocks in (1, 4) if kernel == "split" else (1,):
         got = call(getattr(kernels, f"host_{kernel}_attention"), c, rule=rule, split_blocks=split_blocks)
         close(got, formula(c, rule=rule), bound)
 
 
-@pytest.mark.parametrize("kernel", ["prompt", "split", "plain"])
+@pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split", "plain"])
 def test_a_query_that_sees_no_key_gives_zero(kernels, kernel):
     dtype = np.float32 if kernel == "plain" else bfloat16
     for causal in (True, False):
-        c = case([1, 3], [70, 0], 2, 1, 16, dtype=dtype)
+        c = case([1, 3], [70, 0], 2, 1, 64 if kernel == "wgmma" else 16, dtype=dtype)
         out, lse = call(getattr(kernels, f"host_{kernel}_attention"), c, rule=Rule(causal=causal))
         assert (out[1:] == 0).all()
         assert np.isneginf(lse[1:]).all()
         assert np.isfinite(lse[:1]).all()
 
 
-@pytest.mark.parametrize("kernel", ["prompt", "split", "plain"])
+@pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split", "plain"])
 def test_biases_slopes_and_caps_of_scores(kernels, kernel):
     dtype, bound = (np.float32, 1e-6) if kernel == "plain" else (bfloat16, 4e-3)
-    c = case([70, 1] if kernel == "prompt" else [3, 1], [200, 61], 4, 2, 64, dtype=dtype)
+    c = case([70, 1] if kernel in ("prompt", "wgmma") else [3, 1], [200, 61], 4, 2, 64, dtype=dtype)
     rng = np.random.default_rng(0)
     bias, slopes = rng.standard_normal((4, 2 * 20 + 1)).astype("f4"), np.array([0.5, 0.25, 0.1, 0.0], "f4")
     for scores in (Scores(bias), Scores(slopes=slopes), Scores(softcap=2.0), Scores(bias, slopes, 5.0)):
@@ -240,9 +256,9 @@ def test_biases_slopes_and_caps_of_scores(kernels, kernel):
             close(got, formula(c, rule=rule, scores=scores), bound)
 
 
-@pytest.mark.parametrize("kernel", ["prompt", "split"])
+@pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split"])
 def test_queries_and_results_in_float32(kernels, kernel):
-    c = case([1, 2], [70, 200], 4, 2, 80)
+    c = case([1, 2], [70, 200], 4, 2, 128 if kernel == "wgmma" else 80)
     exact = call(getattr(kernels, f"host_{kernel}_attention"), c, out_dtype=np.float32)[0]
     rounded = call(getattr(kernels, f"host_{kernel}_attention"), c)[0]
     assert (rounded == exact.astype("f4").astype(bfloat16).astype("f8")).all()
@@ -268,8 +284,11 @@ def test_what_a_kernel_cannot_take_is_an_error(kernels):
             AttentionArgs(sequences=1, heads=heads, cache=cache, most_queries=queries, split_blocks=split_blocks)
         )
 
-    for run in (kernels.host_prompt_attention, kernels.host_split_attention):
+    for run in (kernels.host_prompt_attention, kernels.host_wgmma_attention, kernels.host_split_attention):
         assert refused(run, head_size=100) and refused(run, head_size=264) and refused(run, dtype=0)
         assert refused(run, heads=5) and not refused(run, queries=0)
+    assert refused(kernels.host_wgmma_attention, head_size=96)
+    with limited(163 * 1024, major=8):
+        assert refused(kernels.host_wgmma_attention) == 801  # cudaErrorNotSupported
     assert refused(kernels.host_plain_attention, dtype=2) and refused(kernels.host_plain_attention, heads=5, dtype=0)
     assert refused(kernels.host_split_attention, queries=9) and refused(kernels.host_split_attention, split_blocks=0)

@@ -81,6 +81,19 @@ void prompt_attention(Object out, Object lse, Object q, Object cache, Object sta
   raise(cuda::prompt_attention(a, stream_of(stream)), "prompt_attention");
 }
 
+void wgmma_attention(Object out, Object lse, Object q, Object cache, Object starts, Object lengths, Object tables,
+                     int64_t head_size, float scale, bool causal, Object prefix, int64_t window, int64_t sinks,
+                     Object bias, Object slopes, float softcap, int64_t most_queries, uintptr_t stream) {
+  const auto a = attention_args(out, lse, q, cache, starts, lengths, tables, head_size, scale, causal, prefix, window,
+                                sinks, bias, slopes, softcap, most_queries, "bfloat16");
+  check_attention_pieces(a, q, cache);
+  if (head_size != 64 && head_size != 128)
+    throw py::value_error("head_size: expected 64 or 128, got " + std::to_string(head_size));
+  check_range(a.cache.blocks * a.cache.kv_heads, 0, cuda::kMaxWgmmaBlocks, "cache: blocks times heads");
+  py::gil_scoped_release release;
+  raise(cuda::wgmma_attention(a, stream_of(stream)), "wgmma_attention");
+}
+
 void split_attention(Object out, Object lse, Object q, Object cache, Object starts, Object lengths, Object tables,
                      int64_t head_size, float scale, bool causal, Object prefix, int64_t window, int64_t sinks,
                      Object bias, Object slopes, float softcap, int64_t most_queries, int64_t split_blocks,
@@ -119,6 +132,7 @@ void bind_cuda_attention(py::module_& module) {
                arg("bias"), arg("slopes"), arg("softcap"), arg("most_queries"), more..., arg("stream"));
   };
   define("prompt_attention", &prompt_attention);
+  define("wgmma_attention", &wgmma_attention);
   define("plain_attention", &plain_attention);
   define("split_attention", &split_attention, arg("split_blocks"), arg("partial"), arg("tickets"));
 }

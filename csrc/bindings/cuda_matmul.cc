@@ -2,6 +2,7 @@
 #include "bindings/cuda_launch.h"
 #include "cuda/launch.h"
 #include "cuda/matmul.h"
+#include "cuda/tensor_map.h"
 
 namespace pyllm::bindings {
 namespace {

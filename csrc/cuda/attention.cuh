@@ -158,6 +158,64 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
+// Of a lane's two rows of a product the largest score so far, and the sum of weights of the lane's keys.
+struct Softmax {
+  float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+};
+
+// Makes weights of the scores of some keys, [tile of 8 keys][row g or g + 8, two keys each], in units of 1 / scale of powers of two. `keep` is
+// what sums of earlier weights are worth still.
+template <int kTiles>
+__device__ __forceinline__ void take_scores(Softmax& softmax, float (&keep)[2], float (&scores)[kTiles][4],
+                                            float scale) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float most = softmax.most[half];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) most = fmaxf(most, scores[j][i]);
+    most = quad_max(most);
+    const float base = most == -INFINITY ? 0.0f : most;  // no key seen so far
+    keep[half] = exp2_fast((softmax.most[half] - base) * scale);
+    float total = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) total += scores[j][i] = exp2_fast((scores[j][i] - base) * scale);
+    softmax.most[half] = most;
+    softmax.total[half] = softmax.total[half] * keep[half] + total;
+  }
+}
+
+// A row's sums of earlier weights times values, as much as they are worth still.
+template <int kTiles>
+__device__ __forceinline__ void keep_sums(float (&sums)[kTiles][4], const float (&keep)[2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[n][i] *= keep[i / 2];
+}
+
+// Stores a lane's two rows of results: sums [tile of 8 channels][4]; `rows` [2] are those of the group, `unit` as in store_lse.
+template <int kTiles>
+__device__ __forceinline__ void store_rows(const AttentionArgs& a, const Group& group, const int (&rows)[2],
+                                           const float (&sums)[kTiles][4], const Softmax& softmax, float unit) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = quad_sum(softmax.total[half]);
+    if (rows[half] >= group.rows) continue;
+    const float share = total > 0.0f ? 1.0f / total : 0.0f;
+    const int64_t place = out_place(a, group, rows[half]) + t * 2;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      if (n * 8 < a.cache.head_size)
+        store_pair(a.out, a.out_dtype, place + n * 8, sums[n][2 * half] * share, sums[n][2 * half + 1] * share);
+    if (t == 0) store_lse(a, group, rows[half], softmax.most[half], unit, total);
+  }
+}
+
 inline bool usable(const AttentionArgs& a) {
   return a.cache.dtype == DType::bf16 && a.cache.head_size % 8 == 0 && a.cache.head_size <= kMaxHead &&
          a.q_stride % 8 == 0 && a.heads % a.cache.kv_heads == 0;

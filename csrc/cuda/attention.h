@@ -33,6 +33,10 @@ struct AttentionArgs {
 // Prompts, a bf16 cache. E, at most kMaxHead, and q_stride are multiples of 8, q is 16-byte aligned.
 cudaError_t prompt_attention(const AttentionArgs& args, cudaStream_t stream);
 
+// The same on Hopper, by wgmma: E is 64 or 128, and blocks times G at most kMaxWgmmaBlocks.
+constexpr int64_t kMaxWgmmaBlocks = ((int64_t(1) << 31) - 1) / (2 * kBlockTokens);
+cudaError_t wgmma_attention(const AttentionArgs& args, cudaStream_t stream);
+
 // Decoding, the same and: most_queries times H / G is at most 16. The keys of a sequence are split over thread blocks, the last of which to
 // end adds their results up in rising order.
 constexpr int64_t kSplitRows = 16;

@@ -93,8 +93,6 @@ struct WgmmaPlan {
   int64_t blocks, shared_bytes;
 };
 WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors);
-// Whether the current GPU has wgmma, and this build code for it.
-cudaError_t has_wgmma(bool* yes);
 cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream);
 
 // Tests, and sizes that the others refuse: any size and alignment, x and w both float32 or both bf16; multiply-adds in float32.

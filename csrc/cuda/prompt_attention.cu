@@ -9,11 +9,6 @@ namespace {
 
 constexpr int kRows = kAttentionThreads / 32 * 16;
 
-// One row of results, of a lane's two: largest score, sum of weights, and the weighted values beside them in `sums`.
-struct Softmax {
-  float most[2], total[2];
-};
-
 // 16 rows of queries meet kTiles * 8 keys; `finish(scores)` makes of their products [tile][row g or g + 8, two keys each] what the softmax
 // takes, in units of 1 / scale.
 template <int kHead, int kTiles, class Finish>
@@ -35,29 +30,9 @@ __device__ __forceinline__ void attend(float (&sums)[kHead / 8][4], Softmax& sof
     }
   }
   finish(scores);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float most = softmax.most[half];
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) most = fmaxf(most, scores[j][i]);
-    most = quad_max(most);
-    const float base = most == -INFINITY ? 0.0f : most;  // no key seen so far
-    const float keep = exp2_fast((softmax.most[half] - base) * scale);
-    float total = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) total += scores[j][i] = exp2_fast((scores[j][i] - base) * scale);
-    softmax.most[half] = most;
-    softmax.total[half] = softmax.total[half] * keep + total;
-#pragma unroll
-    for (int n = 0; n < kHead / 8; ++n) {
-      sums[n][2 * half] *= keep;
-      sums[n][2 * half + 1] *= keep;
-    }
-  }
+  float keep[2];
+  take_scores(softmax, keep, scores, scale);
+  keep_sums(sums, keep);
 #pragma unroll
   for (int j = 0; j < kTiles / 2; ++j) {  // sums of two tiles of 8 keys are, rounded, an operand of 16 keys
     const float *a = scores[2 * j], *b = scores[2 * j + 1];
@@ -110,7 +85,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) prompt_attention_kernel(
   const int low = seen_from(group, group.offset + (row0 + kRows - 1) / group.size).low;
   const int high = seen_from(group, group.offset + row0 / group.size).high;
   float sums[kHead / 8][4] = {};
-  Softmax softmax{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+  Softmax softmax;
   for (int i = 0; i < pages.count(); ++i) {
     fetch(i + ahead);
     wait_copies_but(ahead);
@@ -139,19 +114,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) prompt_attention_kernel(
     }
     __syncthreads();
   }
-
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = quad_sum(softmax.total[half]);
-    if (rows[half] >= group.rows) continue;
-    const float share = total > 0.0f ? 1.0f / total : 0.0f;
-    const int64_t place = out_place(a, group, rows[half]) + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kHead / 8; ++n)
-      if (n * 8 < a.cache.head_size)
-        store_pair(a.out, a.out_dtype, place + n * 8, sums[n][2 * half] * share, sums[n][2 * half + 1] * share);
-    if (lane % 4 == 0) store_lse(a, group, rows[half], softmax.most[half], unit, total);
-  }
+  store_rows(a, group, rows, sums, softmax, unit);
 }
 
 template <int kHead>

@@ -12,6 +12,7 @@
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
 #include "cuda/matmul.h"
+#include "cuda/tensor_map.h"
 
 namespace pyllm::cuda {
 namespace {
@@ -103,7 +104,7 @@ struct Block {
   __device__ __forceinline__ void multiply() const {
     const int group = threadIdx.x / kGroupThreads - 1;
     Turn turn;
-    float sums[kColumns / 2];
+    float sums[kColumns / 8][4];
     for_tiles([&](int row, int column) {
       int last = 0;
       for (int step = 0; step < steps; ++step) {
@@ -129,7 +130,7 @@ struct Block {
     });
   }
 
-  __device__ __forceinline__ void finish(const float (&sums)[kColumns / 2], int row0, int column0) const {
+  __device__ __forceinline__ void finish(const float (&sums)[kColumns / 8][4], int row0, int column0) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, column = lane % (kStoredColumns / 4) * 4;
     float* mine = stored + (int(threadIdx.x) - kGroupThreads) / 32 * 16 * kPitch;
     row0 += threadIdx.x / 32 % 4 * 16;
@@ -138,7 +139,7 @@ struct Block {
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kStoredColumns / 8; ++j) {
-        const float* d = sums + (from / 8 + j) * 4;
+        const float (&d)[4] = sums[from / 8 + j];
         *reinterpret_cast<float2*>(mine + g * kPitch + j * 8 + 2 * t) = float2{d[0], d[1]};
         *reinterpret_cast<float2*>(mine + (g + 8) * kPitch + j * 8 + 2 * t) = float2{d[2], d[3]};
       }
@@ -192,49 +193,15 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_matmul_kernel(const __grid_
   if (kCluster > 1) cluster_barrier();
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, which a machine without a driver has nothing to link against.
-cudaError_t find_encode(Encode* encode) {
-  static void* found = nullptr;
-  if (!found) {
-    cudaDriverEntryPointQueryResult result;
-    void* address = nullptr;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &result);
-#endif
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    found = address;
-  }
-  *encode = reinterpret_cast<Encode>(found);
-  return cudaSuccess;
-}
-
-// m [rows, K], read in boxes of `box` rows by 64 k.
-cudaError_t make_map(CUtensorMap* map, Encode encode, const void* m, int64_t rows, int64_t k, int64_t stride, int box) {
-  const cuuint64_t size[2] = {cuuint64_t(k), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
-  const cuuint32_t boxes[2] = {kDepth, cuuint32_t(box)}, steps[2] = {1, 1};
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(m), size, strides, boxes,
-                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <int kColumns, int kCluster>
 cudaError_t launch_tiles(const MatmulArgs& a, const WgmmaPlan& plan, cudaStream_t stream) {
   Wgmma s{};
   s.a = a;
   s.row_units = int(plan.row_units);
   s.column_tiles = int(plan.column_tiles);
-  Encode encode;
-  cudaError_t error = find_encode(&encode);
   // One row may have any stride, which no box needs.
-  if (error == cudaSuccess) error = make_map(&s.x, encode, a.x, a.rows, a.k, a.rows > 1 ? a.x_stride : a.k, kRows);
-  if (error == cudaSuccess) error = make_map(&s.w, encode, a.w, a.n, a.k, a.k, kColumns / kCluster);
+  cudaError_t error = make_tensor_map(&s.x, a.x, a.rows, a.k, a.rows > 1 ? a.x_stride : a.k, kRows);
+  if (error == cudaSuccess) error = make_tensor_map(&s.w, a.w, a.n, a.k, a.k, kColumns / kCluster);
   if (error != cudaSuccess) return error;
   return launch(wgmma_matmul_kernel<kColumns, kCluster>, s, dim3(unsigned(plan.blocks)), kThreads,
                 kSharedBytes<kColumns>, stream, true, kCluster);
@@ -259,19 +226,6 @@ WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors) {
   p.blocks = (tiles < clusters ? tiles : clusters) * p.cluster;
   p.shared_bytes = p.columns == 256 ? kSharedBytes<256> : kSharedBytes<128>;
   return p;
-}
-
-cudaError_t has_wgmma(bool* yes) {
-  *yes = false;
-#if defined(PYLLM_WGMMA)
-  int major = 0, minor = 0;
-  cudaError_t error = gpu_attribute(cudaDevAttrComputeCapabilityMajor, &major);
-  if (error == cudaSuccess) error = gpu_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
-  *yes = major == 9 && minor == 0;
-  return error;
-#else
-  return cudaSuccess;
-#endif
 }
 
 cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream) {

@@ -70,6 +70,9 @@ struct alignas(16) float4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 
 namespace emulator {
 int device_attribute(cudaDeviceAttr attribute);
@@ -92,6 +95,7 @@ void arrive(void* barrier, int bytes);
 void bring(void* barrier, int bytes, std::function<void()> land);
 void wait_for_phase(void* barrier, int parity);
 // Products of a warpgroup.
+void meet_threads(int number, int count);
 void multiply_later(std::function<void()> act);
 void commit_products();
 void wait_for_products(int pending);

@@ -41,7 +41,7 @@ struct Block {
   dim3 index;
   std::unique_ptr<unsigned char[]> memory;
   unsigned char* base;
-  Meeting all;
+  Meeting all, some[16];  // the numbered barriers of part of the threads
 };
 struct Barrier {
   int size = 0, arrived = 0, parity = 0;
@@ -254,6 +254,11 @@ void wait_for_phase(void* barrier, int parity) {
     if (b.parity != parity) return;
     pause();
   }
+}
+void meet_threads(int number, int count) {
+  Meeting& m = block().some[number];
+  m.size = unsigned(count);
+  meet(m, [] {});
 }
 void multiply_later(std::function<void()> act) { threads[current].open_products.push_back(std::move(act)); }
 void commit_products() {

@@ -28,6 +28,7 @@ void host_wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors, WgmmaPlan
 int host_mma_matmul(const MatmulArgs* args) { return mma_matmul(*args, nullptr); }
 int host_plain_matmul(const MatmulArgs* args) { return plain_matmul(*args, nullptr); }
 int host_prompt_attention(const AttentionArgs* args) { return prompt_attention(*args, nullptr); }
+int host_wgmma_attention(const AttentionArgs* args) { return wgmma_attention(*args, nullptr); }
 int host_plain_attention(const AttentionArgs* args) { return plain_attention(*args, nullptr); }
 int host_split_attention(const AttentionArgs* args) { return split_attention(*args, nullptr); }
 int host_norm(const cuda::NormArgs* args) { return norm(*args, nullptr); }

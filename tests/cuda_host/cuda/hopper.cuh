@@ -41,16 +41,27 @@ void keep_registers() {}
 template <int>
 void take_registers() {}
 
+inline void publish_writes() {}
+inline void meet_threads(int number, int count) { emulator::meet_threads(number, count); }
+
 inline uint64_t operand(const void* rows) {
   return uint64_t(shared_address(rows) >> 4 & 0x3fff) | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
-// Element (row, k) of an operand in rows of 128 bytes whose pieces are exchanged: bits 4 to 6 of an address with bits 7 to 9.
-inline float operand_element(uint64_t operand, int row, int k) {
+inline uint64_t operand_by_columns(const void* rows, int box) { return operand(rows) | uint64_t(box >> 4) << 16; }
+// What lies `offset` bytes behind an operand's begin, whose pieces are exchanged: bits 4 to 6 of an address with bits 7 to 9.
+inline float operand_at(uint64_t operand, uint32_t offset) {
   if (operand >> 62 != 1) std::abort();
-  uint32_t address = uint32_t(operand & 0x3fff) << 4;
-  address += row / 8 * (uint32_t(operand >> 32 & 0x3fff) << 4) + row % 8 * 128 + k * 2;
+  uint32_t address = (uint32_t(operand & 0x3fff) << 4) + offset;
   address ^= (address >> 7 & 7) << 4;
   return to_float(*static_cast<const bf16*>(at_shared_address(address)));
+}
+// Element (row, k) of rows of k, and (k, column) of rows of columns.
+inline float operand_element(uint64_t operand, int row, int k) {
+  return operand_at(operand, row / 8 * (uint32_t(operand >> 32 & 0x3fff) << 4) + row % 8 * 128 + k * 2);
+}
+inline float operand_column(uint64_t operand, int k, int column) {
+  const uint32_t groups = uint32_t(operand >> 32 & 0x3fff) << 4, boxes = uint32_t(operand >> 16 & 0x3fff) << 4;
+  return operand_at(operand, k / 8 * groups + k % 8 * 128 + column / 64 * boxes + column % 64 * 2);
 }
 inline void wgmma_begin() {}
 inline void wgmma_commit() { emulator::commit_products(); }
@@ -58,25 +69,55 @@ template <int pending>
 void wgmma_wait() {
   emulator::wait_for_products(pending);
 }
-template <int count>
-void wgmma_settle(float (&)[count]) {}
+template <int tiles>
+void wgmma_settle(float (&)[tiles][4]) {}
+
+// A lane's sums of n columns: d (+)= rows x [g, g + 8][16 k] times w(column, k).
+template <int n, class W>
+void multiply_rows(float (&d)[n / 8][4], const float (&x)[2][16], bool add, W w) {
+  for (int i = 0; i < n / 4; ++i) {  // of those columns that this lane has
+    float values[16];
+    for (int k = 0; k < 16; ++k) values[k] = w(i / 2 * 8 + int(threadIdx.x) % 4 * 2 + i % 2, k);
+    for (int half = 0; half < 2; ++half) {
+      float& sum = d[i / 2][half * 2 + i % 2];
+      if (!add) sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += x[half][k] * values[k];
+    }
+  }
+}
 
 template <int n>
-void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool add) {
+void wgmma(float (&d)[n / 8][4], uint64_t a, uint64_t b, bool add) {
   emulator::multiply_later([&d, a, b, add] {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     float x[2][16];
     for (int half = 0; half < 2; ++half)
       for (int k = 0; k < 16; ++k) x[half][k] = operand_element(a, row + half * 8, k);
-    for (int column = 0; column < n / 4; ++column) {  // of those that this thread has
-      float w[16];
-      for (int k = 0; k < 16; ++k) w[k] = operand_element(b, column / 2 * 8 + lane % 4 * 2 + column % 2, k);
-      for (int half = 0; half < 2; ++half) {
-        float& sum = d[column / 2 * 4 + half * 2 + column % 2];
-        if (!add) sum = 0.0f;
-        for (int k = 0; k < 16; ++k) sum += x[half][k] * w[k];
-      }
-    }
+    multiply_rows<n>(d, x, add, [b](int column, int k) { return operand_element(b, column, k); });
+  });
+}
+
+template <int n>
+void wgmma_of_rows(float (&d)[n / 8][4], const uint32_t (&a)[4], uint64_t b) {
+  struct Registers {
+    const uint32_t* of[32];
+  };
+  struct Mine {
+    const uint32_t* a;
+    Registers all;
+  } mine{a, {}};
+  emulator::warp_together(&mine, [](void* const* lanes) {
+    for (int to = 0; to < 32; ++to)
+      for (int from = 0; from < 32; ++from)
+        static_cast<Mine*>(lanes[to])->all.of[from] = static_cast<Mine*>(lanes[from])->a;
+  });
+  emulator::multiply_later([&d, all = mine.all, b] {
+    const int g = threadIdx.x % 32 / 4;
+    float x[2][16];
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k)
+        x[half][k] = to_float(bf16(all.of[g * 4 + k % 8 / 2][half + k / 8 * 2] >> k % 2 * 16));
+    multiply_rows<n>(d, x, true, [b](int column, int k) { return operand_column(b, k, column); });
   });
 }
 
