@@ -1,6 +1,6 @@
 """Writes pairs that an encoder-decoder can learn from in minutes: numbers up to 9999 and their names in English.
 
-python number_names.py numbers.jsonl
+python number_names.py numbers.jsonl unseen.jsonl
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ def name_of(number: int) -> str:
     return f"{tens}-{SMALL[number % 10]}" if number % 10 else tens
 
 
-def write(path: Path) -> None:
+UNSEEN = 500  # numbers that are kept from training
+
+
+def write(path: Path, unseen: Path) -> None:
     """All of them, in random order; digits stand apart, so that each is a token."""
     numbers = list(range(10000))
     random.Random(0).shuffle(numbers)
-    lines = ({"source": " ".join(str(number)), "target": name_of(number)} for number in numbers)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [json.dumps({"source": " ".join(str(number)), "target": name_of(number)}) + "\n" for number in numbers]
+    path.write_text("".join(lines[UNSEEN:]))
+    unseen.write_text("".join(lines[:UNSEEN]))
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from pyllm.train.evaluation import evaluate
 from pyllm.train.head_loss import IGNORED
 from pyllm.train.objectives.denoising import CorruptedSpans, Denoising, InfilledText
 from pyllm.train.objectives.spans import partition, spread
-from pyllm.train.pairs import PairedData, PairForm
+from pyllm.train.pairs import PairedData, PairForm, Pairs
 from pyllm.train.run_config import settings
 from pyllm.train.setup import plan_of_run, prepare
 from pyllm.train.token_store import TokenStore, end_tokens, open_tokens
@@ -119,8 +120,8 @@ def test_pairs_go_on_where_a_run_stopped() -> None:
     ("pairs", "message"),
     [
         ([([10], [11]), ([], [12])], "document 2 of 2 has an empty source"),
-        ([([10] * 7, [11])], "document 1 of 1 has a source or target of more tokens than the context of 8, .* has 9"),
-        ([([10], [11] * 7)], "document 1 of 1 has a source or target of more tokens than the context of 8"),
+        ([([10] * 7, [11])], "document 1 of 1 has a source of more than the 8 tokens that there is room for, .* has 9"),
+        ([([10], [11] * 7)], "document 1 of 1 has a target of more than the 8 tokens that there is room for, .* has 9"),
     ],
 )
 def test_pairs_that_do_not_fit(pairs: Any, message: str) -> None:
@@ -414,6 +415,13 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
         run(home, "seq2seq", data=pairs, arch=None, tokenizer=None, model=str(tmp_path))
 
 
+def test_sources_and_targets_may_have_different_room() -> None:
+    longest = store_of([([10] * 6, [11] * 5)])  # 8 tokens with what is around them, and 7
+    assert Pairs(longest, FORM, 8, longest_target=7).count() == 1
+    with pytest.raises(DataError, match="a target of more than the 6 tokens that there is room for"):
+        Pairs(longest, FORM, 8, longest_target=6)
+
+
 def test_few_pairs_are_held_out_whole(home: Path, tmp_path: Path) -> None:
     lines = [{"source": "a fox", "target": "runs"}, {"source": "a fox", "target": "sleeps"}]
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -454,6 +462,22 @@ def test_a_new_model_fits_a_batch_and_writes_its_targets(
     [sample] = trainer.sample()
     assert sample.text == llm.generate("fox C runs.", temperature=0, max_tokens=8)[0].outputs[0].text
     assert_transformers_reads(result.folder, llm, sources, [o.outputs[0].token_ids for o in written])
+
+
+def test_samples_begin_as_the_folder_says(home: Path, tmp_path: Path) -> None:
+    sizes = {"hidden": 32, "batch_tokens": 256, "init_std": 0.1}
+    setup, _ = run(home, "seq2seq", data=[str(home / "pairs.jsonl")], arch="bart", valid_share=0, **sizes)
+    config = TrainConfig(
+        tmp_path / "new", steps=1, threads=1, objective="seq2seq", sample_prompts=("fox C runs.",), sample_tokens=8,
+        sample_temperature=0.0,
+    )  # fmt: skip
+    folder = Trainer(setup.model, RepeatedData(setup.train, 1), config, tokenizer=setup.tokenizer).run().folder
+    begun = {"decoder_start_token_id": 5, "forced_bos_token_id": 70}
+    (folder / "generation_config.json").write_text(json.dumps(begun))
+    trainer = Trainer(str(folder), RepeatedData(setup.train, 1), replace(config, out=tmp_path / "on"))
+    [sample] = trainer.sample()
+    [output] = LLM(folder, threads=1, dtype="float32").generate("fox C runs.", temperature=0, max_tokens=8)
+    assert sample.text == output.outputs[0].text and output.outputs[0].token_ids[0] == 70
 
 
 def assert_transformers_reads(folder: Path, llm: LLM, sources: list[list[int]], written: list[Any]) -> None:
@@ -502,7 +526,7 @@ def test_a_resumed_run_is_as_one_that_was_not_stopped(home: Path, tmp_path: Path
 
 
 def test_command_line(home: Path, tmp_path: Path) -> None:
-    """A run that is stopped, resumed and evaluated, and what the live line counts."""
+    """A run, what its live line counts, and its evaluation."""
     sizes = ["--arch", "t5", "--layers", 1, "--hidden", 16, "--heads", 2, "-c", 32, "--batch-tokens", 128]
     command = [
         *sizes,
@@ -528,8 +552,11 @@ def test_command_line(home: Path, tmp_path: Path) -> None:
 
 def test_the_pairs_of_the_example(tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[1] / "examples" / "number_names.py"
-    subprocess.run([sys.executable, script, tmp_path / "numbers.jsonl"], check=True)
-    pairs = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
+    files = [tmp_path / "numbers.jsonl", tmp_path / "unseen.jsonl"]
+    subprocess.run([sys.executable, script, *files], check=True)
+    trained, unseen = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert len(trained) == 9500
+    pairs = trained + unseen
     names = {pair["source"]: pair["target"] for pair in pairs}
     assert len(names) == len(set(names.values())) == 10000
     assert names["2 0 2 6"] == "two thousand twenty-six" and names["0"] == "zero" and names["1 1"] == "eleven"

@@ -100,7 +100,8 @@ def _pieces_of(llm: LLM, store: TokenStore, limit: int | None, mask_prompt: bool
 def _pairs_of(llm: LLM, store: TokenStore, limit: int | None) -> _Texts:
     """Sources with their targets, which are what counts."""
     form = pair_form(llm.spec, llm.tokenizer, llm.engine.defaults)
-    pairs = Pairs(store, form, min(llm.max_model_len - 1, llm.plan.max_source))
+    # A decoder is given the whole target behind its start token, here.
+    pairs = Pairs(store, form, llm.plan.max_source, longest_target=llm.max_model_len - 1)
     count = pairs.count() if limit is None else min(limit, pairs.count())
     read = (pairs.pair(index) for index in range(count))
     given = (

@@ -197,9 +197,18 @@ class PairedData(Mixture["Pairs"]):
 
 
 class Pairs(File):
-    """A file of which each document is a pair; raises `DataError` for one that is none, or longer than the context."""
+    """A file of which each document is a pair; raises `DataError` for one that is none, or longer than the context,
+    or of which the target is longer than `longest_target` (default: the context)."""
 
-    def __init__(self, store: TokenStore, form: PairForm, context: int, seed: int = 0, shuffle: bool = False) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        form: PairForm,
+        context: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        longest_target: int | None = None,
+    ) -> None:
         super().__init__(store, seed, shuffle)
         self._form = form
         if store.answers is None:
@@ -220,12 +229,14 @@ class Pairs(File):
         ended = store.tokens[self._ends - 1] == form.end
         self._source_lengths = given + form.around_source
         self._target_lengths = wanted - ended + form.around_target
-        longest = np.maximum(self._source_lengths, self._target_lengths)
+        room = context if longest_target is None else longest_target
         for bad, what in (
             (mixed | (wanted == 0), "is no source with one target behind it: give pairs only"),
             (given <= 0, "has an empty source: give some text, or leave the pair out"),
-            (longest > context, f"has a source or target of more tokens than the context of {context}, the longest of "
-                                f"all has {longest.max()}: cut texts shorter, or raise the context"),
+            (self._source_lengths > context, f"has a source of more than the {context} tokens that there is room for, "
+                f"the longest of all has {self._source_lengths.max()}: cut texts shorter, or raise the context"),
+            (self._target_lengths > room, f"has a target of more than the {room} tokens that there is room for, "
+                f"the longest of all has {self._target_lengths.max()}: cut texts shorter, or raise the context"),
         ):  # fmt: skip
             if bad.any():
                 raise DataError(f"{self.name}: document {int(np.argmax(bad)) + 1} of {len(bad)} {what}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pyllm.cache import BlockPool, KVCache, blocks_for
 from pyllm.engine.engine import Engine
 from pyllm.engine.runner import Runner
+from pyllm.generation_config import GenerationConfig
 from pyllm.model import Model
 from pyllm.ops import Ops
 from pyllm.sampling import SamplingParams
@@ -19,8 +20,9 @@ MAX_SEQUENCES = 8
 class Sampler:
     """Completes prompts with a model whose weights may change between calls."""
 
-    def __init__(self, model: Model, ops: Ops, tokenizer: Tokenizer) -> None:
-        self.model, self.ops, self.tokenizer = model, ops, tokenizer
+    def __init__(self, model: Model, ops: Ops, tokenizer: Tokenizer, defaults: GenerationConfig | None = None) -> None:
+        """`defaults` is what the model's folder says of its outputs' first and last tokens."""
+        self.model, self.ops, self.tokenizer, self.defaults = model, ops, tokenizer, defaults
 
     def complete(self, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int) -> list[str]:
         """How each prompt goes on, or with an encoder what is written about it; an empty prompt is the start token of
@@ -43,6 +45,7 @@ class Sampler:
             max_tokens=most,
             max_length=length,
             share_prefixes=False,
+            defaults=self.defaults,
         )
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         requests = [

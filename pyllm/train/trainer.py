@@ -12,6 +12,7 @@ from typing import Any
 
 from pyllm.errors import CheckpointError, ConfigError, NonFiniteError, RequestError, listed
 from pyllm.folder import read_config
+from pyllm.generation_config import GenerationConfig
 from pyllm.isa import default_threads
 from pyllm.models import family_of, open_checkpoint
 from pyllm.ops_training import TrainingOps
@@ -73,9 +74,9 @@ class Trainer:
             _check_resumed(state, config, self._model_config)
             data.load_state(state.data)
         self.spec: ModelSpec = family_of(self._model_config).read(self._model_config)
-        begun = config.out / "last" if state is not None else folder
-        if begun is not None and self.spec.head.tied:
-            with open_checkpoint(begun) as checkpoint:
+        self._begun = config.out / "last" if state is not None else folder  # the model that training goes on from
+        if self._begun is not None and self.spec.head.tied:
+            with open_checkpoint(self._begun) as checkpoint:
                 if not checkpoint.spec.head.tied:  # config.json says otherwise, as some of T5 v1.1 do
                     self.spec = self.spec.untied()
         if config.objective == "prefix" and self.spec.encoder is not None:
@@ -260,7 +261,8 @@ class Trainer:
     def _new_sampler(self) -> Sampler:
         if self._tokenizer_folder is None:
             raise RequestError("samples need a tokenizer: give its folder as tokenizer")
-        return Sampler(self._step.model, self.ops, Tokenizer.load(self._tokenizer_folder))
+        own = None if self._begun is None else GenerationConfig.read(self._begun, self.spec.vocab_size)
+        return Sampler(self._step.model, self.ops, Tokenizer.load(self._tokenizer_folder), own)
 
     def _tell(self, what: str, *values: object) -> None:
         for callback in self.callbacks:
