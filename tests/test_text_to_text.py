@@ -90,6 +90,14 @@ def test_pairs_are_sources_and_targets() -> None:
     assert taken_apart(ordered.next_batch())[0] == pairs[0]
 
 
+def test_room_is_shared_as_the_weights_say() -> None:
+    """Of files with long sources and with long targets."""
+    stores = [store_of([([10] * 30, [11] * 2)] * 20), store_of([([10] * 2, [11] * 30)] * 20)]
+    for weights, share in (([0.9, 0.1], 0.83), ([0.1, 0.9], 0.17), (None, 0.5)):
+        data = PairedData(stores, FORM, context=40, tokens=800, weights=weights)
+        assert data.source_tokens == pytest.approx(800 * share, abs=30)
+
+
 def test_a_start_token_does_not_stand_twice() -> None:
     form = PairForm(start=1, end=2, before=(1,), behind=(2,))
     data = PairedData([store_of([([10, 11], [12, 13])])], form, context=8, tokens=16)

@@ -173,7 +173,7 @@ class PairedData(Mixture["Pairs"]):
         if like is not None:
             self.source_tokens, self.sequences = like.source_tokens, like.sequences
         else:
-            share = sum(p.source_total for p in pairs) / sum(p.total for p in pairs)
+            share = sum(w * p.source_total / p.total for w, p in zip(self._weights, pairs, strict=True))
             self.source_tokens = min(max(round(share * tokens), context), tokens - context)
             mean = min(p.mean_length for p in pairs)
             padding = padding_sequences(self.source_tokens, tokens - self.source_tokens, context)
