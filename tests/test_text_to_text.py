@@ -401,10 +401,11 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
         with pytest.raises((ConfigError, DataError), match=message):
             run(home, objective, valid_share=0, **values)
     train_tokenizer([home / "texts.jsonl"], tmp_path / "bare", vocab_size=270)
+    bare = {"tokenizer": str(tmp_path / "bare"), "data": ["missing.jsonl"]}  # refused before any text is read
     with pytest.raises(ConfigError, match="denoise needs a tokenizer with a mask token"):
-        run(home, "denoise", tokenizer=str(tmp_path / "bare"))
+        run(home, "denoise", **bare)
     with pytest.raises(ConfigError, match="expected a tokenizer with sentinels"):
-        run(home, "spans", tokenizer=str(tmp_path / "bare"))
+        run(home, "spans", **bare)
     mbart = {**json.loads((GOLDEN / "mbart" / "config.json").read_text()), "decoder_start_token_id": None,
              "vocab_size": 400}  # fmt: skip
     tiny_model.write_tokenizer(tmp_path)
@@ -412,6 +413,20 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     assert read_spec(tmp_path).decoder_start_token_id is None
     with pytest.raises(ConfigError, match="expected decoder_start_token_id in config"):
         run(home, "seq2seq", data=pairs, arch=None, tokenizer=None, model=str(tmp_path))
+
+
+@pytest.mark.parametrize(("objective", "token"), [("spans", "<extra_id_3>"), ("denoise", "<mask>")])
+def test_texts_that_hold_what_stands_for_a_span(home: Path, tmp_path: Path, objective: str, token: str) -> None:
+    """They are found before the first step, wherever they are."""
+    texts = ["A fox runs."] * 30 + [f"A fox {token} runs."] + ["It sleeps!"] * 3
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    index = Tokenizer.load(home / "tokenizer").id_of(token)
+    expected = f"{path}: document 31 of 34 holds {token} \\(id {index}\\), which objective {objective} puts"
+    with pytest.raises(DataError, match=expected):
+        run(home, objective, data=[str(home / "texts.jsonl"), str(path)])
+    other = "denoise" if objective == "spans" else "spans"
+    run(home, other, data=[str(path)])
 
 
 def test_few_pairs_are_held_out_whole(home: Path, tmp_path: Path) -> None:

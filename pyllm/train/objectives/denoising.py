@@ -88,6 +88,15 @@ class Denoising(ABC):
         return [type(self).__name__, self._share, self._mean_span, self._seed]
 
 
+def check_sentinels(sentinels: Sequence[int]) -> None:
+    """Raise `ConfigError` where there are none."""
+    if not sentinels:
+        raise ConfigError(
+            "objective spans: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
+            "(train-tokenizer --sentinels 100), or train with another objective"
+        )
+
+
 class CorruptedSpans(Denoising):
     """T5's: `share` of a text's tokens are taken out in spans, a sentinel standing for each, and the decoder writes
     each sentinel and what it stands for.
@@ -98,11 +107,7 @@ class CorruptedSpans(Denoising):
     """
 
     def __init__(self, data: Data, form: PairForm, sentinels: Sequence[int], **options: Any) -> None:
-        if not sentinels:
-            raise ConfigError(
-                "objective spans: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
-                "(train-tokenizer --sentinels 100), or train with another objective"
-            )
+        check_sentinels(sentinels)
         self._sentinels = np.array(sentinels, np.int32)
         super().__init__(data, form, **options)
 
