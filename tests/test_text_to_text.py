@@ -264,6 +264,19 @@ def test_words_are_masked_as_a_whole() -> None:
         assert abs(len(gone) - 0.3 * len(words)) <= 3
 
 
+@pytest.mark.parametrize("begins", [(), (100,), (10,), range(10, 70)])
+@pytest.mark.parametrize("share", [0.3, 0.99])
+def test_something_of_every_text_is_kept(begins: Any, share: float) -> None:
+    lengths = (2, 2, 3, 4, 40)
+    data = InfilledText(Texts(lengths), FORM, MASK, (), begins, context=60, share=share, mean_span=3.0, seed=0)
+    for _ in range(30):
+        for (source, target), length in zip(taken_apart(data.next_batch()), lengths, strict=True):
+            kept = [token for token in source if token != MASK]
+            assert len(target) == length and 0 < len(kept) < length and set(kept) <= set(target)
+            if begins == (100,) and share == 0.3:  # of one word: as if each token were one
+                assert len(kept) == length - max(1, round(0.3 * length))
+
+
 @pytest.mark.parametrize("make", [corrupted, infilled])
 def test_damage_is_decided_by_the_seed(make: Callable[..., Denoising]) -> None:
     data = make()
@@ -382,6 +395,27 @@ def test_texts_of_a_file_become_no_longer_than_the_context(home: Path, objective
         if packing == "plain":
             del given["data"]
             assert plan_of_run(given).shape.all_tokens == len(batch[0]) + len(batch[3])
+
+
+def test_sentences_of_scripts_without_spaces(tmp_path: Path) -> None:
+    """A byte-level vocabulary has their ends, with or without what closes a quotation, under names of bytes."""
+    texts = ["狐狸跑。猫睡觉。", "狗叫。」鸟飞。", 'A fox runs."It sleeps'] * 20
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer([path], tmp_path / "tokenizer", vocab_size=320, special=("<pad>", "<mask>"))
+    values = {"arch": "bart", "data": [str(path)], "data_cache": str(tmp_path / "cache"), "mask_share": 0.1}
+    setup, _ = run(tmp_path, "denoise", valid_share=0, **values)
+    tokenizer, swapped = Tokenizer.load(tmp_path / "tokenizer"), set()
+    for end in ("。", "。」", '."'):
+        assert len(tokenizer.encode(end, add_special_tokens=False)) == 1
+    for _ in range(20):
+        _, _, _, source, bounds = setup.train.next_batch()
+        for begin, stop in pairwise(bounds.tolist()):
+            text = tokenizer.decode(source[begin:stop])
+            for first, second in ("狐猫", "狗鸟", ("fox", "It")):
+                if -1 < text.find(second) < text.find(first):
+                    swapped.add(first)
+    assert swapped == {"狐", "狗", "fox"}
 
 
 def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ WITH_MASK = ("mlm", "rtd", "denoise")  # these hide tokens behind the tokenizer'
 MASK_SHARES = {"denoise": 0.3}  # of a text; else:
 MASK_SHARE = 0.15
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+CLOSING = " \n\"')]}\u00bb\u2019\u201d\u300d\u300f\uff09\u3011\u300b"  # what may follow the end in the same token
 WORD_BEGINS = ("\u0120", "\u2581")  # a space before the word, as byte-level and SentencePiece vocabularies write it
 
 
@@ -280,9 +281,9 @@ class _Aim:
     def _infilled(self, texts: Data, options: Mapping[str, Any]) -> InfilledText:
         loaded = self._tokenizer
         assert loaded is not None
-        names = [(i, loaded.token_of(i) or "") for i in range(loaded.vocab_size) if i not in loaded.special_ids]
-        ends = [i for i, name in names if name.endswith(SENTENCE_ENDS)]
-        begins = [i for i, name in names if name.startswith(WORD_BEGINS)]
+        ordinary = [i for i in range(loaded.vocab_size) if i not in loaded.special_ids]
+        ends = [i for i in ordinary if loaded.decode([i]).rstrip(CLOSING).endswith(SENTENCE_ENDS)]
+        begins = [i for i in ordinary if (loaded.token_of(i) or "").startswith(WORD_BEGINS)]
         return InfilledText(texts, self.form, self._mask, ends, begins, **options)
 
 
