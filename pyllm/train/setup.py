@@ -233,7 +233,7 @@ class _Aim:
             return self._masked(texts)
         if objective == "rtd":
             assert self._generator is not None
-            return ReplacedTokens(self._masked(texts), self._generator.propose, seed)
+            return ReplacedTokens(self._masked(texts), self._generator.propose, seed, self._generator.key)
         if objective == "blanks":
             end = next(iter(spec.eos_token_ids), None)
             return BlankedTokens(
