@@ -429,6 +429,9 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
         ("seq2seq", {}, "expected pairs for seq2seq"),
         ("spans", {"context": 3}, "context: expected at least 4 tokens for spans, got 3"),
         ("seq2seq", {"init_std": 0.1}, "init_std: expected none, as the first weights of T5 follow from its sizes"),
+        ("seq2seq", {"data": pairs, "mask_share": 0.2}, "mask_share: expected none for seq2seq"),
+        ("causal", {"arch": "gpt2", "mean_span": 4.0}, "mean_span: expected none for causal"),
+        ("denoise", {"mask_rule": "bernoulli"}, "mask_rule: expected none for denoise"),
         ("seq2seq", {"arch": "bart", "tie": False}, "tie: BART has one matrix"),
         ("seq2seq", {"tokenizer": None, "vocab_size": 300}, "tokenizer: expected one with an end token for t5"),
     ]:

@@ -36,6 +36,12 @@ DEFAULT_CONTEXT = 256
 CONTEXTS = 8  # in a micro-batch, unless told
 OF_ENCODER_DECODERS = ("seq2seq", "spans", "denoise")
 WITH_MASK = ("mlm", "rtd", "denoise")  # these hide tokens behind the tokenizer's mask
+READ_BY = {  # settings that only these objectives read
+    "generator": ("rtd",),
+    "mask_share": ("mlm", "rtd", "spans", "denoise"),
+    "mean_span": ("spans", "denoise"),
+    "mask_rule": ("mlm", "rtd"),
+}
 MASK_SHARES = {"denoise": 0.3}  # of a text; else:
 MASK_SHARE = 0.15
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
@@ -311,8 +317,9 @@ def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None
     if objective not in fitting:
         expected = " or ".join((", ".join(fitting[:-1]), fitting[-1])) if len(fitting) > 1 else fitting[0]
         raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
-    if config.generator is not None and objective != "rtd":
-        raise ConfigError(f"generator: expected none for {objective}, which has no use for it: leave it out")
+    for name, readers in READ_BY.items():
+        if getattr(config, name) != getattr(RunConfig, name) and objective not in readers:
+            raise ConfigError(f"{name}: expected none for {objective}, which has no use for it: leave it out")
     if spec.encoder is not None and config.mask_prompt:
         raise ConfigError(
             "mask_prompt: expected no for a model with an encoder, whose targets alone count: leave it out"
