@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -121,8 +122,10 @@ def test_what_is_replaced(special: tuple[int, ...]) -> None:
         assert MASK not in replaced
         assert labels[ordinary].sum() > 20
     state = data.state()
-    assert state == masked(seed=5).state() | {"masked": 3, "data": {"position": 3}}
+    assert state == masked(seed=5).state() | {"masked": 3, "data": {"position": 3}, "generator": ""}
     data.load_state(state)
+    with pytest.raises(DataError, match="generator: the run's tokens were replaced by another one"):
+        ReplacedTokens(masked(seed=5, special=special), propose, key="other").load_state(state)
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -186,6 +189,14 @@ def test_replaced_tokens_are_learnt_and_a_resumed_run_is_the_same(tmp_path: Path
     trainer("stopped", resume=True).run()
     resumed = trainer("stopped", resume=True)
     np.testing.assert_array_equal(resumed.parameters.weights, whole.parameters.weights)
+    for name, changed in [("weights", "model.safetensors"), ("config", "config.json")]:
+        other = Path(shutil.copytree(folder, tmp_path / name))
+        content = (other / changed).read_bytes()
+        (other / changed).write_bytes(content + b"\n" if name == "config" else content[:-1] + b"\x3d")
+        with pytest.raises(DataError, match="generator: the run's tokens were replaced by another one"):
+            trainer("stopped", resume=True, generator=str(other))
+    same = str(shutil.copytree(folder, tmp_path / "same"))
+    trainer("stopped", resume=True, generator=same)
     for values, message in [
         ({"generator": None}, "generator: expected the folder of a model that fills masks, as rtd needs one"),
         ({"objective": "mlm"}, "objective: expected rtd for this electra model, got 'mlm'"),

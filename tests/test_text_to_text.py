@@ -273,6 +273,19 @@ def test_words_are_masked_as_a_whole() -> None:
         assert abs(len(gone) - 0.3 * len(words)) <= 3
 
 
+@pytest.mark.parametrize("begins", [(), (100,), (10,), range(10, 70)])
+@pytest.mark.parametrize("share", [0.3, 0.99])
+def test_something_of_every_text_is_kept(begins: Any, share: float) -> None:
+    lengths = (2, 2, 3, 4, 40)
+    data = InfilledText(Texts(lengths), FORM, MASK, (), begins, context=60, share=share, mean_span=3.0, seed=0)
+    for _ in range(30):
+        for (source, target), length in zip(taken_apart(data.next_batch()), lengths, strict=True):
+            kept = [token for token in source if token != MASK]
+            assert len(target) == length and 0 < len(kept) < length and set(kept) <= set(target)
+            if begins == (100,) and share == 0.3:  # of one word: as if each token were one
+                assert len(kept) == length - max(1, round(0.3 * length))
+
+
 @pytest.mark.parametrize("make", [corrupted, infilled])
 def test_damage_is_decided_by_the_seed(make: Callable[..., Denoising]) -> None:
     data = make()
@@ -393,6 +406,27 @@ def test_texts_of_a_file_become_no_longer_than_the_context(home: Path, objective
             assert plan_of_run(given).shape.all_tokens == len(batch[0]) + len(batch[3])
 
 
+def test_sentences_of_scripts_without_spaces(tmp_path: Path) -> None:
+    """A byte-level vocabulary has their ends, with or without what closes a quotation, under names of bytes."""
+    texts = ["狐狸跑。猫睡觉。", "狗叫。」鸟飞。", 'A fox runs."It sleeps'] * 20
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer([path], tmp_path / "tokenizer", vocab_size=320, special=("<pad>", "<mask>"))
+    values = {"arch": "bart", "data": [str(path)], "data_cache": str(tmp_path / "cache"), "mask_share": 0.1}
+    setup, _ = run(tmp_path, "denoise", valid_share=0, **values)
+    tokenizer, swapped = Tokenizer.load(tmp_path / "tokenizer"), set()
+    for end in ("。", "。」", '."'):
+        assert len(tokenizer.encode(end, add_special_tokens=False)) == 1
+    for _ in range(20):
+        _, _, _, source, bounds = setup.train.next_batch()
+        for begin, stop in pairwise(bounds.tolist()):
+            text = tokenizer.decode(source[begin:stop])
+            for first, second in ("狐猫", "狗鸟", ("fox", "It")):
+                if -1 < text.find(second) < text.find(first):
+                    swapped.add(first)
+    assert swapped == {"狐", "狗", "fox"}
+
+
 def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     pairs = [str(home / "pairs.jsonl")]
     for objective, values, message in [
@@ -404,16 +438,20 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
         ("seq2seq", {}, "expected pairs for seq2seq"),
         ("spans", {"context": 3}, "context: expected at least 4 tokens for spans, got 3"),
         ("seq2seq", {"init_std": 0.1}, "init_std: expected none, as the first weights of T5 follow from its sizes"),
+        ("seq2seq", {"data": pairs, "mask_share": 0.2}, "mask_share: expected none for seq2seq"),
+        ("causal", {"arch": "gpt2", "mean_span": 4.0}, "mean_span: expected none for causal"),
+        ("denoise", {"mask_rule": "bernoulli"}, "mask_rule: expected none for denoise"),
         ("seq2seq", {"arch": "bart", "tie": False}, "tie: BART has one matrix"),
         ("seq2seq", {"tokenizer": None, "vocab_size": 300}, "tokenizer: expected one with an end token for t5"),
     ]:
         with pytest.raises((ConfigError, DataError), match=message):
             run(home, objective, valid_share=0, **values)
     train_tokenizer([home / "texts.jsonl"], tmp_path / "bare", vocab_size=270)
+    bare = {"tokenizer": str(tmp_path / "bare"), "data": ["missing.jsonl"]}  # refused before any text is read
     with pytest.raises(ConfigError, match="denoise needs a tokenizer with a mask token"):
-        run(home, "denoise", tokenizer=str(tmp_path / "bare"))
+        run(home, "denoise", **bare)
     with pytest.raises(ConfigError, match="expected a tokenizer with sentinels"):
-        run(home, "spans", tokenizer=str(tmp_path / "bare"))
+        run(home, "spans", **bare)
     mbart = {**json.loads((GOLDEN / "mbart" / "config.json").read_text()), "decoder_start_token_id": None,
              "vocab_size": 400}  # fmt: skip
     tiny_model.write_tokenizer(tmp_path)
@@ -428,6 +466,20 @@ def test_sources_and_targets_may_have_different_room() -> None:
     assert Pairs(longest, FORM, 8, longest_target=7).count() == 1
     with pytest.raises(DataError, match="a target of more than the 6 tokens that there is room for"):
         Pairs(longest, FORM, 8, longest_target=6)
+
+
+@pytest.mark.parametrize(("objective", "token"), [("spans", "<extra_id_3>"), ("denoise", "<mask>")])
+def test_texts_that_hold_what_stands_for_a_span(home: Path, tmp_path: Path, objective: str, token: str) -> None:
+    """They are found before the first step, wherever they are."""
+    texts = ["A fox runs."] * 30 + [f"A fox {token} runs."] + ["It sleeps!"] * 3
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    index = Tokenizer.load(home / "tokenizer").id_of(token)
+    expected = f"{path}: document 31 of 34 holds {token} \\(id {index}\\), which objective {objective} puts"
+    with pytest.raises(DataError, match=expected):
+        run(home, objective, data=[str(home / "texts.jsonl"), str(path)])
+    other = "denoise" if objective == "spans" else "spans"
+    run(home, other, data=[str(path)])
 
 
 def test_few_pairs_are_held_out_whole(home: Path, tmp_path: Path) -> None:

@@ -273,6 +273,9 @@ def test_a_run_needs_the_objective_that_its_model_was_made_for(tmp_path: Path) -
     data = prepare(config, theirs.seed, objective="blanks").train
     tokens, _, starts, *_ = data.next_batch()
     assert (planned.tokens, planned.sequences) == (len(tokens), len(starts) - 1)
+    write_bin(tmp_path / "data.bin", np.append(np.arange(3, 58), 60))
+    with pytest.raises(DataError, match=r"data.bin: document 1 of 1 holds w60 \(id 60\), which objective blanks puts"):
+        prepare(config, theirs.seed, objective="blanks")
     assert planned.tokens > 32 * 8
 
 

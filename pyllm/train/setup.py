@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyllm.errors import ConfigError
+from pyllm.errors import ConfigError, DataError
 from pyllm.folder import read_config, resolve
 from pyllm.generation_config import GenerationConfig
 from pyllm.models import family_of
@@ -20,8 +20,8 @@ from pyllm.tokenizer import Tokenizer
 from pyllm.train.architectures import new_config
 from pyllm.train.data import PackedData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
-from pyllm.train.objectives.blanks import BlankedTokens
-from pyllm.train.objectives.denoising import CorruptedSpans, Denoising, InfilledText
+from pyllm.train.objectives.blanks import BlankedTokens, reserved_ids
+from pyllm.train.objectives.denoising import CorruptedSpans, InfilledText, check_sentinels
 from pyllm.train.objectives.generator import Generator
 from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.objectives.prefix import SplitTokens
@@ -35,9 +35,17 @@ from pyllm.train.trainer import shape_of
 DEFAULT_CONTEXT = 256
 CONTEXTS = 8  # in a micro-batch, unless told
 OF_ENCODER_DECODERS = ("seq2seq", "spans", "denoise")
+WITH_MASK = ("mlm", "rtd", "denoise")  # these hide tokens behind the tokenizer's mask
+READ_BY = {  # settings that only these objectives read
+    "generator": ("rtd",),
+    "mask_share": ("mlm", "rtd", "spans", "denoise"),
+    "mean_span": ("spans", "denoise"),
+    "mask_rule": ("mlm", "rtd"),
+}
 MASK_SHARES = {"denoise": 0.3}  # of a text; else:
 MASK_SHARE = 0.15
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+CLOSING = " \n\"')]}\u00bb\u2019\u201d\u300d\u300f\uff09\u3011\u300b"  # what may follow the end in the same token
 WORD_BEGINS = ("\u0120", "\u2581")  # a space before the word, as byte-level and SentencePiece vocabularies write it
 
 
@@ -125,6 +133,7 @@ def prepare(
         whole = objective == "seq2seq"
         training, held = map(list, zip(*(store.split(config.valid_share, whole) for store in training), strict=True))
     _check_ids(model, stores)
+    aim.check_texts(stores)
     if objective == "seq2seq":
         pairs = PairedData(training, aim.form, context=context, tokens=tokens, weights=config.weights, seed=seed)
         others = PairedData(held, aim.form, context=context, tokens=tokens, seed=seed, like=pairs) if held else None
@@ -171,13 +180,22 @@ class _Aim:
         self._config, self._objective, self._seed = config, objective, seed
         self._spec = family_of(values).read(values)
         _check_objective(self._spec, objective, config)
-        self._tokenizer = Tokenizer.load(tokenizer) if tokenizer is not None else None
+        self._tokenizer = loaded = Tokenizer.load(tokenizer) if tokenizer is not None else None
+        if objective == "rtd" and config.generator is None:
+            raise ConfigError("generator: expected the folder of a model that fills masks, as rtd needs one, got none")
+        if objective in WITH_MASK and (loaded is None or loaded.mask_token_id is None):
+            raise ConfigError(
+                f"objective: {objective} needs a tokenizer with a mask token (mask_token in tokenizer_config.json)"
+            )
+        self._sentinels = _sentinels(loaded) if objective == "spans" and loaded is not None else []
         self._context, around = context, 0
         self._generator: Generator | None = None
         if objective in OF_ENCODER_DECODERS:
             own = GenerationConfig.read(model, self._spec.vocab_size) if isinstance(model, Path) else None
             self.form = pair_form(self._spec, self._tokenizer, own)
             around = max(self.form.around_source, self.form.around_target) if objective != "seq2seq" else 0
+        if objective == "spans":
+            check_sentinels(self._sentinels)
         self.text_context = context - around
         if self.text_context < 1 + bool(around):
             raise ConfigError(f"context: expected at least {around + 2} tokens for {objective}, got {context}")
@@ -186,10 +204,25 @@ class _Aim:
         """Tokens of texts that become a micro-batch of `tokens`."""
         return tokens - tokens // self._context * (self._context - self.text_context)
 
+    def check_texts(self, stores: Sequence[TokenStore]) -> None:
+        """Raise `DataError` for a text that holds what the objective puts in place of what it hides."""
+        reserved, step = self._reserved, 1 << 20
+        for store in stores if reserved else ():
+            for first in range(0, len(store.tokens), step):
+                held = np.isin(store.tokens[first : first + step], reserved)
+                if not held.any():
+                    continue
+                place = first + int(held.argmax())
+                token, document = int(store.tokens[place]), int(np.searchsorted(store.ends, place, "right")) + 1
+                spelt = None if self._tokenizer is None else self._tokenizer.token_of(token)
+                raise DataError(
+                    f"{store.name}: document {document} of {len(store.ends)} holds {spelt or 'a token'} (id {token}), "
+                    f"which objective {self._objective} puts into texts itself: take it out of the document"
+                )
+
     def load_generator(self, texts: PackedData, threads: int | None) -> None:
         """Have the model whose tokens are detected, for micro-batches like these."""
-        if self._config.generator is None:
-            raise ConfigError("generator: expected the folder of a model that fills masks, as rtd needs one, got none")
+        assert self._config.generator is not None
         self._generator = Generator(
             resolve(self._config.generator),
             self._spec,
@@ -206,7 +239,7 @@ class _Aim:
             return self._masked(texts)
         if objective == "rtd":
             assert self._generator is not None
-            return ReplacedTokens(self._masked(texts), self._generator.propose, seed)
+            return ReplacedTokens(self._masked(texts), self._generator.propose, seed, self._generator.key)
         if objective == "blanks":
             end = next(iter(spec.eos_token_ids), None)
             return BlankedTokens(
@@ -214,8 +247,24 @@ class _Aim:
             )
         if objective in ("spans", "denoise"):
             options = {"context": self.text_context, "share": self._share, "mean_span": config.mean_span, "seed": seed}
-            return self._corrupted(texts, options) if objective == "spans" else self._infilled(texts, options)
+            if objective == "spans":
+                return CorruptedSpans(texts, self.form, self._sentinels, **options)
+            return self._infilled(texts, options)
         return SplitTokens(texts, seed) if objective == "prefix" else texts
+
+    @property
+    def _reserved(self) -> list[int]:
+        """Tokens that no text may hold."""
+        if self._objective == "blanks":
+            return reserved_ids(self._spec.prefix) if self._spec.prefix is not None else []
+        if self._objective == "denoise":
+            return [self._mask]
+        return self._sentinels
+
+    @property
+    def _mask(self) -> int:
+        assert self._tokenizer is not None and self._tokenizer.mask_token_id is not None
+        return self._tokenizer.mask_token_id
 
     @property
     def _share(self) -> float:
@@ -224,11 +273,10 @@ class _Aim:
 
     def _masked(self, texts: Data) -> MaskedTokens:
         loaded = self._tokenizer
-        if loaded is None or loaded.mask_token_id is None:
-            raise _no_mask(self._objective)
+        assert loaded is not None
         return MaskedTokens(
             texts,
-            mask=loaded.mask_token_id,
+            mask=self._mask,
             special=loaded.special_ids,
             vocab_size=loaded.vocab_size,
             share=self._share,
@@ -236,28 +284,20 @@ class _Aim:
             seed=self._seed,
         )
 
-    def _corrupted(self, texts: Data, options: Mapping[str, Any]) -> Denoising:
-        assert self._tokenizer is not None
-        sentinels: list[int] = []
-        while (sentinel := self._tokenizer.id_of(SENTINEL.format(len(sentinels)))) is not None:
-            sentinels.append(sentinel)
-        return CorruptedSpans(texts, self.form, sentinels, **options)
-
-    def _infilled(self, texts: Data, options: Mapping[str, Any]) -> Denoising:
+    def _infilled(self, texts: Data, options: Mapping[str, Any]) -> InfilledText:
         loaded = self._tokenizer
         assert loaded is not None
-        if loaded.mask_token_id is None:
-            raise _no_mask("denoise")
-        names = [(i, loaded.token_of(i) or "") for i in range(loaded.vocab_size) if i not in loaded.special_ids]
-        ends = [i for i, name in names if name.endswith(SENTENCE_ENDS)]
-        begins = [i for i, name in names if name.startswith(WORD_BEGINS)]
-        return InfilledText(texts, self.form, loaded.mask_token_id, ends, begins, **options)
+        ordinary = [i for i in range(loaded.vocab_size) if i not in loaded.special_ids]
+        ends = [i for i in ordinary if loaded.decode([i]).rstrip(CLOSING).endswith(SENTENCE_ENDS)]
+        begins = [i for i in ordinary if (loaded.token_of(i) or "").startswith(WORD_BEGINS)]
+        return InfilledText(texts, self.form, self._mask, ends, begins, **options)
 
 
-def _no_mask(objective: str) -> ConfigError:
-    return ConfigError(
-        f"objective: {objective} needs a tokenizer with a mask token (mask_token in tokenizer_config.json)"
-    )
+def _sentinels(tokenizer: Tokenizer) -> list[int]:
+    found: list[int] = []
+    while (sentinel := tokenizer.id_of(SENTINEL.format(len(found)))) is not None:
+        found.append(sentinel)
+    return found
 
 
 def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
@@ -277,8 +317,9 @@ def _check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None
     if objective not in fitting:
         expected = " or ".join((", ".join(fitting[:-1]), fitting[-1])) if len(fitting) > 1 else fitting[0]
         raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
-    if config.generator is not None and objective != "rtd":
-        raise ConfigError(f"generator: expected none for {objective}, which has no use for it: leave it out")
+    for name, readers in READ_BY.items():
+        if getattr(config, name) != getattr(RunConfig, name) and objective not in readers:
+            raise ConfigError(f"{name}: expected none for {objective}, which has no use for it: leave it out")
     if spec.encoder is not None and config.mask_prompt:
         raise ConfigError(
             "mask_prompt: expected no for a model with an encoder, whose targets alone count: leave it out"

@@ -131,7 +131,7 @@ def _of_bin(path: Path, tokenizer: Tokenizer | None) -> TokenStore:
     tokens = read_bin(path, tokenizer.vocab_size if tokenizer else None)
     final = tokenizer.eos_token_ids if tokenizer is not None else ()
     ends = np.append(np.flatnonzero(np.isin(tokens, final)) + 1 if final else [], len(tokens)).astype(np.int64)
-    key = _digest(path) + "".join(f"-{token}" for token in final)
+    key = digest(path) + "".join(f"-{token}" for token in final)
     return TokenStore(tokens, np.unique(ends), None, True, key, str(path))
 
 
@@ -240,17 +240,18 @@ def _opened(folder: Path, key: str, name: str) -> TokenStore:
 
 
 def _key(path: Path, tokenizer_folder: Path) -> str:
-    parts = [str(FORMAT), path.suffix, _digest(path)]
+    parts = [str(FORMAT), path.suffix, digest(path)]
     for name in TOKENIZER_FILES:
         file = tokenizer_folder / name
         if file.is_file():
-            parts += [name, _digest(file)]
+            parts += [name, digest(file)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's content, 32 hexadecimal digits."""
     with path.open("rb") as file:
-        digest = hashlib.blake2b(digest_size=16)
+        state = hashlib.blake2b(digest_size=16)
         while data := file.read(1 << 20):
-            digest.update(data)
-        return digest.hexdigest()
+            state.update(data)
+        return state.hexdigest()

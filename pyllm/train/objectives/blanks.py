@@ -91,9 +91,9 @@ class BlankedTokens:
     def _blank(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32, I32]:
         """Tokens, labels and first positions of a text with spans blanked."""
         start, mask = self._start, self._rule.mask_ids[-1][-1]
-        known = [start, *(mask for group in self._rule.mask_ids for mask in group)]
-        if np.isin(text, known).any():
-            raise DataError(f"objective blanks: a text holds a start token or a mask (ids {known}) already")
+        reserved = reserved_ids(self._rule)
+        if np.isin(text, reserved).any():
+            raise DataError(f"objective blanks: a text holds a start token or a mask (ids {reserved}) already")
         spans = self._spans(len(text), rng)
         kept: list[int] = []
         places, end = [], 0
@@ -119,6 +119,12 @@ class BlankedTokens:
             drawn = int(np.clip(rng.poisson(MEAN_SPAN), 1, LONGEST_SPAN))
             sizes.append(min(drawn, wanted - sum(sizes)))
         return spread(sizes, length, rng)
+
+
+def reserved_ids(rule: PrefixSpec) -> list[int]:
+    """Tokens that no text may hold: start token and masks of a model that fills blanks."""
+    start = [] if rule.start_id is None else [rule.start_id]
+    return [*start, *(mask for group in rule.mask_ids for mask in group)]
 
 
 def _most_spans(rule: PrefixSpec, tokens: int) -> int:

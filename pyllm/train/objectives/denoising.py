@@ -88,6 +88,15 @@ class Denoising(ABC):
         return [type(self).__name__, self._share, self._mean_span, self._seed]
 
 
+def check_sentinels(sentinels: Sequence[int]) -> None:
+    """Raise `ConfigError` where there are none."""
+    if not sentinels:
+        raise ConfigError(
+            "objective spans: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
+            "(train-tokenizer --sentinels 100), or train with another objective"
+        )
+
+
 class CorruptedSpans(Denoising):
     """T5's: `share` of a text's tokens are taken out in spans, a sentinel standing for each, and the decoder writes
     each sentinel and what it stands for.
@@ -98,11 +107,7 @@ class CorruptedSpans(Denoising):
     """
 
     def __init__(self, data: Data, form: PairForm, sentinels: Sequence[int], **options: Any) -> None:
-        if not sentinels:
-            raise ConfigError(
-                "objective spans: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
-                "(train-tokenizer --sentinels 100), or train with another objective"
-            )
+        check_sentinels(sentinels)
         self._sentinels = np.array(sentinels, np.int32)
         super().__init__(data, form, **options)
 
@@ -136,7 +141,8 @@ class InfilledText(Denoising):
     each, and the decoder writes the text as it was.
 
     Spans have a number of words by Poisson's distribution, with a mean of `mean_span`; one of none is a mask between
-    two words. No two touch.
+    two words. No two touch. In a text of one word, as in scripts without spaces, each token is taken for a word; at
+    least one word is kept.
 
     Args:
         mask: the token that stands for a span.
@@ -160,7 +166,7 @@ class InfilledText(Denoising):
         if (text == self._mask).any():
             raise DataError(f"objective denoise: a text holds a mask (id {self._mask}) already")
         words = self._words(self._permuted(text, rng))
-        wanted, sizes = max(1, round(self._share * len(words))), list[int]()
+        wanted, sizes = min(max(1, round(self._share * len(words))), len(words) - 1), list[int]()
         while sum(sizes) < wanted:
             sizes.append(min(int(rng.poisson(self._mean_span)), wanted - sum(sizes)))
         most = min(wanted, len(words) - wanted + 1)  # masks: the source is no longer than the text, and no two touch
@@ -178,6 +184,5 @@ class InfilledText(Denoising):
         return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
 
     def _words(self, text: I32) -> list[I32]:
-        if not len(self._begins):
-            return np.split(text, len(text))
-        return np.split(text, np.flatnonzero(np.isin(text[1:], self._begins)) + 1)
+        begins = np.flatnonzero(np.isin(text[1:], self._begins)) + 1
+        return np.split(text, begins if len(begins) else len(text))

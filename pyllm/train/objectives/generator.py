@@ -18,13 +18,14 @@ from pyllm.packed import pack_weights, precision_of
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.train.memory import cache_blocks, table_width
 from pyllm.train.report import I32
+from pyllm.train.token_store import digest
 
 
 class Generator:
     """The model in `folder`, in float32, for micro-batches of `tokens` tokens in at most `sequences` sequences.
 
     Raises `ConfigError` for a model that fills no masks, or not for texts of `reader`, the spec of who reads what it
-    proposes, of up to `context` tokens.
+    proposes, of up to `context` tokens. `key` identifies the content of its config.json and its weights.
     """
 
     def __init__(self, folder: Path, reader: ModelSpec, ops: Ops, *, tokens: int, sequences: int, context: int) -> None:
@@ -38,6 +39,8 @@ class Generator:
                     f"{folder} has {spec.vocab_size} and {spec.max_positions}"
                 )
             weights = pack_weights(checkpoint, ops, precision_of(checkpoint, "float32"))
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        self.key = "-".join(map(digest, files))
         self._model, self._ops = Model(spec, weights), ops
         self._batch = Batch.empty(tokens, sequences, table_width(spec, tokens), spec)
         self._cache = KVCache(spec, cache_blocks(tokens, sequences), SCRATCH_DTYPE, shared=True)

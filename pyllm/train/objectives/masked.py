@@ -104,11 +104,12 @@ class ReplacedTokens:
 
     `masked` chooses them, and `propose` gives the tokens that stand in their place, drawn from a generator that sees
     the masked text; one that it guesses right is not a replacement. What is drawn is a function of `seed` and the
-    micro-batch's number. Labels are float32 [T, 1], NaN for special tokens and padding.
+    micro-batch's number. Labels are float32 [T, 1], NaN for special tokens and padding. A run goes on only with the
+    generator of the same `key`.
     """
 
-    def __init__(self, masked: MaskedTokens, propose: Propose, seed: int = 0) -> None:
-        self._masked, self._propose, self._seed = masked, propose, seed
+    def __init__(self, masked: MaskedTokens, propose: Propose, seed: int = 0, key: str = "") -> None:
+        self._masked, self._propose, self._seed, self._key = masked, propose, seed, key
 
     def next_batch(self) -> tuple[I32, NDArray[np.float32], I32]:
         """Tokens with some replaced [T], labels [T, 1] and starts [B + 1]."""
@@ -123,8 +124,13 @@ class ReplacedTokens:
 
     def state(self) -> dict[str, Any]:
         """See :class:`pyllm.train.Data`."""
-        return self._masked.state()
+        return {**self._masked.state(), "generator": self._key}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`pyllm.train.Data`."""
+        if state.get("generator") != self._key:
+            raise DataError(
+                "generator: the run's tokens were replaced by another one (config.json or weights differ): go on with "
+                "that, or begin a new run"
+            )
         self._masked.load_state(state)
