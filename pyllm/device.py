@@ -95,6 +95,7 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for all that the stream was given; raises what went wrong in it."""
+        self._ready()
         self._stream.sync()
 
     def synchronize_all(self) -> None:
@@ -197,6 +198,7 @@ class Device:
                 f"write: expected {list(target.shape)} of {target.dtype}, got {list(source.shape)} of {source.dtype}"
             )
         if isinstance(source, DeviceArray):
+            self._ready()
             if target.nbytes:
                 _buffer_of(target).copy_from(_buffer_of(source), stream=self._lane)
             return
@@ -244,6 +246,7 @@ class Device:
 
     def record(self) -> Any:
         """An event of cuda.core at this point of the stream; its ``sync()`` waits for all before it."""
+        self._ready()
         return self._stream.record()
 
     def begin_graph(self) -> None:

@@ -223,6 +223,23 @@ def test_a_recording_that_fails_leaves_nothing_behind(gpu, monkeypatch, step):
     assert gpu.end_graph().nodes == 1
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda gpu, x, y: gpu.write(x, y), lambda gpu, x, y: gpu.synchronize(), lambda gpu, x, y: gpu.record(),
+        lambda gpu, x, y: gpu.stream, lambda gpu, x, y: y.numpy(), lambda gpu, x, y: gpu.upload(numbers(2)),
+    ],
+    ids=["write", "synchronize", "record", "stream", "read", "upload"],
+)  # fmt: skip
+def test_a_new_thread_makes_the_device_current_first(gpu, monkeypatch, call):
+    made, x, y = [], *(gpu.upload(numbers(2)) for _ in range(2))
+    monkeypatch.setattr(gpu._core, "set_current", lambda: made.append(threading.get_ident()))
+    other = threading.Thread(target=call, args=(gpu, x, y))
+    other.start()
+    other.join()
+    assert made == [other.ident]
+
+
 def test_an_event_waits_for_what_was_before_it_and_no_more(gpu):
     source, targets = gpu.upload(numbers(3)), [np.zeros(3, np.float32) for _ in range(2)]
     gpu.fetch(targets[0], source)
