@@ -9,7 +9,7 @@ stays. A table of at most 40 lines comes last. ``--only STEP,...`` runs some ste
 the emulated GPU of the tests, to check the program itself.
 
 Figures are fractions of roofs of the same run: bytes over the read stream, operations over torch's product of 8192^3
-where torch is installed with CUDA. Weights lie in as many copies as the L2 cannot hold.
+where torch is installed with CUDA. Weights and caches lie in as many copies as the L2 cannot hold.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ def row_of(name: str, unit: str, value: float, **more: Any) -> Row:
 
 
 def decoding(gpu: Any, ops: Any, n: int, k: int, batches: tuple[int, ...], cached: int, name: str) -> Iterator[Row]:
-    """Products of few rows with weights [n, k], in turns over copies of more than `cached` bytes together."""
+    """Products of few rows with weights [n, k], in turns over copies of at least `cached` bytes together."""
     from ml_dtypes import bfloat16
 
     from pyllm.cuda_ops import DeviceMatrix
@@ -373,9 +373,7 @@ def product(gpu: Any, ops: Any, m: int, n: int, k: int, name: str) -> Iterator[R
 def attention(
     gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: int, cached: int, name: str
 ) -> Iterator[Row]:
-    """Attention of a prompt of `length` tokens, and of one token after so many, in turns over caches of more than
-    `cached` bytes together.
-    """
+    """Attention of a prompt of `length` tokens, and of one token after so many; caches of `cached` bytes take turns."""
     from ml_dtypes import bfloat16
 
     blocks = length // 64

@@ -6,8 +6,9 @@ import importlib.util
 import json
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cuda_host
@@ -122,6 +123,23 @@ def test_products_that_are_wrong_are_an_error(check, monkeypatch):
         monkeypatch.setattr(ops, "matmul", lambda x, w, out: gpu.write(out, zeros))
         with pytest.raises(RuntimeError, match=r"rows \[0, 23, 69\] are wrong: relative error 1"):
             list(check.product(gpu, ops, 70, 24, 64, "wrong"))
+
+
+def test_the_sanitizer_sees_the_kernels_of_hopper(check, monkeypatch):
+    open_emulated, seen = check.device, set()
+
+    @contextmanager
+    def watched(emulated):
+        with open_emulated(emulated) as gpu:
+            for name in ("wgmma_matmul", "wgmma_attention", "skinny_matmul", "split_attention"):
+                launch = getattr(gpu.kernels, name)
+                watch = partial(lambda name, launch, *arguments: seen.add(name) or launch(*arguments), name, launch)
+                monkeypatch.setattr(gpu.kernels, name, watch)
+            yield gpu
+
+    monkeypatch.setattr(check, "device", watched)
+    check.tiny(True)
+    assert seen == {"wgmma_matmul", "wgmma_attention", "skinny_matmul", "split_attention"}
 
 
 def test_all_steps_together_keep_to_eight_minutes(check):
