@@ -2,14 +2,14 @@
 
     python bench/gpu_check.py OUT
 
-Steps run one after the other, each in a process of its own with a deadline, and leave OUT/<step>.json; what fails,
-hangs or is missing is told there and stops no other step, nor does a figure that fails the figures after it; at its
-deadline a step ends with all processes that it started, and what it had found stays. A table of at most 40 lines comes
-last. ``--only STEP,...`` runs some steps, ``--emulated`` all on tiny sizes on the emulated GPU of the tests, to check
-the program itself.
+Steps run one after the other, each in a process of its own with a deadline, and leave OUT/<step>.json and, with all
+that they said, OUT/<step>.log; what fails, hangs or is missing is told there and stops no other step, nor does a figure
+that fails the figures after it; at its deadline a step ends with all processes that it started, and what it had found
+stays. A table of at most 40 lines comes last. ``--only STEP,...`` runs some steps, ``--emulated`` all on tiny sizes on
+the emulated GPU of the tests, to check the program itself.
 
 Figures are fractions of roofs of the same run: bytes over the read stream, operations over torch's product of 8192^3
-where torch is installed with CUDA. Weights lie in as many copies as the L2 cannot hold.
+where torch is installed with CUDA. Weights and caches lie in as many copies as the L2 cannot hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +71,10 @@ def device(emulated: bool) -> Iterator[Any]:
 
 
 def seconds_of(gpu: Any, launch: Callable[[int], None], count: int, rounds: int = 5) -> float:
-    """Seconds of one launch: the median over rounds of a graph of `count` launches, launch(i) being the i-th."""
+    """Seconds of one launch: the median over rounds of a graph of `count` launches, launch(i) being the i-th.
+
+    A round replays the graph for at least 5 ms, so that what the host does at its ends is little of it.
+    """
     launch(0)
     gpu.synchronize()
     gpu.begin_graph()
@@ -80,13 +85,18 @@ def seconds_of(gpu: Any, launch: Callable[[int], None], count: int, rounds: int 
         gpu.drop_graph()
         raise
     graph = gpu.end_graph()
-    times = []
-    for _ in range(rounds + 1):  # the first is not counted
+
+    def replayed(times: int) -> float:
+        """Seconds of one replay, of so many one after the other."""
         began = time.perf_counter()
-        gpu.replay(graph)
+        for _ in range(times):
+            gpu.replay(graph)
         gpu.synchronize()
-        times.append((time.perf_counter() - began) / count)
-    return float(np.median(times[1:]))
+        return (time.perf_counter() - began) / times
+
+    replayed(1)
+    repeats = max(1, math.ceil(5e-3 / replayed(1)))
+    return float(np.median([replayed(repeats) for _ in range(rounds)])) / count
 
 
 @functools.cache
@@ -122,26 +132,37 @@ def torch_gpu() -> Any:
 def missing() -> str | None:
     """Why the pyllm that a fresh process imports cannot use a GPU here; None where it can."""
     code = "from pyllm.device import unavailable; print(unavailable() or '')"
-    done = python("-c", code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **place())
     if done.returncode:
         return f"pyllm cannot be imported: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     return done.stdout.strip() or None
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder beside the package, whose sources it would else take for the installed one."""
+def place() -> Row:
+    """Where Python is to run: in a folder beside the package, whose sources it else takes for the installed one."""
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=environment)
+    return {"cwd": ROOT / "bench", "env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)}}
+
+
+def run_aloud(command: list[str]) -> tuple[int, str]:
+    """Exit status and output of a program, printed as it comes too: a step's log has it at the deadline."""
+    said = []
+    pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **pipes, **place()) as program:
+        for line in program.stdout or ():
+            print(line, end="", flush=True)
+            said.append(line)
+    return program.returncode, "".join(said)
 
 
 def build(emulated: bool) -> Row:
-    """The package with its CUDA kernels, compiled for this GPU alone, unless it is there."""
+    """The package with its CUDA kernels, compiled for this GPU alone where nvidia-smi names it, unless it is there."""
     reason = None if emulated else missing()
     if reason is None:
         return {"already built": True}
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", str(ROOT)]
+    if architecture := architecture_here():
+        command.append(f"-Ccmake.define.PYLLM_CUDA_ARCHITECTURES={architecture}")
     settings = {"PYLLM_CUDA": "on", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
@@ -149,6 +170,22 @@ def build(emulated: bool) -> Row:
     if (still := missing()) is not None:
         raise RuntimeError(f"built, but {still}")
     return {"already built": False}
+
+
+def nvidia_smi(query: str) -> str:
+    """What nvidia-smi says of the GPUs, a line for each; nothing where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+def architecture_here() -> str | None:
+    """The first GPU's architecture as the build takes it, such as 80 or 90a; None where nvidia-smi does not say."""
+    found = re.match(r"(\d+)\.(\d)", nvidia_smi("compute_cap"))
+    if found is None:
+        return None
+    return "90a" if found[0] == "9.0" else found[1] + found[2]
 
 
 def facts(emulated: bool) -> Row:
@@ -161,10 +198,8 @@ def facts(emulated: bool) -> Row:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    if shutil.which("nvidia-smi"):
-        query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current"
+    found["nvidia-smi"] = nvidia_smi(query) or None
     with device(emulated) as gpu:
         found |= {"gpu": gpu.name, "multiprocessors": gpu.multiprocessors, "memory": gpu.memory()}
         found |= {"cuda": gpu.kernels.RUNTIME_VERSION, "architectures": gpu.kernels.ARCHITECTURES}
@@ -214,18 +249,17 @@ def torch_product(torch: Any, m: int, n: int, k: int) -> float:
 
 
 def tests(emulated: bool) -> Row:
-    """Every test that is marked gpu."""
-    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    """Every test that is marked gpu; the log names each."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rA", "-m", "gpu", "-p", "no:cacheprovider"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     if emulated:
         command += ["--emulated-gpu", "-k", "memory_goes", str(ROOT / "tests" / "test_gpu.py")]
     else:
         command += [str(ROOT / "tests")]
-    done = python(*command)
-    found = {"summary": done.stdout.strip().splitlines()[-1:] or [done.stderr[-500:]]}
-    if done.returncode:
-        raise RuntimeError(f"{found['summary']}\n{done.stdout[-4000:]}")
-    return found
+    status, said = run_aloud(command)
+    if status:
+        raise RuntimeError(said[-4000:])
+    return {"summary": said.strip().splitlines()[-1:]}
 
 
 def sanitizer(emulated: bool) -> Row:
@@ -239,15 +273,15 @@ def sanitizer(emulated: bool) -> Row:
         return {"skipped": "compute-sanitizer is not installed"}
     found: Row = {}
     for tool in ("memcheck", "racecheck"):
-        done = subprocess.run([program, "--tool", tool, "--error-exitcode", "9", *tiny], capture_output=True, text=True)
-        found[tool] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+        status, said = run_aloud([program, "--tool", tool, "--error-exitcode", "9", *tiny])
+        found[tool] = "clean" if status == 0 else said[-3000:]
     if any(text != "clean" for text in found.values()):
         raise RuntimeError(json.dumps(found))
     return found
 
 
 def tiny(emulated: bool) -> None:
-    """A tiny model, prompts and decoding."""
+    """A tiny model, a short prompt and one of several tiles, and decoding."""
     import tempfile
 
     import tiny_model
@@ -255,8 +289,11 @@ def tiny(emulated: bool) -> None:
     from pyllm import LLM
 
     with tempfile.TemporaryDirectory() as folder, device(emulated):
-        llm = LLM(tiny_model.make(Path(folder) / "model"), device="cuda", dtype="bfloat16", max_num_seqs=2)
-        llm.generate(["Once upon a time", "The quick brown fox"], max_tokens=4, temperature=0)
+        sizes = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+        model = tiny_model.make(Path(folder) / "model", **sizes)
+        llm = LLM(model, device="cuda", dtype="bfloat16", max_num_seqs=2)
+        prompts = ["Once upon a time", {"prompt_token_ids": [3 + i % 200 for i in range(300)]}]
+        llm.generate(prompts, max_tokens=4, temperature=0)
 
 
 def kernels(emulated: bool) -> Row:
@@ -272,7 +309,7 @@ def kernel_rows(emulated: bool) -> Iterator[Row]:
               "8B down": (4096, 14336), "1B head": (128256, 2048)}  # fmt: skip
     products = [(4096, 4096, 4096), (8192, 8192, 8192), (512, 4096, 4096), (2048, 4096, 4096)]
     attentions, length, batches = [(64, 32, 8), (128, 32, 8)], 2048, DECODE_ROWS
-    cached = 256 << 20  # bytes of weights beyond any L2
+    cached = 256 << 20  # bytes of weights, or of caches, beyond any L2
     if emulated:
         decode, products, cached = {"tiny": (16, 64), "long": (16, 14336)}, [(32, 16, 64)], 4096
         attentions, length, batches = [(64, 2, 1)], 64, (1, 8)
@@ -283,7 +320,7 @@ def kernel_rows(emulated: bool) -> Iterator[Row]:
         for m, n, k in products:
             yield from guarded(f"product {m}x{n}x{k}", functools.partial(product, gpu, ops, m, n, k))
         for size, heads, kv_heads in attentions:
-            measure = functools.partial(attention, gpu, ops, size, heads, kv_heads, length)
+            measure = functools.partial(attention, gpu, ops, size, heads, kv_heads, length, cached)
             yield from guarded(f"attention E={size}", measure)
 
 
@@ -301,7 +338,7 @@ def row_of(name: str, unit: str, value: float, **more: Any) -> Row:
 
 
 def decoding(gpu: Any, ops: Any, n: int, k: int, batches: tuple[int, ...], cached: int, name: str) -> Iterator[Row]:
-    """Products of few rows with weights [n, k], in turns over copies of more than `cached` bytes together."""
+    """Products of few rows with weights [n, k], in turns over copies of at least `cached` bytes together."""
     from ml_dtypes import bfloat16
 
     from pyllm.cuda_ops import DeviceMatrix
@@ -315,38 +352,45 @@ def decoding(gpu: Any, ops: Any, n: int, k: int, batches: tuple[int, ...], cache
 
 
 def product(gpu: Any, ops: Any, m: int, n: int, k: int, name: str) -> Iterator[Row]:
-    """The product of a prompt, and torch's."""
+    """The product of a prompt, and torch's; an error where some of its rows are wrong."""
     from ml_dtypes import bfloat16
 
     from pyllm.cuda_ops import DeviceMatrix
-    from pyllm.spec import Activation
 
     w = DeviceMatrix(noise(gpu, (n, k), 0.02, bfloat16), False)
-    x, y = noise(gpu, (m, k), 1, bfloat16), gpu.empty((m, n), np.float32)
-    took = seconds_of(gpu, lambda _: ops.matmul(x, w, activation=Activation.SILU, out=y), 3)
+    x, y = noise(gpu, (m, k), 1, bfloat16), gpu.empty((m, n), bfloat16)
+    took = seconds_of(gpu, lambda _: ops.matmul(x, w, out=y), 3)
+    some = sorted({0, m // 3, m - 1})
+    expected = x[some].numpy().astype("f8") @ w.values.numpy().astype("f8").T
+    error = float(np.linalg.norm(y[some].numpy().astype("f8") - expected) / np.linalg.norm(expected))
+    if not error <= 1e-2:
+        raise RuntimeError(f"rows {some} are wrong: relative error {error:.3g}, expected at most 0.01")
     torch = torch_gpu()
     torchs = {} if torch is None else {"torch": torch_product(torch, m, n, k)}
     yield row_of(name, "TFLOP/s", 2 * m * n * k / took / 1e12, us=took * 1e6, **torchs)
 
 
-def attention(gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: int, name: str) -> Iterator[Row]:
-    """Attention of a prompt of `length` tokens, and of one token after so many."""
+def attention(
+    gpu: Any, ops: Any, size: int, heads: int, kv_heads: int, length: int, cached: int, name: str
+) -> Iterator[Row]:
+    """Attention of a prompt of `length` tokens, and of one token after so many; caches of `cached` bytes take turns."""
     from ml_dtypes import bfloat16
 
     blocks = length // 64
-    cache = noise(gpu, (blocks, kv_heads, 2, 64 * size), 1, bfloat16)
+    copies = max(2, -(-cached // (2 * length * kv_heads * size * 2)))
+    caches = [noise(gpu, (blocks, kv_heads, 2, 64 * size), 1, bfloat16) for _ in range(copies)]
     table, end = gpu.upload(np.arange(blocks, dtype=np.int32)[None]), gpu.upload(np.array([length], np.int32))
     for rows in (length, 1):
         q, out = noise(gpu, (rows, heads * size), 1, bfloat16), gpu.empty((rows, heads * size), bfloat16)
         starts = ops.stage([np.array([0, rows], np.int32)])
         starts.send()
 
-        def launch(_: int, q: Any = q, out: Any = out, starts: Any = starts.placed[0]) -> None:
-            ops.attention(q, cache, starts, end, table, head_size=size, scale=size**-0.5, out=out)
+        def launch(i: int, q: Any = q, out: Any = out, starts: Any = starts.placed[0]) -> None:
+            ops.attention(q, caches[i % copies], starts, end, table, head_size=size, scale=size**-0.5, out=out)
 
-        took = seconds_of(gpu, launch, 4)
+        took = seconds_of(gpu, launch, copies)
         if rows == 1:
-            yield row_of(f"{name} decode at {length}", "GB/s", cache.nbytes / took / 1e9, us=took * 1e6)
+            yield row_of(f"{name} decode at {length}", "GB/s", caches[0].nbytes / took / 1e9, us=took * 1e6)
         else:
             work = 2 * rows * rows * heads * size  # half of the scores are masked
             yield row_of(f"{name} prompt of {length}", "TFLOP/s", work / took / 1e12, us=took * 1e6)
@@ -535,29 +579,34 @@ def run(out: Path, name: str, emulated: bool) -> Row:
     path.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), str(out.resolve()), "--step", name]
     seconds = STEPS[name].seconds * (PATIENCE if emulated else 1)
-    # A session of its own, so that what the step has started ends with it.
-    step = subprocess.Popen(
-        [*command, "--emulated"] if emulated else command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
     told: Row = {}
-    try:
-        errors = step.communicate(timeout=seconds)[1]
-        if step.returncode:
-            told = {"state": "crashed", "error": errors[-2000:]}
-    except subprocess.TimeoutExpired:
-        told = {"state": "too long", "error": f"not done after {seconds} s"}
-    finally:
-        if step.returncode is None:
-            os.killpg(step.pid, signal.SIGKILL)
-            step.communicate()
+    log = out / f"{name}.log"
+    with log.open("w") as output:
+        # A session of its own, so that what the step has started ends with it.
+        step = subprocess.Popen(
+            [*command, "--emulated"] if emulated else command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            if status := step.wait(timeout=seconds):
+                told = {"state": "crashed", "error": f"{end_of(log)}\nended with status {status}"}
+        except subprocess.TimeoutExpired:
+            told = {"state": "too long", "error": f"{end_of(log)}\nnot done after {seconds} s"}
+        finally:
+            if step.returncode is None:
+                os.killpg(step.pid, signal.SIGKILL)
+                step.wait()
     found: Row = {**(json.loads(path.read_text()) if path.exists() else {"state": "crashed"}), **told}
     found["seconds"] = time.perf_counter() - began
     write(path, found)
     return found
+
+
+def end_of(log: Path) -> str:
+    """The last 2,000 characters that a step has said."""
+    return log.read_text(errors="replace")[-2000:]
 
 
 def run_here(path: Path, step: Step, emulated: bool) -> None:

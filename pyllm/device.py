@@ -84,6 +84,9 @@ class Device:
         self._thread = threading.local()  # `current`: the device is that of the thread; `builder`: of what it records
         self._staging: list[NDArray[np.uint8]] = []
         self._loading = threading.Lock()  # held while `_staging` is in use
+        self._graphs = threading.RLock()  # held while `_recordings` and `_lent` are in use, and while all streams wait
+        self._recordings = 0  # of all threads
+        self._lent: list[object] = []  # what is let go of when nothing is recorded
         self.name = str(core.name)
         self.multiprocessors = int(core.properties.multiprocessor_count)
 
@@ -95,12 +98,21 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for all that the stream was given; raises what went wrong in it."""
+        self._ready()
         self._stream.sync()
 
-    def synchronize_all(self) -> None:
-        """Wait for every stream of the process, those of other libraries too."""
-        self._ready()
-        self._core.sync()
+    def let_go(self, owner: object) -> None:
+        """Keep `owner` until every stream of the process, those of other libraries too, has done what it was given.
+
+        This waits for them; but while a thread records a graph, which such a wait would break, `owner` is kept until
+        the recording has ended.
+        """
+        with self._graphs:
+            if self._recordings:
+                self._lent.append(owner)
+            else:
+                self._ready()
+                self._core.sync()
 
     # Memory
 
@@ -197,6 +209,7 @@ class Device:
                 f"write: expected {list(target.shape)} of {target.dtype}, got {list(source.shape)} of {source.dtype}"
             )
         if isinstance(source, DeviceArray):
+            self._ready()
             if target.nbytes:
                 _buffer_of(target).copy_from(_buffer_of(source), stream=self._lane)
             return
@@ -238,12 +251,14 @@ class Device:
         on_gpu = other.__dlpack_device__()[0] == 2
         capsule = other.__dlpack__(stream=self.stream) if on_gpu else other.__dlpack__()
         raw = self.kernels.from_dlpack(capsule, tensor.DEVICE_KIND, 0)
-        return DeviceArray(self, Shared(raw.owner, self.synchronize).array(self.kernels, raw))
+        lent = Shared(raw.owner, lambda owner: self.synchronize())
+        return DeviceArray(self, lent.array(self.kernels, raw))
 
     # Events and graphs
 
     def record(self) -> Any:
         """An event of cuda.core at this point of the stream; its ``sync()`` waits for all before it."""
+        self._ready()
         return self._stream.record()
 
     def begin_graph(self) -> None:
@@ -252,10 +267,12 @@ class Device:
             raise RuntimeError("begin_graph: expected no graph that this thread records already: end or drop it first")
         self._ready()
         builder = self._core.create_graph_builder()
+        with self._graphs:
+            self._recordings += 1
         try:
             builder.begin_building()
         except BaseException:
-            builder.close()
+            self._close(builder)
             raise
         self._thread.builder = builder
 
@@ -268,7 +285,7 @@ class Device:
         try:
             graph = builder.end_building().complete()
         finally:
-            builder.close()
+            self._close(builder)
         graph.upload(self._stream)
         return graph
 
@@ -279,7 +296,7 @@ class Device:
         builder = self._take_builder()
         with suppress(Exception):  # what failed in it is known already, and ends it too
             builder.end_building()
-        builder.close()
+        self._close(builder)
 
     @property
     def recording(self) -> bool:
@@ -295,6 +312,17 @@ class Device:
         """Take the builder: what follows is not recorded any more."""
         builder, self._thread.builder = self._builder, None
         return builder
+
+    def _close(self, builder: Any) -> None:
+        """Close the builder of a recording that has ended, and let go of what waited for the last one."""
+        try:
+            builder.close()
+        finally:
+            with self._graphs:
+                self._recordings -= 1
+                if self._lent and not self._recordings:
+                    self._core.sync()
+                    self._lent = []
 
     @property
     def _builder(self) -> Any:

@@ -27,14 +27,14 @@ DEVICE_KIND = 2  # DLPack's number for memory of a CUDA device
 
 
 class Shared:
-    """Keeps memory that two libraries share until ``wait()`` says that it is safe to give it back.
+    """Keeps memory that two libraries share until ``let_go(owner)`` has waited, or keeps it for as long itself.
 
     DLPack's deleter names no stream, and a stream that was named when the memory was lent may be gone by then: whoever
     gives the memory back has to know by itself that nothing works on it any more.
     """
 
-    def __init__(self, owner: object, wait: Callable[[], None]) -> None:
-        self._owner, self._wait = owner, wait
+    def __init__(self, owner: object, let_go: Callable[[object], None]) -> None:
+        self._owner, self._let_go = owner, let_go
 
     def array(self, kernels: Any, raw: _cuda.Array) -> _cuda.Array:
         """`raw` again, as a view that this keeps."""
@@ -43,7 +43,7 @@ class Shared:
     def __del__(self) -> None:
         """Wait; then what was kept goes."""
         if not sys.is_finalizing():
-            self._wait()
+            self._let_go(self._owner)
 
 
 class DeviceArray:
@@ -202,5 +202,5 @@ class DeviceArray:
             raise BufferError("copy: expected None or False: make one with copy()")
         if stream != -1:
             self.device.synchronize()
-        lent = Shared(self.raw.owner, self.device.synchronize_all)
+        lent = Shared(self.raw.owner, self.device.let_go)
         return self.device.kernels.to_dlpack(lent.array(self.device.kernels, self.raw), DEVICE_KIND, 0)

@@ -29,6 +29,7 @@ class _Library:
 
     def __init__(self) -> None:
         library = cuda_host.build()
+        self.captured: set[int] = set()  # handles of the streams that are
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         for name, result, *arguments in (
             ("stream", pointer),
@@ -69,10 +70,9 @@ class Stream:
     def __init__(self, library: Any) -> None:
         self._library = library
         self.handle = library.stream()
-        self.capturing = False
 
     def sync(self) -> None:
-        assert not self.capturing, "a stream that is captured cannot be waited for"
+        assert self.handle not in self._library.captured, "a stream that is captured cannot be waited for"
         self._library.sync(self.handle, self._library.given(self.handle))
 
     def record(self, event: Event | None = None, options: object = None) -> Event:
@@ -85,12 +85,12 @@ class GraphBuilder:
         self.stream, self._graph = stream, None
 
     def begin_building(self, mode: str | None = "relaxed") -> GraphBuilder:
-        self.stream.capturing = True
+        self.stream._library.captured.add(self.stream.handle)
         self.stream._library.begin_capture(self.stream.handle)
         return self
 
     def end_building(self) -> GraphBuilder:
-        self.stream.capturing = False
+        self.stream._library.captured.remove(self.stream.handle)
         self._graph = self.stream._library.end_capture(self.stream.handle)
         return self
 
@@ -98,7 +98,7 @@ class GraphBuilder:
         return Graph(self.stream._library, self._graph)
 
     def close(self) -> None:
-        pass
+        self.stream._library.captured.discard(self.stream.handle)
 
 
 class Graph:
@@ -170,6 +170,7 @@ def _core(library: Any) -> ModuleType:
             return GraphBuilder(Stream(library))
 
         def sync(self) -> None:
+            assert not library.captured, "a wait for all streams breaks what is captured"
             library.sync_all()
 
         def allocate(self, size: int, *, stream: Stream) -> Buffer:

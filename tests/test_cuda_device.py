@@ -113,6 +113,34 @@ def test_what_is_lent_is_freed_after_every_stream(gpu):
     assert np.array_equal(found, numbers(3, 8))
 
 
+@pytest.mark.parametrize("end", ["end_graph", "drop_graph"])
+def test_what_is_lent_outlives_the_recordings_of_every_thread(gpu, end):
+    """The other library drops its array while graphs are recorded, which a wait for all streams would break."""
+    gpu.synchronize()
+    free = gpu.memory()[0]
+    there = np.from_dlpack(gpu.upload(numbers(64)))
+    begun, dropped = threading.Event(), threading.Event()
+
+    def beside():
+        gpu.begin_graph()
+        begun.set()
+        dropped.wait(60)
+        getattr(gpu, end)()
+
+    other = threading.Thread(target=beside)
+    other.start()
+    assert begun.wait(60)
+    gpu.begin_graph()
+    del there
+    gpu.end_graph()
+    gpu.synchronize()
+    kept = gpu.memory()[0]
+    dropped.set()
+    other.join()
+    gpu.synchronize()
+    assert kept == free - 256 and gpu.memory()[0] == free
+
+
 def test_what_is_borrowed_is_given_back_after_what_reads_it(gpu):
     memory, y = numbers(2, 8), gpu.empty((2, 8), np.float32)
     theirs = memory[:]
@@ -201,8 +229,8 @@ def test_a_graph_holds_what_its_own_thread_gave(gpu):
 @pytest.mark.parametrize("step", ["begin_building", "end_building", "complete"])
 def test_a_recording_that_fails_leaves_nothing_behind(gpu, monkeypatch, step):
     """Nothing is recorded after it, its builder is closed, and the next one works."""
-    closed = []
-    monkeypatch.setattr(emulated_cuda.GraphBuilder, "close", lambda builder: closed.append(builder))
+    closed, close = [], emulated_cuda.GraphBuilder.close
+    monkeypatch.setattr(emulated_cuda.GraphBuilder, "close", lambda builder: closed.append(builder) or close(builder))
     with monkeypatch.context() as patch:
         patch.setattr(emulated_cuda.GraphBuilder, step, lambda builder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -221,6 +249,23 @@ def test_a_recording_that_fails_leaves_nothing_behind(gpu, monkeypatch, step):
         gpu.empty([1], np.float32)
     gpu.kernels.activation(x.raw, x.raw, None, 4, gpu.stream)
     assert gpu.end_graph().nodes == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda gpu, x, y: gpu.write(x, y), lambda gpu, x, y: gpu.synchronize(), lambda gpu, x, y: gpu.record(),
+        lambda gpu, x, y: gpu.stream, lambda gpu, x, y: y.numpy(), lambda gpu, x, y: gpu.upload(numbers(2)),
+    ],
+    ids=["write", "synchronize", "record", "stream", "read", "upload"],
+)  # fmt: skip
+def test_a_new_thread_makes_the_device_current_first(gpu, monkeypatch, call):
+    made, x, y = [], *(gpu.upload(numbers(2)) for _ in range(2))
+    monkeypatch.setattr(gpu._core, "set_current", lambda: made.append(threading.get_ident()))
+    other = threading.Thread(target=call, args=(gpu, x, y))
+    other.start()
+    other.join()
+    assert made == [other.ident]
 
 
 def test_an_event_waits_for_what_was_before_it_and_no_more(gpu):

@@ -41,6 +41,21 @@ def test_a_kernel_within_its_rule_passes(rule):
     assert violations(Kernel(rule.name, rule.registers, instructions={*rule.required, *rule.hopper}), "sm_90a") == []
 
 
+def test_registers_that_warpgroups_share_out_have_one_number():
+    rule = next(rule for rule in RULES if rule.exact)
+    fewer = Kernel(rule.name, rule.registers - 8, instructions={*rule.required, *rule.hopper})
+    assert violations(fewer, "sm_90a") == ["160 registers, exactly 168 have to be"] and not violations(fewer, "sm_80")
+
+
 @pytest.mark.parametrize("code", ["C7508", "C7510", "C7515"])
 def test_warnings_of_slow_code_are_known(code):
     assert SLOW_WARNINGS.search(f"ptxas info : ({code}) Potential Performance Loss")
+
+
+def test_warnings_without_a_number_are_known_too():
+    for line in (
+        "ptxas info : Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient "
+        "register resources",
+        "ptxas info : setmaxnreg ignored to maintain minimum register requirement",
+    ):
+        assert SLOW_WARNINGS.search(line)

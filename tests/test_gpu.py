@@ -5,10 +5,13 @@ Outputs are NaN before each run, sizes odd, and three runs give the same bits.
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
 from oracle.activation import activation as activation_formula
+from oracle.attention import Rule, softmax
 
 from pyllm import device
 from pyllm.ops import ACTIVATIONS
@@ -68,7 +71,7 @@ def test_memory_goes_there_and_back(gpu, dtype):
 
 SIZES = [
     (1, 40, 1024), (3, 18, 1032), (16, 34, 128), (16, 34, 14344), (33, 300, 1048), (64, 130, 72), (130, 32, 328),
-    (257, 1000, 72), (390, 600, 584),
+    (257, 1000, 72), (390, 600, 584), (200, 400, 584), (130, 200, 456),
 ]  # fmt: skip
 
 
@@ -89,6 +92,8 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     arrays = [gpu.upload(a) for a in (x, w, bias, residual)]
     tail = (ACTIVATIONS[Activation.SILU], gated)
     partial, tickets = gpu.upload(np.full(256 * 64 * 128, np.nan, "f4")), gpu.upload(np.zeros(256, np.uint32))
+    # Fewer multiprocessors give tiles of 256 columns, clusters of one block, and blocks of several tiles.
+    multiprocessors = itertools.cycle((gpu.multiprocessors, 2, 1))
 
     def launch(y):
         if kernel == "skinny":
@@ -96,7 +101,7 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
         elif kernel == "split":
             kernels.split_matmul(y, *arrays, *tail, partial, tickets, gpu.stream)
         elif kernel == "wgmma":
-            kernels.wgmma_matmul(y, *arrays, *tail, gpu.multiprocessors, gpu.stream)
+            kernels.wgmma_matmul(y, *arrays, *tail, next(multiprocessors), gpu.stream)
         elif kernel == "mma":
             kernels.mma_matmul(y, *arrays, *tail, gpu.stream)
         else:
@@ -125,15 +130,26 @@ def test_skinny_matmul_normalises_its_input(gpu, kernels, kind):
     close(thrice(gpu, launch, (5, 18), float32), normed @ w.astype("f8").T, 1e-2)
 
 
-@pytest.mark.parametrize("window", [0, 70])
+RULES = {
+    "causal": Rule(),
+    "window": Rule(window=70),
+    "sinks": Rule(window=70, sinks=3),
+    "prefix": Rule(prefix=(95, 1000, 9)),  # or all of a shorter sequence
+    "float32": Rule(),  # queries and results in float32, and the log of the sum of exponentials
+}
+
+
+@pytest.mark.parametrize("case", RULES)
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
 @pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split", "plain"])
-def test_attention_matches_formula(gpu, kernels, kernel, head_size, window):
+def test_attention_matches_formula(gpu, kernels, kernel, head_size, case):
     if kernel == "wgmma" and (head_size not in (64, 128) or not gpu.kernels.has_wgmma()):
         pytest.skip("no Hopper, or no head size of its")
-    rng = np.random.default_rng(head_size)
+    rng, rule = np.random.default_rng(head_size), RULES[case]
     queries, lengths, heads, kv_heads = ([1, 2, 0], [193, 300, 9], 8, 2) if kernel == "split" else (
-        [5, 70, 0], [97, 70, 9], 4, 2)  # fmt: skip
+        [5, 300, 0], [97, 1100, 9], 2, 1)  # fmt: skip
+    if rule.prefix is not None:
+        rule = Rule(prefix=tuple(min(pair) for pair in zip(rule.prefix, lengths, strict=True)))
     dtype = float32 if kernel == "plain" else bfloat16
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     pages = [-(-length // PAGE) for length in lengths]
@@ -143,35 +159,36 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, window):
     contents = []
     for b, length in enumerate(lengths):
         kv = rng.standard_normal((2, length, kv_heads, head_size)).astype(dtype)
-        contents.append(kv.astype("f8"))
+        contents.append(np.repeat(kv.astype("f8"), heads // kv_heads, axis=2))
         for page in range(pages[b]):
             tables[b, page] = block = next(order)
             part = kv[:, page * PAGE : (page + 1) * PAGE]
             cache[block, :, :, : part.shape[1], :head_size] = part.transpose(2, 0, 1, 3)
-    q = (2 * rng.standard_normal((starts[-1], heads, head_size))).astype(dtype)
+    q = (2 * rng.standard_normal((starts[-1], heads, head_size))).astype(float32 if case == "float32" else dtype)
     arrays = [gpu.upload(a) for a in (q, cache, starts, np.array(lengths, np.int32), tables)]
-    tail = (head_size, head_size**-0.5, True, None, window, 0, None, None, 0.0, max(queries))
+    prefix = None if rule.prefix is None else gpu.upload(np.array(rule.prefix, np.int32))
+    tail = (head_size, head_size**-0.5, True, prefix, rule.window, rule.sinks, None, None, 0.0, max(queries))
     splits = -(-tables.shape[1] // 2)
     partial = gpu.upload(np.full((len(lengths), kv_heads, splits, 16, head_size + 2), np.nan, "f4"))
     tickets = gpu.upload(np.zeros((len(lengths), kv_heads), np.uint32))
+    lse = gpu.upload(np.full(q.shape[:2], np.nan, "f4")) if case == "float32" else None
 
     def launch(out):
         if kernel == "split":
-            kernels.split_attention(out, None, *arrays, *tail, 2, partial, tickets, gpu.stream)
+            kernels.split_attention(out, lse, *arrays, *tail, 2, partial, tickets, gpu.stream)
         else:
-            getattr(kernels, f"{kernel}_attention")(out, None, *arrays, *tail, gpu.stream)
+            getattr(kernels, f"{kernel}_attention")(out, lse, *arrays, *tail, gpu.stream)
 
-    expected = np.zeros(q.shape)
+    expected, sums = np.zeros(q.shape), np.zeros(q.shape[:2])
     for b, (keys, values) in enumerate(contents):
-        for row in range(starts[b], starts[b + 1]):
-            position = lengths[b] - starts[b + 1] + row
-            first = max(0, position - window + 1) if window else 0
-            for h in range(heads):
-                k, v = (a[first : position + 1, h // (heads // kv_heads)] for a in (keys, values))
-                scores = k @ q[row, h].astype("f8") * head_size**-0.5
-                weights = np.exp(scores - scores.max())
-                expected[row, h] = weights @ v / weights.sum()
-    close(thrice(gpu, launch, q.shape, dtype), expected, 1e-3 if dtype == float32 else 1e-2)
+        rows = slice(starts[b], starts[b + 1])
+        scores = np.einsum("the,she->hts", q[rows].astype("f8"), keys) * head_size**-0.5
+        weights, logs = softmax(scores, rule.seen(b, queries[b], lengths[b]))
+        expected[rows], sums[rows] = np.einsum("hts,she->the", weights, values), logs[..., 0].T
+    bound = 1e-3 if dtype == float32 else 1e-2
+    close(thrice(gpu, launch, q.shape, q.dtype), expected, bound)
+    if lse is not None:
+        close(lse.numpy().astype("f8"), sums, bound)
     assert not tickets.numpy().any()
 
 

@@ -6,12 +6,16 @@ import importlib.util
 import json
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cuda_host
+import ml_dtypes
 import pytest
+
+from pyllm.cuda_ops import CudaOps
 
 PATH = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.py"
 
@@ -34,7 +38,7 @@ def test_every_step_runs_on_the_emulated_gpu(check, tmp_path, capsys):
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in check.STEPS}
     assert all(step["state"] == "done" and step["seconds"] > 0 for step in found.values())
     assert found["facts"]["gpu"] == "Emulated GPU" and found["roofs"]["read GB/s"] > 0
-    assert "passed" in found["tests"]["summary"][0]
+    assert "passed" in found["tests"]["summary"][0] and "PASSED" in (tmp_path / "tests.log").read_text()
     assert {row["batch"] for row in found["kernels"]["rows"] if "batch" in row} == {1, 8}
     assert {row["unit"] for row in found["kernels"]["rows"]} == {"GB/s", "TFLOP/s"}
     assert found["llama-8b"]["rows"][0]["value"] > 0
@@ -59,6 +63,7 @@ def test_a_step_ends_at_its_deadline_with_all_that_it_started_and_its_figures_st
     script, found = tmp_path / "step.py", {"state": "crashed", "rows": [check.row_of("first", "GB/s", 1.0)]}
     script.write_text(
         "import pathlib, subprocess, sys, time\n"
+        "print('one test passed', flush=True)\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         f"pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid))\n"
         f"pathlib.Path(sys.argv[1], 'facts.json').write_text({json.dumps(found)!r})\n"
@@ -71,6 +76,7 @@ def test_a_step_ends_at_its_deadline_with_all_that_it_started_and_its_figures_st
         if (tmp_path / "child").exists() and "rows" in told:
             break
     assert told["state"] == "too long" and told["rows"] == found["rows"] and told["seconds"] < 55
+    assert told["error"].splitlines() == ["one test passed", "", f"not done after {seconds} s"]
     status, ends = Path("/proc", (tmp_path / "child").read_text(), "stat"), time.monotonic() + 20
     with suppress(FileNotFoundError, ProcessLookupError):  # it is gone
         while status.read_text().split()[2] != "Z":  # "Z": nobody has asked for its end yet
@@ -100,6 +106,40 @@ def test_the_build_is_judged_by_a_fresh_process(check, monkeypatch):
     monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(RuntimeError, match="built, but no kernels"):
         check.build(emulated=False)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("8.0\n8.0", "80"), ("9.0", "90a"), ("12.0", "120"), ("", None)])
+def test_the_build_is_for_the_gpu_that_is_here(check, monkeypatch, said, expected):
+    monkeypatch.setattr(check, "nvidia_smi", lambda query: said)
+    assert check.architecture_here() == expected
+
+
+def test_products_that_are_wrong_are_an_error(check, monkeypatch):
+    with check.device(True) as gpu:
+        ops = CudaOps(gpu)
+        (row,) = check.product(gpu, ops, 70, 24, 64, "right")
+        assert row["value"] > 0
+        zeros = gpu.zeros((70, 24), ml_dtypes.bfloat16)
+        monkeypatch.setattr(ops, "matmul", lambda x, w, out: gpu.write(out, zeros))
+        with pytest.raises(RuntimeError, match=r"rows \[0, 23, 69\] are wrong: relative error 1"):
+            list(check.product(gpu, ops, 70, 24, 64, "wrong"))
+
+
+def test_the_sanitizer_sees_the_kernels_of_hopper(check, monkeypatch):
+    open_emulated, seen = check.device, set()
+
+    @contextmanager
+    def watched(emulated):
+        with open_emulated(emulated) as gpu:
+            for name in ("wgmma_matmul", "wgmma_attention", "skinny_matmul", "split_attention"):
+                launch = getattr(gpu.kernels, name)
+                watch = partial(lambda name, launch, *arguments: seen.add(name) or launch(*arguments), name, launch)
+                monkeypatch.setattr(gpu.kernels, name, watch)
+            yield gpu
+
+    monkeypatch.setattr(check, "device", watched)
+    check.tiny(True)
+    assert seen == {"wgmma_matmul", "wgmma_attention", "skinny_matmul", "split_attention"}
 
 
 def test_all_steps_together_keep_to_eight_minutes(check):

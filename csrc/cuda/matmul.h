@@ -9,8 +9,9 @@ namespace pyllm::cuda {
 // y = act(norm(x) W^T + bias) + residual;  gated: rows 2j and 2j + 1 of W are gate and up of output j, and so are the biases':
 // y = act(gate) * up + residual, of N / 2 columns.
 //
-// Every output is summed over k in an order that depends on K alone within each of the three kernels, so a row's result does
-// not depend on the other rows as long as the kernel stays the same.
+// Within each of the five kernels (skinny, split, mma, wgmma, plain) every output is summed over k in an order that depends on K alone, in
+// split_matmul on N and K, so a row's result does not depend on the other rows as long as the kernel stays the same. In wgmma_matmul that
+// takes wgmma of 128 and of 256 columns to add alike, which no GPU has shown yet.
 struct MatmulArgs {
   void* y;                   // [T, N], gated [T, N / 2], of y_dtype
   const void* x;             // [T, K] of x_dtype

@@ -6,8 +6,13 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
+struct Found {
+  Encode encode;
+  cudaError_t error;
+};
+
 // The driver's function, which a machine without a driver has nothing to link against.
-cudaError_t find_encode(Encode* encode) {
+Found find_encode() {
   void* address = nullptr;
   cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
@@ -16,9 +21,8 @@ cudaError_t find_encode(Encode* encode) {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &result);
 #endif
-  if (error != cudaSuccess) return error;
-  *encode = reinterpret_cast<Encode>(address);
-  return result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported;
+  if (error == cudaSuccess && result != cudaDriverEntryPointSuccess) return {nullptr, cudaErrorNotSupported};
+  return {reinterpret_cast<Encode>(address), error};
 }
 
 }  // namespace
@@ -37,16 +41,13 @@ cudaError_t has_wgmma(bool* yes) {
 }
 
 cudaError_t make_tensor_map(CUtensorMap* map, const void* m, int64_t rows, int64_t columns, int64_t stride, int box) {
-  static Encode encode = nullptr;
-  if (!encode) {
-    const cudaError_t error = find_encode(&encode);
-    if (error != cudaSuccess) return error;
-  }
+  static const Found found = find_encode();  // once, whichever thread comes first
+  if (found.error != cudaSuccess) return found.error;
   const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
   const cuuint32_t boxes[2] = {64, cuuint32_t(box)}, steps[2] = {1, 1};
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(m), size, strides, boxes,
-                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = found.encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(m), size, strides,
+                                       boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
