@@ -254,7 +254,7 @@ class Pairs(File):
         return len(self._ends)
 
     def length(self, index: int) -> int:
-        """File and target together."""
+        """Source and target together."""
         return int(self._source_lengths[index] + self._target_lengths[index])
 
     def fits(self, index: int, room: tuple[int, int]) -> bool:
@@ -262,7 +262,7 @@ class Pairs(File):
         return bool(self._source_lengths[index] <= room[0] and self._target_lengths[index] <= room[1])
 
     def pair(self, index: int) -> tuple[I32, I32]:
-        """File and target."""
+        """Source and target."""
         tokens = self.store.tokens[self._begins[index] : self._ends[index]].astype(np.int32)
         cut = int(self._cuts[index] - self._begins[index])
         return self._form.source(self._form.unbegun(tokens[:cut])), self._form.target(self._form.unended(tokens[cut:]))
