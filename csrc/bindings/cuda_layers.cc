@@ -222,6 +222,16 @@ void rope(const py::object& x, const py::object& cos, const py::object& sin, int
   raise(cuda::rope(a, stream_of(stream)), "rope");
 }
 
+// The rotation of heads that are written to the cache: cos and sin [rows, half], or neither.
+template <class Args>
+void read_rotation(Args& a, const py::object& cos, const py::object& sin, int64_t head_size) {
+  if (cos.is_none() != sin.is_none()) throw py::value_error("cos, sin: expected both or neither");
+  if (cos.is_none()) return;
+  a.half = half_of(cos, sin, a.rows, head_size);
+  a.cos = optional<float>(cos, "cos", "float32", {a.rows, a.half});
+  a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
+}
+
 void kv_write(const py::object& cache, const py::object& k, const py::object& v, const py::object& slots,
               int64_t head_size, const py::object& cos, const py::object& sin, uintptr_t stream) {
   check_range(head_size, 1, kMaxHead, "head_size");
@@ -236,12 +246,7 @@ void kv_write(const py::object& cache, const py::object& k, const py::object& v,
   a.k_stride = keys.row_stride();
   a.v_stride = values.row_stride();
   a.slots = static_cast<const int64_t*>(device_array(slots, "slots", "int64", {a.rows}).data);
-  if (cos.is_none() != sin.is_none()) throw py::value_error("cos, sin: expected both or neither");
-  if (!cos.is_none()) {
-    a.half = half_of(cos, sin, a.rows, head_size);
-    a.cos = optional<float>(cos, "cos", "float32", {a.rows, a.half});
-    a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
-  }
+  read_rotation(a, cos, sin, head_size);
   check_range(a.rows, 0, kMaxRows, "k: rows");
   check_range(a.cache.kv_heads * a.cache.padded_head(), 0, cuda::kMaxRowWidth, "cache: heads times channels");
   py::gil_scoped_release release;
@@ -275,12 +280,7 @@ void qkv_write(const py::object& q, const py::object& cache, const py::object& q
   a.qkv = static_cast<const float*>(product.data);
   a.qkv_stride = product.row_stride();
   a.slots = static_cast<const int64_t*>(device_array(slots, "slots", "int64", {a.rows}).data);
-  if (cos.is_none() != sin.is_none()) throw py::value_error("cos, sin: expected both or neither");
-  if (!cos.is_none()) {
-    a.half = half_of(cos, sin, a.rows, head_size);
-    a.cos = optional<float>(cos, "cos", "float32", {a.rows, a.half});
-    a.sin = optional<float>(sin, "sin", "float32", {a.rows, a.half});
-  }
+  read_rotation(a, cos, sin, head_size);
   if (q_norm.is_none() != k_norm.is_none()) throw py::value_error("q_norm, k_norm: expected both or neither");
   if (py::isinstance<DeviceArray>(q_norm) && q_norm.cast<const DeviceArray&>().shape.size() == 2)
     a.norm_stride = head_size;
