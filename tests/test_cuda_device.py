@@ -337,7 +337,7 @@ def test_the_emulation_has_the_signatures_of_cuda_core(monkeypatch):
 def test_the_cpus_ops_ask_nothing_of_a_gpu():
     ops = Ops(1)
     array = numbers(3)
-    assert ops.place(array) is array and not ops.on_gpu
+    assert ops.place(array) is array and not ops.on_gpu and ops.loop is None
     stage = ops.stage([array, None])
     stage.send()
     stage.wait()

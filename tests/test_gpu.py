@@ -176,8 +176,10 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, case):
     def launch(out):
         if kernel == "split":
             kernels.split_attention(out, lse, *arrays, *tail, 2, partial, tickets, gpu.stream)
+        elif kernel == "plain":
+            kernels.plain_attention(out, lse, *arrays, *tail, gpu.stream)
         else:
-            getattr(kernels, f"{kernel}_attention")(out, lse, *arrays, *tail, gpu.stream)
+            kernels.prompt_attention(out, lse, *arrays, *tail, kernel == "wgmma", gpu.stream)
 
     expected, sums = np.zeros(q.shape), np.zeros(q.shape[:2])
     for b, (keys, values) in enumerate(contents):
