@@ -76,7 +76,7 @@ class CudaOps(Ops):
         self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
-        self._has_wgmma = self.kernels.has_wgmma()
+        self._has_wgmma = device.has_wgmma
         self._matmul_partial = device.empty([MATMUL_FLOATS], np.float32)
         self._matmul_tickets = device.zeros([MATMUL_BLOCKS], np.uint32)
         self._largest = device.empty([device.multiprocessors * SKINNY_ROWS], np.int64)  # workspace of `argmax`
