@@ -241,7 +241,7 @@ class LLM(Encoding):
                 "give parameters without beams"
             )
         encoded, target = self._prompts.read(prompt), self._prompts.target(prompt)
-        self.engine.check_prompt(encoded.ids)
+        self.engine.rules.check_prompt(encoded.ids)
 
         def pieces() -> Iterator[StreamOutput]:
             with self._session() as session:

@@ -108,12 +108,12 @@ class Reader:
         with self.lock:
             scheduler, source = self.engine.scheduler, None
             if source_token_ids is None:
-                self.engine.check_prompt(token_ids, token_type_ids)
+                self.engine.rules.check_prompt(token_ids, token_type_ids)
             else:
                 source = Source(checked_ids("source_token_ids", source_token_ids))
-                self.engine.check_prompt(source.tokens)
-                self.engine.check_target(token_ids)
-            length = self.engine.prefix_length(token_ids, prefix)
+                self.engine.rules.check_prompt(source.tokens)
+                self.engine.rules.check_target(token_ids)
+            length = self.engine.rules.prefix_length(token_ids, prefix)
             sequence = EngineSequence(
                 token_ids, 0, share_prefix=False, prefix=length, types=token_type_ids, source=source
             )
@@ -129,7 +129,7 @@ class Reader:
     def _whole(self, texts: Sequence[tuple[Encoded, Pool | KeptStates]], progress: Progress, session: Session) -> None:
         """Run texts through an encoder, in this order."""
         for text, _ in texts:
-            self.engine.check_prompt(text.ids, text.types)
+            self.engine.rules.check_prompt(text.ids, text.types)
         for step in self.runner.steps([len(text.ids) for text, _ in texts]):
             together = texts[step]
             with self.lock, session.interrupts:

@@ -127,7 +127,7 @@ def test_a_prefix_is_never_cut_and_waits_for_room() -> None:
     assert sorted(firsts) == [3, 60, 60, 60]
     assert all(sum(rows for _, rows in plan) <= 132 for plan in plans)
     with pytest.raises(RequestError, match="a step has room for 50"):
-        llm.engine.max_prefix = 50
+        llm.engine.rules.max_prefix = 50
         llm.generate(prompts_of(llm, (60,)), **GREEDY)
 
 
