@@ -33,6 +33,7 @@ OTHERS = [
     "gpt_neox",
     "gptj",
     "mpt",
+    "openai-gpt",
     "opt",
     "opt-post",
     "phi3",
