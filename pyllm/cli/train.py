@@ -251,7 +251,7 @@ def _describe(setup: Setup, trainer: Trainer) -> None:
     plan, data = trainer.plan, setup.packed
     note(
         f"{trainer.spec.num_parameters() / 1e6:.2f} million parameters | {data.tokens_per_epoch} tokens an epoch, "
-        f"{data.tokens * trainer.config.accumulation} a step | memory {plan.total / 1e9:.2f} GB"
+        f"{data.tokens * trainer.config.accumulation} a step | memory {(plan.total + setup.beside) / 1e9:.2f} GB"
     )
 
 
