@@ -28,8 +28,11 @@ FORMAT = 1
 class _TokenFile(File):
     """A file whose sequences are parts of its tokens, in order."""
 
+    mean_length: float  # tokens of a sequence
+
     def __init__(self, store: TokenStore, mask_prompt: bool, seed: int, shuffle: bool, ahead: int) -> None:
-        super().__init__(store, seed, shuffle)
+        super().__init__(store.name, store.key, seed, shuffle)
+        self.store = store
         self._ahead = ahead  # tokens from one to its label
         self._mask = store.answers if mask_prompt else None
 

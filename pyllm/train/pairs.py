@@ -209,8 +209,8 @@ class Pairs(File):
         shuffle: bool = False,
         longest_target: int | None = None,
     ) -> None:
-        super().__init__(store, seed, shuffle)
-        self._form = form
+        super().__init__(store.name, store.key, seed, shuffle)
+        self.store, self._form = store, form
         if store.answers is None:
             raise DataError(
                 f"{self.name}: expected pairs for seq2seq, lines of `source` and `target`, or `prompt` and "

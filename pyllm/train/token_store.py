@@ -102,7 +102,7 @@ def open_tokens(
     else:
         if tokenizer_folder is None or tokenizer is None:
             raise DataError(f"{path}: text needs a tokenizer: give its folder")
-        key = _key(path, tokenizer_folder)
+        key = content_key(path, tokenizer_folder)
         folder = (cache or default_cache()) / key
         if not (folder / "meta.json").is_file():
             _tokenise(path, tokenizer, folder, progress)
@@ -239,7 +239,8 @@ def _opened(folder: Path, key: str, name: str) -> TokenStore:
         raise DataError(f"{folder}: the cached tokens of {name} are damaged ({error}): remove this folder") from error
 
 
-def _key(path: Path, tokenizer_folder: Path) -> str:
+def content_key(path: Path, tokenizer_folder: Path) -> str:
+    """Identifies the content of a file and of the tokenizer that its text is read by."""
     parts = [str(FORMAT), path.suffix, digest(path)]
     for name in TOKENIZER_FILES:
         file = tokenizer_folder / name
