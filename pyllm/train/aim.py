@@ -92,10 +92,10 @@ class Aim:
                 if not held.any():
                     continue
                 place = first + int(held.argmax())
-                token, document = int(store.tokens[place]), int(np.searchsorted(store.ends, place, "right")) + 1
+                token, document = int(store.tokens[place]), int(np.searchsorted(store.ends, place, "right"))
                 spelt = None if self._tokenizer is None else self._tokenizer.token_of(token)
                 raise DataError(
-                    f"{store.name}: document {document} of {len(store.ends)} holds {spelt or 'a token'} (id {token}), "
+                    f"{store.name}: {store.document(document)} holds {spelt or 'a token'} (id {token}), "
                     f"which objective {self._objective} puts into texts itself: take it out of the document"
                 )
 
