@@ -8,6 +8,7 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -89,6 +90,15 @@ class Device:
         self._lent: list[object] = []  # what is let go of when nothing is recorded
         self.name = str(core.name)
         self.multiprocessors = int(core.properties.multiprocessor_count)
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether the kernels of Hopper alone are to be used: it has them, and PYLLM_WGMMA is not "off"."""
+        asked = os.environ.get("PYLLM_WGMMA", "on")
+        if asked not in ("on", "off"):
+            raise ValueError(f"PYLLM_WGMMA: expected on or off, got {asked!r}")
+        self._ready()
+        return asked == "on" and bool(self.kernels.has_wgmma())
 
     @property
     def stream(self) -> int:

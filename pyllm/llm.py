@@ -13,7 +13,8 @@ import numpy as np
 
 from pyllm import isa
 from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
-from pyllm.cuda_ops import CudaOps, refusal
+from pyllm.cuda_limits import refusal
+from pyllm.cuda_ops import CudaOps
 from pyllm.device import Device, open_device, unavailable
 from pyllm.encoding import Encoding
 from pyllm.engine.draft_model import DraftModel

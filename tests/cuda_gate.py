@@ -23,13 +23,16 @@ ARCHITECTURES = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_
 SLOW_WARNINGS = re.compile(r"C7508|C751[0-5]|(wgmma|setmaxnreg).*(serialized|ignored)")
 WGMMA = ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")
 FORBIDDEN = ("LDL", "STL")  # local memory: an array that is indexed at run time, or a spill
+# Loads, stores, atomics and copies of global memory, or of a space that is not known.
+REACHES_MEMORY = re.compile(r"LDG(?!DEPBAR)|STG|LD$|ST$|ATOM$|ATOMG|RED|UTMALDG|UTMASTG|UBLKCP")
 
 
 @dataclass(frozen=True)
 class Rule:
     """What holds for the kernels whose name contains `name`; `hopper` instructions on sm_90a only.
 
-    `registers` is the most that a thread may have, or with `exact` (on sm_90a) what it has to have.
+    `registers` is the most that a thread may have, or with `exact` (on sm_90a) what it has to have. `early`
+    instructions may reach memory before the wait for earlier kernels: they bring weights, which never change.
     """
 
     name: str
@@ -37,14 +40,15 @@ class Rule:
     required: tuple[str, ...] = ()
     hopper: tuple[str, ...] = ("ACQBULK", "PREEXIT")  # griddepcontrol.wait and .launch_dependents
     exact: bool = False
+    early: tuple[str, ...] = ()
 
 
 # Two blocks of the decode matmul, of two launches that overlap, share a multiprocessor and its 64 Ki registers; 112
 # leave room for blocks of up to 288 threads. A block of decode attention has 128 threads, so any number fits beside.
 # The kernels of sampling have blocks of 1,024 threads, the other small ones of 256: 64 each is what a block may have.
 RULES = (
-    Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
-    Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG")),
+    Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS"), early=("LDGSTS",)),
+    Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG"), early=("LDGSTS",)),
     # 168 registers of 384 threads are all that a block can start with. Its three warpgroups then share them out anew,
     # to 40, 232 and 232: with fewer at the start there would not be as many, and the last one would wait for ever.
     Rule("wgmma_matmul_kernel", 168, (), WGMMA, exact=True),
@@ -71,6 +75,24 @@ RULES = (
 )
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a disassembly: ``LDG``, ``.E.128`` and ``R4, [R2]``."""
+
+    address: int
+    name: str
+    modifiers: str
+    operands: str
+
+    def written(self) -> range:
+        """The registers that it writes, as far as the first of them and the width tell."""
+        match = re.match(r"(?:U?PT?\d*, *)*R(\d+)\b", self.operands)
+        if match is None or "SETP" in self.name:
+            return range(0)
+        width = 4 if ".128" in self.modifiers or ".x4" in self.modifiers else 2 if ".64" in self.modifiers else 1
+        return range(int(match[1]), int(match[1]) + width * (2 if "WIDE" in self.modifiers else 1))
+
+
 @dataclass
 class Kernel:
     """One compiled kernel."""
@@ -79,7 +101,12 @@ class Kernel:
     registers: int = 0
     spilled: int = 0  # bytes stored and loaded
     stack: int = 0  # bytes
-    instructions: set[str] = field(default_factory=set)
+    code: list[Instruction] = field(default_factory=list)
+
+    @property
+    def instructions(self) -> set[str]:
+        """Names of its instructions, and of those of 16 bytes also as ``LDG.128``."""
+        return {i.name for i in self.code} | {f"{i.name}.128" for i in self.code if ".128" in i.modifiers}
 
 
 def read_report(text: str) -> dict[str, Kernel]:
@@ -96,18 +123,59 @@ def read_report(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def read_sass(text: str) -> dict[str, set[str]]:
-    """Instructions of each function of a disassembly, without modifiers, and those of 16 bytes also as ``LDG.128``."""
-    functions: dict[str, set[str]] = {}
-    words: set[str] = set()
+def read_sass(text: str) -> dict[str, list[Instruction]]:
+    """Instructions of each function of a disassembly."""
+    functions: dict[str, list[Instruction]] = {}
+    code: list[Instruction] = []
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
-            words = functions.setdefault(match[1], set())
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)", line):
-            words.add(match[1])
-            if ".128" in match[2]:
-                words.add(f"{match[1]}.128")
+            code = functions.setdefault(match[1], [])
+        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)([^;]*)", line):
+            code.append(Instruction(int(match[1], 16), match[2], match[3], match[4].strip()))
     return functions
+
+
+def before_wait(code: list[Instruction]) -> set[str]:
+    """What reaches memory before the kernel waits for earlier ones."""
+    waits = [i.address for i in code if i.name == "ACQBULK"]
+    return {i.name for i in code if waits and i.address < waits[0] and REACHES_MEMORY.match(i.name)}
+
+
+def touched(code: list[Instruction]) -> list[Instruction]:
+    """Instructions that write registers of products of wgmma that are under way, or read their sums.
+
+    Loops are gone through twice, so that what is under way at their end is at their begin.
+    """
+    found: dict[int, Instruction] = {}
+    places = {i.address: place for place, i in enumerate(code)}
+    groups: list[tuple[set[int], set[int]]] = [(set(), set())]  # sums and operands; the last is not closed yet
+
+    def follow(begin: int, end: int, again: bool) -> None:
+        for place in range(begin, end):
+            i = code[place]
+            back = re.search(r"0x([0-9a-f]+)", i.operands) if i.name == "BRA" else None
+            if back and again and places.get(int(back[1], 16), end) < place and len(groups) > 1:
+                follow(places[int(back[1], 16)], place, False)
+            elif i.name == "HGMMA":
+                columns = int(i.modifiers.split("x")[1])
+                sums, *rows = re.findall(r"\bR(\d+)\b", i.operands)
+                groups[-1][0].update(range(int(sums), int(sums) + columns // 2))
+                if not re.match(r"R\d+, gdesc", i.operands):
+                    groups[-1][1].update(range(int(rows[0]), int(rows[0]) + 4))
+                if "gsb0" in i.operands:
+                    groups.append((set(), set()))
+            elif i.name == "WARPGROUP" and "DEPBAR" in i.modifiers:
+                pending = int(i.operands.split("0x")[1], 16)
+                del groups[: max(len(groups) - 1 - pending, 0)]
+            else:
+                sums_of = set().union(*(group[0] for group in groups))
+                busy = sums_of.union(*(group[1] for group in groups))
+                read = {int(r) for r in re.findall(r"\bR(\d+)\b", i.operands)} - set(i.written())
+                if busy.intersection(i.written()) or sums_of & read:
+                    found[i.address] = i
+
+    follow(0, len(code), True)
+    return list(found.values())
 
 
 def violations(kernel: Kernel, architecture: str) -> list[str]:
@@ -125,6 +193,11 @@ def violations(kernel: Kernel, architecture: str) -> list[str]:
     required = rule.required + (rule.hopper if architecture.startswith("sm_90") else ())
     found += [f"no {word}" for word in required if word not in kernel.instructions]
     found += [f"has {word}" for word in FORBIDDEN if word in kernel.instructions]
+    early = sorted(before_wait(kernel.code) - set(rule.early))
+    found += [f"{word} before the wait for earlier kernels" for word in early]
+    found += [
+        f"{i.name} {i.operands} at {i.address:x} meets registers of a product under way" for i in touched(kernel.code)
+    ]
     return found
 
 
@@ -164,9 +237,9 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
     sass = subprocess.run(
         [tool("cuobjdump"), "-sass", str(compiled)], capture_output=True, text=True, check=True, env=environment
     )
-    for name, words in read_sass(sass.stdout).items():
+    for name, code in read_sass(sass.stdout).items():
         if name in kernels:
-            kernels[name].instructions = words
+            kernels[name].code = code
     return kernels, [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
 
 

@@ -22,7 +22,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"tokenizer_library", "tokenizer_pieces"},
     {"spec", "sampling", "structured", "chat_template", "tokenizer"},
     {"tensor", "device"},
-    {"ops", "ops_training", "cuda_memory", "cuda_ops", "cuda_weights", "tape", "limits", "batch"},
+    {"ops", "ops_training", "cuda_limits", "cuda_memory", "cuda_ops", "cuda_weights", "tape", "limits", "batch"},
     {
         "default_model",
         "folder",

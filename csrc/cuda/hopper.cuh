@@ -37,7 +37,7 @@ __device__ __forceinline__ void arrive_expecting(Barrier* b, int bytes) {
 __device__ __forceinline__ void arrive_at(Barrier* b, int rank) {
   PYLLM_SM90A(
       asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                   "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
+                   "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
                    "r"(rank) : "memory"));
 }
 // Waits for the end of the phase of this parity; of the phase before the first, parity 1, that has ended already.
