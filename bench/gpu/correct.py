@@ -37,10 +37,14 @@ KERNELS = {
     "wgmma_matmul": r"test_matmul.*\[wgmma",
     "wgmma_attention": r"test_attention.*\[wgmma",
 }
-OTHERS = {"memory goes there and back": "memory_goes", "arrays of other libraries": "test_exchange"}
+OTHERS = {
+    "memory goes there and back": "memory_goes",
+    "arrays of other libraries": "test_exchange",
+    "tiles of wgmma_matmul": "wgmma_tiles",
+}
 HOPPERS = ("wgmma_matmul", "wgmma_attention")
 FILES = ("test_gpu.py", "test_gpu_layers.py", "test_gpu_decode.py", "test_gpu_exchange.py")
-EMULATED = (*OTHERS, "read_probe", "axpby")  # the others take the emulated GPU too long
+EMULATED = (*list(OTHERS)[:2], "read_probe", "axpby")  # the others take the emulated GPU too long
 AT_ONCE = 4  # kernels that are tested beside each other: starting a process takes longer than most tests
 TEST_SECONDS, MODEL_SECONDS = 10.0, 30.0  # that a test of a kernel, or of a whole model, may take
 GPU = ["-m", "gpu"]
