@@ -225,7 +225,7 @@ def test_replaced_tokens_are_learnt_and_a_resumed_run_is_the_same(tmp_path: Path
     trainer("stopped", resume=True, generator=same)
     for values, message in [
         ({"generator": None}, "generator: expected the folder of a model that fills masks, as rtd needs one"),
-        ({"objective": "mlm"}, "objective: expected rtd for this electra model, got 'mlm'"),
+        ({"objective": "mlm"}, "objective: expected rtd or classify for this electra model, got 'mlm'"),
         ({"objective": "mlm", "model": str(folder)}, "generator: expected none for mlm"),
     ]:
         with pytest.raises(ConfigError, match=message):

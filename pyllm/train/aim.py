@@ -92,10 +92,10 @@ class Aim:
                 if not held.any():
                     continue
                 place = first + int(held.argmax())
-                token, document = int(store.tokens[place]), int(np.searchsorted(store.ends, place, "right")) + 1
+                token, document = int(store.tokens[place]), int(np.searchsorted(store.ends, place, "right"))
                 spelt = None if self._tokenizer is None else self._tokenizer.token_of(token)
                 raise DataError(
-                    f"{store.name}: document {document} of {len(store.ends)} holds {spelt or 'a token'} (id {token}), "
+                    f"{store.name}: {store.document(document)} holds {spelt or 'a token'} (id {token}), "
                     f"which objective {self._objective} puts into texts itself: take it out of the document"
                 )
 
@@ -185,17 +185,9 @@ def _sentinels(tokenizer: Tokenizer) -> list[int]:
 def check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
     """Raise `ConfigError` where the model does not predict what the objective makes labels of. A model that fills
     blanks predicts no token before its start token: of prompts and answers only answers count, with `mask_prompt`."""
-    detects = spec.head.kind is HeadKind.EACH
-    if spec.head.kind is not HeadKind.TOKENS and not detects:
-        raise ConfigError(
-            "model: expected one that predicts tokens or detects replaced ones, config.json names a class with another "
-            "head or none: train others from Python, with data that has their labels"
-        )
-    fitting = ("mlm",) if spec.is_encoder else ("causal", "prefix", "blanks")
-    if detects:
-        fitting = ("rtd",)
-    elif spec.encoder is not None:
-        fitting = OF_ENCODER_DECODERS
+    fitting = ("causal", "prefix", "blanks") if spec.encoder is None else OF_ENCODER_DECODERS
+    if spec.is_encoder:
+        fitting = (*{HeadKind.TOKENS: ("mlm",), HeadKind.EACH: ("rtd",)}.get(spec.head.kind, ()), "classify")
     if objective not in fitting:
         expected = " or ".join((", ".join(fitting[:-1]), fitting[-1])) if len(fitting) > 1 else fitting[0]
         raise ConfigError(f"objective: expected {expected} for this {spec.family} model, got {objective!r}")
@@ -206,8 +198,13 @@ def check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
         raise ConfigError(
             "mask_prompt: expected no for a model with an encoder, whose targets alone count: leave it out"
         )
-    if objective == "seq2seq" and config.packing != "documents":
-        raise ConfigError(f"packing: expected documents for seq2seq, where each is a pair, got {config.packing!r}")
+    if objective in ("seq2seq", "classify") and config.packing != "documents":
+        each = "pair" if objective == "seq2seq" else "text with its label"
+        raise ConfigError(
+            f"packing: expected documents for {objective}, where each is a {each}, got {config.packing!r}"
+        )
+    if objective == "classify" and config.mask_prompt:
+        raise ConfigError("mask_prompt: expected no for classify, where labels alone count: leave it out")
     if spec.fills_blanks and objective != "blanks" and not (objective == "causal" and config.mask_prompt):
         raise ConfigError(
             f"objective: expected blanks for this {spec.family} model, got {objective!r}: it predicts what fills a "

@@ -13,12 +13,14 @@ from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
 from pyllm.models import family_of
 from pyllm.ops_training import IGNORED_LABEL
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
-from pyllm.train.aim import Aim
+from pyllm.train.aim import Aim, check_objective
 from pyllm.train.architectures import new_config
-from pyllm.train.begin import config_and_weights, spec_to_train
+from pyllm.train.begin import classifier_config, config_and_weights, spec_to_train
 from pyllm.train.data import PackedData
+from pyllm.train.labelled import LabelledTexts, LabelSet, encode_examples, read_examples
+from pyllm.train.labelled_data import HeldOutTexts, LabelledData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
 from pyllm.train.pairs import PairedData
 from pyllm.train.report import I32, Data
@@ -34,17 +36,20 @@ CONTEXTS = 8  # in a micro-batch, unless told
 class Setup:
     """What a trainer takes: the folder of a model or the content of a config.json, and data.
 
+    A new model may begin with the weights in `body`. `eval_batches` are those that hold all of `valid`, where it ends.
     `beside` are the bytes of another model that the data needs.
     """
 
     model: Path | dict[str, Any]
     spec: ModelSpec
     tokenizer: Path | None
-    packed: PackedData | PairedData  # what `train` is made of
+    packed: PackedData | PairedData | LabelledData  # what `train` is made of
     train: Data
     valid: Data | None
     notes: tuple[str, ...]
     beside: int = 0
+    body: Path | None = None
+    eval_batches: int | None = None
 
 
 def model_and_tokenizer(config: RunConfig) -> tuple[Path | dict[str, Any], Path | None, int]:
@@ -101,8 +106,12 @@ def prepare(
     their shape only.
     """
     model, tokenizer, context = model_and_tokenizer(config)
-    aim = Aim(config, model, tokenizer, context, objective, seed)
     tokens = _batch_tokens(config, context)
+    if not 0 <= config.valid_share < 1:
+        raise ConfigError(f"valid_share: expected 0 <= value < 1, got {config.valid_share}")
+    if objective == "classify":
+        return _prepare_labels(config, model, tokenizer, context, tokens, seed, progress)
+    aim = Aim(config, model, tokenizer, context, objective, seed)
     files = [*config.data, *config.valid]
     cache = Path(config.data_cache) if config.data_cache is not None else None
 
@@ -115,8 +124,6 @@ def prepare(
 
     stores = [opened(i) for i in range(len(files))]
     training, held = stores[: len(config.data)], stores[len(config.data) :]
-    if not 0 <= config.valid_share < 1:
-        raise ConfigError(f"valid_share: expected 0 <= value < 1, got {config.valid_share}")
     if not held and config.valid_share > 0:
         whole = objective == "seq2seq"
         training, held = map(list, zip(*(store.split(config.valid_share, whole) for store in training), strict=True))
@@ -150,6 +157,63 @@ def prepare(
     return Setup(model, aim.spec, tokenizer, train, made, held_out, tuple(train.notes), beside)
 
 
+def _prepare_labels(
+    config: RunConfig,
+    model: Path | dict[str, Any],
+    tokenizer: Path | None,
+    context: int,
+    tokens: int,
+    seed: int,
+    progress: Callable[[float], None] | None,
+) -> Setup:
+    """Labelled texts, for the head of the model, or a new one where it has another."""
+    values, folder = config_and_weights(model)
+    spec = spec_to_train(values, folder)
+    check_objective(spec, "classify", config)
+    assert tokenizer is not None  # that of an encoder's folder, at least
+    paths = [Path(name) for name in (*config.data, *config.valid)]
+    read = [read_examples(path) for path in paths]
+    problem, notes = read[0][0], list[str]()
+    if spec.head.kind is HeadKind.POOLED:
+        labels = LabelSet.of_head(spec.head)
+    else:
+        labels = LabelSet.of_examples(problem, [e for _, examples in read[: len(config.data)] for e in examples])
+        model = classifier_config(values, labels)
+        spec = family_of(model).read(model)
+        notes.append(f"a new head for {problem.value}, labels: {', '.join(labels.names)}")
+    for path, (given, _) in zip(paths, read, strict=True):
+        labels.check(given, str(path))
+    loaded = Tokenizer.load(tokenizer)
+
+    def encoded(index: int) -> LabelledTexts:
+        def share(done: float) -> None:
+            if progress is not None:
+                progress((index + done) / len(paths))
+
+        typed = spec.embedding.types > 1
+        path, examples = paths[index], read[index][1]
+        return encode_examples(path, examples, labels, loaded, tokenizer, context=context, types=typed, progress=share)
+
+    files = [encoded(index) for index in range(len(paths))]
+    files, held = files[: len(config.data)], files[len(config.data) :]
+    if not held and config.valid_share > 0:
+        files, held = map(list, zip(*(texts.split(config.valid_share, seed) for texts in files), strict=True))
+    typed = any(texts.types is not None for texts in files + held)
+    train = LabelledData(files, labels, context=context, tokens=tokens, types=typed, weights=config.weights, seed=seed)
+    valid = HeldOutTexts(held, train) if held else None
+    return Setup(
+        model,
+        spec,
+        tokenizer,
+        train,
+        train,
+        valid,
+        (*notes, *train.notes),
+        body=folder if notes else None,
+        eval_batches=None if valid is None else valid.batches,
+    )
+
+
 class _Contexts:
     """Micro-batches of so many tokens in so many sequences, in place of data that a plan does not have."""
 
@@ -170,8 +234,8 @@ class _Contexts:
 
 
 def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | None = None) -> TrainPlan:
-    """The memory of a run with these settings; without data, for documents of about the context's length, and for
-    sources as long as their targets."""
+    """The memory of a run with these settings; without data, for documents of about the context's length, sources as
+    long as their targets, and two labels."""
     needed = {"steps": 1, "out": ".", "data": ("none.bin",)}
     config, theirs = settings({**needed, **values})
     if "data" in values:
@@ -182,7 +246,12 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     sequences = -(-tokens // context) * (1 if config.packing == "plain" else 3) + 8 * (config.packing != "plain")
     shape = StepShape(tokens, sequences, theirs.dtype, theirs.dropout > 0, theirs.checkpoint_activations)
     spec, generator = spec_to_train(*config_and_weights(model)), 0
-    if "objective" in values:
+    if theirs.objective == "classify":
+        check_objective(spec, "classify", config)
+        if spec.head.kind is not HeadKind.POOLED:
+            head = classifier_config(config_and_weights(model)[0], LabelSet(Problem.SINGLE_LABEL, ("0", "1")))
+            spec = family_of(head).read(head)
+    elif "objective" in values:
         aim = Aim(config, model, tokenizer, context, theirs.objective, theirs.seed)
         generator = aim.generator_bytes(tokens, sequences)
     if theirs.objective in ("blanks", "spans", "denoise"):

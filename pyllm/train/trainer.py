@@ -18,7 +18,7 @@ from pyllm.ops_training import TrainingOps
 from pyllm.prefix import PrefixSpec
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
-from pyllm.train.begin import load_weights, spec_to_train
+from pyllm.train.begin import load_body, load_weights, spec_to_train
 from pyllm.train.checkpoint import Checkpoints, RunState
 from pyllm.train.checks import GradientCheck, check_gradients
 from pyllm.train.head_loss import Loss, count_labels
@@ -43,6 +43,7 @@ class Trainer:
         eval_data: held-out micro-batches of the same shape. Each evaluation begins where it stands now.
         tokenizer: folder with the tokenizer's files, which checkpoints get a copy of; default `model`, if a folder.
         callbacks: are told what happens.
+        body: with a new model, a folder whose weights it begins with where they are no part of the head.
         resume: go on from the last checkpoint in ``config.out``; model, data and settings must be those of the run.
 
     Raises:
@@ -60,6 +61,7 @@ class Trainer:
         tokenizer: Path | None = None,
         callbacks: Sequence[Callbacks] = (),
         resume: bool = False,
+        body: Path | None = None,
     ) -> None:
         self.config, self.data, self.eval_data = config, data, eval_data
         self.callbacks = list(callbacks)
@@ -105,6 +107,8 @@ class Trainer:
             load_weights(self.parameters, folder)
         else:
             initialise(self.parameters, self._model_config, config.seed)
+            if body is not None:
+                load_body(self.parameters, body)
         self._step = Step(
             self.parameters,
             self.ops,
@@ -181,12 +185,13 @@ class Trainer:
         if self.eval_data is None or self._eval_start is None:
             raise RequestError("no evaluation data: give eval_data")
         self.eval_data.load_state(self._eval_start)
-        total, counted = 0.0, 0
+        total, counted, right = 0.0, 0, list[int | None]()
         for _ in range(self.config.eval_batches):
             batch = self.eval_data.next_batch()
             self._step.fill(*batch)
             total += self._step.evaluate()
             counted += count_labels(batch[1])
+            right.append(self._step.right())
         if counted == 0:
             raise RequestError("no token of the evaluation data counts")
         loss = total / counted
@@ -194,7 +199,8 @@ class Trainer:
         if best:
             self._best = loss
         perplexity = math.exp(min(loss, 700.0))
-        return EvalReport(self.steps_done, loss, perplexity, counted, best, time.perf_counter() - began)
+        accuracy = None if None in right else sum(filter(None, right)) / counted
+        return EvalReport(self.steps_done, loss, perplexity, counted, best, time.perf_counter() - began, accuracy)
 
     def sample(self) -> list[Sample]:
         """Continue ``config.sample_prompts`` with the weights as they are."""
