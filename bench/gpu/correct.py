@@ -45,7 +45,7 @@ OTHERS = {
 HOPPERS = ("wgmma_matmul", "wgmma_attention")
 FILES = ("test_gpu.py", "test_gpu_layers.py", "test_gpu_decode.py", "test_gpu_exchange.py")
 EMULATED = (*list(OTHERS)[:2], "read_probe", "axpby")  # the others take the emulated GPU too long
-AT_ONCE = 4  # kernels that are tested beside each other: starting a process takes longer than most tests
+AT_ONCE = 4  # processes that test beside each other: starting one takes longer than most tests
 TEST_SECONDS, MODEL_SECONDS = 10.0, 30.0  # that a test of a kernel, or of a whole model, may take
 GPU = ["-m", "gpu"]
 
@@ -75,9 +75,13 @@ def models(check: Check) -> Row:
     """Whole models against the CPU and transformers, and that equal runs give equal bits."""
     if check.emulated:
         return {"skipped": "tests of the suite run them on the emulated GPU"}
-    log = check.out / "models.tests.log"
-    ids = collect([*GPU, str(ROOT / "tests" / "test_gpu_models.py")], log)
-    return {"rows": [outcome_row("models", run_tests(ids, log, MODEL_SECONDS))]}
+    ids = collect([*GPU, str(ROOT / "tests" / "test_gpu_models.py")], check.out / "models.tests.log")
+    found = Outcomes()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        logs = [check.out / f"models.{i}.log" for i in range(AT_ONCE)]
+        for outcomes in pool.map(lambda i: run_tests(ids[i::AT_ONCE], logs[i], MODEL_SECONDS), range(AT_ONCE)):
+            found.add(outcomes)
+    return {"rows": [outcome_row("models", found)]}
 
 
 def log_of(check: Check, name: str) -> Path:

@@ -29,6 +29,12 @@ class Outcomes:
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # and why
 
+    def add(self, others: Outcomes) -> None:
+        """Take in what became of other tests."""
+        self.passed += others.passed
+        self.skipped += others.skipped
+        self.failed |= others.failed
+
     def told(self) -> int:
         """Number of tests of which something is known."""
         return len(self.passed) + len(self.skipped) + len(self.failed)
