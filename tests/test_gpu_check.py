@@ -180,13 +180,17 @@ def files(check):
 
 
 def test_hoppers_kernels_are_left_alone_where_they_failed(check, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYLLM_WGMMA", "on")
-    for failing, after in (("norm", "on"), ("wgmma_matmul", "off")):
+    for failing, state, after in (
+        ("norm", "failed", "on"),
+        ("wgmma_matmul", "failed", "off"),
+        ("norm", "too long", "off"),
+    ):
+        monkeypatch.setenv("PYLLM_WGMMA", "on")
         seen, row = [], {"name": failing, "passed": 3, "error": "wrong"}
 
-        def run_apart(command, run, name, seconds, seen=seen, row=row):
+        def run_apart(command, run, name, seconds, seen=seen, row=row, state=state):
             seen.append((name, os.environ["PYLLM_WGMMA"]))
-            return {"state": "failed", "seconds": 1.0, "rows": [row]}
+            return {"state": state, "seconds": 1.0, "rows": [row]}
 
         monkeypatch.setattr(check, "run_apart", run_apart)
         assert check.main([str(tmp_path), "--only", "roofs,kernels,decode"]) == 1

@@ -101,8 +101,10 @@ def outcome_row(name: str, found: Outcomes) -> Row:
 
 
 def hopper_failed(found: Row) -> list[str]:
-    """Kernels of Hopper alone whose tests failed in the step of kernels."""
-    return [row["name"] for row in found.get("rows", []) if row["name"] in HOPPERS and "error" in row]
+    """Kernels of Hopper alone whose tests failed in the step of kernels, or were not reached before it was ended."""
+    rows = {row["name"]: row for row in found.get("rows", [])}
+    ended = found["state"] not in ("done", "failed")
+    return [name for name in HOPPERS if (name not in rows and ended) or "error" in rows.get(name, {})]
 
 
 def sanitizer(check: Check) -> Row:
