@@ -1,45 +1,33 @@
 """What a model makes of given texts without continuing them: vectors, labels, words behind masks, replaced tokens.
 
-`Encoding` is the part of :class:`pyllm.LLM` that holds these tasks. All of them run texts through the engine, keep the
-hidden states that matter, and pass those through the model's head.
+`Encoding` is what :class:`pyllm.LLM` builds on, and holds these tasks. All of them run texts through the model, keep
+the hidden states that matter, and pass those through the model's head.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pyllm.errors import RequestError, shown
 from pyllm.ops import F32, Ops
 from pyllm.pooling import KeptStates, Pool, embedding_rule
+from pyllm.prompts import Encoded, Prompt, Prompts
+from pyllm.reading import Progress, Reader, T
 from pyllm.spec import HeadKind, ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
-
-Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
-Progress: TypeAlias = "Callable[[int, int], None] | None"  # gets (finished, all) texts
-T = TypeVar("T")
 
 CLASSES = {  # what transformers calls the classes of models that have these heads
     HeadKind.TOKENS: "ForMaskedLM",
     HeadKind.POOLED: "ForSequenceClassification",
     HeadKind.EACH: "ForPreTraining of ELECTRA",
 }
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A text as the model reads it: `types` tell which text of a pair each token belongs to."""
-
-    text: str | None
-    ids: list[int]
-    types: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,33 +52,15 @@ class TokenProbability:
     probability: float
 
 
-class Encoding(ABC):
+class Encoding:
     """Tasks on given texts; see :class:`pyllm.LLM`."""
 
     spec: ModelSpec
     ops: Ops
     folder: Path
     tokenizer: Tokenizer | None
-
-    @abstractmethod
-    def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text, if there is one, and token ids of a prompt."""
-
-    @abstractmethod
-    def _need_tokenizer(self) -> Tokenizer:
-        """The tokenizer, or an error that says why there is none."""
-
-    @abstractmethod
-    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
-        """Run texts through the model; the hidden states of each go to its pool."""
-
-    @abstractmethod
-    def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
-        """What `reduce` makes of the head's rows for hidden states, as pools kept them, [n, D] each; a thing for each.
-
-        It gets few rows [R, outputs] at a time, which are numbers, in memory that is used again; `NonFiniteError` where
-        they are not.
-        """
+    _prompts: Prompts
+    _reader: Reader
 
     def embed(
         self,
@@ -111,11 +81,11 @@ class Encoding(ABC):
         if isinstance(texts, (str, Mapping)):
             raise TypeError("embed: expected a list of texts, got one by itself")
         rule = embedding_rule(self.folder, pooling, normalize)
-        encoded = [Encoded(*self._encode_prompt(text)) for text in texts]
+        encoded = [self._prompts.read(text) for text in texts]
         for text in encoded:
             rule.check(len(text.ids))
         pools = [Pool(rule.pooling) for _ in encoded]
-        self._read_texts(encoded, pools, progress)
+        self._reader.states(encoded, pools, progress)
         vectors = np.empty((len(pools), self.spec.hidden), np.float32)
         for vector, pool in zip(vectors, pools, strict=True):
             vector[:] = rule.vector(pool)
@@ -160,14 +130,14 @@ class Encoding(ABC):
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= self.spec.vocab_size:
             raise ValueError(f"top_k: expected 1 to the vocabulary's {self.spec.vocab_size}, got {top_k!r}")
         self._need_head("fill_mask", HeadKind.TOKENS)
-        mask = self._need_tokenizer().mask_token_id
+        mask = self._prompts.need_tokenizer().mask_token_id
         if mask is None:
             raise RequestError("fill_mask: the tokenizer names no mask token (mask_token in tokenizer_config.json)")
         encoded = self._encode("fill_mask", texts)
         places = [[at for at, token in enumerate(text.ids) if token == mask] for text in encoded]
         for text, at in zip(encoded, places, strict=True):
             if not at:
-                name = self._need_tokenizer().token_of(mask)
+                name = self._prompts.need_tokenizer().token_of(mask)
                 raise RequestError(f"fill_mask: expected {name} in the text, found none in {shown(text.text)}")
 
         def best(logits: F32) -> list[list[TokenProbability]]:
@@ -205,9 +175,9 @@ class Encoding(ABC):
         reduce: Callable[[F32], list[T]],
         progress: Progress,
     ) -> list[list[T]]:
-        """What `reduce` makes of the head's rows at these places of each text (None: all), see `_head`."""
+        """What `reduce` makes of the head's rows at these places of each text (None: all), see `Reader.head`."""
         pools = deque(KeptStates(at) for at in places)
-        self._read_texts(texts, pools, progress)
+        self._reader.states(texts, pools, progress)
         counts = []
 
         def states() -> Iterator[F32]:
@@ -216,22 +186,15 @@ class Encoding(ABC):
                 counts.append(len(rows))
                 yield rows
 
-        found = iter(self._head(states(), reduce))
+        found = iter(self._reader.head(states(), reduce))
         return [list(islice(found, count)) for count in counts]
 
     def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
         if isinstance(texts, (str, Mapping)):
             raise TypeError(f"{task}: expected a list of texts, got one by itself")
         return [
-            self._encode_pair(task, text) if isinstance(text, tuple) else Encoded(*self._encode_prompt(text))
-            for text in texts
+            self._prompts.pair(task, text) if isinstance(text, tuple) else self._prompts.read(text) for text in texts
         ]
-
-    def _encode_pair(self, task: str, pair: tuple[str, str]) -> Encoded:
-        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"{task}: expected pairs of two texts, got {shown(pair)}")
-        encoding = self._need_tokenizer().encode_pair(*pair)
-        return Encoded(None, encoding.ids, encoding.type_ids if self.spec.embedding.types > 1 else None)
 
     def _need_head(self, task: str, kind: HeadKind) -> None:
         if self.spec.is_encoder and self.spec.head.kind is kind:

@@ -1,8 +1,8 @@
 """Text to ids and back, for every tokenizer layout of a Hugging Face folder.
 
 `Tokenizer.load` takes, in this order, `tokenizer.json`, `tokenizer.model` or `spiece.model` (SentencePiece, BPE or
-Unigram), `vocab.json` + `merges.txt` (byte-level BPE; also under the names `encoder.json` + `vocab.bpe`), or
-`vocab.txt` (WordPiece).
+Unigram), `vocab.json` + `merges.txt` (BPE of bytes, or GPT-1's of words; also under the names `encoder.json` +
+`vocab.bpe`), or `vocab.txt` (WordPiece).
 
 Special tokens in plain text: a string such as `<|endoftext|>` or `</s>` inside a text becomes that token's id, as
 transformers does and as chat templates need it. Text of strangers that must not hold them is the caller's to clean.

@@ -207,7 +207,7 @@ def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
     assert output.token_ids[0] == 11
     assert len(output.token_ids) <= 12 and output.token_ids[-1] == 2
     assert output.score is not None
-    assert llm.engine.decoder_ids() == [6]
+    assert llm.engine.rules.decoder_ids() == [6]
     [plain] = llm.generate(sources(1), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
     assert plain.outputs[0].token_ids[0] == 11  # what the model says, where nothing else is asked for
 

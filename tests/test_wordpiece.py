@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from test_tokenizer import T5_TEXTS, copy_into, hard_texts
-from tokenizer_fixtures import byte_level_bpe, small_bpe, write_byte_level, write_json
+from tokenizer_fixtures import CORPUS, byte_level_bpe, small_bpe, write_byte_level, write_json
+from tokenizers import trainers
 
 from pyllm.errors import TokenizerError
 from pyllm.tokenizer import Tokenizer
@@ -147,6 +148,26 @@ def roberta(folder: Path) -> tuple[Tokenizer, Any]:
     write_json(folder / "vocab.json", vocab)
     write_json(folder / "config.json", {"model_type": "roberta"})
     return Tokenizer.load(folder), pytest.importorskip("transformers").RobertaTokenizer.from_pretrained(folder)
+
+
+def test_bpe_of_words_equals_transformers(tmp_path: Path) -> None:
+    """GPT-1's: `vocab.json` + `merges.txt` give what the library makes of them, and its tokenizer.json the same."""
+    theirs = pytest.importorskip("transformers").OpenAIGPTTokenizer()._tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    theirs.train_from_iterator([*TEXTS, *CORPUS], trainer)
+    theirs.model.save(str(tmp_path))
+    write_json(tmp_path / "config.json", {"model_type": "openai-gpt"})
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    theirs.save(str(folder / "tokenizer.json"))
+    for ours in (Tokenizer.load(tmp_path), Tokenizer.load(folder)):
+        assert ours.id_of("the</w>") is not None
+        for text in (*TEXTS, *T5_TEXTS, "The LLAMA, the\tend. \U0010ffff"):
+            ids = theirs.encode(text).ids
+            assert ours.encode(text) == ids, text
+            assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
 
 
 def test_roberta_equals_transformers(tmp_path: Path) -> None:

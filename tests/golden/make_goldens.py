@@ -322,6 +322,7 @@ def variants() -> dict[str, Variant]:
             }
         ),
         "mpt": Variant(mpt),
+        "openai-gpt": Variant({**gpt2, "model_type": "openai-gpt"}, gain=1.5),
         "opt": Variant(opt),
         "opt-post": Variant({**opt, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
         "qwen2": Variant({**base, "model_type": "qwen2"}),
