@@ -159,7 +159,7 @@ def test_pairs_take_little_memory_beside_their_tokens() -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 4 * len(store.tokens)
-    assert (pairs.count(), pairs.source_total, pairs.total) == (10000, 620000, 620000 + 410000)
+    assert (pairs.count(), pairs.source_total, pairs.total) == (10000, 620000, 620000 + 420000)
 
 
 def test_files_that_hold_no_pairs() -> None:
@@ -209,6 +209,21 @@ def infilled(data: Any = None, **options: Any) -> InfilledText:
     return InfilledText(data or Texts(), FORM, MASK, [STOP, 61], range(30, 70), **given)
 
 
+def pairs_of_texts(data: Denoising, texts: Texts, count: int) -> list[tuple[list[Any], list[Any]]]:
+    """Texts of `count` micro-batches of texts, but for those too short to be damaged, and their pairs, matched by their
+    tokens: pairs come in another order, those of a micro-batch of texts before all of the next."""
+    found: list[Any] = []
+    groups = []
+    for position in range(count):
+        usable = [text for text in texts.texts(position) if len(text) > 1]
+        while len(found) < len(usable):
+            found += taken_apart(data.next_batch())
+        chosen, found = found[: len(usable)], found[len(usable) :]
+        held = [{*source, *target} - {*SENTINELS, MASK} for source, target in chosen]
+        groups.append((usable, [chosen[held.index(set(text))] for text in usable]))
+    return groups
+
+
 def restored(source: list[int], target: list[int]) -> list[int]:
     """The text, from its two halves."""
     marks = [i for i, token in enumerate(target) if token in SENTINELS]
@@ -222,10 +237,7 @@ def restored(source: list[int], target: list[int]) -> list[int]:
 def test_spans_and_what_is_left_are_the_text(share: float, mean_span: float) -> None:
     data, plain = corrupted(share=share, mean_span=mean_span), Texts()
     starts_with_text = ends_with_sentinel = True
-    for position in range(60):
-        batch = data.next_batch()
-        texts = [text for text in plain.texts(position) if len(text) > 1]
-        found = taken_apart(batch)
+    for texts, found in pairs_of_texts(data, plain, 60):
         assert [restored(*pair) for pair in found] == texts
         for text, (source, target) in zip(texts, found, strict=True):
             taken = min(max(round(share * len(text)), 1), len(text) - 1)
@@ -248,6 +260,26 @@ def test_568_tokens_become_512_and_114() -> None:
     assert (bounds[1], starts[1]) == (512, 114) and (labels[:114] != IGNORED).all() and (labels[114:] == IGNORED).all()
 
 
+@pytest.mark.parametrize("make", [corrupted, infilled])
+def test_little_is_padding(make: Callable[..., Denoising]) -> None:
+    """Whatever the texts' lengths, and none is lost."""
+    lengths = (5, 30, 12, 4, 7, 50, 3, 9) * 12
+    texts = Texts(lengths)
+    data = make(texts)
+    shapes, used, total, count = set(), 0, 0, 0
+    for _ in range(30):
+        _, labels, starts, source, bounds = batch = data.next_batch()
+        shapes.add(tuple(map(len, batch)))
+        counted = [i for i in range(len(starts) - 1) if starts[i] < starts[i + 1] and labels[starts[i]] != IGNORED]
+        used += sum(int(bounds[i + 1] - bounds[i] + starts[i + 1] - starts[i]) for i in counted)
+        total += len(labels) + len(source)
+        count += len(counted)
+    assert len(shapes) == 1 and used > 0.95 * total
+    other = make(Texts((3, 60, 2, 58)), like=data)
+    assert {tuple(map(len, other.next_batch())) for _ in range(5)} == shapes
+    assert abs(count - 30 * len(lengths)) < len(lengths)
+
+
 def test_spans_are_as_likely_everywhere() -> None:
     rng = np.random.default_rng(0)
     counts: dict[tuple[int, ...], int] = {}
@@ -266,10 +298,7 @@ def test_spans_are_as_likely_everywhere() -> None:
 def test_infilled_texts(share: float, mean_span: float) -> None:
     data, plain = infilled(share=share, mean_span=mean_span), Texts()
     inserted, moved = 0, 0
-    for position in range(60):
-        batch = data.next_batch()
-        texts = [text for text in plain.texts(position) if len(text) > 1]
-        found = taken_apart(batch)
+    for texts, found in pairs_of_texts(data, plain, 60):
         assert [target for _, target in found] == [[*text] for text in texts], "the target is the text"
         for text, (source, _) in zip(texts, found, strict=True):
             assert len(source) <= len(text) and MASK in source
@@ -290,8 +319,7 @@ def test_infilled_texts(share: float, mean_span: float) -> None:
 def test_words_are_masked_as_a_whole() -> None:
     """Tokens below 30 go on with a word; a share of all words is gone, whatever their lengths."""
     data, plain = infilled(Texts((58,))), Texts((58,))
-    for position in range(30):
-        [text], [(source, _)] = plain.texts(position), taken_apart(data.next_batch())
+    for [text], [(source, _)] in pairs_of_texts(data, plain, 30):
         words = np.split(np.array(text), [i for i in range(1, 58) if text[i] >= 30 or text[i - 1] in (STOP, 61)])
         gone = [word for word in words if not set(word.tolist()) & set(source)]
         assert all(set(word.tolist()) <= set(source) or not set(word.tolist()) & set(source) for word in words)
@@ -303,8 +331,8 @@ def test_words_are_masked_as_a_whole() -> None:
 def test_something_of_every_text_is_kept(begins: Any, share: float) -> None:
     lengths = (2, 2, 3, 4, 40)
     data = InfilledText(Texts(lengths), FORM, MASK, (), begins, context=60, share=share, mean_span=3.0, seed=0)
-    for _ in range(30):
-        for (source, target), length in zip(taken_apart(data.next_batch()), lengths, strict=True):
+    for texts, found in pairs_of_texts(data, Texts(lengths), 30):
+        for (source, target), length in zip(found, map(len, texts), strict=True):
             kept = [token for token in source if token != MASK]
             assert len(target) == length and 0 < len(kept) < length and set(kept) <= set(target)
             if begins == (100,) and share == 0.3:  # of one word: as if each token were one
@@ -313,16 +341,18 @@ def test_something_of_every_text_is_kept(begins: Any, share: float) -> None:
 
 @pytest.mark.parametrize("make", [corrupted, infilled])
 def test_damage_is_decided_by_the_seed(make: Callable[..., Denoising]) -> None:
-    data = make()
-    data.next_batch()
-    state = json.loads(json.dumps(data.state()))
-    expected = data.next_batch()
-    again, other = make(), make(seed=1)
-    again.load_state(state)
-    for found, array in zip(again.next_batch(), expected, strict=True):
-        np.testing.assert_array_equal(found, array)
-    other.next_batch()
-    assert taken_apart(other.next_batch()) != taken_apart(expected)
+    data, other = make(), make(seed=1)
+    differ = False
+    for _ in range(8):
+        state = json.loads(json.dumps(data.state()))
+        expected = data.next_batch()
+        again = make()
+        again.load_state(state)
+        assert again.state() == state
+        for found, array in zip(again.next_batch(), expected, strict=True):
+            np.testing.assert_array_equal(found, array)
+        differ |= taken_apart(other.next_batch()) != taken_apart(expected)
+    assert differ
     with pytest.raises(DataError, match="damaged texts by"):
         other.load_state(state)
 
@@ -335,9 +365,11 @@ def test_what_cannot_be_damaged() -> None:
     with pytest.raises(ConfigError, match="mean_span: expected 1 <= value"):
         infilled(mean_span=0.5)
     with pytest.raises(DataError, match="a text holds a sentinel"):
-        CorruptedSpans(Texts(), FORM, range(10, 70), context=60, share=0.15, mean_span=3, seed=0).next_batch()
+        CorruptedSpans(Texts(), FORM, range(10, 70), context=60, share=0.15, mean_span=3, seed=0)
     with pytest.raises(DataError, match=r"a text holds a mask \(id 30\)"):
-        InfilledText(Texts((60,)), FORM, 30, (), (), context=62, share=0.3, mean_span=3, seed=0).next_batch()
+        InfilledText(Texts((60,)), FORM, 30, (), (), context=62, share=0.3, mean_span=3, seed=0)
+    with pytest.raises(DataError, match="expected texts of at least two tokens, as one is hidden"):
+        corrupted(Texts((1, 1)))
 
 
 # --- from files ------------------------------------------------------------------------------------------------------
@@ -444,7 +476,7 @@ def test_texts_of_a_file_become_no_longer_than_the_context(home: Path, objective
         assert plan_of_run(given).shape.all_tokens == len(batch[0]) + len(batch[3])
         if packing == "plain":
             del given["data"]
-            assert plan_of_run(given).shape.all_tokens == len(batch[0]) + len(batch[3])
+            assert plan_of_run(given).shape.all_tokens == pytest.approx(len(batch[0]) + len(batch[3]), rel=0.1)
 
 
 def test_sentences_of_scripts_without_spaces(tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ class Aim:
         if self._objective == "rtd":
             self._generator = Generator(*self._of_generator, tokens, sequences, Ops(threads))
 
-    def data(self, texts: Data) -> Data:
-        """Micro-batches of the objective, made of those of texts."""
+    def data(self, texts: Data, like: Data | None = None) -> Data:
+        """Micro-batches of the objective, made of those of texts; of the shape of others that it made."""
         config, spec, seed, objective = self._config, self.spec, self._seed, self._objective
         if objective == "mlm":
             return self._masked(texts)
@@ -122,11 +122,23 @@ class Aim:
                 texts, spec.prefix, end, context=self._context, positions=spec.max_positions, seed=seed
             )
         if objective in ("spans", "denoise"):
-            options = {"context": self.text_context, "share": self._share, "mean_span": config.mean_span, "seed": seed}
+            options = {
+                "context": self.text_context,
+                "share": self._share,
+                "mean_span": config.mean_span,
+                "seed": seed,
+                "like": like,
+            }
             if objective == "spans":
                 return CorruptedSpans(texts, self.form, self._sentinels, **options)
             return self._infilled(texts, options)
         return SplitTokens(texts, seed) if objective == "prefix" else texts
+
+    @property
+    def ordinary_token(self) -> int:
+        """A token that texts may hold."""
+        special = self._reserved if self._tokenizer is None else {*self._reserved, *self._tokenizer.special_ids}
+        return next(token for token in range(self.spec.vocab_size) if token not in special)
 
     @property
     def _of_generator(self) -> tuple[Path, ModelSpec, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,12 +15,19 @@ from pyllm.errors import ConfigError, DataError
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.train.objectives.spans import partition, spread
 from pyllm.train.pairs import PairBatch, PairForm, PairWriter, padding_sequences
-from pyllm.train.report import I32, Data
+from pyllm.train.report import I32, Data, MicroBatch
+
+PROBED = 4  # micro-batches of texts that tell how long sources and targets become
+
+Pair: TypeAlias = "tuple[I32, I32]"  # source and target
 
 
 class Denoising(ABC):
     """Micro-batches of pairs made of texts: a damaged text, and what the decoder writes of it. How a text is damaged is
-    a function of `seed` and the micro-batch's number.
+    a function of `seed`, of the number of the micro-batch of texts that it comes in, and of its place there.
+
+    Micro-batches have room for what becomes of as many tokens of texts as those of `data` hold, by the first of them.
+    Pairs that find none come in the next.
 
     Args:
         data: micro-batches of texts, whose labels are -100 where there is only padding.
@@ -29,50 +36,70 @@ class Denoising(ABC):
         share: of a text that is damaged.
         mean_span: of what is damaged in one place.
         seed: of what is damaged.
+        like: other data, whose shape the micro-batches get.
+
+    Raises `ConfigError` for what is out of range, `DataError` where no text can be damaged.
     """
 
-    def __init__(self, data: Data, form: PairForm, *, context: int, share: float, mean_span: float, seed: int) -> None:
+    def __init__(
+        self,
+        data: Data,
+        form: PairForm,
+        *,
+        context: int,
+        share: float,
+        mean_span: float,
+        seed: int,
+        like: Denoising | None = None,
+    ) -> None:
         if not 0 < share < 1:
             raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
         if not 1 <= mean_span <= 1000:
             raise ConfigError(f"mean_span: expected 1 <= value <= 1000, got {mean_span}")
         self._data, self._form, self._share, self._mean_span, self._seed = data, form, share, mean_span, seed
-        self._position = 0
-        state = data.state()
-        tokens, _, starts, *_ = data.next_batch()
-        data.load_state(state)
-        texts = len(starts) - 1
         self._longest = context + max(form.around_source, form.around_target)
-        self._shape = self.shape(len(tokens), texts)
-        self._sequences = texts + padding_sequences(*self._shape, self._longest)
+        self._taken = 0  # micro-batches of texts
+        self._before = data.state()  # where the data stood before the last of them
+        self._shape: tuple[int, int]  # tokens of sources and of targets
+        self._most: int  # pairs of a micro-batch, and its sequences, of which some may be padding
+        self._sequences: int
+        self._left: dict[int, Pair] = {}  # its pairs that are still to come, by the places of their texts
+        if like is not None:
+            self._shape, self._most, self._sequences = like._shape, like._most, like._sequences
+            return
+        probed = [data.next_batch() for _ in range(PROBED)]
+        data.load_state(self._before)
+        self._shape = self._expected(probed)
+        self._most = len(probed[0][2]) - 1
+        self._sequences = self._most + padding_sequences(*self._shape, self._longest)
 
     @abstractmethod
-    def shape(self, tokens: int, texts: int) -> tuple[int, int]:
-        """Most tokens of sources and of targets that become of `texts` texts with so many tokens together."""
-
-    @abstractmethod
-    def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
+    def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """The text of a source and that of its target."""
 
     def next_batch(self) -> PairBatch:
         """See :meth:`pyllm.train.pairs.PairedData.next_batch`."""
-        tokens, counted, starts, *_ = self._data.next_batch()
-        rng = np.random.Generator(np.random.PCG64([self._seed, self._position]))
-        self._position += 1
-        form = self._form
-        writer = PairWriter(form, *self._shape, self._sequences, self._longest)
-        for first, end in pairwise(starts.tolist()):
-            if (counted[first:end] == IGNORED_LABEL).all():
-                continue  # padding
-            text = form.unended(form.unbegun(tokens[first:end]))
-            if len(text) >= 2:  # else nothing would be left to restore it from
-                source, target = self.damage(text, rng)
-                writer.add(form.source(source), form.target(target))
+        writer = PairWriter(self._form, *self._shape, self._sequences, self._longest)
+        while writer.count < self._most:
+            if not self._left:
+                self._before = self._data.state()
+                self._left = self._damaged(self._data.next_batch(), self._taken)
+                self._taken += 1
+            room = writer.room
+            fitting = (
+                i for i, (source, target) in self._left.items() if len(source) <= room[0] and len(target) <= room[1]
+            )
+            place = next(fitting, None)
+            if place is None:
+                break
+            writer.add(*self._left.pop(place))
         return writer.finish()
 
     def state(self) -> dict[str, Any]:
         """See :class:`pyllm.train.Data`."""
-        return {"damaged": self._position, "kind": self._kind, "data": self._data.state()}
+        begun = bool(self._left)
+        data = self._before if begun else self._data.state()
+        return {"damaged": self._taken - begun, "left": list(self._left), "kind": self._kind, "data": data}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`pyllm.train.Data`."""
@@ -81,11 +108,41 @@ class Denoising(ABC):
                 f"the run damaged texts by {state.get('kind')} (how, share, mean span, seed), now it is {self._kind}"
             )
         self._data.load_state(state["data"])
-        self._position = state["damaged"]
+        self._taken, self._before, self._left = state["damaged"], state["data"], {}
+        if state["left"]:
+            pairs = self._damaged(self._data.next_batch(), self._taken)
+            self._left = {place: pairs[place] for place in state["left"]}
+            self._taken += 1
 
     @property
     def _kind(self) -> list[Any]:
         return [type(self).__name__, self._share, self._mean_span, self._seed]
+
+    def _damaged(self, batch: MicroBatch, number: int) -> dict[int, Pair]:
+        """The pairs of a micro-batch of texts, by the places of these, but for texts too short to be damaged."""
+        tokens, counted, starts, *_ = batch
+        rng = np.random.Generator(np.random.PCG64([self._seed, number]))
+        form, pairs = self._form, dict[int, Pair]()
+        for place, (first, end) in enumerate(pairwise(starts.tolist())):
+            if (counted[first:end] == IGNORED_LABEL).all():
+                continue  # padding
+            text = form.unended(form.unbegun(tokens[first:end]))
+            if len(text) >= 2:  # else nothing would be left to restore it from
+                source, target = self.damage(text, rng)
+                pairs[place] = form.source(source), form.target(target)
+        return pairs
+
+    def _expected(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Tokens of sources and of targets that become of a micro-batch full of texts like these."""
+        made, given = np.zeros(2), 0
+        for number, batch in enumerate(batches):
+            pairs = self._damaged(batch, number)
+            given += sum(int(batch[2][place + 1] - batch[2][place]) for place in pairs)
+            made += np.array([[len(part) for part in pair] for pair in pairs.values()]).reshape(-1, 2).sum(0)
+        if given == 0:
+            raise DataError("data: expected texts of at least two tokens, as one is hidden and one kept, found none")
+        source, target = np.ceil(made * len(batches[0][0]) / given)
+        return max(int(source), self._longest), max(int(target), self._longest)
 
 
 def check_sentinels(sentinels: Sequence[int]) -> None:
@@ -111,14 +168,7 @@ class CorruptedSpans(Denoising):
         self._sentinels = np.array(sentinels, np.int32)
         super().__init__(data, form, **options)
 
-    def shape(self, tokens: int, texts: int) -> tuple[int, int]:
-        """Of n tokens share * n / mean_span become spans; what is rounded is less than two tokens a text."""
-        spans = self._share / self._mean_span
-        form = self._form
-        source = int(tokens * (1 - self._share + spans)) + texts * (form.around_source + 2)
-        return source, int(tokens * (self._share + spans)) + texts * (form.around_target + 2)
-
-    def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
+    def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
         found = text[np.isin(text, self._sentinels)]
         if len(found):
@@ -157,11 +207,7 @@ class InfilledText(Denoising):
         self._ends, self._begins = (np.array(sorted(ids), np.int32) for ids in (ends, begins))
         super().__init__(data, form, **options)
 
-    def shape(self, tokens: int, texts: int) -> tuple[int, int]:
-        """A source is never longer than its text."""
-        return tokens + texts * self._form.around_source, tokens + texts * self._form.around_target
-
-    def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
+    def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
         if (text == self._mask).any():
             raise DataError(f"objective denoise: a text holds a mask (id {self._mask}) already")
