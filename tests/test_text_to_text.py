@@ -33,6 +33,7 @@ from pyllm.train.evaluation import evaluate
 from pyllm.train.head_loss import IGNORED
 from pyllm.train.objectives.denoising import CorruptedSpans, Denoising, InfilledText
 from pyllm.train.objectives.spans import partition, spread
+from pyllm.train.objectives.ul2 import MixedDenoisers
 from pyllm.train.pairs import PairedData, PairForm, Pairs
 from pyllm.train.run_config import settings
 from pyllm.train.setup import plan_of_run, prepare
@@ -260,7 +261,7 @@ def test_568_tokens_become_512_and_114() -> None:
     assert (bounds[1], starts[1]) == (512, 114) and (labels[:114] != IGNORED).all() and (labels[114:] == IGNORED).all()
 
 
-@pytest.mark.parametrize("make", [corrupted, infilled])
+@pytest.mark.parametrize("make", [corrupted, infilled, lambda data, **options: mixed(data, **options)])
 def test_little_is_padding(make: Callable[..., Denoising]) -> None:
     """Whatever the texts' lengths, and none is lost."""
     lengths = (5, 30, 12, 4, 7, 50, 3, 9) * 12
@@ -339,7 +340,51 @@ def test_something_of_every_text_is_kept(begins: Any, share: float) -> None:
                 assert len(kept) == length - max(1, round(0.3 * length))
 
 
-@pytest.mark.parametrize("make", [corrupted, infilled])
+def test_some_masks_are_random_tokens() -> None:
+    ordinary, masks, random = list(range(71, 79)), 0, 0
+    data = infilled(random_share=0.25, ordinary=ordinary)
+    for _ in range(60):
+        for source, _ in taken_apart(data.next_batch()):
+            masks += source.count(MASK)
+            random += sum(token in ordinary for token in source)
+    assert random / (masks + random) == pytest.approx(0.25, abs=0.03)
+    assert data.state()["kind"][-1] == 0.25
+    with pytest.raises(ConfigError, match="random_share: expected 0 <= value < 1, got 1"):
+        infilled(random_share=1)
+
+
+MODES = {"[NLU]": [91, 92], "[S2S]": [93], "[NLG]": [94]}  # as many tokens as the tokenizer makes of them
+
+
+def mixed(data: Any = None, **options: Any) -> MixedDenoisers:
+    return MixedDenoisers(data or Texts(), FORM, SENTINELS[8:], MODES, **{"context": 60, "seed": 0, **options})
+
+
+def test_each_of_ul2s_denoisers_is_as_likely() -> None:
+    """Sources begin with their mode, which tells how the text is damaged."""
+    data, plain = mixed(), Texts()
+    found: dict[tuple[str, int, int], int] = {}  # mode, tokens that were taken out, spans
+    pairs: list[Any] = []
+    for position in range(150):
+        [text] = [text for text in plain.texts(position) if len(text) == 58]
+        while not (chosen := [pair for pair in pairs if {*text} <= {*pair[0], *pair[1]}]):
+            pairs = taken_apart(data.next_batch())
+        source, target = chosen[0]
+        mode = next(name for name, ids in MODES.items() if source[: len(ids)] == ids)
+        source = source[len(MODES[mode]) :]
+        spans = sum(token in SENTINELS for token in target)
+        if mode == "[S2S]":
+            assert source == [*text[:44], SENTINELS[8]] and target == text[44:], "a quarter of 58, rounded to even"
+        assert [token for token in source if token not in SENTINELS] == [token for token in text if token in source]
+        key = mode, len(target) - spans, spans
+        found[key] = found.get(key, 0) + 1
+    regular = [("[NLU]", 9, 3), ("[NLU]", 9, 1)]
+    extreme = [("[NLG]", 29, 10), ("[NLG]", 29, 4), ("[NLG]", 9, 1), ("[NLG]", 29, 1)]
+    assert set(found) == {*regular, ("[S2S]", 14, 0), *extreme}
+    assert min(found.values()) >= 8 and max(found.values()) <= 36, found
+
+
+@pytest.mark.parametrize("make", [corrupted, infilled, mixed])
 def test_damage_is_decided_by_the_seed(make: Callable[..., Denoising]) -> None:
     data, other = make(), make(seed=1)
     differ = False
@@ -466,7 +511,7 @@ def test_a_plan_knows_a_head_of_its_own_that_config_does_not_name(home: Path, tm
         assert planned.weights == model.plan.weights and not planned.spec.head.tied
 
 
-@pytest.mark.parametrize("objective", ["spans", "denoise"])
+@pytest.mark.parametrize("objective", ["spans", "denoise", "ul2"])
 def test_texts_of_a_file_become_no_longer_than_the_context(home: Path, objective: str) -> None:
     for packing in ("documents", "plain"):
         setup, given = run(home, objective, arch="bart", packing=packing, valid_share=0)
@@ -503,7 +548,7 @@ def test_sentences_of_scripts_without_spaces(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     pairs = [str(home / "pairs.jsonl")]
     for objective, values, message in [
-        ("causal", {}, "objective: expected seq2seq, spans or denoise for this t5 model, got 'causal'"),
+        ("causal", {}, "objective: expected seq2seq, spans, denoise or ul2 for this t5 model, got 'causal'"),
         ("spans", {"arch": "gpt2"}, "objective: expected causal, prefix or blanks for this gpt2 model, got 'spans'"),
         ("seq2seq", {"data": pairs, "packing": "plain"}, "packing: expected documents for seq2seq"),
         ("seq2seq", {"data": pairs, "mask_prompt": True}, "mask_prompt: expected no for a model with an encoder"),
@@ -633,7 +678,9 @@ def assert_transformers_reads(folder: Path, llm: LLM, sources: list[list[int]], 
         assert made == [start, *expected]
 
 
-@pytest.mark.parametrize(("objective", "arch"), [("seq2seq", "bart"), ("spans", "t5"), ("denoise", "bart")])
+@pytest.mark.parametrize(
+    ("objective", "arch"), [("seq2seq", "bart"), ("spans", "t5"), ("denoise", "bart"), ("ul2", "t5")]
+)
 def test_a_resumed_run_is_as_one_that_was_not_stopped(home: Path, tmp_path: Path, objective: str, arch: str) -> None:
     data = {"data": [str(home / "pairs.jsonl")]} if objective == "seq2seq" else {}
 

@@ -14,7 +14,7 @@ from pyllm.folder import read_config, resolve
 from pyllm.models import family_of
 from pyllm.spec import HeadKind, ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
-from pyllm.train.aim import Aim, check_objective
+from pyllm.train.aim import OF_TEXTS, Aim, check_objective
 from pyllm.train.architectures import new_config
 from pyllm.train.begin import classifier_config, config_and_weights, spec_to_train
 from pyllm.train.data import PackedData
@@ -256,7 +256,7 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     elif "objective" in values:
         aim = Aim(config, model, tokenizer, context, theirs.objective, theirs.seed)
         generator = aim.generator_bytes(tokens, sequences)
-    if theirs.objective in ("blanks", "spans", "denoise"):
+    if theirs.objective in ("blanks", *OF_TEXTS):
         texts = _Contexts(aim.text_tokens(tokens), sequences, aim.text_context, aim.ordinary_token)
         shape = shape_of(aim.data(texts), None, theirs)
     elif spec.encoder is not None:

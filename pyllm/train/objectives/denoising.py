@@ -57,7 +57,7 @@ class Denoising(ABC):
         if not 1 <= mean_span <= 1000:
             raise ConfigError(f"mean_span: expected 1 <= value <= 1000, got {mean_span}")
         self._data, self._form, self._share, self._mean_span, self._seed = data, form, share, mean_span, seed
-        self._longest = context + max(form.around_source, form.around_target)
+        self._longest = context + max(form.around_source + self.added, form.around_target)
         self._taken = 0  # micro-batches of texts
         self._before = data.state()  # where the data stood before the last of them
         self._shape: tuple[int, int]  # tokens of sources and of targets
@@ -72,6 +72,11 @@ class Denoising(ABC):
         self._shape = self._expected(probed)
         self._most = len(probed[0][2]) - 1
         self._sequences = self._most + padding_sequences(*self._shape, self._longest)
+
+    @property
+    def added(self) -> int:
+        """Tokens that a source may have more than its text, beside those around it."""
+        return 0
 
     @abstractmethod
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
@@ -145,11 +150,11 @@ class Denoising(ABC):
         return max(int(source), self._longest), max(int(target), self._longest)
 
 
-def check_sentinels(sentinels: Sequence[int]) -> None:
+def check_sentinels(sentinels: Sequence[int], objective: str = "spans") -> None:
     """Raise `ConfigError` where there are none."""
     if not sentinels:
         raise ConfigError(
-            "objective spans: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
+            f"objective {objective}: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
             "(train-tokenizer --sentinels 100), or train with another objective"
         )
 
@@ -165,20 +170,28 @@ class CorruptedSpans(Denoising):
 
     def __init__(self, data: Data, form: PairForm, sentinels: Sequence[int], **options: Any) -> None:
         check_sentinels(sentinels)
-        self._sentinels = np.array(sentinels, np.int32)
+        self.sentinels = np.array(sentinels, np.int32)
         super().__init__(data, form, **options)
 
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
-        found = text[np.isin(text, self._sentinels)]
+        return self.corrupt(text, self._share, self._mean_span, rng)
+
+    def check(self, text: I32) -> None:
+        """Raise `DataError` for a text that holds a sentinel."""
+        found = text[np.isin(text, self.sentinels)]
         if len(found):
-            raise DataError(f"objective spans: a text holds a sentinel (id {found[0]}) already")
-        taken = min(max(round(self._share * len(text)), 1), len(text) - 1)
+            raise DataError(f"a text holds a sentinel (id {found[0]}) already: take it out of the document")
+
+    def corrupt(self, text: I32, share: float, mean_span: float, rng: np.random.Generator) -> Pair:
+        """What is left of a text, with sentinels, and what was taken out, each behind its sentinel."""
+        self.check(text)
+        taken = min(max(round(share * len(text)), 1), len(text) - 1)
         kept = len(text) - taken
-        count = min(max(round(taken / self._mean_span), 1), taken, kept, len(self._sentinels))
+        count = min(max(round(taken / mean_span), 1), taken, kept, len(self.sentinels))
         source, target, at = [], [], 0
         for stay, go, sentinel in zip(
-            partition(kept, count, rng), partition(taken, count, rng), self._sentinels[:count, None], strict=True
+            partition(kept, count, rng), partition(taken, count, rng), self.sentinels[:count, None], strict=True
         ):
             source += [text[at : at + stay], sentinel]
             target += [sentinel, text[at + stay : at + stay + go]]
@@ -192,18 +205,33 @@ class InfilledText(Denoising):
 
     Spans have a number of words by Poisson's distribution, with a mean of `mean_span`; one of none is a mask between
     two words. No two touch. In a text of one word, as in scripts without spaces, each token is taken for a word; at
-    least one word is kept.
+    least one word is kept. `random_share` of the masks become any of `ordinary` tokens instead, as in the command that
+    BART's authors gave (https://github.com/facebookresearch/fairseq/issues/1899: a share of 0.1, and spans of 3.5
+    words; the paper has none, and 3).
 
     Args:
         mask: the token that stands for a span.
         ends: tokens that end a sentence.
         begins: tokens that begin a word; empty: each does.
+        random_share: of the masks.
+        ordinary: tokens that may stand in their place.
     """
 
     def __init__(
-        self, data: Data, form: PairForm, mask: int, ends: Collection[int], begins: Collection[int], **options: Any
+        self,
+        data: Data,
+        form: PairForm,
+        mask: int,
+        ends: Collection[int],
+        begins: Collection[int],
+        *,
+        random_share: float = 0.0,
+        ordinary: Sequence[int] = (),
+        **options: Any,
     ) -> None:
-        self._mask = mask
+        if not 0 <= random_share < 1:
+            raise ConfigError(f"random_share: expected 0 <= value < 1, got {random_share}")
+        self._mask, self._random_share, self._ordinary = mask, random_share, np.array(ordinary, np.int32)
         self._ends, self._begins = (np.array(sorted(ids), np.int32) for ids in (ends, begins))
         super().__init__(data, form, **options)
 
@@ -220,9 +248,15 @@ class InfilledText(Denoising):
             sizes.remove(0)
         source, at = [], 0
         for first, end in spread(sizes, len(words), rng):
-            source += [*words[at:first], np.array([self._mask], np.int32)]
+            random = self._random_share > 0 and rng.random() < self._random_share
+            mark = rng.choice(self._ordinary) if random else self._mask
+            source += [*words[at:first], np.array([mark], np.int32)]
             at = end
         return np.concatenate([*source, *words[at:]]), text
+
+    @property
+    def _kind(self) -> list[Any]:
+        return [*super()._kind, self._random_share]
 
     def _permuted(self, text: I32, rng: np.random.Generator) -> I32:
         """The text's sentences in another order."""
