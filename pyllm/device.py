@@ -11,6 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 
 from pyllm import tensor
 from pyllm.errors import CudaUnavailable, InsufficientMemoryError
+from pyllm.isa import default_threads
 from pyllm.tensor import DTYPES, DeviceArray, Shared
 
 OLDEST = (8, 0)  # compute capability that the kernels are compiled for
 STAGING_BYTES = 32 << 20  # of page-locked memory, twice: one piece is filled while the other is on its way
+STAGING_THREADS = 8  # that fill a piece, at most: one by itself is slower than the bus
 
 
 def unavailable() -> str | None:
@@ -188,12 +191,18 @@ class Device:
     def load(self, shape: Sequence[int], dtype: Any, write: Callable[[int, NDArray[Any]], None]) -> DeviceArray:
         """An array [N, ...] on the GPU of what ``write(first, rows)`` puts into `rows`, its rows from `first` on.
 
-        They lie in page-locked memory; while one piece is written the one before is on its way.
+        They lie in page-locked memory; while one piece is written, by several threads, the one before is on its way.
         """
-        target = self.empty(shape, dtype)
+        target, threads = self.empty(shape, dtype), min(STAGING_THREADS, default_threads())
+
+        def write_together(first: int, rows: NDArray[Any]) -> None:
+            share = -(-len(rows) // threads)
+            parts = range(0, len(rows), share)
+            list(pool.map(lambda at: write(first + at, rows[at : at + share]), parts))  # raises what a thread did
+
         if target.nbytes:
-            with self._loading:
-                self._load(target, write)
+            with self._loading, ThreadPoolExecutor(threads) as pool:
+                self._load(target, write_together)
         return target
 
     def _load(self, target: DeviceArray, write: Callable[[int, NDArray[Any]], None]) -> None:

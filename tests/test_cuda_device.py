@@ -279,8 +279,10 @@ def test_an_event_waits_for_what_was_before_it_and_no_more(gpu):
     assert np.array_equal(targets[1], numbers(3))
 
 
-def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch, threads):
     monkeypatch.setattr(device_module, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(device_module, "default_threads", lambda: threads)
     monkeypatch.setattr(gpu, "_staging", [])
     host = numbers(1000, 30, dtype=bfloat16)
     assert np.array_equal(gpu.upload(host).numpy(), host)
@@ -291,7 +293,14 @@ def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):
         rows[...] = host[first : first + len(rows)]
 
     assert np.array_equal(gpu.load(host.shape, bfloat16, write).numpy(), host)
-    assert sum(pieces) == 1000 and max(pieces) == 4096 // 60
+    assert sum(pieces) == 1000 and max(pieces) == -(-(4096 // 60) // threads)
+
+    def fail(first, rows):
+        raise KeyError("a tensor that is not there")
+
+    with pytest.raises(KeyError, match="not there"):
+        gpu.load(host.shape, bfloat16, fail)
+    assert np.array_equal(gpu.load(host.shape, bfloat16, write).numpy(), host)
 
 
 def test_a_graph_runs_what_was_recorded_on_what_its_arrays_hold_then(gpu):

@@ -41,7 +41,7 @@ def test_every_step_runs_on_the_emulated_gpu(check, tmp_path, capsys):
     assert all(step["state"] == "done" and step["seconds"] > 0 for step in found.values())
     assert found["build"]["gpu"] == "Emulated GPU" and found["facts"]["nvcc"] != ""
     assert {row["name"]: row["value"] > 0 for row in found["roofs"]["rows"]} == dict.fromkeys(
-        ("read", "copy", "edge", "edge, programmatic"), True
+        ("read", "copy", "loading of weights", "edge", "edge, programmatic"), True
     )
     assert [row["passed"] for row in found["kernels"]["rows"]] == [1] * 4
     assert "PASSED" in (tmp_path / "kernels.read_probe.log").read_text()
@@ -169,11 +169,11 @@ def test_every_launcher_has_its_tests_and_every_test_its_kernel(check):
                  f.args.args[-1].arg == "stream"}  # fmt: skip
     named = [kernel for names in check.correct.KERNELS for kernel in names.split(", ")]
     assert {*named} == {*launchers, "wgmma_attention"} and len(named) == len({*named})  # a kernel of prompt_attention
+    patterns = [*check.correct.OTHERS.values(), *check.correct.KERNELS.values()]
     ids = check.correct.collect(["--emulated-gpu", "-m", "gpu", *files(check)], Path(os.devnull).parent / "null")
     for test in ids:
-        kernels = [name for name, pattern in check.correct.KERNELS.items() if re.search(pattern, test)]
-        assert len(kernels) == 1 or (not kernels and "memory_goes" in test), test
-    assert all(any(re.search(pattern, test) for test in ids) for pattern in check.correct.KERNELS.values())
+        assert sum(re.search(pattern, test) is not None for pattern in patterns) == 1, test
+    assert all(any(re.search(pattern, test) for test in ids) for pattern in patterns)
 
 
 def files(check):

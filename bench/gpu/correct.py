@@ -37,12 +37,13 @@ KERNELS = {
     "wgmma_matmul": r"test_matmul.*\[wgmma",
     "wgmma_attention": r"test_attention.*\[wgmma",
 }
+OTHERS = {"memory goes there and back": "memory_goes", "arrays of other libraries": "test_exchange"}
 HOPPERS = ("wgmma_matmul", "wgmma_attention")
-FILES = ("test_gpu.py", "test_gpu_layers.py", "test_gpu_decode.py")
-EMULATED = ("read_probe", "advance", "axpby")  # the others take the emulated GPU too long
+FILES = ("test_gpu.py", "test_gpu_layers.py", "test_gpu_decode.py", "test_gpu_exchange.py")
+EMULATED = (*OTHERS, "read_probe", "axpby")  # the others take the emulated GPU too long
 AT_ONCE = 4  # kernels that are tested beside each other: starting a process takes longer than most tests
 TEST_SECONDS, MODEL_SECONDS = 10.0, 30.0  # that a test of a kernel, or of a whole model, may take
-MEMORY, GPU = "memory goes there and back", ["-m", "gpu"]
+GPU = ["-m", "gpu"]
 
 
 def kernels(check: Check) -> Row:
@@ -54,10 +55,10 @@ def kernel_rows(check: Check) -> Iterator[Row]:
     """What became of the tests of each kernel."""
     arguments = ["--emulated-gpu"] if check.emulated else []
     ids = collect([*arguments, *GPU, *(str(ROOT / "tests" / name) for name in FILES)], check.out / "kernels.tests.log")
-    tests = {name: [test for test in ids if re.search(pattern, test)] for name, pattern in KERNELS.items()}
-    tests = {MEMORY: [test for test in ids if "memory_goes" in test], **tests}
+    patterns = OTHERS | KERNELS
+    tests = {name: [test for test in ids if re.search(pattern, test)] for name, pattern in patterns.items()}
     if check.emulated:
-        tests = {name: tests[name][:1] for name in (MEMORY, *EMULATED)}
+        tests = {name: tests[name][:1] for name in EMULATED}
     with ThreadPoolExecutor(max(1, min(AT_ONCE, (os.cpu_count() or 1) // 2))) as pool:
         futures = {
             name: pool.submit(run_tests, tests[name], log_of(check, name), TEST_SECONDS, arguments) for name in tests

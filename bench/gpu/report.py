@@ -58,7 +58,7 @@ def share(row: Row, roofs: dict[str, float]) -> str:
     """How much of the machine's limit a figure is, where that was measured."""
     if row["unit"] == "TFLOP/s":
         limit, value = row.get("torch") or roofs.get(PRODUCT), row["value"]
-    elif row["name"] in roofs:
+    elif row["name"] in roofs:  # which is one itself
         return ""
     else:
         limit, value = roofs.get(READ), row["value"] if row["unit"] == "GB/s" else row.get("GB/s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from gpu.process import Check, Row
 from gpu.timing import device, guarded, median_seconds, recorded, row_of, seconds_of, torch_gpu, torch_product
 
-READ, COPY, PRODUCT = "read", "copy", "torch's product of 8192^3"
+READ, COPY, LOADING, PRODUCT = "read", "copy", "loading of weights", "torch's product of 8192^3"
 
 
 def roofs(check: Check) -> Row:
@@ -24,6 +25,7 @@ def roof_rows(emulated: bool) -> Iterator[Row]:
     size, edges = ((1 << 16), 10) if emulated else ((4 << 30), 1000)
     with device(emulated) as gpu:
         yield from guarded("memory", functools.partial(memory, gpu, size, 2 if emulated else gpu.multiprocessors * 8))
+        yield from guarded(LOADING, functools.partial(loading, gpu, size // 4))
         for overlapped in (False, True):
             name = "edge, programmatic" if overlapped else "edge"
             yield from guarded(name, functools.partial(edge, gpu, overlapped, edges))
@@ -38,6 +40,15 @@ def memory(gpu: Any, size: int, blocks: int, name: str) -> Iterator[Row]:
     read = seconds_of(gpu, lambda _: gpu.kernels.read_probe(out.raw, x.raw, gpu.stream), 2)
     yield row_of(READ, "GB/s", size / read / 1e9)
     yield row_of(COPY, "GB/s", 2 * half / seconds_of(gpu, lambda _: gpu.write(x[:half], x[half:]), 2) / 1e9)
+
+
+def loading(gpu: Any, size: int, name: str) -> Iterator[Row]:
+    """Bytes a second from the memory of the host to that of the GPU, as weights go."""
+    host = np.ones((size // 4096, 4096), np.uint8)
+    gpu.upload(host)
+    began = time.perf_counter()
+    gpu.upload(host)
+    yield row_of(name, "GB/s", size / (time.perf_counter() - began) / 1e9)
 
 
 def edge(gpu: Any, overlapped: bool, count: int, name: str) -> Iterator[Row]:
