@@ -348,7 +348,7 @@ def test_some_masks_are_random_tokens() -> None:
             masks += source.count(MASK)
             random += sum(token in ordinary for token in source)
     assert random / (masks + random) == pytest.approx(0.25, abs=0.03)
-    assert data.state()["kind"][-1] == 0.25
+    assert data.state()["kind"][-2] == 0.25
     with pytest.raises(ConfigError, match="random_share: expected 0 <= value < 1, got 1"):
         infilled(random_share=1)
 
@@ -398,7 +398,7 @@ def test_damage_is_decided_by_the_seed(make: Callable[..., Denoising]) -> None:
             np.testing.assert_array_equal(found, array)
         differ |= taken_apart(other.next_batch()) != taken_apart(expected)
     assert differ
-    with pytest.raises(DataError, match="damaged texts by"):
+    with pytest.raises(DataError, match="damaged its texts by"):
         other.load_state(state)
 
 

@@ -219,7 +219,7 @@ class _Contexts:
     place of data that a plan does not have."""
 
     def __init__(self, tokens: int, sequences: int, context: int, token: int) -> None:
-        starts = [min(i * context, tokens) for i in range(sequences + 1)]
+        starts = [*(min(i * context, tokens) for i in range(sequences)), tokens]
         self._batch = np.full(tokens, token, np.int32), np.array(starts, np.int32)
 
     def next_batch(self) -> tuple[I32, I32, I32]:

@@ -33,30 +33,14 @@ class Denoising(ABC):
         data: micro-batches of texts, whose labels are -100 where there is only padding.
         form: special tokens of pairs.
         context: longest sequence of `data`.
-        share: of a text that is damaged.
-        mean_span: of what is damaged in one place.
         seed: of what is damaged.
         like: other data, whose shape the micro-batches get.
 
-    Raises `ConfigError` for what is out of range, `DataError` where no text can be damaged.
+    Raises `DataError` where no text can be damaged, or one holds what stands for what was taken out.
     """
 
-    def __init__(
-        self,
-        data: Data,
-        form: PairForm,
-        *,
-        context: int,
-        share: float,
-        mean_span: float,
-        seed: int,
-        like: Denoising | None = None,
-    ) -> None:
-        if not 0 < share < 1:
-            raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
-        if not 1 <= mean_span <= 1000:
-            raise ConfigError(f"mean_span: expected 1 <= value <= 1000, got {mean_span}")
-        self._data, self._form, self._share, self._mean_span, self._seed = data, form, share, mean_span, seed
+    def __init__(self, data: Data, form: PairForm, *, context: int, seed: int, like: Denoising | None = None) -> None:
+        self._data, self._form, self._seed = data, form, seed
         self._longest = context + max(form.around_source + self.added, form.around_target)
         self._taken = 0  # micro-batches of texts
         self._before = data.state()  # where the data stood before the last of them
@@ -77,6 +61,11 @@ class Denoising(ABC):
     def added(self) -> int:
         """Tokens that a source may have more than its text, beside those around it."""
         return 0
+
+    @property
+    @abstractmethod
+    def how(self) -> list[Any]:
+        """What decides how texts are damaged, as JSON."""
 
     @abstractmethod
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
@@ -110,7 +99,7 @@ class Denoising(ABC):
         """See :class:`pyllm.train.Data`."""
         if state.get("kind") != self._kind:
             raise DataError(
-                f"the run damaged texts by {state.get('kind')} (how, share, mean span, seed), now it is {self._kind}"
+                f"data: the run damaged its texts by {state.get('kind')} (how, and the seed), now it is {self._kind}"
             )
         self._data.load_state(state["data"])
         self._taken, self._before, self._left = state["damaged"], state["data"], {}
@@ -121,7 +110,7 @@ class Denoising(ABC):
 
     @property
     def _kind(self) -> list[Any]:
-        return [type(self).__name__, self._share, self._mean_span, self._seed]
+        return [type(self).__name__, *self.how, self._seed]
 
     def _damaged(self, batch: MicroBatch, number: int) -> dict[int, Pair]:
         """The pairs of a micro-batch of texts, by the places of these, but for texts too short to be damaged."""
@@ -150,13 +139,21 @@ class Denoising(ABC):
         return max(int(source), self._longest), max(int(target), self._longest)
 
 
-def check_sentinels(sentinels: Sequence[int], objective: str = "spans") -> None:
+def check_sentinels(sentinels: Sequence[int], objective: str) -> None:
     """Raise `ConfigError` where there are none."""
     if not sentinels:
         raise ConfigError(
             f"objective {objective}: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
             "(train-tokenizer --sentinels 100), or train with another objective"
         )
+
+
+def check_amounts(share: float, mean_span: float) -> None:
+    """Raise `ConfigError` for a share of a text, or a mean length of what is taken out in one place, that cannot be."""
+    if not 0 < share < 1:
+        raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
+    if not 1 <= mean_span <= 1000:
+        raise ConfigError(f"mean_span: expected 1 <= value <= 1000, got {mean_span}")
 
 
 class CorruptedSpans(Denoising):
@@ -168,35 +165,57 @@ class CorruptedSpans(Denoising):
     are taken in order.
     """
 
-    def __init__(self, data: Data, form: PairForm, sentinels: Sequence[int], **options: Any) -> None:
-        check_sentinels(sentinels)
-        self.sentinels = np.array(sentinels, np.int32)
+    def __init__(
+        self,
+        data: Data,
+        form: PairForm,
+        sentinels: Sequence[int],
+        *,
+        share: float,
+        mean_span: float,
+        **options: Any,
+    ) -> None:
+        check_sentinels(sentinels, "spans")
+        check_amounts(share, mean_span)
+        self._sentinels, self._share, self._mean_span = np.array(sentinels, np.int32), share, mean_span
         super().__init__(data, form, **options)
+
+    @property
+    def how(self) -> list[Any]:
+        """See :attr:`Denoising.how`."""
+        return [self._share, self._mean_span]
 
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
-        return self.corrupt(text, self._share, self._mean_span, rng)
+        return corrupted(text, self._sentinels, self._share, self._mean_span, rng)
 
-    def check(self, text: I32) -> None:
-        """Raise `DataError` for a text that holds a sentinel."""
-        found = text[np.isin(text, self.sentinels)]
-        if len(found):
-            raise DataError(f"a text holds a sentinel (id {found[0]}) already: take it out of the document")
 
-    def corrupt(self, text: I32, share: float, mean_span: float, rng: np.random.Generator) -> Pair:
-        """What is left of a text, with sentinels, and what was taken out, each behind its sentinel."""
-        self.check(text)
-        taken = min(max(round(share * len(text)), 1), len(text) - 1)
-        kept = len(text) - taken
-        count = min(max(round(taken / mean_span), 1), taken, kept, len(self.sentinels))
-        source, target, at = [], [], 0
-        for stay, go, sentinel in zip(
-            partition(kept, count, rng), partition(taken, count, rng), self.sentinels[:count, None], strict=True
-        ):
-            source += [text[at : at + stay], sentinel]
-            target += [sentinel, text[at + stay : at + stay + go]]
-            at += stay + go
-        return np.concatenate(source), np.concatenate(target)
+def corrupted(text: I32, sentinels: I32, share: float, mean_span: float, rng: np.random.Generator) -> Pair:
+    """What is left of a text, with sentinels, and what was taken out, each behind its sentinel."""
+    refuse_sentinels(text, sentinels)
+    taken = tokens_taken(text, share)
+    kept = len(text) - taken
+    count = min(max(round(taken / mean_span), 1), taken, kept, len(sentinels))
+    source, target, at = [], [], 0
+    for stay, go, sentinel in zip(
+        partition(kept, count, rng), partition(taken, count, rng), sentinels[:count, None], strict=True
+    ):
+        source += [text[at : at + stay], sentinel]
+        target += [sentinel, text[at + stay : at + stay + go]]
+        at += stay + go
+    return np.concatenate(source), np.concatenate(target)
+
+
+def tokens_taken(text: I32, share: float) -> int:
+    """How many tokens are this share of a text: at least one, and not all."""
+    return min(max(round(share * len(text)), 1), len(text) - 1)
+
+
+def refuse_sentinels(text: I32, sentinels: I32) -> None:
+    """Raise `DataError` for a text that holds a sentinel."""
+    found = text[np.isin(text, sentinels)]
+    if len(found):
+        raise DataError(f"data: a text holds a sentinel (id {found[0]}) already: take it out of the document")
 
 
 class InfilledText(Denoising):
@@ -225,20 +244,29 @@ class InfilledText(Denoising):
         ends: Collection[int],
         begins: Collection[int],
         *,
+        share: float,
+        mean_span: float,
         random_share: float = 0.0,
         ordinary: Sequence[int] = (),
         **options: Any,
     ) -> None:
+        check_amounts(share, mean_span)
         if not 0 <= random_share < 1:
             raise ConfigError(f"random_share: expected 0 <= value < 1, got {random_share}")
-        self._mask, self._random_share, self._ordinary = mask, random_share, np.array(ordinary, np.int32)
+        self._mask, self._share, self._mean_span = mask, share, mean_span
+        self._random_share, self._ordinary = random_share, np.array(ordinary, np.int32)
         self._ends, self._begins = (np.array(sorted(ids), np.int32) for ids in (ends, begins))
         super().__init__(data, form, **options)
+
+    @property
+    def how(self) -> list[Any]:
+        """See :attr:`Denoising.how`."""
+        return [self._share, self._mean_span, self._random_share]
 
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
         if (text == self._mask).any():
-            raise DataError(f"objective denoise: a text holds a mask (id {self._mask}) already")
+            raise DataError(f"data: a text holds a mask (id {self._mask}) already: take it out of the document")
         words = self._words(self._permuted(text, rng))
         wanted, sizes = min(max(1, round(self._share * len(words))), len(words) - 1), list[int]()
         while sum(sizes) < wanted:
@@ -253,10 +281,6 @@ class InfilledText(Denoising):
             source += [*words[at:first], np.array([mark], np.int32)]
             at = end
         return np.concatenate([*source, *words[at:]]), text
-
-    @property
-    def _kind(self) -> list[Any]:
-        return [*super()._kind, self._random_share]
 
     def _permuted(self, text: I32, rng: np.random.Generator) -> I32:
         """The text's sentences in another order."""

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from pyllm.train.objectives.denoising import CorruptedSpans, Pair
+from pyllm.train.objectives.denoising import (
+    Denoising,
+    Pair,
+    check_amounts,
+    check_sentinels,
+    corrupted,
+    refuse_sentinels,
+    tokens_taken,
+)
 from pyllm.train.pairs import PairForm
 from pyllm.train.report import I32, Data
 
@@ -35,7 +43,7 @@ DENOISERS = (
 )
 
 
-class MixedDenoisers(CorruptedSpans):
+class MixedDenoisers(Denoising):
     """UL2's: each text is damaged by one of `denoisers`, all of them as likely, whose mode stands before the source.
 
     Spans are T5's. What is taken from the end of a text is a sentinel there, and the target alone, without one.
@@ -53,26 +61,30 @@ class MixedDenoisers(CorruptedSpans):
         denoisers: Sequence[Denoiser] = DENOISERS,
         **options: Any,
     ) -> None:
-        self._denoisers = tuple(denoisers)
+        check_sentinels(sentinels, "ul2")
+        for denoiser in denoisers:
+            check_amounts(denoiser.share, 1 if denoiser.mean_span is None else denoiser.mean_span)
+        self._sentinels, self._denoisers = np.array(sentinels, np.int32), tuple(denoisers)
         self._modes = {d.mode: np.array(modes[d.mode], np.int32) for d in denoisers}
-        super().__init__(data, form, sentinels, share=0.5, mean_span=3.0, **options)
+        super().__init__(data, form, **options)
 
     @property
     def added(self) -> int:
         """See :attr:`Denoising.added`."""
         return max(map(len, self._modes.values()))
 
+    @property
+    def how(self) -> list[Any]:
+        """See :attr:`Denoising.how`."""
+        return [[d.mode, d.share, d.mean_span] for d in self._denoisers]
+
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
         denoiser = self._denoisers[int(rng.integers(len(self._denoisers)))]
         if denoiser.mean_span is not None:
-            source, target = self.corrupt(text, denoiser.share, denoiser.mean_span, rng)
+            source, target = corrupted(text, self._sentinels, denoiser.share, denoiser.mean_span, rng)
         else:
-            self.check(text)
-            cut = len(text) - min(max(round(denoiser.share * len(text)), 1), len(text) - 1)
-            source, target = np.append(text[:cut], self.sentinels[:1]), text[cut:]
+            refuse_sentinels(text, self._sentinels)
+            cut = len(text) - tokens_taken(text, denoiser.share)
+            source, target = np.append(text[:cut], self._sentinels[:1]), text[cut:]
         return np.concatenate([self._modes[denoiser.mode], source]), target
-
-    @property
-    def _kind(self) -> list[Any]:
-        return [type(self).__name__, *([d.mode, d.share, d.mean_span] for d in self._denoisers), self._seed]
