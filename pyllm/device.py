@@ -130,10 +130,12 @@ class Device:
     # Memory
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and all."""
+        """Bytes that can be taken, those that the pool keeps included, and all."""
         self._ready()
         free, total = self.kernels.memory_info()
-        return int(free), int(total)
+        pool = getattr(self._core.memory_resource, "attributes", None)  # None where the driver has no pools
+        kept = 0 if pool is None else pool.reserved_mem_current - pool.used_mem_current
+        return int(free) + int(kept), int(total)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Memory for an array of a dtype of :data:`pyllm.tensor.DTYPES`; what it holds is undefined.

@@ -68,7 +68,8 @@ class Runner:
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
         ops.reserve(model.spec, max_sequences, max(self.table_width, blocks_for(max_source)))
-        memory = None if ops.loop is None else ops.loop.recorded_memory
+        self._loop = ops.loop
+        memory = None if self._loop is None else self._loop.recorded_memory
         most = steps_kept(model.spec, max_sequences, self.max_rows, self.table_width, memory)
         self._recorded = RecordedSteps(most, self._record)
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
@@ -120,12 +121,12 @@ class Runner:
     def decode_on(self, plan: Seq[Work], more: int = 0) -> list[int]:
         """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks, which have
         room for as many steps `more` after this one."""
-        step, loop = self._last, self.ops.loop
+        step = self._last
         assert step is not None
-        if loop is not None and step.batch.rope_rows is None and not self._counts_twice:
+        if self._loop is not None and step.batch.rope_rows is None and not self._counts_twice:
             while len(self._ahead) <= min(more, AHEAD - 1):
                 self.ops.replay(step.graph)
-                self._ahead.append(loop.fetch(step.chosen))
+                self._ahead.append(self._loop.fetch(step.chosen))
             return self._ahead.popleft().wait().tolist()  # type: ignore[no-any-return]
         step.stage.wait()
         for i, work in enumerate(plan):
@@ -352,9 +353,8 @@ class Runner:
         else:
             logits = self.model.head(self.ops, self.model.head_input(self.ops, x))
             chosen = self.ops.sample(logits, SampleInputs(draws))
-        loop = self.ops.loop
-        if loop is not None and len(batch.tokens) == len(batch.lengths):
-            loop.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
+        if self._loop is not None and len(batch.tokens) == len(batch.lengths):
+            self._loop.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
         return logits, chosen
 
 
