@@ -183,8 +183,10 @@ class Runner:
             yield slice(first, len(lengths))
 
     def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None]) -> F32:
-        """Hidden states [T, D], after the final norm: a step of an encoder over whole texts. See `whole_texts`."""
-        return self.final_states(self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types)))
+        """Hidden states [T, D], after the final norm, of a step of an encoder over whole texts, on the host; valid until
+        the next step. See `whole_texts`."""
+        x = self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types))
+        return np.asarray(self.model.final_norm(self.ops, x, out=x))
 
     def forward(
         self,
