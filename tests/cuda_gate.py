@@ -195,6 +195,11 @@ def violations(kernel: Kernel, architecture: str) -> list[str]:
     required = rule.required + (rule.hopper if architecture.startswith("sm_90") else ())
     found += [f"no {word}" for word in required if word not in kernel.instructions]
     found += [f"has {word}" for word in FORBIDDEN if word in kernel.instructions]
+    products = [place for place, i in enumerate(kernel.code) if i.name == "HGMMA"]
+    if products and any(
+        i.name == "MEMBAR" and "CTA" not in i.modifiers for i in kernel.code[products[0] : products[-1]]
+    ):
+        found.append("MEMBAR between products: a fence beyond the block each time")
     early = sorted(before_wait(kernel.code) - set(rule.early))
     found += [f"{word} before the wait for earlier kernels" for word in early]
     found += [

@@ -91,6 +91,14 @@ def test_registers_of_products_under_way_are_left_alone(first, second, found):
     assert [i.address for i in touched(code)] == found
 
 
+def test_products_are_not_fenced():
+    rule = next(rule for rule in RULES if "HGMMA" in rule.hopper)
+    kernel = kernel_of(rule, rule.registers)
+    place = next(place for place, i in enumerate(kernel.code) if i.name == "HGMMA")
+    kernel.code[place + 1 : place + 1] = [Instruction(-16, "MEMBAR", ".ALL.GPU", ""), kernel.code[place]]
+    assert violations(kernel, "sm_90a") == ["MEMBAR between products: a fence beyond the block each time"]
+
+
 def test_memory_is_not_reached_before_the_wait():
     rule = RULES[0]
     kernel = kernel_of(rule, rule.registers)
