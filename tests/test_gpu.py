@@ -89,7 +89,9 @@ def test_memory_goes_there_and_back(gpu, dtype):
 
 SIZES = [
     (1, 40, 1024), (3, 18, 1032), (16, 34, 128), (16, 34, 14344), (33, 300, 1048), (64, 130, 72), (130, 32, 328),
-    (257, 1000, 72), (390, 600, 584), (200, 400, 584), (130, 200, 456),
+    (257, 1000, 72), (200, 400, 584), (130, 200, 456),
+    # Pairs with tiles of each width, and two, four and eight parts of K with some of them.
+    (130, 200, 72), (130, 330, 72), (390, 1500, 584), (65, 330, 328), (65, 330, 456),
 ]  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     arrays = [gpu.upload(a) for a in (x, w, bias, residual)]
     tail = (ACTIVATIONS[Activation.SILU], gated)
     partial, tickets = gpu.upload(np.full(256 * 64 * 128, np.nan, "f4")), gpu.upload(np.zeros(256, np.uint32))
-    # Fewer multiprocessors give tiles of 256 columns, clusters of one block, and blocks of several tiles.
+    # Fewer multiprocessors give wgmma wider tiles, no pairs, and blocks of several tiles.
     multiprocessors = itertools.cycle((gpu.multiprocessors, 2, 1))
 
     def launch(y):
