@@ -58,8 +58,11 @@ def open_device() -> Device:
         )
     try:
         from cuda.core import Device as CoreDevice
+        from cuda.core import __version__ as core_version
     except ImportError as error:
         raise CudaUnavailable(f"cuda-python 1.x is not installed ({error}): pip install 'pyllm[cuda]'") from error
+    if core_version.startswith("0."):
+        raise CudaUnavailable(f"cuda-core 1.0 or later is needed, {core_version} found: pip install 'pyllm[cuda]'")
     try:
         core = CoreDevice(0)
         core.set_current()

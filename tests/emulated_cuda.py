@@ -184,6 +184,7 @@ def _core(library: Any) -> ModuleType:
             return Buffer(handle, size, stream)
 
     module = ModuleType("cuda.core")
+    module.__version__ = "1.2.2"
     for part in (Device, Stream, Event, Buffer, LegacyPinnedMemoryResource):
         setattr(module, part.__name__, part)
     return module

@@ -137,6 +137,11 @@ def test_few_rows_leave_few_multiprocessors_without_work(kernels, model, rows):
         assert busy >= (0.66 if rows < 1024 else 0.96)
 
 
+def test_a_pair_has_rows_for_both(kernels):
+    assert plan_of(kernels, 16, 34, 128).pair == plan_of(kernels, 257, 1000, 72).pair == 1
+    assert plan_of(kernels, 256, 1000, 72).pair == 2
+
+
 def test_large_products_have_large_tiles_and_no_splits(kernels):
     for size in (4096, 8192):
         plan = plan_of(kernels, size, size, size)

@@ -93,13 +93,15 @@ def test_memory_goes_there_and_back(gpu, dtype):
 
 SIZES = [
     (1, 40, 1024), (3, 18, 1032), (16, 34, 128), (16, 34, 14344), (33, 300, 1048), (64, 130, 72), (130, 32, 328),
-    (257, 1000, 72), (390, 600, 584), (200, 400, 584), (130, 200, 456),
+    (257, 1000, 72), (200, 400, 584), (130, 200, 456),
+    # Pairs with tiles of each width, and two, four and eight parts of K with some of them.
+    (130, 200, 72), (130, 330, 72), (390, 1500, 584), (65, 330, 328), (65, 330, 456),
 ]  # fmt: skip
 
 
 def plans(gpu):
-    """Numbers of multiprocessors with which wgmma_matmul has other tiles: fewer give tiles of 256 columns, clusters of
-    one block, and blocks of several tiles."""
+    """Numbers of multiprocessors with which wgmma_matmul has other tiles: fewer give wider tiles, no pairs of
+    blocks, and blocks of several tiles."""
     return gpu.multiprocessors, 2, 1
 
 
