@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     )
     from pyllm.errors import PyllmError
     from pyllm.isa import active_isa, available_isas, build_info, default_threads, set_isa
-    from pyllm.llm import LLM, ForwardOutput
+    from pyllm.llm import LLM
     from pyllm.ops import Ops
     from pyllm.planning import Plan, plan
+    from pyllm.reading import ForwardOutput
     from pyllm.sampling import SamplingParams
     from pyllm.structured import StructuredOutputs
     from pyllm.tokenizer import Tokenizer
@@ -45,7 +46,8 @@ _HOMES = {
     ),
     "pyllm.errors": ("PyllmError",),
     "pyllm.isa": ("active_isa", "available_isas", "build_info", "default_threads", "set_isa"),
-    "pyllm.llm": ("LLM", "ForwardOutput"),
+    "pyllm.llm": ("LLM",),
+    "pyllm.reading": ("ForwardOutput",),
     "pyllm.ops": ("Ops",),
     "pyllm.planning": ("Plan", "plan"),
     "pyllm.sampling": ("SamplingParams",),

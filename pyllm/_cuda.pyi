@@ -150,26 +150,7 @@ def prompt_attention(
     slopes: Array | None,
     softcap: float,
     most_queries: int,
-    stream: int,
-) -> None: ...
-def wgmma_attention(
-    out: Array,
-    lse: Array | None,
-    q: Array,
-    cache: Array,
-    starts: Array,
-    lengths: Array,
-    tables: Array,
-    head_size: int,
-    scale: float,
-    causal: bool,
-    prefix: Array | None,
-    window: int,
-    sinks: int,
-    bias: Array | None,
-    slopes: Array | None,
-    softcap: float,
-    most_queries: int,
+    wgmma: bool,
     stream: int,
 ) -> None: ...
 def split_attention(

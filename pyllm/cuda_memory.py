@@ -14,6 +14,7 @@ from pyllm.sampling import SAMPLE_ROW
 from pyllm.tensor import DTYPES, DeviceArray
 
 PIECE = 256  # bytes that arrays in one block of memory begin at
+SLOTS = 32  # small arrays on their way to the host
 
 
 class DeviceArena:
@@ -85,6 +86,25 @@ class Pending:
         """The array, once it is there."""
         self._event.sync()
         return self._memory
+
+
+class Mailbox:
+    """Small arrays on their way to the host, through page-locked memory in turns."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._slots = device.pinned(0).reshape(SLOTS, 0)
+        self._next = 0
+
+    def fetch(self, array: DeviceArray) -> Pending:
+        """Begin to bring an array to the host. It must be taken before the next but `SLOTS` is."""
+        if array.nbytes > self._slots.shape[1]:  # what was fetched before keeps its memory
+            room = -(-array.nbytes // PIECE) * PIECE
+            self._slots = self._device.pinned(SLOTS * room).reshape(SLOTS, room)
+        memory = self._slots[self._next][: array.nbytes].view(array.dtype).reshape(array.shape)
+        self._next = (self._next + 1) % SLOTS
+        self._device.fetch(memory, array)
+        return Pending(memory, self._device.record())
 
 
 def typed(memory: DeviceArray, start: int, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:

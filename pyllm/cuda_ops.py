@@ -16,22 +16,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.cuda_memory import PIECE, DeviceArena, DeviceStage, Pending
+from pyllm.cuda_limits import (
+    MATMUL_BLOCKS,
+    MATMUL_FLOATS,
+    MATMUL_ROWS,
+    SPLIT_BLOCKS,
+    SPLIT_ROWS,
+    attention_workspace,
+    recorded_memory,
+)
+from pyllm.cuda_memory import PIECE, DeviceArena, DeviceStage, Mailbox, Pending
 from pyllm.cuda_weights import BFLOAT16, FLOAT32, DeviceMatrix, load_matrix, load_qkv
 from pyllm.device import Device
 from pyllm.ops import ACTIVATIONS, NORMS, HeadNorms, Ops, Stage, check_weights_of_heads
 from pyllm.sampling import SAMPLE_ROW, SampleInputs
-from pyllm.spec import Activation, AttentionSpec, ModelSpec, NormKind
+from pyllm.spec import Activation, ModelSpec, NormKind
 from pyllm.tensor import DeviceArray
 
-SPLIT_BLOCKS = 4  # cache blocks whose keys one thread block of decode attention takes: the order of sums hangs on it
-SPLIT_ROWS = 16  # queries times heads of a group that it takes at most
 SKINNY_ROWS = 16  # of the products of decoding, at most
 WGMMA_HEADS = 64, 128  # head sizes of attention by wgmma
-MATMUL_ROWS, MATMUL_BLOCKS = 64, 256  # rows and thread blocks of a product that is split over K
-MATMUL_FLOATS = MATMUL_BLOCKS * MATMUL_ROWS * 128  # its workspace
 TOP_TOKENS = 256  # that its log-probabilities list at most
-SLOTS = 32  # small arrays on their way to the host
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,25 @@ class CudaOps(Ops):
         self.device, self.dtype, self.invariant = device, np.dtype(dtype), invariant
         self.kernels = device.kernels
         self._outgrown: list[DeviceArray] = []  # workspaces that recorded graphs may use yet
-        self._slots = device.pinned(0).reshape(SLOTS, 0)
-        self._slot = 0
+        self._mailbox = Mailbox(device)
         self._constants: dict[int, tuple[weakref.ref[Any], DeviceArray]] = {}  # by the identity of what they copy
         self._partial = device.empty([0], np.float32)  # workspace of decode attention
         self._tickets = device.zeros([0], np.uint32)
-        self._has_wgmma = self.kernels.has_wgmma()
+        self._has_wgmma = device.has_wgmma
         self._matmul_partial = device.empty([MATMUL_FLOATS], np.float32)
         self._matmul_tickets = device.zeros([MATMUL_BLOCKS], np.uint32)
         self._largest = device.empty([device.multiprocessors * SKINNY_ROWS], np.int64)  # workspace of `argmax`
         self._ticket = device.zeros([1], np.uint32)
+
+    @property
+    def loop(self) -> CudaOps:
+        """Itself, which has what decoding takes besides."""
+        return self
+
+    @property
+    def recorded_memory(self) -> int:
+        """As :attr:`DeviceLoop.recorded_memory`."""
+        return recorded_memory(self.device)
 
     # Memory
 
@@ -110,14 +123,8 @@ class CudaOps(Ops):
         return self.fetch(chosen).wait().tolist()  # type: ignore[no-any-return]
 
     def fetch(self, array: DeviceArray) -> Pending:
-        """Begin to bring a small array to the host. It must be taken before the next but `SLOTS` is."""
-        if array.nbytes > self._slots.shape[1]:  # what was fetched before keeps its memory
-            room = -(-array.nbytes // PIECE) * PIECE
-            self._slots = self.device.pinned(SLOTS * room).reshape(SLOTS, room)
-        memory = self._slots[self._slot][: array.nbytes].view(array.dtype).reshape(array.shape)
-        self._slot = (self._slot + 1) % SLOTS
-        self.device.fetch(memory, array)
-        return Pending(memory, self.device.record())
+        """As :meth:`DeviceLoop.fetch`."""
+        return self._mailbox.fetch(array)
 
     # Recording
 
@@ -251,11 +258,11 @@ class CudaOps(Ops):
         return q
 
     def joins_argmax(self, w: Any, rows: int) -> bool:
-        """As :meth:`Ops.joins_argmax`: for the rows that the kernels of decoding take."""
+        """As :meth:`DeviceLoop.joins_argmax`: for the rows that the kernels of decoding take."""
         return w.dtype == BFLOAT16 and self._is_skinny(rows, w.shape[1])
 
     def argmax(self, x: Any, w: Any, bias: Any = None) -> Any:
-        """As :meth:`Ops.argmax`."""
+        """As :meth:`DeviceLoop.argmax`."""
         rows, multiprocessors = x.shape[0], self.device.multiprocessors
         tokens, mark = self.empty(rows, dtype=np.dtype(np.int32)), self.mark()
         source, norm = self._prologue(x)
@@ -407,9 +414,8 @@ class CudaOps(Ops):
         if cache.dtype == FLOAT32:
             self.kernels.plain_attention(*arguments, self.device.stream)
         elif self.invariant or most * group > SPLIT_ROWS:
-            fast = self._has_wgmma and not self.invariant and head_size in WGMMA_HEADS
-            kernel = self.kernels.wgmma_attention if fast else self.kernels.prompt_attention
-            kernel(*arguments, self.device.stream)
+            wgmma = self._has_wgmma and not self.invariant and head_size in WGMMA_HEADS
+            self.kernels.prompt_attention(*arguments, wgmma, self.device.stream)
         else:
             sequences, width = tables.shape
             shape = (sequences, kv_heads, -(-width // SPLIT_BLOCKS), SPLIT_ROWS, head_size + 2)
@@ -452,10 +458,7 @@ class CudaOps(Ops):
         return tuple(out.numpy() for out in outputs)
 
     def advance(self, tokens: Any, positions: Any, slots: Any, lengths: Any, rows: Any, chosen: Any) -> None:
-        """Make the inputs of the next step of decoding out of this one's: each sequence takes the token it chose.
-
-        tokens, positions, lengths and chosen int32 [B], slots int64 [B], rows of SAMPLE_ROW [B], all on the GPU.
-        """
+        """As :meth:`DeviceLoop.advance`."""
         arrays = (tokens, positions, slots, lengths, rows, chosen)
         self.kernels.advance(*(array.raw for array in arrays), self.device.stream)
 
@@ -501,40 +504,6 @@ class CudaOps(Ops):
         flat = x.reshape(rows, -1) if rows else x.view(0, (0, 1))
         self.kernels.activation(out.reshape(*flat.shape).raw, flat.raw, None, 0, self.device.stream)
         return out
-
-
-def refusal(
-    spec: ModelSpec,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    kv_cache_dtype: str = "auto",
-) -> str | None:
-    """Why a model with these options of `LLM` cannot run on a GPU, in a sentence; None where it can."""
-    if quantization is not None:
-        return f"quantization: expected None on a GPU, got {quantization!r}: there are no kernels of integers yet"
-    if dtype == "float16":
-        return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
-    if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
-        return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
-    return None
-
-
-def takes_bfloat16(spec: ModelSpec) -> bool:
-    """Whether the kernels of attention take a bfloat16 cache of this model: its heads are cut into pieces of 8."""
-    return all(attention.head_dim % 8 == 0 for attention in _attentions(spec))
-
-
-def attention_workspace(spec: ModelSpec, sequences: int, width: int) -> tuple[int, int]:
-    """Floats and tickets that decode attention of so many sequences, of `width` cache blocks each, works with."""
-    splits, attentions = -(-width // SPLIT_BLOCKS), _attentions(spec)
-    floats = max(sequences * a.kv_heads * splits * SPLIT_ROWS * (a.head_dim + 2) for a in attentions)
-    return floats, sequences * max(a.kv_heads for a in attentions)
-
-
-def _attentions(spec: ModelSpec) -> list[AttentionSpec]:
-    """All attentions of a model, those to its sources and those of its encoder included."""
-    own = [attention for block in spec.blocks for attention in (block.attention, block.cross) if attention is not None]
-    return own if spec.encoder is None else own + _attentions(spec.encoder)
 
 
 def _raw(array: DeviceArray | None) -> Any:

@@ -8,8 +8,10 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -18,10 +20,12 @@ from numpy.typing import NDArray
 
 from pyllm import tensor
 from pyllm.errors import CudaUnavailable, InsufficientMemoryError
+from pyllm.isa import default_threads
 from pyllm.tensor import DTYPES, DeviceArray, Shared
 
 OLDEST = (8, 0)  # compute capability that the kernels are compiled for
 STAGING_BYTES = 32 << 20  # of page-locked memory, twice: one piece is filled while the other is on its way
+STAGING_THREADS = 8  # that fill a piece, at most: one by itself is slower than the bus
 
 
 def unavailable() -> str | None:
@@ -54,8 +58,11 @@ def open_device() -> Device:
         )
     try:
         from cuda.core import Device as CoreDevice
+        from cuda.core import __version__ as core_version
     except ImportError as error:
         raise CudaUnavailable(f"cuda-python 1.x is not installed ({error}): pip install 'pyllm[cuda]'") from error
+    if core_version.startswith("0."):
+        raise CudaUnavailable(f"cuda-core 1.0 or later is needed, {core_version} found: pip install 'pyllm[cuda]'")
     try:
         core = CoreDevice(0)
         core.set_current()
@@ -91,6 +98,15 @@ class Device:
         self.multiprocessors = int(core.properties.multiprocessor_count)
 
     @property
+    def has_wgmma(self) -> bool:
+        """Whether the kernels of Hopper alone are to be used: it has them, and PYLLM_WGMMA is not "off"."""
+        asked = os.environ.get("PYLLM_WGMMA", "on")
+        if asked not in ("on", "off"):
+            raise ValueError(f"PYLLM_WGMMA: expected on or off, got {asked!r}")
+        self._ready()
+        return asked == "on" and bool(self.kernels.has_wgmma())
+
+    @property
     def stream(self) -> int:
         """Address of the stream, as the launchers of `pyllm._cuda` take it."""
         self._ready()
@@ -117,10 +133,12 @@ class Device:
     # Memory
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and all."""
+        """Bytes that can be taken, those that the pool keeps included, and all."""
         self._ready()
         free, total = self.kernels.memory_info()
-        return int(free), int(total)
+        pool = getattr(self._core.memory_resource, "attributes", None)  # None where the driver has no pools
+        kept = 0 if pool is None else pool.reserved_mem_current - pool.used_mem_current
+        return int(free) + int(kept), int(total)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Memory for an array of a dtype of :data:`pyllm.tensor.DTYPES`; what it holds is undefined.
@@ -178,12 +196,18 @@ class Device:
     def load(self, shape: Sequence[int], dtype: Any, write: Callable[[int, NDArray[Any]], None]) -> DeviceArray:
         """An array [N, ...] on the GPU of what ``write(first, rows)`` puts into `rows`, its rows from `first` on.
 
-        They lie in page-locked memory; while one piece is written the one before is on its way.
+        They lie in page-locked memory; while one piece is written, by several threads, the one before is on its way.
         """
-        target = self.empty(shape, dtype)
+        target, threads = self.empty(shape, dtype), min(STAGING_THREADS, default_threads())
+
+        def write_together(first: int, rows: NDArray[Any]) -> None:
+            share = -(-len(rows) // threads)
+            parts = range(0, len(rows), share)
+            list(pool.map(lambda at: write(first + at, rows[at : at + share]), parts))  # raises what a thread did
+
         if target.nbytes:
-            with self._loading:
-                self._load(target, write)
+            with self._loading, ThreadPoolExecutor(threads) as pool:
+                self._load(target, write_together)
         return target
 
     def _load(self, target: DeviceArray, write: Callable[[int, NDArray[Any]], None]) -> None:

@@ -1,45 +1,35 @@
 """What a model makes of given texts without continuing them: vectors, labels, words behind masks, replaced tokens.
 
-`Encoding` is the part of :class:`pyllm.LLM` that holds these tasks. All of them run texts through the engine, keep the
-hidden states that matter, and pass those through the model's head.
+`Encoding` is what :class:`pyllm.LLM` builds on, and holds these tasks. All of them run texts through the model, keep
+the hidden states that matter, and pass those through the model's head.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pyllm.errors import RequestError, shown
 from pyllm.ops import F32, Ops
 from pyllm.pooling import KeptStates, Pool, embedding_rule
+from pyllm.prompts import Encoded, Prompt, Prompts
+from pyllm.reading import Progress, Reader, T
 from pyllm.spec import HeadKind, ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
-
-Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
-Progress: TypeAlias = "Callable[[int, int], None] | None"  # gets (finished, all) texts
-T = TypeVar("T")
 
 CLASSES = {  # what transformers calls the classes of models that have these heads
     HeadKind.TOKENS: "ForMaskedLM",
     HeadKind.POOLED: "ForSequenceClassification",
     HeadKind.EACH: "ForPreTraining of ELECTRA",
+    HeadKind.LABELS: "ForTokenClassification",
 }
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A text as the model reads it: `types` tell which text of a pair each token belongs to."""
-
-    text: str | None
-    ids: list[int]
-    types: list[int] | None = None
+NO_ENTITY = "O"  # the label of tokens that belong to no entity
 
 
 @dataclass(frozen=True)
@@ -64,33 +54,41 @@ class TokenProbability:
     probability: float
 
 
-class Encoding(ABC):
+@dataclass(frozen=True)
+class TokenLabel:
+    """A token of a text, its most probable label, and that one's probability.
+
+    `start` and `end` are its first character in the text and the one behind it; None where the text is not known.
+    """
+
+    token_id: int
+    token: str | None  # None without a tokenizer
+    label: str
+    score: float
+    start: int | None
+    end: int | None
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Neighbouring tokens of one label, as ``text[start:end]``; `score` is the mean of theirs."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str
+
+
+class Encoding:
     """Tasks on given texts; see :class:`pyllm.LLM`."""
 
     spec: ModelSpec
     ops: Ops
     folder: Path
     tokenizer: Tokenizer | None
-
-    @abstractmethod
-    def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text, if there is one, and token ids of a prompt."""
-
-    @abstractmethod
-    def _need_tokenizer(self) -> Tokenizer:
-        """The tokenizer, or an error that says why there is none."""
-
-    @abstractmethod
-    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
-        """Run texts through the model; the hidden states of each go to its pool."""
-
-    @abstractmethod
-    def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
-        """What `reduce` makes of the head's rows for hidden states, as pools kept them, [n, D] each; a thing for each.
-
-        It gets few rows [R, outputs] at a time, which are numbers, in memory that is used again; `NonFiniteError` where
-        they are not.
-        """
+    _prompts: Prompts
+    _reader: Reader
 
     def embed(
         self,
@@ -108,21 +106,21 @@ class Encoding(ABC):
         Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
         `NonFiniteError` when hidden states are no numbers.
         """
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError("embed: expected a list of texts, got one by itself")
+        _check_listed("embed", texts)
         rule = embedding_rule(self.folder, pooling, normalize)
-        encoded = [Encoded(*self._encode_prompt(text)) for text in texts]
+        encoded = [self._prompts.read(text) for text in texts]
         for text in encoded:
             rule.check(len(text.ids))
         pools = [Pool(rule.pooling) for _ in encoded]
-        self._read_texts(encoded, pools, progress)
+        self._reader.states(encoded, pools, progress)
         vectors = np.empty((len(pools), self.spec.hidden), np.float32)
         for vector, pool in zip(vectors, pools, strict=True):
             vector[:] = rule.vector(pool)
         return vectors
 
     def classify(self, texts: Sequence[Prompt | tuple[str, str]], *, progress: Progress = None) -> list[Classification]:
-        """The labels of texts, or of pairs of texts, by the names that the model's config gives them.
+        """The labels of texts, or of pairs of texts, by the names that the model's config gives them. A model that
+        predicts next sentences says "next" of pairs whose second text follows the first, "random" of others.
 
         Raises `RequestError` where the model is no classifier, `NonFiniteError` when its scores are no numbers.
         """
@@ -141,7 +139,7 @@ class Encoding(ABC):
         They are the model's own, not probabilities. Raises `RequestError` where it has not just one label,
         `NonFiniteError` when its scores are no numbers.
         """
-        if self.spec.head.kind is HeadKind.POOLED and len(self.spec.head.labels) != 1:
+        if self.spec.head.kind.is_pooled and len(self.spec.head.labels) != 1:
             raise RequestError(
                 f"score_pairs: expected a model with one label, this one has {len(self.spec.head.labels)}: classify "
                 "the pairs instead"
@@ -160,14 +158,14 @@ class Encoding(ABC):
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= self.spec.vocab_size:
             raise ValueError(f"top_k: expected 1 to the vocabulary's {self.spec.vocab_size}, got {top_k!r}")
         self._need_head("fill_mask", HeadKind.TOKENS)
-        mask = self._need_tokenizer().mask_token_id
+        mask = self._prompts.need_tokenizer().mask_token_id
         if mask is None:
             raise RequestError("fill_mask: the tokenizer names no mask token (mask_token in tokenizer_config.json)")
         encoded = self._encode("fill_mask", texts)
         places = [[at for at, token in enumerate(text.ids) if token == mask] for text in encoded]
         for text, at in zip(encoded, places, strict=True):
             if not at:
-                name = self._need_tokenizer().token_of(mask)
+                name = self._prompts.need_tokenizer().token_of(mask)
                 raise RequestError(f"fill_mask: expected {name} in the text, found none in {shown(text.text)}")
 
         def best(logits: F32) -> list[list[TokenProbability]]:
@@ -189,11 +187,50 @@ class Encoding(ABC):
             for text, probabilities in zip(encoded, found, strict=True)
         ]
 
+    def label_tokens(self, texts: Sequence[Prompt], *, progress: Progress = None) -> list[list[TokenLabel]]:
+        """For each text the label of each of its tokens; of a text, and not of token ids, without special tokens.
+
+        Raises `RequestError` where the model labels no tokens, `NonFiniteError` when its scores are no numbers.
+        """
+        self._need_head("label_tokens", HeadKind.LABELS)
+        _check_listed("label_tokens", texts)
+        encoded = [self._prompts.read(text) for text in texts]
+        labels = self.spec.head.labels
+
+        def best(rows: F32) -> list[tuple[str, float]]:
+            scores = [_scores(row, self.spec.head.problem) for row in rows]
+            return [(labels[int(row.argmax())], float(row.max())) for row in scores]
+
+        found = self._head_of_tokens(encoded, [None] * len(encoded), best, progress)
+        spans = [self._prompts.spans(text) for text in texts]
+        return [self._labelled(*given) for given in zip(encoded, found, spans, strict=True)]
+
+    def find_entities(self, texts: Sequence[str], *, progress: Progress = None) -> list[list[Entity]]:
+        """For each text what its tokens' labels say together, in order: such as the names in it.
+
+        Neighbours of one label belong together, where labels are "B-X" and "I-X" up to the next "B-X"; both are then
+        label "X". Tokens of the label "O" belong to nothing. Raises as `label_tokens`.
+        """
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("find_entities: expected a list of texts, for token ids have no characters")
+        found = self.label_tokens(texts, progress=progress)
+        return [_entities(text, tokens) for text, tokens in zip(texts, found, strict=True)]
+
     # Inside
+
+    def _labelled(
+        self, text: Encoded, labels: Sequence[tuple[str, float]], spans: Sequence[tuple[int, int] | None] | None
+    ) -> list[TokenLabel]:
+        places: Sequence[tuple[int | None, int | None] | None] = spans or [(None, None)] * len(text.ids)
+        return [
+            TokenLabel(token, self._token_of(token), *label, *place)
+            for token, label, place in zip(text.ids, labels, places, strict=True)
+            if place is not None
+        ]
 
     def _pooled(self, task: str, texts: Sequence[Prompt | tuple[str, str]], progress: Progress) -> F32:
         """Scores [N, labels] of texts."""
-        self._need_head(task, HeadKind.POOLED)
+        self._need_head(task, HeadKind.POOLED, HeadKind.NEXT)
         encoded = self._encode(task, texts)
         scores = self._head_of_tokens(encoded, [[0]] * len(encoded), lambda rows: list(rows.copy()), progress)
         return np.array(scores, np.float32).reshape(-1, self.spec.outputs)
@@ -205,9 +242,9 @@ class Encoding(ABC):
         reduce: Callable[[F32], list[T]],
         progress: Progress,
     ) -> list[list[T]]:
-        """What `reduce` makes of the head's rows at these places of each text (None: all), see `_head`."""
+        """What `reduce` makes of the head's rows at these places of each text (None: all), see `Reader.head`."""
         pools = deque(KeptStates(at) for at in places)
-        self._read_texts(texts, pools, progress)
+        self._reader.states(texts, pools, progress)
         counts = []
 
         def states() -> Iterator[F32]:
@@ -216,40 +253,39 @@ class Encoding(ABC):
                 counts.append(len(rows))
                 yield rows
 
-        found = iter(self._head(states(), reduce))
+        found = iter(self._reader.head(states(), reduce))
         return [list(islice(found, count)) for count in counts]
 
     def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError(f"{task}: expected a list of texts, got one by itself")
+        _check_listed(task, texts)
         return [
-            self._encode_pair(task, text) if isinstance(text, tuple) else Encoded(*self._encode_prompt(text))
-            for text in texts
+            self._prompts.pair(task, text) if isinstance(text, tuple) else self._prompts.read(text) for text in texts
         ]
 
-    def _encode_pair(self, task: str, pair: tuple[str, str]) -> Encoded:
-        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"{task}: expected pairs of two texts, got {shown(pair)}")
-        encoding = self._need_tokenizer().encode_pair(*pair)
-        return Encoded(None, encoding.ids, encoding.type_ids if self.spec.embedding.types > 1 else None)
-
-    def _need_head(self, task: str, kind: HeadKind) -> None:
-        if self.spec.is_encoder and self.spec.head.kind is kind:
+    def _need_head(self, task: str, *kinds: HeadKind) -> None:
+        if self.spec.is_encoder and self.spec.head.kind in kinds:
             return
         found = f"an encoder with a head for {self.spec.head.kind.value}" if self.spec.is_encoder else "a decoder"
         if self.spec.head.kind is HeadKind.NONE:
             found = "an encoder without a head"
         raise RequestError(
-            f"{task}: expected a model whose config.json names a class like {CLASSES[kind]} as its architecture, this "
-            f"one is {found}"
+            f"{task}: expected a model whose config.json names a class like {CLASSES[kinds[0]]} as its architecture, "
+            f"this one is {found}"
         )
 
     def _tokens(self, ids: Any, probabilities: Any) -> list[TokenProbability]:
-        name = self.tokenizer.token_of if self.tokenizer is not None else lambda _: None
         return [
-            TokenProbability(token, name(token), probability)
+            TokenProbability(token, self._token_of(token), probability)
             for token, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def _token_of(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.token_of(token_id)
+
+
+def _check_listed(task: str, texts: Sequence[Prompt | tuple[str, str]]) -> None:
+    if isinstance(texts, (str, Mapping)):
+        raise TypeError(f"{task}: expected a list of texts, got one by itself")
 
 
 def _scores(row: F32, problem: Problem | None) -> F32:
@@ -260,6 +296,24 @@ def _scores(row: F32, problem: Problem | None) -> F32:
         return _sigmoid(row)
     weights = np.exp(row - row.max())
     return np.asarray(weights / weights.sum(), np.float32)
+
+
+def _entities(text: str, tokens: Sequence[TokenLabel]) -> list[Entity]:
+    """Groups of a text's tokens."""
+    groups: list[tuple[str, list[TokenLabel]]] = []
+    for token in tokens:
+        mark, dash, label = token.label.partition("-")
+        if not (dash and mark in ("B", "I")):
+            mark, label = "I", token.label
+        if mark == "B" or not groups or groups[-1][0] != label:
+            groups.append((label, []))
+        groups[-1][1].append(token)
+    found = []
+    for label, group in groups:
+        start, end = group[0].start, group[-1].end
+        if label != NO_ENTITY and start is not None and end is not None:
+            found.append(Entity(label, sum(token.score for token in group) / len(group), start, end, text[start:end]))
+    return found
 
 
 def _sigmoid(x: F32) -> F32:

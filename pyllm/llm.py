@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,49 +13,32 @@ import numpy as np
 
 from pyllm import isa
 from pyllm.cache import CACHE_DTYPES, BlockPool, KVCache
-from pyllm.cuda_ops import CudaOps, refusal
+from pyllm.cuda_limits import refusal
+from pyllm.cuda_ops import CudaOps
 from pyllm.device import Device, open_device, unavailable
-from pyllm.encoding import Encoded, Encoding, Progress, Prompt, T
+from pyllm.encoding import Encoding
 from pyllm.engine.draft_model import DraftModel
 from pyllm.engine.engine import Engine, Stats
 from pyllm.engine.outputs import PerplexityResult, RequestOutput, Score, StreamOutput
-from pyllm.engine.request import Request
-from pyllm.engine.runner import HEAD_ROWS, Runner
-from pyllm.engine.scheduler import Work
-from pyllm.engine.sequence import Sequence as EngineSequence
-from pyllm.engine.sources import Source
+from pyllm.engine.runner import Runner
+from pyllm.engine.session import Session
 from pyllm.engine.speculative import NgramProposer, Proposer, Speculation, drafts_per_step
-from pyllm.errors import ConfigError, CudaUnavailable, NonFiniteError, RequestError, TokenizerError, shown
+from pyllm.errors import ConfigError, CudaUnavailable, RequestError, shown
 from pyllm.folder import read_json
 from pyllm.generation_config import GenerationConfig
-from pyllm.interrupts import Interrupts
-from pyllm.model import AttentionTrace, Model
+from pyllm.model import Model
 from pyllm.models import open_checkpoint
-from pyllm.ops import F32, Ops
+from pyllm.ops import Ops
 from pyllm.packed import pack_weights
 from pyllm.planning import CATCH_UP, Plan, plan_memory
-from pyllm.pooling import KeptStates, Pool
+from pyllm.prompts import Prompt, Prompts, refuse_unknown
+from pyllm.reading import ForwardOutput, Reader
 from pyllm.sampling import SamplingParams
-from pyllm.spec import HeadKind, ModelSpec
+from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.weights import Checkpoint, resolve
 
 Message: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ForwardOutput:
-    """What the head gives, float32: logits [T, V] of every token, of a head of labels scores [T, N] or, for the text as
-    a whole, [1, N]; None where there is no head. Hidden states as transformers gives them, L + 1 arrays [T, D]: the
-    embedding, the residual stream after each block but the last, and the final norm's output. Attention weights [H, T,
-    T] of each block, of each query for all keys."""
-
-    logits: F32 | None
-    hidden_states: list[F32] | None = None
-    attentions: list[F32] | None = None
-    encoder_hidden_states: list[F32] | None = None  # those of the encoder, where the model has one
-    encoder_attentions: list[F32] | None = None  # [H, S, S]
-    cross_attentions: list[F32] | None = None  # [H, T, S] of the decoder's tokens for the source's
 
 
 class LLM(Encoding):
@@ -131,7 +112,7 @@ class LLM(Encoding):
         progress: Callable[[float], None] | None = None,
         **unknown: object,
     ) -> None:
-        _refuse_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or {})
+        refuse_unknown("LLM", unknown, LLM.__init__.__kwdefaults__ or {})
         _check_device(device)
         self.seed = _checked_seed(seed)
         self.folder = resolve(str(model), revision=revision, offline=offline)
@@ -211,6 +192,8 @@ class LLM(Encoding):
             defaults=GenerationConfig.read(self.folder, self.spec.vocab_size),
         )
         self._lock = threading.RLock()
+        self._prompts = Prompts(self.spec, self.tokenizer)
+        self._reader = Reader(self.engine, self._lock)
 
     # Generation
 
@@ -228,7 +211,8 @@ class LLM(Encoding):
         for all, one each, or keywords of `SamplingParams`. `progress` gets (finished, all) requests.
 
         A model with an encoder reads the prompt as its source and writes about it; its text begins with the start token
-        and a prompt's ``"target_token_ids"``. Without parameters it searches as its folder says.
+        and a prompt's ``"target_token_ids"``. Of mBART a prompt may say ``"source_language"`` and
+        ``"target_language"``. Without parameters it searches as its folder says.
 
         Raises `RequestError` for a prompt that is empty, too long or has ids outside the vocabulary, before anything is
         run; `NonFiniteError` when the model's logits are no numbers.
@@ -236,13 +220,14 @@ class LLM(Encoding):
         single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
         listed: list[Any] = [prompts] if single else list(prompts)
         each = self._params_for(len(listed), sampling_params, params)
-        encoded = [(self._encode_prompt(prompt), self._target_of(prompt)) for prompt in listed]
-        requests: list[Request] = []
-        with self._ended(requests) as interrupts:
-            for (prompt, target), one in zip(encoded, each, strict=True):
-                self._add(requests, prompt, one, interrupts, target=target)
-            self._run(requests, progress, interrupts)
-        return [self._result(request) for request in requests]
+        encoded = [
+            (self._prompts.read(prompt), self._prompts.target(prompt), self._prompts.params(prompt, one))
+            for prompt, one in zip(listed, each, strict=True)
+        ]
+        with self._session() as session:
+            for prompt, target, one in encoded:
+                session.add(prompt, one, target=target)
+            return session.run(progress)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **params: Any
@@ -259,9 +244,15 @@ class LLM(Encoding):
                 f"num_beams: expected 1, got {one.num_beams}{whose}: beams have no text to stream; use generate, or "
                 "give parameters without beams"
             )
-        encoded = self._encode_prompt(prompt)
-        self.engine.check_prompt(encoded[1])
-        return self._stream(encoded, one, self._target_of(prompt))
+        encoded, target = self._prompts.read(prompt), self._prompts.target(prompt)
+        one = self._prompts.params(prompt, one)
+        self.engine.rules.check_prompt(encoded.ids)
+
+        def pieces() -> Iterator[StreamOutput]:
+            with self._session() as session:
+                yield from session.stream(session.add(encoded, one, target=target))
+
+        return pieces()
 
     def chat(
         self,
@@ -287,7 +278,7 @@ class LLM(Encoding):
         self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
         """The prompt that the chat template makes of a conversation; special tokens are the template's own."""
-        tokenizer = self._need_tokenizer()
+        tokenizer = self._prompts.need_tokenizer()
         text = tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tools=tools)
         ids = tokenizer.encode(text, add_special_tokens=False)
         if self.spec.prefix is not None:
@@ -313,27 +304,15 @@ class LLM(Encoding):
         """
         if isinstance(texts, (str, Mapping, tuple)):
             raise TypeError("score: expected a list of texts and of (context, continuation) pairs, got one by itself")
-        items = list(texts)
-        if self.spec.encoder is None:
-            items = [_with_space_moved(item) if isinstance(item, tuple) else item for item in texts]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
-        given = [self._scored(item) for item in items]
-        requests: list[Request] = []
-        with self._ended(requests) as interrupts:
-            for item, (prompt, start) in zip(items, given, strict=True):
-                target = self._target_of(item)
-                self._add(
-                    requests,
-                    prompt,
-                    params,
-                    interrupts,
-                    prefix=None if self.spec.fills_blanks else start,
-                    target=target,
-                )
-            self._run(requests, progress, interrupts)
+        given = [(*self._prompts.scored(item), self._prompts.target(item)) for item in texts]
+        with self._session() as session:
+            for prompt, start, target in given:
+                prefix = None if self.spec.fills_blanks else start
+                session.add(prompt, params, prefix=prefix, target=target)
+            outputs = session.run(progress)
         scores = []
-        for request, (_, start) in zip(requests, given, strict=True):
-            output = self._result(request)
+        for (_, start, _), request, output in zip(given, session.requests, outputs, strict=True):
             ids = request.completions[0].sequence.tokens  # the prompt, or the target
             entries = output.prompt_logprobs or []
             values = [entry[token].logprob for token, entry in zip(ids[start:], entries[start:], strict=True) if entry]
@@ -396,49 +375,19 @@ class LLM(Encoding):
         step holds whole, else `RequestError`. Where the model has an encoder it reads `source_token_ids`, and
         `token_ids` are all of the decoder's, the start token first.
         """
-        token_ids = [_checked_id(i, token) for i, token in enumerate(token_ids)]
-        if (source_token_ids is not None) != (self.spec.encoder is not None):
-            expected = (
-                "tokens for the encoder" if self.spec.encoder is not None else "none, for the model has no encoder"
-            )
-            raise RequestError(f"source_token_ids: expected {expected}, got {shown(source_token_ids)}")
-        if prefix is not None and (self.spec.is_encoder or self.spec.encoder is not None):
-            raise RequestError(
-                f"prefix: expected None, got {prefix!r}: this model has an encoder, which sees its whole text anyway"
-            )
-        with self._lock:
-            scheduler, source = self.engine.scheduler, None
-            if source_token_ids is None:
-                self.engine.check_prompt(token_ids, token_type_ids)
-            else:
-                source = Source([_checked_id(i, token) for i, token in enumerate(source_token_ids)])
-                self.engine.check_prompt(source.tokens)
-                self.engine.check_target(token_ids)
-            length = self.engine.prefix_length(token_ids, prefix)
-            sequence = EngineSequence(
-                token_ids, 0, share_prefix=False, prefix=length, types=token_type_ids, source=source
-            )
-            try:
-                if not scheduler.reserve(sequence, len(sequence.tokens)):
-                    raise RequestError("no cache blocks are free: wait for running requests, or raise kv_cache_bytes")
-                return self._forward(sequence, output_hidden_states, output_attentions)
-            finally:
-                sequence.leave(scheduler.pool)
-                if source is not None and scheduler.source_pool is not None:
-                    source.leave(scheduler.source_pool)
+        return self._reader.forward(
+            token_ids, token_type_ids, output_hidden_states, output_attentions, prefix, source_token_ids
+        )
 
     # Text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; its special tokens are what the tokenizer adds, and the start of a blank to fill."""
-        ids = self._need_tokenizer().encode(text, add_special_tokens=add_special_tokens)
-        if not add_special_tokens or self.spec.prefix is None:
-            return ids
-        return self.spec.prefix.completed(ids)
+        return self._prompts.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        return self._need_tokenizer().decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._prompts.need_tokenizer().decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     # Figures
 
@@ -459,33 +408,8 @@ class LLM(Encoding):
 
     # Inside
 
-    def _scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[tuple[str | None, list[int]], int]:
-        """A text to score with its tokens, and the first of these that counts; for an encoder the source."""
-        if self.spec.encoder is not None:
-            pair = isinstance(item, tuple) and len(item) == 2
-            if not pair and not (isinstance(item, Mapping) and "target_token_ids" in item):
-                raise RequestError(
-                    "score: this model has an encoder: expected pairs (source, target), or prompts with "
-                    f"'target_token_ids', got {shown(item)}"
-                )
-            return self._encode_prompt(item[0] if isinstance(item, tuple) else item), 1
-        if isinstance(item, tuple):
-            text = "".join(item)
-            if not self.spec.fills_blanks:
-                return (text, self.encode(text)), max(1, len(self.encode(item[0])))
-            context = self.encode(item[0])
-            return (text, context + self.encode(item[1], add_special_tokens=False)), len(context)
-        prompt = self._encode_prompt(item)
-        if not self.spec.fills_blanks:
-            return prompt, 1
-        assert self.spec.prefix is not None
-        start = self.spec.prefix.length(prompt[1]) + 1
-        if start >= len(prompt[1]):
-            raise RequestError(
-                f"score: this model predicts what stands behind its start token (id {self.spec.prefix.start_id}), and "
-                "nothing does here: give a pair (context, continuation), or token ids with a start token"
-            )
-        return prompt, start
+    def _session(self) -> Session:
+        return Session(self.engine, self._lock, self.seed)
 
     def _params_for(self, count: int, given: Any, keywords: Mapping[str, Any]) -> list[SamplingParams]:
         """One `SamplingParams` for each of `count` prompts; where none are given, what the model's folder says."""
@@ -503,199 +427,6 @@ class LLM(Encoding):
                 f"sampling_params: expected one SamplingParams, or {count}, one for each prompt, got {len(each)}"
             )
         return each
-
-    def _encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.encode(prompt)
-        keys = ("prompt", "prompt_token_ids", "target_token_ids")
-        if not isinstance(prompt, Mapping) or not any(key in prompt for key in keys[:2]):
-            expected = "a string, {'prompt': ...} or {'prompt_token_ids': [...]}"
-            raise TypeError(f"prompt: expected {expected}, got {type(prompt).__name__}")
-        _refuse_unknown("prompt", {key: None for key in prompt if key not in keys}, dict.fromkeys(keys))
-        text = prompt.get("prompt")
-        if "prompt_token_ids" not in prompt:
-            return self._encode_prompt(str(text))
-        ids = prompt["prompt_token_ids"]
-        return text, _checked_ids("prompt_token_ids", ids)
-
-    def _target_of(self, prompt: Prompt | tuple[str, str]) -> list[int]:
-        """What a decoder's text about a source begins with: the second of a pair, or as a prompt says."""
-        if isinstance(prompt, tuple):
-            return [] if self.spec.encoder is None else self.encode(prompt[1])
-        if not isinstance(prompt, Mapping) or "target_token_ids" not in prompt:
-            return []
-        if self.spec.encoder is None:
-            raise RequestError(
-                "target_token_ids: expected none, for the model has no encoder: put them into the prompt"
-            )
-        return _checked_ids("target_token_ids", prompt["target_token_ids"])
-
-    def _read_texts(self, texts: Sequence[Encoded], pools: Sequence[Pool | KeptStates], progress: Progress) -> None:
-        """Run texts through the model, the longest first, so that short ones fill up steps."""
-        params = SamplingParams(max_tokens=0, detokenize=False)
-        requests: list[Request] = []
-        ordered = sorted(zip(texts, pools, strict=True), key=lambda pair: -len(pair[0].ids))
-        with self._ended(requests) as interrupts:
-            if self.spec.is_encoder:
-                self._read_whole(ordered, progress, interrupts)
-                return
-            for text, pool in ordered:
-                self._add(requests, (text.text, text.ids), params, interrupts, pool, text.types)
-            self._run(requests, progress, interrupts)
-        for request in requests:
-            self._result(request)
-
-    def _read_whole(
-        self, texts: Sequence[tuple[Encoded, Pool | KeptStates]], progress: Progress, interrupts: Interrupts
-    ) -> None:
-        """Run texts through an encoder, in this order."""
-        for text, _ in texts:
-            self.engine.check_prompt(text.ids, text.types)
-        for step in self._runner.steps([len(text.ids) for text, _ in texts]):
-            together = texts[step]
-            with self._lock, interrupts:
-                self.engine.read(
-                    [text.ids for text, _ in together],
-                    [text.types for text, _ in together],
-                    [pool for _, pool in together],
-                )
-            if progress:
-                progress(step.stop, len(texts))
-
-    def _head(self, states: Iterable[F32], reduce: Callable[[F32], list[T]]) -> list[T]:
-        ops, found = self.ops, []
-        values = ops.empty(HEAD_ROWS, self.spec.outputs)
-        for rows in _regrouped(states, HEAD_ROWS):
-            with self._lock:
-                read = self.model.before_head(ops, ops.place(rows))
-                given = np.asarray(self.model.head(ops, read, out=values[: len(rows)]))
-                if not np.isfinite(given).all():
-                    raise NonFiniteError(
-                        "the model's head gives values that are not finite for one of these texts. Check the "
-                        "checkpoint, or load it with dtype float32 if it overflows in a smaller one."
-                    )
-                found += reduce(given)
-        return found
-
-    def _add(
-        self,
-        requests: list[Request],
-        prompt: tuple[str | None, list[int]],
-        params: SamplingParams,
-        interrupts: Interrupts,
-        pool: Pool | KeptStates | None = None,
-        types: Sequence[int] | None = None,
-        prefix: int | None = None,
-        target: Sequence[int] = (),
-    ) -> None:
-        """Queue a request, and list it among `requests`."""
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer; this model was loaded with skip_tokenizer_init")
-        seed = params.seed if params.seed is not None else self.seed
-        with self._lock, interrupts:
-            seed = secrets.randbits(63) if seed is None else seed
-            requests.append(
-                self.engine.add(*prompt, params, seed, pool=pool, types=types, prefix=prefix, target_ids=target)
-            )
-
-    @contextmanager
-    def _ended(self, requests: list[Request]) -> Iterator[Interrupts]:
-        """Whatever happens inside, nothing of these requests stays in the engine."""
-        interrupts = Interrupts()
-        try:
-            yield interrupts
-        finally:
-            try:
-                with self._lock, interrupts:
-                    for request in requests:
-                        self.engine.abort(request)
-            finally:
-                interrupts.remove()
-
-    def _run(
-        self, requests: list[Request], progress: Callable[[int, int], None] | None, interrupts: Interrupts
-    ) -> None:
-        finished, left = -1, list(requests)
-        while left:
-            if not left[-1].running:
-                left.pop()
-                continue
-            with self._lock, interrupts:
-                self.engine.step()
-            if progress and (now := sum(request.finished for request in requests)) != finished:
-                finished = now
-                progress(finished, len(requests))
-
-    def _stream(
-        self, prompt: tuple[str | None, list[int]], params: SamplingParams, target: Sequence[int]
-    ) -> Iterator[StreamOutput]:
-        requests: list[Request] = []
-        with self._ended(requests) as interrupts:
-            self._add(requests, prompt, params, interrupts, target=target)
-            [request] = requests
-            request.streamed = True
-            pieces = request.pieces
-            while True:
-                while pieces:
-                    yield pieces.popleft()
-                if not request.running:
-                    break
-                with self._lock, interrupts:
-                    self.engine.step()
-        self._result(request)
-
-    def _result(self, request: Request) -> RequestOutput:
-        if request.error is not None:
-            raise request.error
-        return request.result()
-
-    def _forward(self, sequence: EngineSequence, output_hidden_states: bool, output_attentions: bool) -> ForwardOutput:
-        total, kind, step = len(sequence.tokens), self.spec.head.kind, self._runner.max_tokens
-        if output_attentions and total > step:
-            raise RequestError(
-                f"output_attentions: expected at most {step} tokens, those of a step, got {total}: raise "
-                "max_num_batched_tokens"
-            )
-        if output_attentions and self.ops.on_gpu:
-            raise RequestError("output_attentions: expected device='cpu', this model is on a GPU")
-        attentions, of_encoder = (AttentionTrace() if output_attentions else None for _ in range(2))
-        scored = {HeadKind.NONE: 0, HeadKind.POOLED: 1}.get(kind, total)
-        logits = np.empty((scored, self.spec.outputs), np.float32)
-        hidden: list[list[F32]] = []
-        encoder_states: list[F32] | None = None
-        last: F32 | None = None
-        if sequence.source is not None:
-            encoder_states = [] if output_hidden_states or output_attentions else None
-            last = self._runner.encode([sequence.source], encoder_states, of_encoder)
-        for start in range(0, total, step):
-            work = Work(sequence, start, min(step, total - start), False)
-            trace: list[F32] | None = [] if output_hidden_states else None
-            x = self._runner.forward([work], trace, attentions, last if output_attentions else None)
-            rows = np.arange(min(work.count, scored - start), dtype=np.int32)
-            for first, piece in self._runner.logits(x, rows):
-                logits[start + first : start + first + len(piece)] = piece
-            if trace is not None:
-                hidden.append([*trace, self._runner.final_states(x)])
-            sequence.computed = start + work.count
-        states = [np.concatenate(parts) for parts in zip(*hidden, strict=True)] if output_hidden_states else None
-        with_encoder, of_source = sequence.source is not None, None
-        if output_hidden_states and encoder_states and last is not None:
-            of_source = [np.asarray(each, np.float32) for each in (*encoder_states, last)]
-        return ForwardOutput(
-            logits if scored else None,
-            states,
-            attentions.own if attentions else None,
-            of_source,
-            of_encoder.own if of_encoder and with_encoder else None,
-            attentions.cross if attentions and with_encoder else None,
-        )
-
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise TokenizerError(
-                "this model was loaded with skip_tokenizer_init: give prompts as {'prompt_token_ids': [...]}"
-            )
-        return self.tokenizer
 
 
 def _load_draft(checkpoint: Checkpoint, plan: Plan, ops: Ops, sequences: int, share: bool) -> DraftModel:
@@ -725,28 +456,6 @@ def _generation_end_ids(folder: Path) -> list[int]:
     return listed
 
 
-def _regrouped(arrays: Iterable[F32], size: int) -> Iterator[F32]:
-    """The rows of all these arrays, `size` at a time; the last are fewer."""
-    waiting, room = list[F32](), size
-    for rows in arrays:
-        while len(rows):
-            waiting.append(rows[:room])
-            rows, room = rows[room:], room - len(waiting[-1])
-            if room == 0:
-                yield np.concatenate(waiting)
-                waiting, room = [], size
-    if waiting:
-        yield np.concatenate(waiting)
-
-
-def _with_space_moved(pair: tuple[str, str]) -> tuple[str, str]:
-    """Spaces at the end of the context belong to the continuation: that is how tokenizers cut words."""
-    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-        raise TypeError(f"score: expected a pair (context, continuation) of strings, got {shown(pair)}")
-    context = pair[0].rstrip()
-    return context, pair[0][len(context) :] + pair[1]
-
-
 def _check_device(device: str) -> None:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
@@ -766,24 +475,3 @@ def _gpu_for(device: str, refusals: Sequence[str | None]) -> Device | None:
 
 def _checked_seed(seed: int | None) -> int | None:
     return seed if seed is None else replace(SamplingParams(), seed=seed).seed
-
-
-def _checked_ids(name: str, ids: Any) -> list[int]:
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, (Sequence, np.ndarray)):
-        raise TypeError(f"{name}: expected a list of integers, got {shown(ids)}")
-    if set(map(type, ids)) == {int}:
-        return list(ids)
-    return [_checked_id(i, token, name) for i, token in enumerate(ids)]
-
-
-def _checked_id(index: int, token: Any, name: str = "prompt_token_ids") -> int:
-    if isinstance(token, (bool, float, str)) or not hasattr(token, "__index__"):
-        raise TypeError(f"{name}[{index}]: expected an integer, got {token!r}")
-    return int(token)
-
-
-def _refuse_unknown(where: str, unknown: Mapping[str, object], known: Mapping[str, object]) -> None:
-    for name in unknown:
-        nearest = difflib.get_close_matches(str(name), list(known), 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
-        raise TypeError(f"{where}: unknown argument {name!r}{hint}")

@@ -160,14 +160,16 @@ class Model:
 
     def joins_choice(self, ops: Ops, rows: int) -> bool:
         """Whether :meth:`best_tokens` is to be had for so many rows: no logits are made then."""
-        head = self.weights.head
-        return head is not None and self.spec.head.softcap is None and ops.joins_argmax(head, rows)
+        head, loop = self.weights.head, ops.loop
+        if head is None or loop is None or self.spec.head.softcap is not None:
+            return False
+        return loop.joins_argmax(head, rows)
 
     def best_tokens(self, ops: Ops, x: F32) -> I32:
-        """The token of the largest logit for each row of the residual stream x [R, D], see :meth:`Ops.argmax`."""
-        head = self.weights.head
-        assert head is not None
-        return ops.argmax(self.head_input(ops, x), head, self.weights.head_bias)
+        """The token of the largest logit for each row of the residual stream x [R, D], by :meth:`DeviceLoop.argmax`."""
+        head, loop = self.weights.head, ops.loop
+        assert head is not None and loop is not None
+        return loop.argmax(self.head_input(ops, x), head, self.weights.head_bias)  # type: ignore[no-any-return]
 
     def _embed(self, ops: Ops | Tape, batch: Batch) -> F32:
         """The residual stream before the first block."""

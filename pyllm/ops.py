@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,33 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class DeviceLoop(Protocol):
+    """What decoding on a GPU has beside the kernels: tokens are chosen, and the next step's inputs made, without the
+    host, which takes the tokens as they come."""
+
+    @property
+    def recorded_memory(self) -> int:
+        """Bytes of the GPU that recorded steps may take together."""
+
+    def joins_argmax(self, w: Any, rows: int) -> bool:
+        """Whether :meth:`argmax` is to be had for so many rows."""
+
+    def argmax(self, x: Any, w: Any, bias: Any = None) -> Any:
+        """The column of the largest of ``x w^T + bias`` in each row, the lowest of equals; -1 where one is NaN or +inf.
+
+        x [R, K], w [N, K] -> int32 [R].
+        """
+
+    def advance(self, tokens: Any, positions: Any, slots: Any, lengths: Any, rows: Any, chosen: Any) -> None:
+        """Make the inputs of the next step of decoding out of this one's: each sequence takes the token it chose.
+
+        tokens, positions, lengths and chosen int32 [B], slots int64 [B], rows of SAMPLE_ROW [B], all on the GPU.
+        """
+
+    def fetch(self, array: Any) -> Any:
+        """Begin to bring a small array to the host; the result's ``wait()`` gives it."""
+
+
 class Ops:
     """Kernel calls on `threads` threads (default: the physical cores available to the process).
 
@@ -101,6 +128,11 @@ class Ops:
     def threads(self) -> int:
         """Number of threads that kernels run on."""
         return self.context.threads
+
+    @property
+    def loop(self) -> DeviceLoop | None:
+        """What decoding on a GPU has besides; None on the CPU."""
+        return None
 
     # Memory
 
@@ -132,14 +164,6 @@ class Ops:
     def tokens(self, chosen: NDArray[np.int32]) -> list[int]:
         """Tokens that a replayed step chose."""
         return chosen.tolist()  # type: ignore[no-any-return]
-
-    def fetch(self, array: Any) -> Any:
-        """On a GPU: begin to bring a small array to the host; the result's ``wait()`` gives it."""
-        raise NotImplementedError
-
-    def advance(self, tokens: Any, positions: Any, slots: Any, lengths: Any, rows: Any, chosen: Any) -> None:
-        """On a GPU: make the inputs of the next step of decoding out of this one's."""
-        raise NotImplementedError
 
     def use_arena(self, arena: Any) -> None:
         """Take outputs from `arena` from here on; None goes back to fresh memory."""
@@ -287,15 +311,6 @@ class Ops:
         None: a product, :meth:`norm`, :meth:`rope` and :meth:`kv_write` do it one after the other.
         """
         return None
-
-    def joins_argmax(self, w: _cpu.PackedMatrix, rows: int) -> bool:
-        """Whether :meth:`argmax` is to be had for so many rows."""
-        return False
-
-    def argmax(self, x: F32, w: _cpu.PackedMatrix, bias: F32 | None = None) -> NDArray[np.int32]:
-        """On a GPU: the column of the largest of ``x w^T + bias`` in each row, the lowest of equals; -1 where one is
-        NaN or +inf. x [R, K], w [N, K] -> int32 [R]."""
-        raise NotImplementedError
 
     def product_norm(self, x: F32, weight: F32, bias: F32 | None = None, *, kind: NormKind, eps: float) -> F32:
         """:meth:`norm` of x [R, D] for products that come before x is changed: on a GPU they may form it themselves."""

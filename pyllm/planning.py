@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllm.cache import BLOCK_TOKENS, CACHE_DTYPES, KVCache, blocks_for
-from pyllm.cuda_ops import MATMUL_FLOATS, attention_workspace, takes_bfloat16
+from pyllm.cuda_limits import MATMUL_FLOATS, attention_workspace, recorded_memory, takes_bfloat16
 from pyllm.device import Device
+from pyllm.engine.recorded import step_bytes, steps_kept
 from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, decode_floats, head_rows, scratch_blocks, step_floats
 from pyllm.engine.speculative import drafts_per_step
 from pyllm.errors import ConfigError, InsufficientMemoryError
@@ -180,6 +181,7 @@ def plan_memory(
     if gpu is not None:
         width = blocks_for(max(max_model_len or spec.max_positions, max_source))
         workspace += 4 * (attention_workspace(spec, max_num_seqs, width)[0] + MATMUL_FLOATS)
+        workspace += _recorded_bytes(spec, max_num_seqs, drafts, width, gpu)
     if spec.is_encoder:
         length, blocks = _encoder_cache_size(spec, max_model_len, kv_cache_bytes, max_num_seqs, step_tokens)
         return Plan(
@@ -284,7 +286,9 @@ def _draft_plan(
     cache_as = _cache_dtype(kv_cache_dtype, precision.dtype, spec, gpu)
     workspace = _workspace(spec, sequences, tokens, CATCH_UP)
     if gpu is not None:
-        workspace += 4 * attention_workspace(spec, sequences, blocks_for(spec.max_positions))[0]
+        width = blocks_for(spec.max_positions)
+        workspace += 4 * attention_workspace(spec, sequences, width)[0]
+        workspace += _recorded_bytes(spec, sequences, CATCH_UP, width, gpu)
     return DraftPlan(
         precision=precision,
         cache_dtype=cache_as,
@@ -313,6 +317,14 @@ def _workspace(spec: ModelSpec, sequences: int, tokens: int, drafts: int, max_so
         blocks = scratch_blocks(max(tokens, max_source), sequences)
         scratch = blocks * KVCache.block_bytes(spec.encoder, SCRATCH_DTYPE, shared=True)
     return 4 * (step_floats(spec, tokens, max_source) + decode_floats(spec, ends) + logits) + scratch
+
+
+def _recorded_bytes(spec: ModelSpec, sequences: int, drafts: int, width: int, gpu: Device) -> int:
+    """What recorded steps, of sequences of at most `width` cache blocks, take of a GPU."""
+    if spec.is_encoder:
+        return 0
+    kept = steps_kept(spec, sequences, head_rows(sequences, drafts), width, recorded_memory(gpu))
+    return kept * step_bytes(spec, sequences, width)
 
 
 def _cache_size(

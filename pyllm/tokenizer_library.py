@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllm.detokenizer import Stage, stages_of
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, guarded, read_json_object, read_text
+from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, fitting, guarded, read_json_object, read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -42,21 +42,26 @@ class _LibraryBackend:
 
     def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
         one, two = (self._library.encode(text, add_special_tokens=False) for text in (first, second))
-        if max_tokens is not None:
-            room = max_tokens - self._library.num_special_tokens_to_add(is_pair=True)
-            if room < 0:
-                raise TokenizerError(
-                    f"max_tokens: expected at least the {max_tokens - room} special tokens of a pair, got {max_tokens}"
-                )
-            shorter, longer = sorted((one, two), key=len)
-            shorter.truncate(min(len(shorter), room // 2))
-            longer.truncate(min(len(longer), room - len(shorter)))
+        special = self._library.num_special_tokens_to_add(is_pair=True)
+        for encoding, length in zip((one, two), fitting(len(one), len(two), special, max_tokens), strict=True):
+            encoding.truncate(length)
         encoding = self._library.post_process(one, two)
         return PairEncoding(encoding.ids, encoding.type_ids)
+
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        encoding = self._library.encode(text)
+        places = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        return [None if special else _without_spaces(text, *place) for place, special in places]
 
     def to_json(self) -> str:
         text: str = self._library.to_str()
         return text
+
+
+def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without the spaces before a word, which byte-level tokens hold, unless it has nothing else."""
+    spaces = end - start - len(text[start:end].lstrip())
+    return (start, end) if start + spaces == end else (start + spaces, end)
 
 
 def _decoder_of(library: tokenizers.Tokenizer) -> dict[str, Any] | None:
@@ -123,23 +128,33 @@ def _apply_bos_eos_flags(library: tokenizers.Tokenizer, settings: Settings) -> N
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTE_LEVEL_CLASSES = {
+_BPE_CLASSES = {
     "GPT2Tokenizer": "gpt2",
+    "OpenAIGPTTokenizer": "gpt1",
     "Qwen2Tokenizer": "qwen2",
     "RobertaTokenizer": "roberta",
     "BartTokenizer": "roberta",
 }
-_BYTE_LEVEL_MODEL_TYPES = {"gpt2": "gpt2", "qwen2": "qwen2", "qwen3": "qwen2", "roberta": "roberta", "bart": "roberta"}
+_BPE_MODEL_TYPES = {
+    "gpt2": "gpt2",
+    "openai-gpt": "gpt1",
+    "qwen2": "qwen2",
+    "qwen3": "qwen2",
+    "roberta": "roberta",
+    "bart": "roberta",
+}
 
 
 def from_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: Settings) -> Backend:
-    """A byte-level BPE of its vocabulary and merges."""
+    """A BPE of its vocabulary and merges: of bytes, or GPT-1's of words."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 
-    kind = _byte_level_kind(settings)
+    kind = _declared_kind(settings, _BPE_CLASSES, _BPE_MODEL_TYPES, "gpt2", "vocab.json + merges.txt")
     vocab = _read_vocab(vocab_path)
     merges = _read_merges(merges_path, vocab)
+    if kind == "gpt1":
+        return guarded(vocab_path, lambda: _LibraryBackend(_bpe_of_words(vocab, merges, settings), settings))
     library = guarded(vocab_path, lambda: Library(models.BPE(vocab=vocab, merges=merges)))
     prefix = settings.flag("add_prefix_space") or False
     library.decoder = decoders.ByteLevel()
@@ -175,9 +190,17 @@ def from_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: Setting
     return guarded(vocab_path, lambda: _LibraryBackend(library, settings))
 
 
-def _byte_level_kind(settings: Settings) -> str:
-    """Which words a byte-level BPE of vocab.json + merges.txt splits text into."""
-    return _declared_kind(settings, _BYTE_LEVEL_CLASSES, _BYTE_LEVEL_MODEL_TYPES, "gpt2", "vocab.json + merges.txt")
+def _bpe_of_words(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
+    """BERT's words in lower case, the last piece of each ending in `</w>`."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    unknown = settings.special_tokens.setdefault("unk_token", "<unk>")
+    library = Library(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, end_of_word_suffix="</w>"))
+    library.normalizer = normalizers.BertNormalizer(lowercase=True)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.BPEDecoder(suffix="</w>")
+    return library
 
 
 def _declared_kind(

@@ -91,15 +91,23 @@ class Checkpoint:
         self.close()
 
 
-def load(folder: Path, spec: ModelSpec, names: NameTable, quantization: Quantization | None = None) -> Checkpoint:
+def load(
+    folder: Path,
+    spec: ModelSpec,
+    names: NameTable,
+    quantization: Quantization | None = None,
+    new_head: bool = False,
+) -> Checkpoint:
     """Open the weights in `folder` for a model of this spec; raises one `CheckpointError` for everything wrong.
 
-    With `quantization`, weights that are stored as its layouts say are taken as such.
+    With `quantization`, weights that are stored as its layouts say are taken as such. With `new_head` the files are
+    those of a model with another head or none: `tensors` lacks the head's matrix and bias, and its other weights where
+    the files do.
     """
     files: list[SafetensorsFile] = []
     try:
         stored = _open_files(folder, files)
-        return _match(folder, spec, names, quantization, stored, files)
+        return _match(folder, spec, names, quantization, stored, files, new_head)
     except BaseException:
         for file in files:
             file.close()
@@ -247,6 +255,7 @@ def _match(
     quantization: Quantization | None,
     stored: Mapping[str, StoredTensor],
     files: list[SafetensorsFile],
+    new_head: bool,
 ) -> Checkpoint:
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
@@ -262,8 +271,11 @@ def _match(
     shapes = spec.slots()
     plain: dict[str, _Source] = {}
     quantized: dict[str, _QuantizedSource] = {}
+    own = f"{spec.head.at}."
     for row in names.expand(spec):
         name, places = names.base_name(row.name), row.places(spec)
+        if new_head and (row.slots[0] in (f"{own}weight", f"{own}bias")):
+            continue
         if name in weights and quantization is not None:
             weight, shape = weights.pop(name), row.shape(spec)
             if len(shape) != 2:
@@ -274,6 +286,8 @@ def _match(
             if scheme is not None:
                 _drop_zero_bias(name, found, shapes, row.slots)
                 quantized |= {slot: _QuantizedSource(weight, scheme, shape, place) for slot, place in places.items()}
+        elif name not in found and new_head and row.slots[0].startswith(own):
+            continue
         elif name not in found:
             problems.append(f"missing {row.name}, expected shape {list(row.stored_shape(spec))}")
         else:
@@ -283,7 +297,8 @@ def _match(
                 problems.append(f"{tensor.place}: {problem}")
                 continue
             plain |= {slot: _Source(tensor, row, place) for slot, place in places.items()}
-    found = {name: tensor for name, tensor in found.items() if not names.is_ignored(name)}
+    of_heads = {names.base_name(row.name) for row in names.rows} if new_head else set()
+    found = {name: tensor for name, tensor in found.items() if not names.is_ignored(name) and name not in of_heads}
     for place in [tensor.place for tensor in found.values()] + [weight.place for weight in weights.values()]:
         problems.append(f"{place} is not a weight of a {spec.family} model with this config"
                         + _quantized_hint(place, quantization))  # fmt: skip

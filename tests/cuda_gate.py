@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,18 @@ ARCHITECTURES = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_
 SLOW_WARNINGS = re.compile(r"C7508|C751[0-5]|(wgmma|setmaxnreg).*(serialized|ignored)")
 WGMMA = ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")
 FORBIDDEN = ("LDL", "STL")  # local memory: an array that is indexed at run time, or a spill
+SECONDS = 10  # of CPU time that compiling a file for an architecture may take
+INSTRUCTION_BYTES, MOST_KB = 16, 96  # a kernel's code; the cache of instructions that a multiprocessor has holds 128 KB
+# Loads, stores, atomics and copies of global memory, or of a space that is not known.
+REACHES_MEMORY = re.compile(r"LDG(?!DEPBAR)|STG|LD$|ST$|ATOM$|ATOMG|RED|UTMALDG|UTMASTG|UBLKCP")
 
 
 @dataclass(frozen=True)
 class Rule:
     """What holds for the kernels whose name contains `name`; `hopper` instructions on sm_90a only.
 
-    `registers` is the most that a thread may have, or with `exact` (on sm_90a) what it has to have.
+    `registers` is the most that a thread may have, or with `exact` (on sm_90a) what it has to have. `early`
+    instructions may reach memory before the wait for earlier kernels: they bring weights, which never change.
     """
 
     name: str
@@ -37,14 +43,15 @@ class Rule:
     required: tuple[str, ...] = ()
     hopper: tuple[str, ...] = ("ACQBULK", "PREEXIT")  # griddepcontrol.wait and .launch_dependents
     exact: bool = False
+    early: tuple[str, ...] = ()
 
 
 # Two blocks of the decode matmul, of two launches that overlap, share a multiprocessor and its 64 Ki registers; 112
 # leave room for blocks of up to 288 threads. A block of decode attention has 128 threads, so any number fits beside.
 # The kernels of sampling have blocks of 1,024 threads, the other small ones of 256: 64 each is what a block may have.
 RULES = (
-    Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS")),
-    Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG")),
+    Rule("skinny_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS"), early=("LDGSTS",)),
+    Rule("split_matmul_kernel", 112, ("HMMA", "LDSM", "LDGSTS", "ATOMG"), early=("LDGSTS",)),
     # 168 registers of 384 threads are all that a block can start with. Its three warpgroups then share them out anew,
     # to 40, 232 and 232: with fewer at the start there would not be as many, and the last one would wait for ever.
     Rule("wgmma_matmul_kernel", 168, (), WGMMA, exact=True),
@@ -71,6 +78,28 @@ RULES = (
 )
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a disassembly: ``LDG``, ``.E.128`` and ``R4, [R2]``."""
+
+    address: int
+    name: str
+    modifiers: str
+    operands: str
+    guarded: bool = False  # by a predicate
+
+    def written(self) -> range:
+        """The registers that it writes, as far as the first of them and the width tell."""
+        match = re.match(r"(?:U?PT?\d*, *)*R(\d+)\b", self.operands)
+        if match is None or "SETP" in self.name:
+            return range(0)
+        width = 4 if ".128" in self.modifiers or ".x4" in self.modifiers else 2 if ".64" in self.modifiers else 1
+        return range(int(match[1]), int(match[1]) + width * (2 if "WIDE" in self.modifiers else 1))
+
+
+Groups = tuple[tuple[frozenset[int], frozenset[int]], ...]
+
+
 @dataclass
 class Kernel:
     """One compiled kernel."""
@@ -79,7 +108,12 @@ class Kernel:
     registers: int = 0
     spilled: int = 0  # bytes stored and loaded
     stack: int = 0  # bytes
-    instructions: set[str] = field(default_factory=set)
+    code: list[Instruction] = field(default_factory=list)
+
+    @property
+    def instructions(self) -> set[str]:
+        """Names of its instructions, and of those of 16 bytes also as ``LDG.128``."""
+        return {i.name for i in self.code} | {f"{i.name}.128" for i in self.code if ".128" in i.modifiers}
 
 
 def read_report(text: str) -> dict[str, Kernel]:
@@ -96,18 +130,58 @@ def read_report(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def read_sass(text: str) -> dict[str, set[str]]:
-    """Instructions of each function of a disassembly, without modifiers, and those of 16 bytes also as ``LDG.128``."""
-    functions: dict[str, set[str]] = {}
-    words: set[str] = set()
+def read_sass(text: str) -> dict[str, list[Instruction]]:
+    """Instructions of each function of a disassembly."""
+    functions: dict[str, list[Instruction]] = {}
+    code: list[Instruction] = []
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
-            words = functions.setdefault(match[1], set())
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)", line):
-            words.add(match[1])
-            if ".128" in match[2]:
-                words.add(f"{match[1]}.128")
+            code = functions.setdefault(match[1], [])
+        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)([^;]*)", line):
+            code.append(Instruction(int(match[1], 16), match[3], match[4], match[5].strip(), match[2] is not None))
     return functions
+
+
+def before_wait(code: list[Instruction]) -> set[str]:
+    """What reaches memory before the kernel waits for earlier ones."""
+    waits = [i.address for i in code if i.name == "ACQBULK"]
+    return {i.name for i in code if waits and i.address < waits[0] and REACHES_MEMORY.match(i.name)}
+
+
+def touched(code: list[Instruction]) -> list[Instruction]:
+    """Instructions that write registers of products of wgmma that are under way, or read their sums, on any path."""
+    found: dict[int, Instruction] = {}
+    places = {i.address: place for place, i in enumerate(code)}
+    # Groups of products: their sums' registers and their operands'. The last is not closed yet.
+    nothing: Groups = ((frozenset(), frozenset()),)
+    paths: list[tuple[int, Groups]] = [(0, nothing)]
+    seen = set(paths)
+    while paths:
+        begin, groups = paths.pop()
+        for i in code[begin:]:
+            if i.name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", i.operands)):
+                path = (places[int(target[1], 16)], groups)
+                if path not in seen:
+                    seen.add(path)
+                    paths.append(path)
+            if i.name in ("BRA", "EXIT") and not i.guarded:
+                break
+            if i.name == "HGMMA":
+                sums, rows = groups[-1]
+                first, *operands = (int(r) for r in re.findall(r"\bR(\d+)\b", i.operands))
+                sums |= set(range(first, first + int(i.modifiers.split("x")[1]) // 2))
+                if not re.match(r"R\d+, gdesc", i.operands):
+                    rows |= set(range(operands[0], operands[0] + 4))
+                groups = (*groups[:-1], (sums, rows), *(nothing if "gsb0" in i.operands else ()))
+            elif i.name == "WARPGROUP" and "DEPBAR" in i.modifiers:
+                groups = groups[max(len(groups) - 1 - int(i.operands.split("0x")[1], 16), 0) :]
+            elif groups != nothing:
+                under_way = frozenset[int]().union(*(sums for sums, _ in groups))
+                busy = under_way.union(*(rows for _, rows in groups))
+                read = {int(r) for r in re.findall(r"\bR(\d+)\b", i.operands)} - set(i.written())
+                if busy.intersection(i.written()) or under_way & read:
+                    found[i.address] = i
+    return list(found.values())
 
 
 def violations(kernel: Kernel, architecture: str) -> list[str]:
@@ -122,9 +196,21 @@ def violations(kernel: Kernel, architecture: str) -> list[str]:
         found.append(f"{kernel.registers} registers, exactly {rule.registers} have to be")
     elif kernel.registers > rule.registers:
         found.append(f"{kernel.registers} registers, at most {rule.registers} may be")
+    if len(kernel.code) * INSTRUCTION_BYTES > MOST_KB * 1024:
+        found.append(f"{-(-len(kernel.code) * INSTRUCTION_BYTES // 1024)} KB of code, at most {MOST_KB} may be")
     required = rule.required + (rule.hopper if architecture.startswith("sm_90") else ())
     found += [f"no {word}" for word in required if word not in kernel.instructions]
     found += [f"has {word}" for word in FORBIDDEN if word in kernel.instructions]
+    products = [place for place, i in enumerate(kernel.code) if i.name == "HGMMA"]
+    if products and any(
+        i.name == "MEMBAR" and "CTA" not in i.modifiers for i in kernel.code[products[0] : products[-1]]
+    ):
+        found.append("MEMBAR between products: a fence beyond the block each time")
+    early = sorted(before_wait(kernel.code) - set(rule.early))
+    found += [f"{word} before the wait for earlier kernels" for word in early]
+    found += [
+        f"{i.name} {i.operands} at {i.address:x} meets registers of a product under way" for i in touched(kernel.code)
+    ]
     return found
 
 
@@ -140,7 +226,7 @@ def tool(name: str) -> str:
 
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict[str, Kernel], list[str]]:
-    """Kernels of one file, and the warnings of its compilation."""
+    """Kernels of one file, and what is wrong with its compilation: warnings, and that it takes too long."""
     compiled = folder / f"{source.stem}.{architecture}.o"
     compiler = os.environ.get("CUDACXX") or tool("nvcc")
     options = [
@@ -154,8 +240,9 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
         "-v",
     ]
     command = [compiler, *options, "-Xcompiler", "-Wall,-Wextra", "-c", "-o", str(compiled), str(source)]
+    before = children_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
-    report = done.stdout + done.stderr
+    report, took = done.stdout + done.stderr, children_seconds() - before
     if done.returncode:
         raise SystemExit(f"{source.name} does not compile for {architecture}:\n{report}")
     kernels = read_report(report)
@@ -164,10 +251,19 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
     sass = subprocess.run(
         [tool("cuobjdump"), "-sass", str(compiled)], capture_output=True, text=True, check=True, env=environment
     )
-    for name, words in read_sass(sass.stdout).items():
+    for name, code in read_sass(sass.stdout).items():
         if name in kernels:
-            kernels[name].instructions = words
-    return kernels, [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+            kernels[name].code = code
+    problems = [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+    if took > SECONDS:
+        problems.append(f"took {took:.1f} s of CPU time to compile, at most {SECONDS} may be: split the file")
+    return kernels, problems
+
+
+def children_seconds() -> float:
+    """CPU time of the processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def short(kernel: Kernel) -> str:
@@ -180,15 +276,16 @@ def short(kernel: Kernel) -> str:
 def main() -> int:
     """Compile, print the table, and say what is wrong."""
     problems, count = [], 0
-    print(f"{'kernel':40} {'for':8} {'registers':>9} {'spilled':>8}")
+    print(f"{'kernel':44} {'for':8} {'registers':>9} {'spilled':>8} {'KB':>4}")
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             for architecture in ARCHITECTURES:
-                kernels, warnings = compile_kernels(source, architecture, Path(folder))
-                problems += [f"{source.name} for {architecture}: {warning}" for warning in warnings]
+                kernels, wrong = compile_kernels(source, architecture, Path(folder))
+                problems += [f"{source.name} for {architecture}: {what}" for what in wrong]
                 for kernel in kernels.values():
                     count += 1
-                    print(f"{short(kernel):40} {architecture:8} {kernel.registers:9} {kernel.spilled:8}")
+                    size = len(kernel.code) * INSTRUCTION_BYTES / 1024
+                    print(f"{short(kernel):44} {architecture:8} {kernel.registers:9} {kernel.spilled:8} {size:4.0f}")
                     problems += [
                         f"{short(kernel)} for {architecture}: {what}" for what in violations(kernel, architecture)
                     ]

@@ -139,11 +139,25 @@ def attention_args(**changed):
         ({"slopes": array(2, dtype="float32")}, r"slopes: expected shape \[8\]"),
         ({"softcap": -1.0}, "softcap: expected at least 0"),
         ({"window": -1}, "window: expected 0"),
+        (
+            {
+                "wgmma": True,
+                "head_size": 48,
+                "q": array(3, 8, 48),
+                "out": array(3, 8, 48),
+                "cache": array(5, 2, 2, 64, 48),
+            },
+            "head_size: expected 64 or 128 with wgmma, got 48",
+        ),
+        (
+            {"wgmma": True, "cache": array(1 << 25, 2, 2, 64, 64)},
+            "cache: blocks times heads: expected 0 to",
+        ),
     ],
 )
 def test_attention_refuses_what_it_cannot_take(changed, expected):
     with pytest.raises((TypeError, ValueError), match=expected):
-        _cuda.prompt_attention(**attention_args(**changed))
+        _cuda.prompt_attention(**{"wgmma": False, **attention_args(**changed)})
 
 
 def test_split_attention_checks_its_workspace():

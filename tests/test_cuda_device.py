@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import emulated_cuda
 import ml_dtypes
@@ -192,6 +193,15 @@ def test_memory_comes_back_and_its_lack_is_said_with_what_to_do():
         assert gpu.memory()[0] == free
 
 
+def test_memory_that_the_pool_keeps_can_be_taken(gpu, monkeypatch):
+    free, total = gpu.memory()
+    pool = SimpleNamespace(attributes=SimpleNamespace(reserved_mem_current=1000, used_mem_current=300))
+    monkeypatch.setattr(type(gpu._core), "memory_resource", pool)
+    assert gpu.memory() == (free + 700, total)
+    monkeypatch.setattr(type(gpu._core), "memory_resource", SimpleNamespace())
+    assert gpu.memory() == (free, total)
+
+
 def test_what_is_freed_during_a_recording_is_not_freed_by_the_graph(gpu):
     array = gpu.empty([64], np.float32)
     gpu.synchronize()
@@ -279,8 +289,10 @@ def test_an_event_waits_for_what_was_before_it_and_no_more(gpu):
     assert np.array_equal(targets[1], numbers(3))
 
 
-def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch, threads):
     monkeypatch.setattr(device_module, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(device_module, "default_threads", lambda: threads)
     monkeypatch.setattr(gpu, "_staging", [])
     host = numbers(1000, 30, dtype=bfloat16)
     assert np.array_equal(gpu.upload(host).numpy(), host)
@@ -291,7 +303,14 @@ def test_large_arrays_are_loaded_piece_by_piece(gpu, monkeypatch):
         rows[...] = host[first : first + len(rows)]
 
     assert np.array_equal(gpu.load(host.shape, bfloat16, write).numpy(), host)
-    assert sum(pieces) == 1000 and max(pieces) == 4096 // 60
+    assert sum(pieces) == 1000 and max(pieces) == -(-(4096 // 60) // threads)
+
+    def fail(first, rows):
+        raise KeyError("a tensor that is not there")
+
+    with pytest.raises(KeyError, match="not there"):
+        gpu.load(host.shape, bfloat16, fail)
+    assert np.array_equal(gpu.load(host.shape, bfloat16, write).numpy(), host)
 
 
 def test_a_graph_runs_what_was_recorded_on_what_its_arrays_hold_then(gpu):
@@ -313,15 +332,20 @@ def test_the_emulation_has_the_signatures_of_cuda_core(monkeypatch):
     monkeypatch.delitem(sys.modules, "cuda.core", raising=False)  # that of the emulation, if it is there
     core = pytest.importorskip("cuda.core")
     graph = pytest.importorskip("cuda.core.graph")
-    fakes = {"Event": core.Event, "Stream": core.Stream, "Buffer": core.Buffer, "GraphBuilder": graph.GraphBuilder,
-             "Graph": graph.Graph, "LegacyPinnedMemoryResource": core.LegacyPinnedMemoryResource}  # fmt: skip
+    pairs = [(emulated_cuda._core(None).Device, core.Device)]
+    for module, names in ((core, ("Event", "Stream", "Buffer", "LegacyPinnedMemoryResource")),
+                          (graph, ("GraphBuilder", "Graph"))):  # fmt: skip
+        pairs += [(getattr(emulated_cuda, name), getattr(module, name)) for name in names]
     compared = 0
-    for name, real in fakes.items():
-        for method, function in vars(getattr(emulated_cuda, name)).items():
+    for fake, real in pairs:
+        name = fake.__name__
+        for method, function in vars(fake).items():
             if method.startswith("_"):
                 continue
             function = getattr(function, "__func__", function)
             assert hasattr(real, method), f"{name}.{method}"
+            if not callable(function):
+                continue
             try:
                 theirs = inspect.signature(getattr(real, method))
             except ValueError:  # compiled, without a text of its signature
@@ -331,13 +355,27 @@ def test_the_emulation_has_the_signatures_of_cuda_core(monkeypatch):
                 if parameter.name != "self":
                     assert theirs.parameters[parameter.name].kind == parameter.kind, f"{name}.{method}"
                     compared += 1
-    assert compared > 10
+            needed = {p.name for p in theirs.parameters.values() if p.default is p.empty and p.kind not in (2, 4)}
+            assert needed <= {"self", *mine.parameters}, f"{name}.{method}"
+    assert compared > 15
+    device = emulated_cuda._core(None).Device
+    assert {*vars(device.properties)} <= {*dir(core._device.DeviceProperties)}
+    assert {*vars(device.memory_resource.attributes)} <= {*dir(core._memory._memory_pool._MemPoolAttributes)}
+
+
+def test_the_kernels_of_hopper_can_be_left_alone(gpu, monkeypatch):
+    assert gpu.has_wgmma and CudaOps(gpu)._has_wgmma
+    monkeypatch.setenv("PYLLM_WGMMA", "off")
+    assert not gpu.has_wgmma and not CudaOps(gpu)._has_wgmma
+    monkeypatch.setenv("PYLLM_WGMMA", "no")
+    with pytest.raises(ValueError, match="PYLLM_WGMMA: expected on or off, got 'no'"):
+        CudaOps(gpu)
 
 
 def test_the_cpus_ops_ask_nothing_of_a_gpu():
     ops = Ops(1)
     array = numbers(3)
-    assert ops.place(array) is array and not ops.on_gpu
+    assert ops.place(array) is array and not ops.on_gpu and ops.loop is None
     stage = ops.stage([array, None])
     stage.send()
     stage.wait()

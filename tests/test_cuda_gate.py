@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cuda_gate import RULES, SLOW_WARNINGS, Kernel, read_report, read_sass, violations
+from cuda_gate import RULES, SLOW_WARNINGS, Instruction, Kernel, Rule, read_report, read_sass, touched, violations
 
 REPORT = """
 ptxas info    : Compiling entry function '_Z20skinny_matmul_kernel' for 'sm_90a'
@@ -20,15 +20,42 @@ SASS = """
 """
 
 
+PRODUCTS = """
+\t\tFunction : _Z20wgmma_matmul_kernel
+        /*0000*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR20], RZ, !UPT ;
+        /*0010*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR20], R24, gsb0 ;
+        /*0020*/                   HGMMA.64x16x16.F32.BF16 R40, R8, gdesc[UR16].tnspB, R40, gsb0 ;
+        /*0030*/                   {} ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0050*/                   {} ;
+        /*0060*/              @!P0 BRA 0x30 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   FADD R24, R40, R11 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def kernel_of(rule: Rule, registers: int) -> Kernel:
+    """A kernel of the instructions that a rule requires, the wait for earlier kernels first."""
+    words = sorted((*rule.required, *rule.hopper), key=lambda word: word != "ACQBULK")
+    product = {"HGMMA": (".64x8x16", "R8, gdesc[UR4], R8, gsb0")}
+    code = [
+        Instruction(place * 16, word.partition(".")[0], *product.get(word, (f".{word}", "")))
+        for place, word in enumerate(words)
+    ]
+    return Kernel(rule.name, registers, code=code)
+
+
 def test_reads_registers_spills_and_instructions():
     (kernel,) = read_report(REPORT).values()
     assert (kernel.registers, kernel.spilled, kernel.stack) == (128, 12, 16)
-    assert read_sass(SASS) == {kernel.name: {"LDC", "LDGSTS", "LDGSTS.128", "HMMA", "STL"}}
+    kernel.code = read_sass(SASS)[kernel.name]
+    assert kernel.instructions == {"LDC", "LDGSTS", "LDGSTS.128", "HMMA", "STL"}
 
 
 def test_every_broken_rule_is_told():
     (kernel,) = read_report(REPORT).values()
-    kernel.instructions = read_sass(SASS)[kernel.name]
+    kernel.code = read_sass(SASS)[kernel.name]
     told = "; ".join(violations(kernel, "sm_90a"))
     for what in ("spills 12 bytes, stack of 16", "128 registers, at most 112", "no LDSM", "no ACQBULK", "has STL"):
         assert what in told
@@ -38,13 +65,70 @@ def test_every_broken_rule_is_told():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_kernel_within_its_rule_passes(rule):
-    assert violations(Kernel(rule.name, rule.registers, instructions={*rule.required, *rule.hopper}), "sm_90a") == []
+    assert violations(kernel_of(rule, rule.registers), "sm_90a") == []
 
 
 def test_registers_that_warpgroups_share_out_have_one_number():
     rule = next(rule for rule in RULES if rule.exact)
-    fewer = Kernel(rule.name, rule.registers - 8, instructions={*rule.required, *rule.hopper})
+    fewer = kernel_of(rule, rule.registers - 8)
     assert violations(fewer, "sm_90a") == ["160 registers, exactly 168 have to be"] and not violations(fewer, "sm_80")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("IADD3 R32, R33, R34", "FADD R4, R24, R25", []),
+        ("FADD R4, R24, R25", "NOP", [0x30]),  # a sum that is under way
+        ("NOP", "MOV R31, R4", []),
+        ("NOP", "MOV R40, R4", [0x50]),
+        ("LDS.128 R20, [R2]", "SHFL.BFLY PT, R11, R4, 0x1", [0x50]),  # an operand
+        ("LDS.128 R21, [R2]", "NOP", [0x30]),  # its last register is a sum
+        ("STS [R12], R8", "ISETP.GE.AND P0, PT, R8, R9, PT", []),  # an operand may be read
+        ("MOV R47, R4", "NOP", [0x30]),
+    ],
+)
+def test_registers_of_products_under_way_are_left_alone(first, second, found):
+    code = read_sass(PRODUCTS.format(first, second))["_Z20wgmma_matmul_kernel"]
+    assert [i.address for i in touched(code)] == found
+
+
+def test_products_are_followed_on_both_ways_of_a_branch():
+    code = read_sass("""
+        Function : wgmma
+        /*0000*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR20], RZ, !UPT, gsb0 ;
+        /*0010*/               @P0 BRA 0x40 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/                   BRA 0x50 ;
+        /*0040*/                   MOV R24, R4 ;
+        /*0050*/                   MOV R25, R4 ;
+        /*0060*/                   EXIT ;
+    """)["wgmma"]
+    assert [i.address for i in touched(code)] == [0x40, 0x50]
+
+
+def test_long_code_is_told():
+    rule = RULES[0]
+    kernel = kernel_of(rule, rule.registers)
+    kernel.code += [Instruction(0x1000, "NOP", "", "")] * 6200
+    assert violations(kernel, "sm_80") == ["97 KB of code, at most 96 may be"]
+
+
+def test_products_are_not_fenced():
+    rule = next(rule for rule in RULES if "HGMMA" in rule.hopper)
+    kernel = kernel_of(rule, rule.registers)
+    place = next(place for place, i in enumerate(kernel.code) if i.name == "HGMMA")
+    kernel.code[place + 1 : place + 1] = [Instruction(-16, "MEMBAR", ".ALL.GPU", ""), kernel.code[place]]
+    assert violations(kernel, "sm_90a") == ["MEMBAR between products: a fence beyond the block each time"]
+
+
+def test_memory_is_not_reached_before_the_wait():
+    rule = RULES[0]
+    kernel = kernel_of(rule, rule.registers)
+    for name, told in (("LDGSTS", 0), ("LDGDEPBAR", 0), ("LDG", 1), ("STG", 1), ("LDS", 0), ("ATOMS", 0), ("RED", 1)):
+        early = [Instruction(-16, name, "", "")]
+        kernel.code = early + kernel.code
+        assert len([what for what in violations(kernel, "sm_90a") if "before the wait" in what]) == told
+        kernel.code = kernel.code[1:]
 
 
 @pytest.mark.parametrize("code", ["C7508", "C7510", "C7515"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllm import LLM, SamplingParams
+from pyllm import LLM, SamplingParams, plan
 from pyllm.errors import RequestError
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -80,6 +82,149 @@ def require_oracle() -> None:
 def test_live(name: str, tmp_path: Path) -> None:
     require_oracle()
     check(tmp_path, goldens.build(name, tmp_path), goldens.variants()[name].ngram)
+
+
+GENERATING = [name for name, variant in goldens.variants().items() if variant.architecture is None]
+
+
+def prompts_of(llm: LLM, lengths: tuple[int, ...]) -> list[dict[str, list[int]]]:
+    """Prompts, or sources, of these lengths; with a blank where the model fills one."""
+    rule, rng = llm.spec.prefix, np.random.default_rng(5)
+    prompts = [rng.integers(3, 59, length).tolist() for length in lengths]
+    for prompt in prompts if rule is not None and rule.start_id is not None else ():
+        prompt[-2:] = [rule.mask_ids[0][0], rule.start_id]
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_every_family_keeps_the_promises(name: str) -> None:
+    """Quantized or not: a sequence is the same alone, streamed, and beside others in a cache that is too small for all;
+    and the memory taken is what was planned."""
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=2)
+    for kept in ({}, {"quantization": "int8"}, {"quantization": "int4", "kv_cache_dtype": "int8"}):
+        options: dict[str, Any] = {"dtype": "float32", **kept}
+        planned = plan(GOLDEN / name, **options)
+        options |= {"skip_tokenizer_init": True, "threads": 2}
+        llm = LLM(GOLDEN / name, **options)
+        assert planned.weights == llm.model.weights.nbytes
+        prompts = prompts_of(llm, (62, 60, 40, 3))
+        alone = [llm.generate(prompt, params)[0].outputs for prompt in prompts]
+        streamed = [[token for piece in llm.stream(p, params) for token in piece.token_ids] for p in prompts]
+        assert streamed == [list(output.token_ids) for [output] in alone]
+        block = (planned.cache + planned.cross) // planned.cache_blocks
+        tight = LLM(GOLDEN / name, max_num_seqs=3, max_num_batched_tokens=29, kv_cache_bytes=3 * block, **options)
+        assert [result.outputs for result in tight.generate(prompts, params)] == alone
+        assert tight.stats.preemptions > 0 or llm.spec.encoder is not None
+
+
+def oracle_of(name: str, folder: Path) -> Any:
+    """A random model of a variant in `folder`, and transformers' own of it."""
+    variant = goldens.variants()[name]
+    model = goldens.random_model(variant, 1)
+    goldens.save_model(model, folder, variant.rewrite)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATING if name not in ("chatglm", "glm2021")])
+def test_beams_of_every_family(name: str, tmp_path: Path) -> None:
+    require_oracle()
+    import torch
+
+    model = oracle_of(name, tmp_path)
+    llm = LLM(tmp_path, dtype="float32", skip_tokenizer_init=True, threads=2, max_num_seqs=4)
+    for prompt in prompts_of(llm, (30, 7)):
+        tokens = torch.tensor([prompt["prompt_token_ids"]])
+        with torch.no_grad():
+            expected = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, num_beams=3, num_return_sequences=3,
+                max_new_tokens=12, no_repeat_ngram_size=3, eos_token_id=[2, 5, 9], pad_token_id=0,
+                return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+        params = SamplingParams(
+            temperature=0, num_beams=3, n=3, max_tokens=12, no_repeat_ngram_size=3, stop_token_ids=[2, 5, 9]
+        )
+        [result] = llm.generate(prompt, params)
+        start = 1 if model.config.is_encoder_decoder else len(tokens[0])
+        for output, ids, score in zip(result.outputs, expected.sequences, expected.sequences_scores, strict=True):
+            assert list(output.token_ids) == ids[start : start + len(output.token_ids)].tolist()
+            assert output.score == pytest.approx(float(score), abs=1e-4)
+
+
+PADDED = (3, 17, 9)  # lengths of texts that transformers pads to one
+
+
+def padded(texts: list[list[int]], pad: int, left: bool) -> tuple[Any, Any]:
+    """Tokens and mask, int64 [texts, longest]."""
+    import torch
+
+    tokens = torch.full((len(texts), max(map(len, texts))), pad)
+    mask = torch.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        place = slice(tokens.shape[1] - len(text), None) if left else slice(len(text))
+        tokens[row, place], mask[row, place] = torch.tensor(text), 1
+    return tokens, mask
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("bert", False), ("distilbert", False), ("electra-generator", False), ("roberta", False), ("roberta", True)],
+)
+def test_encoders_are_those_of_a_padded_batch(name: str, left: bool, tmp_path: Path) -> None:
+    """Padding is seen by nobody, and RoBERTa counts no position for it."""
+    require_oracle()
+    import torch
+
+    model = oracle_of(name, tmp_path)
+    llm = LLM(tmp_path, dtype="float32", skip_tokenizer_init=True, threads=2)
+    texts = [prompt["prompt_token_ids"] for prompt in prompts_of(llm, PADDED)]
+    tokens, mask = padded(texts, model.config.pad_token_id, left)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+    for text, row, marks in zip(texts, expected, mask, strict=True):
+        close(llm.forward(text).logits, row[marks == 1].numpy())
+
+
+@pytest.mark.parametrize("name", ["bart", "bloom-normed", "gpt2", "llama", "mpt", "openai-gpt", "opt", "t5"])
+def test_generation_is_that_of_a_padded_batch(name: str, tmp_path: Path) -> None:
+    """Transformers pads prompts on the left, and sources on the right; positions and biases count the text alone."""
+    require_oracle()
+    import torch
+
+    model = oracle_of(name, tmp_path)
+    llm = LLM(tmp_path, dtype="float32", skip_tokenizer_init=True, threads=2)
+    encodes = llm.spec.encoder is not None
+    prompts = prompts_of(llm, PADDED)
+    tokens, mask = padded([prompt["prompt_token_ids"] for prompt in prompts], 0, left=not encodes)
+    with torch.no_grad():
+        expected = model.generate(
+            tokens, attention_mask=mask, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
+        )
+    found = llm.generate(prompts, temperature=0, max_tokens=12, ignore_eos=True)
+    for result, ids in zip(found, expected[:, 1 if encodes else tokens.shape[1] :].tolist(), strict=True):
+        assert list(result.outputs[0].token_ids) == ids
+
+
+def test_both_heads_that_bert_was_trained_with(tmp_path: Path) -> None:
+    """A checkpoint holds them; the class in its config says which is read."""
+    require_oracle()
+    import torch
+
+    variant = replace(goldens.variants()["bert"], architecture="BertForPreTraining")
+    model = goldens.random_model(variant, 0)
+    ids, types = [2, 9, 30, 3, 41, 7, 3], [0, 0, 0, 0, 1, 1, 1]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+    wanted = {
+        "BertForPreTraining": expected.prediction_logits[0],
+        "BertForNextSentencePrediction": expected.seq_relationship_logits,
+    }
+    goldens.save_model(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for architecture, logits in wanted.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+        found = LLM(tmp_path, skip_tokenizer_init=True, threads=2).forward(ids, token_type_ids=types).logits
+        assert found is not None
+        close(found, logits.numpy())
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gptj", "bart", "t5"])

@@ -55,6 +55,20 @@ def test_activation(gpu, kernels, name):
     close(got, activation_formula(x.astype("f8"), name.value) * up, 1e-2)
 
 
+def test_axpby(gpu, kernels):
+    x, y = rng(0).standard_normal((2, 3, 1029)).astype("f4")
+    arrays = [gpu.upload(a) for a in (x, y)]
+    got = thrice(gpu, lambda out: kernels.axpby(out, arrays[0], 0.5, arrays[1], -2.0, gpu.stream), x.shape, float32)
+    close(got, 0.5 * x.astype("f8") - 2.0 * y, 1e-6)
+
+
+def test_gather_columns(gpu, kernels):
+    x, index = rng(0).standard_normal((3, 37)).astype("f4"), rng(1).permutation(37).astype(np.int32)[:33]
+    arrays = [gpu.upload(a) for a in (x, index)]
+    got = thrice(gpu, lambda y: kernels.gather_columns(y, *arrays, gpu.stream), (3, 33), float32)
+    assert (got == x[:, index]).all()
+
+
 def test_embedding(gpu, kernels):
     table, places = rng(0).standard_normal((11, 65)).astype(bfloat16), rng(1).standard_normal((5, 65)).astype("f4")
     tokens, positions = np.array([10, 0, 3], np.int32), np.array([0, 4, 2], np.int32)

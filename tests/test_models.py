@@ -68,7 +68,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 46
+    assert len(GOLDEN_NAMES) == 52
 
 
 def test_the_table_of_families_names_all_of_them() -> None:
@@ -374,6 +374,33 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # a config as its file has
         },
         124_439_808,
     ),
+    "openai-gpt": (
+        {
+            "afn": "gelu",
+            "architectures": ["OpenAIGPTLMHeadModel"],
+            "attn_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "openai-gpt",
+            "n_ctx": 512,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 512,
+            "n_special": 0,
+            "predict_special_tokens": True,
+            "resid_pdrop": 0.1,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "vocab_size": 40478,
+        },
+        116_534_784,
+    ),
 }
 
 
@@ -381,6 +408,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # a config as its file has
 def test_published_configs(name: str) -> None:
     config, parameters = PUBLISHED[name]
     assert read(config).num_parameters() == parameters
+
+
+def test_gpt1_config() -> None:
+    """Its "gelu" is the one by tanh, and no other spelling is known to its class."""
+    config = PUBLISHED["openai-gpt"][0]
+    assert read(config).blocks[0].mlp.activation is Activation.GELU_TANH
+    for change in ({"afn": "gelu_new"}, {"n_special": 3}, {"n_head": 5}):
+        assert next(iter(change)) in refusal({**config, **change})
 
 
 def test_chatglm2_config() -> None:

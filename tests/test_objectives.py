@@ -6,23 +6,24 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from encoder_folder import encoder_folder
+from safetensors.numpy import load_file, save_file
 
 from pyllm import LLM
-from pyllm.errors import ConfigError, DataError
+from pyllm.errors import ConfigError, DataError, NonFiniteError
 from pyllm.models import read_spec
 from pyllm.ops import Ops
+from pyllm.planning import plan
 from pyllm.train import TrainConfig, Trainer
 from pyllm.train.head_loss import IGNORED
-from pyllm.train.objectives.generator import Generator
+from pyllm.train.objectives.generator import Generator, generator_bytes
 from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.run_config import settings
-from pyllm.train.setup import prepare
+from pyllm.train.setup import plan_of_run, prepare
 
 SPECIAL, MASK, VOCAB = (0, 2, 3), 4, 500
 
@@ -133,7 +134,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def generator(threads: int = 2) -> Generator:
     reader = read_spec(GOLDEN / "electra-discriminator")
-    return Generator(GOLDEN / "electra-generator", reader, Ops(threads), tokens=120, sequences=3, context=40)
+    return Generator(GOLDEN / "electra-generator", reader, 40, 120, 3, Ops(threads))
 
 
 def test_a_generator_draws_by_its_probabilities() -> None:
@@ -141,28 +142,53 @@ def test_a_generator_draws_by_its_probabilities() -> None:
     starts = np.array([0, 39, 80, 120], np.int32)
     llm = LLM(GOLDEN / "electra-generator", skip_tokenizer_init=True, threads=2, dtype="float32")
     logits = np.concatenate([llm.forward(tokens[a:b].tolist()).logits for a, b in pairwise(starts)])
-    silent: Any = SimpleNamespace(gumbel=lambda size: np.zeros(size))
-    found = generator().propose(tokens, starts, np.arange(120), silent)
-    np.testing.assert_array_equal(found, logits.argmax(1))
-    place, draws = 70, 4000
-    drawn = generator().propose(tokens, starts, np.full(draws, place), np.random.default_rng(1))
-    expected = np.exp(logits[place].astype(np.float64) - logits[place].max())
-    expected /= expected.sum()
-    frequency = np.bincount(drawn, minlength=67) / draws
-    assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected / draws) + 1 / draws).all()
-    one = generator(threads=1).propose(tokens, starts, np.full(draws, place), np.random.default_rng(1))
+    places, draws = [0, 38, 39, 70, 119], 4000
+    drawn = generator().propose(tokens, starts, np.repeat(places, draws), seed=1)
+    for place, found in zip(places, np.split(drawn, len(places)), strict=True):
+        expected = np.exp(logits[place].astype(np.float64) - logits[place].max())
+        expected /= expected.sum()
+        frequency = np.bincount(found, minlength=67) / draws
+        assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected / draws) + 1 / draws).all(), place
+    one = generator(threads=1).propose(tokens, starts, np.repeat(places, draws), seed=1)
     np.testing.assert_array_equal(one, drawn)
+    assert (generator().propose(tokens, starts, np.repeat(places, draws), seed=2) != drawn).any()
+
+
+def test_a_generator_without_numbers_is_told(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "electra-generator", tmp_path / "generator"))
+    weights = load_file(folder / "model.safetensors")
+    weights["generator_predictions.dense.bias"][:] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    broken = Generator(folder, read_spec(GOLDEN / "electra-discriminator"), 40, 40, 1, Ops(1))
+    with pytest.raises(NonFiniteError, match="generator: its values are no numbers"):
+        broken.propose(np.full(40, 5, np.int32), np.array([0, 40], np.int32), np.arange(3), seed=0)
+
+
+def test_a_plan_counts_the_generator(tmp_path: Path) -> None:
+    made, folder = generator(), GOLDEN / "electra-generator"
+    weights = plan(folder, dtype="float32").weights
+    taken = made._cache.nbytes + made._logits.nbytes + made._arena.memory.nbytes
+    found = generator_bytes(folder, read_spec(GOLDEN / "electra-discriminator"), 40, 120, 3)
+    assert found == weights + taken
+    model = encoder_folder("electra-discriminator", tmp_path / "model")
+    values = {"model": str(model), "objective": "rtd", "context": 16, "batch_tokens": 64, "generator": str(folder)}
+    without = plan_of_run({"model": str(model), "context": 16, "batch_tokens": 64})
+    planned = plan_of_run(values)
+    assert planned.generator > weights and planned.total == without.total + planned.generator
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on the red mat"}\n' * 9)
+    data = {"data": [str(tmp_path / "texts.jsonl")], "data_cache": str(tmp_path / "cache"), "valid_share": 0}
+    planned = plan_of_run({**values, **data})
+    assert planned.generator > weights and planned.shape.tokens == 64
 
 
 def test_generators_that_do_not_fit() -> None:
     reader = read_spec(GOLDEN / "electra-discriminator")
-    sizes = {"tokens": 8, "sequences": 1, "context": 8}
     for name in ("electra-discriminator", "gpt2"):
         with pytest.raises(ConfigError, match="generator: expected an encoder that fills masks"):
-            Generator(GOLDEN / name, reader, Ops(1), **sizes)
-    for other, more in ((replace(reader, vocab_size=68), {}), (reader, {"context": 4096})):
+            Generator(GOLDEN / name, reader, 8, 8, 1, Ops(1))
+    for other, context in ((replace(reader, vocab_size=68), 8), (reader, 4096)):
         with pytest.raises(ConfigError, match=r"generator: expected the model's .* tokens and a context of at least"):
-            Generator(GOLDEN / "electra-generator", other, Ops(1), **{**sizes, **more})
+            Generator(GOLDEN / "electra-generator", other, context, 8, 1, Ops(1))
 
 
 def test_replaced_tokens_are_learnt_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
@@ -199,7 +225,7 @@ def test_replaced_tokens_are_learnt_and_a_resumed_run_is_the_same(tmp_path: Path
     trainer("stopped", resume=True, generator=same)
     for values, message in [
         ({"generator": None}, "generator: expected the folder of a model that fills masks, as rtd needs one"),
-        ({"objective": "mlm"}, "objective: expected rtd for this electra model, got 'mlm'"),
+        ({"objective": "mlm"}, "objective: expected rtd or classify for this electra model, got 'mlm'"),
         ({"objective": "mlm", "model": str(folder)}, "generator: expected none for mlm"),
     ]:
         with pytest.raises(ConfigError, match=message):

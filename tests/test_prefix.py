@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from pyllm import LLM, SamplingParams
 from pyllm.errors import RequestError
 from pyllm.models import open_checkpoint
 from pyllm.prefix import PrefixSpec
+from pyllm.prompts import Prompts
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -126,7 +127,7 @@ def test_a_prefix_is_never_cut_and_waits_for_room() -> None:
     assert sorted(firsts) == [3, 60, 60, 60]
     assert all(sum(rows for _, rows in plan) <= 132 for plan in plans)
     with pytest.raises(RequestError, match="a step has room for 50"):
-        llm.engine.max_prefix = 50
+        llm.engine.rules.max_prefix = 50
         llm.generate(prompts_of(llm, (60,)), **GREEDY)
 
 
@@ -288,7 +289,7 @@ def test_a_text_becomes_a_prompt_with_a_blank() -> None:
     llm = load("chatglm", prefix=False)
     tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens=True: [5, 6])
     tokenizer.apply_chat_template = lambda messages, chat_template, tools: "text"
-    llm.tokenizer = tokenizer  # type: ignore[assignment]
+    llm._prompts = Prompts(llm.spec, cast(Any, tokenizer))
     assert llm.encode("text") == [5, 6, 61, 62]
     assert llm.encode("text", add_special_tokens=False) == [5, 6]
     assert llm.chat_prompt([])["prompt_token_ids"] == [5, 6, 61, 62]

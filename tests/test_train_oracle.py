@@ -24,18 +24,27 @@ from pyllm.weight_names import Transform
 MODELS = ["gpt2", "llama", "llama-tied-biased", "qwen3"]
 OTHERS = [
     "bloom",
+    "bloom-normed",
     "cohere",
     "cohere-normed",
     "gemma2",
     "gemma3",
     "glm",
     "glm4",
+    "gpt2-scaled-relu",
     "gpt_neox",
+    "gpt_neox-serial",
     "gptj",
+    "llama-longrope",
+    "llama-yarn",
+    "mistral",
     "mpt",
+    "openai-gpt",
     "opt",
     "opt-post",
     "phi3",
+    "qwen2",
+    "qwen2-window",
 ]
 VOCAB = 67
 
@@ -104,6 +113,17 @@ def parameters_of(folder: Path, dtype: str = "float32") -> Parameters:
     return parameters
 
 
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], keys_unrotated: bool) -> None:
+    """Gradients of all slots; those of biases of keys that are not rotated are zero but for rounding, as all scores of
+    a query move together."""
+    largest = max(float(np.abs(gradient).max()) for gradient in expected.values())
+    for slot, gradient in expected.items():
+        if keys_unrotated and slot.endswith("attn.k.bias"):
+            assert np.abs(found[slot]).max() <= 1e-6 * largest, slot
+            continue
+        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + 1e-7 * largest, slot
+
+
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     random_model(name, tmp_path)
@@ -115,10 +135,7 @@ def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     pad = read_spec(tmp_path).pad_token_id
     if pad is not None:  # torch leaves out what comes to this row through the embedding
         expected["embed.weight"][pad] = found["embed.weight"][pad]
-    # Where a gradient is zero, as that of GPT-2's key biases is, there is only rounding.
-    rounding = 1e-7 * max(float(np.abs(gradient).max()) for gradient in expected.values())
-    for slot, gradient in expected.items():
-        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + rounding, slot
+    assert_same(found, expected, read_spec(tmp_path).rope is None)
 
 
 ENCODERS = [  # a golden model, what its config says of labels, and how many rows of the batch have them
@@ -131,6 +148,9 @@ ENCODERS = [  # a golden model, what its config says of labels, and how many row
     ("roberta-classifier", "multi_label_classification"),
     ("distilbert-classifier", "regression"),
     ("electra-classifier", "single_label_classification"),
+    ("bert-labels", None),
+    ("bert-next", "single_label_classification"),
+    ("electra-labels", None),
 ]
 
 
@@ -141,9 +161,10 @@ def encoder_batch(name: str, problem: str | None) -> tuple[np.ndarray, ...]:
     ids = np.where(ids < 3, ids + 3, ids).astype(np.int32)  # torch leaves out what comes to the row of padding
     types = (rng.random(90) < (0.5 if name.startswith(("bert", "electra")) else 0)).astype(np.int32)
     rows = len(starts) - 1 if problem else 90
+    classes = 2 if name == "bert-next" else 3 if problem or name.endswith("labels") else VOCAB
     empty = np.diff(starts) == 0 if problem else np.zeros(90, bool)
     if problem == "single_label_classification" or (problem is None and "discriminator" not in name):
-        labels = rng.integers(0, 3 if problem else VOCAB, rows).astype(np.int32)
+        labels = rng.integers(0, classes, rows).astype(np.int32)
         labels[empty | (rng.random(rows) < (0 if problem else 0.8))] = IGNORED
         return ids, labels, starts, types
     columns = 1 if problem is None else 3
@@ -208,12 +229,7 @@ def test_gradients_of_encoders_are_those_of_torch(name: str, problem: str | None
     loss, found = gradients(parameters, given)  # type: ignore[arg-type]
     assert abs(loss - expected_loss) <= 2e-6 * expected_loss
     assert set(found) == set(expected)
-    largest = max(float(np.abs(gradient).max()) for gradient in expected.values())
-    for slot, gradient in expected.items():
-        if slot.endswith("attn.k.bias"):  # zero but for rounding: all scores of a query move together
-            assert np.abs(found[slot]).max() <= 1e-6 * largest, slot
-            continue
-        assert np.abs(found[slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + 1e-7 * largest, slot
+    assert_same(found, expected, keys_unrotated=True)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,7 @@ from pyllm.models import FAMILIES, open_checkpoint
 from pyllm.safetensors_file import SafetensorsFile
 from pyllm.weights import INDEX_FILE, SINGLE_FILE, read_config, resolve
 
+GPT1 = {"model_type": "openai-gpt", "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 11, "n_positions": 6}
 GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 11, "n_positions": 6}
 LLAMA = {
     "model_type": "llama",
@@ -85,7 +86,7 @@ def test_gpt2_views(tmp_path: Path, dtype: Any) -> None:
         np.testing.assert_array_equal(model.tensors["positions.weight"], tensors["wpe.weight"])
 
 
-@pytest.mark.parametrize(("config", "prefix"), [(GPT2, "transformer."), (LLAMA, "model.")])
+@pytest.mark.parametrize(("config", "prefix"), [(GPT2, "transformer."), (GPT1, "transformer."), (LLAMA, "model.")])
 def test_with_and_without_base_prefix(tmp_path: Path, config: dict[str, Any], prefix: str) -> None:
     tensors = weights(config)
     for folder, names in (("bare", tensors), ("prefixed", prefixed(tensors, prefix))):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from test_tokenizer import T5_TEXTS, copy_into, hard_texts
-from tokenizer_fixtures import byte_level_bpe, small_bpe, write_byte_level, write_json
+from tokenizer_fixtures import CORPUS, byte_level_bpe, small_bpe, write_byte_level, write_json
+from tokenizers import trainers
 
 from pyllm.errors import TokenizerError
 from pyllm.tokenizer import Tokenizer
@@ -149,6 +150,26 @@ def roberta(folder: Path) -> tuple[Tokenizer, Any]:
     return Tokenizer.load(folder), pytest.importorskip("transformers").RobertaTokenizer.from_pretrained(folder)
 
 
+def test_bpe_of_words_equals_transformers(tmp_path: Path) -> None:
+    """GPT-1's: `vocab.json` + `merges.txt` give what the library makes of them, and its tokenizer.json the same."""
+    theirs = pytest.importorskip("transformers").OpenAIGPTTokenizer()._tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    theirs.train_from_iterator([*TEXTS, *CORPUS], trainer)
+    theirs.model.save(str(tmp_path))
+    write_json(tmp_path / "config.json", {"model_type": "openai-gpt"})
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    theirs.save(str(folder / "tokenizer.json"))
+    for ours in (Tokenizer.load(tmp_path), Tokenizer.load(folder)):
+        assert ours.id_of("the</w>") is not None
+        for text in (*TEXTS, *T5_TEXTS, "The LLAMA, the\tend. \U0010ffff"):
+            ids = theirs.encode(text).ids
+            assert ours.encode(text) == ids, text
+            assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
+
+
 def test_roberta_equals_transformers(tmp_path: Path) -> None:
     ours, theirs = roberta(tmp_path)
     for text in [*TEXTS, *T5_TEXTS, "Hello <mask>, there<mask> x", "<s>x</s></s>y"]:
@@ -157,6 +178,23 @@ def test_roberta_equals_transformers(tmp_path: Path) -> None:
         found = ours.encode_pair(first, second)
         assert found.ids == theirs(first, second)["input_ids"]
         assert set(found.type_ids) == {0}  # RoBERTa has one type
+
+
+def test_spans_of_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """Characters, not bytes, and without the space before a word."""
+    bert, bytes_ = tmp_path / "bert", tmp_path / "roberta"
+    bert.mkdir()
+    bytes_.mkdir()
+    vocab = {token: i for i, token in enumerate(VOCAB)}
+    bert_pair = Tokenizer.load(write_vocab(bert)), pytest.importorskip("transformers").BertTokenizer(vocab)
+    for ours, theirs in (bert_pair, roberta(bytes_)):
+        for text in (*TEXTS, " the  hat"):
+            expected = theirs(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+            for found, place, special in zip(
+                ours.spans(text), expected["offset_mapping"], expected["special_tokens_mask"], strict=True
+            ):
+                assert (found is None) == bool(special)
+                assert found is None or found == place or not text[slice(*found)].strip()
 
 
 def test_longest_first_truncation_equals_transformers(tmp_path: Path) -> None:

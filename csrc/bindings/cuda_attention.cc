@@ -7,7 +7,7 @@ namespace {
 
 using Object = const py::object&;
 
-// What all three take; q and out may be float32 or bfloat16, the cache is of `dtype`.
+// What all take; q and out may be float32 or bfloat16, the cache is of `dtype`.
 cuda::AttentionArgs attention_args(Object out, Object lse, Object q, Object cache, Object starts, Object lengths,
                                    Object tables, int64_t head_size, float scale, bool causal, Object prefix,
                                    int64_t window, int64_t sinks, Object bias, Object slopes, float softcap,
@@ -71,27 +71,23 @@ void check_attention_pieces(const cuda::AttentionArgs& a, Object q, Object cache
   check_aligned(cache.cast<const DeviceArray&>(), "cache");
 }
 
+// With `wgmma` by Hopper's kernel, else by that of every GPU.
 void prompt_attention(Object out, Object lse, Object q, Object cache, Object starts, Object lengths, Object tables,
                       int64_t head_size, float scale, bool causal, Object prefix, int64_t window, int64_t sinks,
-                      Object bias, Object slopes, float softcap, int64_t most_queries, uintptr_t stream) {
+                      Object bias, Object slopes, float softcap, int64_t most_queries, bool wgmma, uintptr_t stream) {
   const auto a = attention_args(out, lse, q, cache, starts, lengths, tables, head_size, scale, causal, prefix, window,
                                 sinks, bias, slopes, softcap, most_queries, "bfloat16");
   check_attention_pieces(a, q, cache);
+  if (wgmma) {
+    if (head_size != 64 && head_size != 128)
+      throw py::value_error("head_size: expected 64 or 128 with wgmma, got " + std::to_string(head_size));
+    check_range(a.cache.blocks * a.cache.kv_heads, 0, cuda::kMaxWgmmaBlocks, "cache: blocks times heads");
+  }
   py::gil_scoped_release release;
-  raise(cuda::prompt_attention(a, stream_of(stream)), "prompt_attention");
-}
-
-void wgmma_attention(Object out, Object lse, Object q, Object cache, Object starts, Object lengths, Object tables,
-                     int64_t head_size, float scale, bool causal, Object prefix, int64_t window, int64_t sinks,
-                     Object bias, Object slopes, float softcap, int64_t most_queries, uintptr_t stream) {
-  const auto a = attention_args(out, lse, q, cache, starts, lengths, tables, head_size, scale, causal, prefix, window,
-                                sinks, bias, slopes, softcap, most_queries, "bfloat16");
-  check_attention_pieces(a, q, cache);
-  if (head_size != 64 && head_size != 128)
-    throw py::value_error("head_size: expected 64 or 128, got " + std::to_string(head_size));
-  check_range(a.cache.blocks * a.cache.kv_heads, 0, cuda::kMaxWgmmaBlocks, "cache: blocks times heads");
-  py::gil_scoped_release release;
-  raise(cuda::wgmma_attention(a, stream_of(stream)), "wgmma_attention");
+  if (wgmma)
+    raise(cuda::wgmma_attention(a, stream_of(stream)), "wgmma_attention");
+  else
+    raise(cuda::prompt_attention(a, stream_of(stream)), "prompt_attention");
 }
 
 void split_attention(Object out, Object lse, Object q, Object cache, Object starts, Object lengths, Object tables,
@@ -131,8 +127,7 @@ void bind_cuda_attention(py::module_& module) {
                arg("tables"), arg("head_size"), arg("scale"), arg("causal"), arg("prefix"), arg("window"), arg("sinks"),
                arg("bias"), arg("slopes"), arg("softcap"), arg("most_queries"), more..., arg("stream"));
   };
-  define("prompt_attention", &prompt_attention);
-  define("wgmma_attention", &wgmma_attention);
+  define("prompt_attention", &prompt_attention, arg("wgmma"));
   define("plain_attention", &plain_attention);
   define("split_attention", &split_attention, arg("split_blocks"), arg("partial"), arg("tickets"));
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pyllm.cli.output import is_quiet, note
 from pyllm.limits import peak_gflops
-from pyllm.spec import ModelSpec
+from pyllm.spec import HeadKind, ModelSpec
 from pyllm.train.report import Callbacks, EvalReport, Sample, StepReport
 from pyllm.train.setup import DEFAULT_CONTEXT
 
@@ -24,6 +24,7 @@ class LiveLine(Callbacks):
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         context = context or min(DEFAULT_CONTEXT, spec.max_positions)
         self._operations = operations_per_token(spec, context, of_sources)
+        self._of_tokens = spec.head.kind is HeadKind.TOKENS
         self._peak = 0.0 if is_quiet() else peak_gflops(dtype, threads) * 1e9
         self._steps, self._first, self._began, self._shown = 1, 0, time.monotonic(), 0.0
         self._open = False
@@ -54,10 +55,11 @@ class LiveLine(Callbacks):
 
     def evaluated(self, report: EvalReport) -> None:
         """An evaluation."""
-        self._line(
-            f"step {report.step}: held-out loss {report.loss:.4f}, perplexity {report.perplexity:.3f}"
-            + (" (best)" if report.best else "")
-        )
+        more = f", perplexity {report.perplexity:.3f}" if self._of_tokens else ""
+        if report.accuracy is not None:
+            more = f", accuracy {report.accuracy:.4f} of {report.tokens} labels"
+        best = " (best)" if report.best else ""
+        self._line(f"step {report.step}: held-out loss {report.loss:.4f}{more}{best}")
 
     def sampled(self, sample: Sample) -> None:
         """A sample."""
@@ -81,10 +83,11 @@ class LiveLine(Callbacks):
 def operations_per_token(spec: ModelSpec, context: int, of_sources: float = 0.0) -> float:
     """Multiplications and additions of a token in a sequence of `context`, forward and, twice as many, backward.
 
-    The head reads every token; what checkpointed activations compute again is not counted. With an encoder it is the
-    mean over its tokens, `of_sources` of all, and the decoder's, which attend to sources as long as the context.
+    The head reads every token, or one; what checkpointed activations compute again is not counted. With an encoder it
+    is the mean over its tokens, `of_sources` of all, and the decoder's, which attend to sources as long as the context.
     """
-    head_of_others = 2 * (context - 1) * spec.vocab_size * spec.hidden
+    others = 0 if spec.head.kind is HeadKind.POOLED else context - 1  # tokens that the head reads beside one
+    head_of_others = 2 * others * spec.outputs * spec.head_width
     own = (spec.operations(context) + head_of_others) / context
     if spec.encoder is None:
         return 3 * own

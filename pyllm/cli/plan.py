@@ -125,9 +125,8 @@ def _training(config: Path | None, flags: dict[str, Any], json: bool) -> int:
     with progress_bar("tokenising") as progress:
         result = plan_of_run({**values, **flags}, progress)
     spec, shape = result.spec, result.shape
-    parts = {
-        name: getattr(result, name) for name in ("weights", "gradients", "optimizer", "activations", "cache", "scratch")
-    }
+    names = ["weights", "gradients", "optimizer", "activations", "cache", "scratch"]
+    parts = {name: getattr(result, name) for name in names + ["generator"] * bool(result.generator)}
     if json:
         facts = {"total": result.total, "available": result.available, "fits": result.fits}
         write_json({"family": spec.family, "parameters": spec.num_parameters(), **parts, **facts})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,9 @@ def train(
     mean_span: Annotated[
         float | None, o.option("--mean-span", help="Of what is hidden in one place, with spans or denoise; default 3.")
     ] = None,
+    random_share: Annotated[
+        float | None, o.option("--random-share", help="Of the masks that are a random token, with denoise; default 0.")
+    ] = None,
     mask_rule: Annotated[
         str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
     ] = None,
@@ -101,7 +105,8 @@ def train(
         o.option(
             "--objective",
             help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm: "
-            "encoders'; rtd: replaced tokens; seq2seq: pairs; spans: T5's; denoise: BART's.",
+            "encoders'; rtd: replaced tokens; classify: labels of texts; seq2seq: pairs; spans: T5's; denoise: BART's; "
+            "ul2: UL2's.",
         ),
     ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,
@@ -138,7 +143,9 @@ def train(
     eval_every: Annotated[
         int | None, o.option("--eval-every", help="Steps between evaluations; default at the end.")
     ] = None,
-    eval_batches: Annotated[int | None, o.option("--eval-batches", help="Micro-batches of one; default 20.")] = None,
+    eval_batches: Annotated[
+        int | None, o.option("--eval-batches", help="Micro-batches of one; default 20, of labels all.")
+    ] = None,
     save_every: Annotated[
         int | None, o.option("--save-every", help="Steps between checkpoints; default at the end.")
     ] = None,
@@ -179,6 +186,8 @@ def train(
 
     with progress_bar("tokenising") as progress:
         setup = prepare(run, theirs.seed, progress, theirs.objective, theirs.threads)
+    if setup.eval_batches is not None and "eval_batches" not in values:
+        theirs = replace(theirs, eval_batches=setup.eval_batches)
     source = setup.train if overfit_batch is None else RepeatedData(setup.train, overfit_batch)
     trainer = Trainer(
         setup.model,
@@ -187,6 +196,7 @@ def train(
         eval_data=setup.valid,
         tokenizer=setup.tokenizer,
         resume=resume,
+        body=setup.body,
     )
     for line in setup.notes:
         note(f"note: {line}")
@@ -251,7 +261,7 @@ def _describe(setup: Setup, trainer: Trainer) -> None:
     plan, data = trainer.plan, setup.packed
     note(
         f"{trainer.spec.num_parameters() / 1e6:.2f} million parameters | {data.tokens_per_epoch} tokens an epoch, "
-        f"{data.tokens * trainer.config.accumulation} a step | memory {plan.total / 1e9:.2f} GB"
+        f"{data.tokens * trainer.config.accumulation} a step | memory {(plan.total + setup.beside) / 1e9:.2f} GB"
     )
 
 

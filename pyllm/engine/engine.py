@@ -12,6 +12,7 @@ import numpy as np
 from pyllm.cache import BlockPool, chain_hash
 from pyllm.engine.beam import BeamSearch, best_next, check_beams
 from pyllm.engine.outputs import DraftCounts, Logprob
+from pyllm.engine.prompt_rules import PromptRules
 from pyllm.engine.request import Completion, Request
 from pyllm.engine.runner import Runner
 from pyllm.engine.sampler import BadWords, Chosen, RowState, Sampler, Shared
@@ -20,7 +21,7 @@ from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
 from pyllm.engine.speculative import Speculation
 from pyllm.engine.text import CompletionText
-from pyllm.errors import NonFiniteError, RequestError, shown
+from pyllm.errors import NonFiniteError, RequestError
 from pyllm.generation_config import GenerationConfig
 from pyllm.ops import F32
 from pyllm.pooling import KeptStates, Pool
@@ -85,7 +86,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
         self.max_length = max_length
-        self.max_prefix = max_tokens if max_prefix is None else max_prefix  # tokens that one step takes together
+        prefix = max_tokens if max_prefix is None else max_prefix  # one step takes it
+        self.rules = PromptRules(runner.model.spec, max_length, runner.max_source, prefix, self.defaults)
         self.use_graphs = use_graphs
         self.speculation = speculation
         self.stats = Stats()
@@ -129,7 +131,7 @@ class Engine:
                 "this model is an encoder, which generates nothing and gives no probabilities of texts: expected a "
                 "model that was trained to continue text. Embed, classify or fill masks with this one"
             )
-        self.check_prompt(prompt_ids, types)
+        self.rules.check_prompt(prompt_ids, types)
         given, source = prompt_ids, None
         if self.runner.model.spec.encoder is not None:
             if pool is not None:
@@ -142,10 +144,10 @@ class Engine:
                     "prompt_logprobs: expected target_token_ids with it, got none, and a source has no probabilities: "
                     "give them, or score pairs (source, target)"
                 )
-            prompt_ids, source = self.decoder_ids(target_ids), Source(prompt_ids)
+            prompt_ids, source = self.rules.decoder_ids(target_ids), Source(prompt_ids)
             salt = chain_hash(salt, source.tokens)
         rule = self.runner.model.spec.prefix
-        seen = len(prompt_ids) if self.encodes else 0 if rule is None else self.prefix_length(prompt_ids, prefix)
+        seen = len(prompt_ids) if self.encodes else 0 if rule is None else self.rules.prefix_length(prompt_ids, prefix)
         if params.num_beams > 1:
             check_beams(params, prompt_ids, self.max_length, self.scheduler, self.speculation is not None)
         shared = self.prepare(params) if shared is None else shared
@@ -533,80 +535,6 @@ class Engine:
             token: Logprob(value.logprob, value.rank, decode([token], skip_special_tokens=False))
             for token, value in entry.items()
         }
-
-    def check_prompt(self, prompt_ids: Seq[int], types: Seq[int] | None = None) -> None:
-        """Raise `RequestError` for a prompt, or token types, that cannot be run."""
-        if not len(prompt_ids):
-            raise RequestError("the prompt is empty: expected at least one token (text, or a start token of the model)")
-        if self.runner.model.encoder is not None:
-            self._check_source(prompt_ids)
-        elif len(prompt_ids) > self.max_length:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_length}: shorten it, "
-                "or raise max_model_len (--ctx-size) where the model and memory allow"
-            )
-        self._check_ids("prompt", prompt_ids)
-        if types is None:
-            return
-        known = self.runner.model.spec.embedding.types
-        if len(types) != len(prompt_ids) or not all(0 <= kind < max(known, 1) for kind in types):
-            raise RequestError(
-                f"token types: expected one in [0, {max(known, 1)}) for each of the {len(prompt_ids)} tokens, got "
-                f"{shown(list(types))}"
-            )
-
-    def decoder_ids(self, target_ids: Seq[int] = ()) -> list[int]:
-        """What the decoder of a model with an encoder is given: its start token, and these tokens behind it."""
-        spec = self.runner.model.spec
-        start = self.defaults.decoder_start_token_id
-        start = spec.decoder_start_token_id if start is None else start
-        if start is None:
-            raise RequestError(
-                "the model has an encoder, but nothing says what its decoder's text begins with: expected "
-                "decoder_start_token_id in config.json or generation_config.json; add it there"
-            )
-        ids = [start, *target_ids]
-        self.check_target(ids)
-        return ids
-
-    def check_target(self, ids: Seq[int]) -> None:
-        """Raise `RequestError` for tokens that the decoder of a model with an encoder cannot be given."""
-        if not len(ids):
-            raise RequestError("the decoder's text is empty: expected at least its start token")
-        self._check_ids("decoder", ids)
-        if len(ids) > self.max_length:
-            raise RequestError(
-                f"the decoder's text has {len(ids)} tokens, more than the context of {self.max_length}: shorten it, or "
-                "raise max_model_len (--ctx-size) where the model and memory allow"
-            )
-
-    def _check_ids(self, whose: str, ids: Seq[int]) -> None:
-        vocabulary = self.runner.model.spec.vocab_size
-        if min(ids) >= 0 and max(ids) < vocabulary:
-            return
-        i, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocabulary)
-        raise RequestError(f"{whose} token {i}: expected an id in [0, {vocabulary}), got {token}")
-
-    def _check_source(self, ids: Seq[int]) -> None:
-        if len(ids) > self.runner.max_source:
-            raise RequestError(
-                f"the source has {len(ids)} tokens, more than the {self.runner.max_source} that the encoder takes: "
-                "shorten it, or raise max_model_len (--ctx-size) where the model and memory allow"
-            )
-
-    def prefix_length(self, prompt_ids: Seq[int], length: int | None = None) -> int:
-        """Tokens of a prompt that see one another: `length`, or what the model says; `RequestError` for too many."""
-        rule = self.runner.model.spec.prefix
-        if length is None:
-            length = 0 if rule is None else rule.length(prompt_ids)
-        if not 0 <= length <= len(prompt_ids):
-            raise RequestError(f"prefix: expected 0 to the {len(prompt_ids)} tokens of the prompt, got {length}")
-        if length > self.max_prefix:
-            raise RequestError(
-                f"the prompt's bidirectional prefix has {length} tokens, which one step must hold, and a step has room "
-                f"for {self.max_prefix}: shorten it, or raise max_num_batched_tokens"
-            )
-        return length
 
     def _count_drafts(self, completion: Completion, *, drafted: int = 0, accepted: int = 0) -> None:
         self.stats.drafted_tokens += drafted

@@ -1,21 +1,21 @@
 """Runs one step of the model: fills the step's arrays from the scheduler's plan and calls the kernels.
 
 A step in which every sequence has one token (decoding), or one token and drafts to check, is recorded once for each
-number of sequences and of rows, up to the choice of the next tokens, and replayed; any other step calls the kernels
-directly. All are the same model code. On the CPU they give the same bits; on a GPU a row's kernels, and with them its
-last bits, depend on how many rows a step has (:mod:`pyllm.cuda_ops`).
+number of sequences and of rows, up to the choice of the next tokens, and replayed (:mod:`pyllm.engine.recorded`); any
+other step calls the kernels directly. All are the same model code. On the CPU they give the same bits; on a GPU a row's
+kernels, and with them its last bits, depend on how many rows a step has (:mod:`pyllm.cuda_ops`).
 
-On a GPU a recorded step is a CUDA graph, one for each size of block tables in `GPU_WIDTHS` too. It ends by making the
-inputs of the next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of
-what the host has seen.
+On a GPU a recorded step is a CUDA graph, one for each size of block tables too. It ends by making the inputs of the
+next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of what the host
+has seen.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pyllm.batch import I32, Batch
 from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
+from pyllm.engine.recorded import RecordedStep, RecordedSteps, StepKind, steps_kept, table_widths
 from pyllm.engine.scheduler import Work
 from pyllm.engine.sequence import Sequence
 from pyllm.engine.sources import Source
@@ -32,36 +33,9 @@ from pyllm.prefix import Place
 from pyllm.sampling import GREEDY_ROW, SampleInputs, SamplingState
 from pyllm.spec import BlockSpec, ModelSpec
 
-MAX_GRAPHS = 16  # recorded steps kept
 SCRATCH_DTYPE = "float32"  # at most, of an encoder's keys and values: they are read at once, and dropped
-GPU_WIDTHS = (8, 32, 128, 512, 2048)  # blocks of a sequence: contexts of 512 tokens, 2 k, 8 k, 32 k, 128 k
 AHEAD = 8  # steps that a GPU computes before the tokens of the first are taken in
 HEAD_ROWS = 64  # rows that pass through the head together; bounds the memory of logits
-
-
-@dataclass
-class _Recorded:
-    """A recorded step of B sequences and R rows with its arrays on the host, which `stage` brings to the kernels.
-
-    `seats` tells who has which row of tables and draws, where each sequence has one row.
-
-    What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
-    """
-
-    graph: Any
-    stage: Stage
-    batch: Batch
-    draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
-    logits: F32
-    chosen: I32  # [R] the tokens chosen, where the kernels write them
-    seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
-    drawn: list[int] = field(default_factory=list)  # the tokens chosen by the last replay
-
-    def __post_init__(self) -> None:
-        """Views of the arrays."""
-        self.tokens, self.positions = self.batch.tokens.data, self.batch.positions.data
-        self.slots, self.lengths = self.batch.slots.data, self.batch.lengths.data
-        self.draw_positions = self.draws["position"].data
 
 
 class Runner:
@@ -89,16 +63,19 @@ class Runner:
             dtype = cross.dtype if ops.on_gpu else SCRATCH_DTYPE
             self._encoder = _Encoder(model.encoder.spec, max(max_source, max_tokens), max_sequences, dtype, ops)
         self.max_source = max_source
-        self._widths = (*(w for w in GPU_WIDTHS if ops.on_gpu and w < self.table_width), self.table_width)
+        self._widths = table_widths(self.table_width, ops.on_gpu)
         self._arena = ops.arena(step_floats(model.spec, max_tokens, max_source))
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
         ops.reserve(model.spec, max_sequences, max(self.table_width, blocks_for(max_source)))
-        self._recorded: OrderedDict[tuple[int, int, int, bool], _Recorded] = OrderedDict()  # by what `_step` is given
+        self._loop = ops.loop
+        memory = None if self._loop is None else self._loop.recorded_memory
+        most = steps_kept(model.spec, max_sequences, self.max_rows, self.table_width, memory)
+        self._recorded = RecordedSteps(most)
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
         self._counts_twice = model.spec.counts_twice
-        self._last: _Recorded | None = None  # of the last `decode`
+        self._last: RecordedStep | None = None  # of the last `decode`
 
     def decode(self, plan: Seq[Work], states: Seq[SamplingState]) -> tuple[F32, list[int] | None]:
         """Logits [R, V] after one more token of each sequence and after its drafts, and tokens [R] chosen from them.
@@ -114,7 +91,7 @@ class Runner:
         if len(self._widths) > 1:
             most = max(len(work.sequence.blocks) for work in plan)
             width = next(width for width in self._widths if width >= most)
-        step = self._last = self._step(len(plan), rows, width, greedy)
+        step = self._last = self._recorded.get(StepKind(len(plan), rows, width, greedy), self._record)
         self._ahead.clear()
         step.stage.wait()
         if rows > len(plan):
@@ -129,12 +106,11 @@ class Runner:
             step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
             step.lengths[i] = position + 1
             count = len(sequence.blocks)
-            holder, residence, known = step.seats[i]
-            if holder is not sequence or residence != sequence.residence or known != count:
+            if step.seats[i] != (sequence.residence, count):
                 step.batch.tables[i, :count] = sequence.table[:count]
                 _fill_source(step.batch, i, sequence)
                 step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
-                step.seats[i] = (sequence, sequence.residence, count)
+                step.seats[i] = (sequence.residence, count)
             step.draw_positions[i] = state.position
             plain = plain and state.plain
             if step.batch.rope_rows is not None:
@@ -146,10 +122,10 @@ class Runner:
         room for as many steps `more` after this one."""
         step = self._last
         assert step is not None
-        if self.ops.on_gpu and step.batch.rope_rows is None and not self._counts_twice:
+        if self._loop is not None and step.batch.rope_rows is None and not self._counts_twice:
             while len(self._ahead) <= min(more, AHEAD - 1):
                 self.ops.replay(step.graph)
-                self._ahead.append(self.ops.fetch(step.chosen))
+                self._ahead.append(self._loop.fetch(step.chosen))
             return self._ahead.popleft().wait().tolist()  # type: ignore[no-any-return]
         step.stage.wait()
         for i, work in enumerate(plan):
@@ -273,7 +249,7 @@ class Runner:
         return self.model.logits(self.ops, x, rows, out=self._logits[: len(rows)])
 
     def _decode_drafts(
-        self, step: _Recorded, plan: Seq[Work], states: Seq[SamplingState]
+        self, step: RecordedStep, plan: Seq[Work], states: Seq[SamplingState]
     ) -> tuple[F32, list[int] | None]:
         self._fill(step.batch, plan)
         for i, (work, state) in enumerate(zip(plan, states, strict=True)):
@@ -282,7 +258,7 @@ class Runner:
             step.draws["position"][span] += np.maximum(np.arange(work.rows) - (work.count - 1), 0).astype(np.uint64)
         return self._run(step, all(state.plain for state in states))
 
-    def _run(self, step: _Recorded, plain: bool) -> tuple[F32, list[int] | None]:
+    def _run(self, step: RecordedStep, plain: bool) -> tuple[F32, list[int] | None]:
         """Logits of a step whose arrays are filled, and the tokens that it chose where they are wanted."""
         step.stage.send()
         self.ops.replay(step.graph)
@@ -290,17 +266,6 @@ class Runner:
             return step.logits, None
         step.drawn = self.ops.tokens(step.chosen)
         return step.logits, step.drawn
-
-    def _step(self, sequences: int, tokens: int, width: int, greedy: bool) -> _Recorded:
-        """The recorded step of this many sequences and tokens, over tables of `width` blocks; `greedy` makes no
-        logits."""
-        key = sequences, tokens, width, greedy
-        if key not in self._recorded:
-            if len(self._recorded) >= MAX_GRAPHS:
-                self._recorded.popitem(last=False)
-            self._recorded[key] = self._record(*key)
-        self._recorded.move_to_end(key)
-        return self._recorded[key]
 
     def _fill(self, batch: Batch, plan: Seq[Work]) -> None:
         at = 0
@@ -359,13 +324,12 @@ class Runner:
             self._inv_freq[key] = rope.inv_freq(length)
         batch.inv_freq[row] = self._inv_freq[key]
 
-    def _record(self, sequences: int, tokens: int, width: int, greedy: bool) -> _Recorded:
-        """Record a step of this many sequences and tokens, one each where the numbers are equal."""
+    def _record(self, kind: StepKind) -> RecordedStep:
+        sequences, tokens, width, greedy = kind
         batch = Batch.empty(tokens, sequences, width, self.model.spec, source_width=blocks_for(self.max_source))
         batch.starts[:] = [*range(sequences), tokens]
         stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens)])
         *arrays, draws = stage.host
-        seats: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * sequences
         try:
             if self.ops.on_gpu:  # what takes memory or loads code does so before the recording
                 stage.send()
@@ -375,7 +339,7 @@ class Runner:
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
-        return _Recorded(graph, stage, Batch(*arrays), draws, logits, chosen, seats)
+        return RecordedStep(graph, stage, Batch(*arrays), draws, logits, chosen, [(0, 0)] * sequences)
 
     def _compute(self, stage: Stage, greedy: bool) -> tuple[F32, I32]:
         """Logits of all rows of a step, and the tokens chosen from them."""
@@ -389,8 +353,8 @@ class Runner:
         else:
             logits = self.model.head(self.ops, self.model.head_input(self.ops, x))
             chosen = self.ops.sample(logits, SampleInputs(draws))
-        if self.ops.on_gpu and len(batch.tokens) == len(batch.lengths):
-            self.ops.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
+        if self._loop is not None and len(batch.tokens) == len(batch.lengths):
+            self._loop.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
         return logits, chosen
 
 

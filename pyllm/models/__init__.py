@@ -28,6 +28,7 @@ from pyllm.models.gptj import GPTJ
 from pyllm.models.llama import LLAMA
 from pyllm.models.mistral import MISTRAL
 from pyllm.models.mpt import MPT
+from pyllm.models.openai_gpt import OPENAI_GPT
 from pyllm.models.opt import OPT
 from pyllm.models.phi3 import PHI3
 from pyllm.models.quantization import KEY, read_quantization
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         MISTRAL,
         MPT,
         MT5,
+        OPENAI_GPT,
         OPT,
         PHI3,
         QWEN2,

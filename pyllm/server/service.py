@@ -193,7 +193,7 @@ class Service:
                 field, f"expected at most {limit} tokens (a limit of this server), got {len(prompt.ids)}: shorten it"
             )
         try:
-            self.llm.engine.check_prompt(prompt.ids)
+            self.llm.engine.rules.check_prompt(prompt.ids)
         except PyllmError as error:
             raise ApiError(400, str(error), param=field) from error
         return prompt

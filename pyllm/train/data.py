@@ -28,8 +28,11 @@ FORMAT = 1
 class _TokenFile(File):
     """A file whose sequences are parts of its tokens, in order."""
 
+    mean_length: float  # tokens of a sequence
+
     def __init__(self, store: TokenStore, mask_prompt: bool, seed: int, shuffle: bool, ahead: int) -> None:
-        super().__init__(store, seed, shuffle)
+        super().__init__(store.name, store.key, seed, shuffle)
+        self.store = store
         self._ahead = ahead  # tokens from one to its label
         self._mask = store.answers if mask_prompt else None
 
@@ -147,8 +150,8 @@ class _Documents(_TokenFile):
         self._starts = begins[document] + nth * context
         self._lengths = np.minimum(lengths[document] - nth * context, context)
         if self._mask is not None:
-            answers = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])
-            counted = answers[self._starts + self._lengths + ahead] > answers[self._starts + ahead]
+            first = self._starts + ahead
+            counted = store.answers_between(first, first + self._lengths) > 0
             if not counted.all():
                 self.notes.append(f"{self.name}: {int((~counted).sum())} sequences hold no answer and are left out")
             self._starts, self._lengths = self._starts[counted], self._lengths[counted]

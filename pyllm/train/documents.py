@@ -47,7 +47,7 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
 def read_texts(path: Path) -> Iterator[str]:
     """The plain texts of a file, without any template; raises `DataError`."""
     if path.suffix == ".jsonl":
-        for record, at, _ in _records(path):
+        for record, at, _ in read_records(path):
             names = ("text", *(name for pair in PAIRS for name in pair))
             keys = [key for key in names if isinstance(record.get(key), str)]
             yield from (record[key] for key in keys)
@@ -103,12 +103,12 @@ def _cut(text: str) -> int:
 
 
 def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    for record, at, read in _records(path):
+    for record, at, read in read_records(path):
         yield _document(record, at, tokenizer, read)
 
 
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """The objects of a file, each with where it stands and the bytes read so far."""
+def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """The objects of a `.jsonl` file, each with where it stands and the bytes read so far; raises `DataError`."""
     read = 0
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):

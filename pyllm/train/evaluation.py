@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.errors import ConfigError, RequestError
 from pyllm.llm import LLM
+from pyllm.spec import Problem
+from pyllm.train.labelled import LabelSet, read_examples
 from pyllm.train.pairs import Pairs, pair_form
 from pyllm.train.token_store import TokenStore
 
@@ -20,12 +23,16 @@ BATCH = 64  # sequences scored together
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats over the predicted tokens of a file."""
+    """Mean loss in nats over the predicted tokens of a file, or over its labels; of values their mean squared error.
+
+    `accuracy` is the share of labels that are right, see :class:`pyllm.train.EvalReport`.
+    """
 
     name: str
     loss: float
     tokens: int
     documents: int
+    accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -69,6 +76,30 @@ def evaluate(
     if counted == 0:
         raise RequestError(f"{store.name}: no token to predict")
     return Evaluation(store.name, total / counted, counted, texts.documents)
+
+
+def evaluate_labels(
+    llm: LLM, path: Path, *, limit: int | None = None, progress: Callable[[float], None] | None = None
+) -> Evaluation:
+    """Classify the first `limit` labelled texts of a file by a model with a head of labels; raises `DataError`."""
+    labels = LabelSet.of_head(llm.spec.head)
+    problem, examples = read_examples(path)
+    labels.check(problem, str(path))
+    examples = examples[:limit]
+    targets = labels.blank(len(examples))
+    for row, example in enumerate(examples):
+        labels.write(targets, row, labels.target(example))
+    show = None if progress is None else lambda done, of: progress(done / of)
+    found = llm.classify([example.inputs for example in examples], progress=show)
+    scores = np.array([list(result.scores.values()) for result in found], np.float64)
+    if problem is Problem.REGRESSION:
+        return Evaluation(str(path), float(((scores[:, 0] - targets[:, 0]) ** 2).mean()), len(examples), len(examples))
+    if problem is Problem.SINGLE_LABEL:
+        chosen, right = scores[np.arange(len(targets)), targets], scores.argmax(1) == targets
+    else:
+        chosen, right = np.where(targets > 0, scores, 1 - scores), (scores > 0.5) == (targets > 0)
+    loss = -np.log(np.maximum(chosen, np.finfo(np.float32).tiny))
+    return Evaluation(str(path), float(loss.mean()), loss.size, len(examples), float(right.mean()))
 
 
 @dataclass(frozen=True)

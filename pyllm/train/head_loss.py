@@ -62,11 +62,20 @@ class HeadLoss:
             z_loss, smoothing = self._loss.z_loss, self._loss.label_smoothing
             ops.cross_entropy(logits, labels, scale, z_loss=z_loss, label_smoothing=smoothing, loss=losses)
 
+    def right(self, scores: F32) -> int | None:
+        """How many of the labels that count the scores [R, N] of a head of labels are right about: the largest stands
+        at the right one, or each is above 0 where its label holds. None where labels are values."""
+        if self._spec.head.problem is Problem.SINGLE_LABEL:
+            return int((scores.argmax(1) == self.labels)[self.labels != IGNORED].sum())
+        if self._spec.head.problem is Problem.MULTI_LABEL:
+            return int(((scores > 0) == (self.labels > 0.5))[~np.isnan(self.labels)].sum())
+        return None
+
     def check(self, labels: Labels) -> None:
         """Raise `RequestError` for labels of a micro-batch that do not fit."""
         wanted = self.labels
         if labels.dtype != wanted.dtype or labels.shape != wanted.shape:
-            of = "sequence" if self._spec.head.kind is HeadKind.POOLED else "token"
+            of = "sequence" if self._spec.head.kind.is_pooled else "token"
             raise RequestError(
                 f"micro-batch: labels: expected {wanted.dtype} {list(wanted.shape)}, for each {of}, got {labels.dtype} "
                 f"{list(labels.shape)}"

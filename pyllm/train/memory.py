@@ -9,7 +9,7 @@ from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.runner import SCRATCH_DTYPE, arena_floats
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.planning import GB, SPARE
-from pyllm.spec import HeadKind, ModelSpec
+from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 from pyllm.train.stack_floats import padded, stack_floats
@@ -56,7 +56,8 @@ class StepFloats:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Bytes by purpose; `available` is what the system can give now."""
+    """Bytes by purpose; `available` is what the system can give now, `generator` what a model takes whose
+    tokens are detected."""
 
     spec: ModelSpec
     shape: StepShape
@@ -67,11 +68,13 @@ class TrainPlan:
     cache: int
     scratch: int
     available: int
+    generator: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.cache + self.scratch
+        own = self.weights + self.gradients + self.optimizer + self.activations + self.cache + self.scratch
+        return own + self.generator
 
     @property
     def fits(self) -> bool:
@@ -82,18 +85,20 @@ class TrainPlan:
         """Raise `InsufficientMemoryError` where it does not fit."""
         if self.fits:
             return
+        other = f", generator {self.generator / GB:.2f}" if self.generator else ""
         raise InsufficientMemoryError(
             f"not enough memory to train: needed {self.total / GB:.2f} GB (weights {self.weights / GB:.2f}, gradients "
             f"{self.gradients / GB:.2f}, optimizer {self.optimizer / GB:.2f}, activations {self.activations / GB:.2f} "
             f"for {self.shape.all_tokens} tokens, keys and values {self.cache / GB:.2f}, scratch "
-            f"{self.scratch / GB:.2f}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in a "
-            "micro-batch and accumulate more of them, keep fewer activations (checkpoint_activations), or choose a "
+            f"{self.scratch / GB:.2f}{other}), free {max(self.available - SPARE, 0) / GB:.2f} GB. Take fewer tokens in "
+            "a micro-batch and accumulate more of them, keep fewer activations (checkpoint_activations), or choose a "
             "smaller model."
         )
 
 
-def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
-    """Plan for a model and the shape of its micro-batches; nothing is laid out."""
+def plan_training(spec: ModelSpec, shape: StepShape, generator: int = 0) -> TrainPlan:
+    """Plan for a model and the shape of its micro-batches, with a generator of so many bytes beside it; nothing is laid
+    out."""
     if (spec.encoder is None) != (shape.source == 0):
         raise ConfigError(
             f"data: expected micro-batches {'without' if spec.encoder is None else 'with'} sources for this "
@@ -114,6 +119,7 @@ def plan_training(spec: ModelSpec, shape: StepShape) -> TrainPlan:
         cache=_cache_bytes(spec, shape),
         scratch=_scratch(spec, shape),
         available=available_memory(),
+        generator=generator,
     )
 
 
@@ -151,7 +157,7 @@ def table_width(spec: ModelSpec, tokens: int) -> int:
 
 def scored_rows(spec: ModelSpec, shape: StepShape) -> int:
     """Rows of a micro-batch that the head is given: those of all tokens, or one for each sequence."""
-    return shape.sequences if spec.head.kind is HeadKind.POOLED else shape.tokens
+    return shape.sequences if spec.head.kind.is_pooled else shape.tokens
 
 
 def head_rows(spec: ModelSpec, tokens: int) -> int:
@@ -167,7 +173,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     scored = scored_rows(spec, shape)
     given, pooled = padded(spec.head_width, scored), padded(spec.hidden, scored)  # what the head's matrix and layer get
     layered = spec.head.transform is not None or spec.projects_to_head
-    is_pooled = spec.head.kind is HeadKind.POOLED
+    is_pooled = spec.head.kind.is_pooled
     width = padded(spec.hidden, shape.tokens)
     head = pooled if is_pooled else 0
     if spec.head.transform is not None:

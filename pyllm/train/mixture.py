@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.errors import DataError
-from pyllm.train.token_store import TokenStore
 
 WAITING = 64  # sequences to choose from when a micro-batch is filled
 
@@ -29,12 +28,10 @@ class SourceReport:
 
 
 class File(ABC):
-    """A file of data: an order of its sequences for each epoch, and the position in it."""
+    """A file of data: an order of its sequences for each epoch, and the position in it. `key` tells it from others."""
 
-    mean_length: float  # tokens of a sequence
-
-    def __init__(self, store: TokenStore, seed: int, shuffle: bool) -> None:
-        self.store, self.name, self.notes = store, store.name, list[str]()
+    def __init__(self, name: str, key: str, seed: int, shuffle: bool) -> None:
+        self.name, self.key, self.notes = name, key, list[str]()
         self._seed, self._shuffle = seed, shuffle
         self.epoch, self.at, self.taken = 0, 0, 0
         self._order: NDArray[np.int64] | None = None
@@ -123,7 +120,7 @@ class Mixture(Generic[F]):
 
     def _identify(self, *values: object) -> None:
         """Tell this data from any other: by these values and the files."""
-        keys = [file.store.key for file in self._files]
+        keys = [file.key for file in self._files]
         self._identity = hashlib.sha256(json.dumps([*values, *keys]).encode()).hexdigest()[:32]
 
     def _take(self, size: Callable[[F, int], int]) -> tuple[F, int] | None:
@@ -165,14 +162,14 @@ def file_seed(seed: int, index: int) -> int:
     return seed + 1_000_003 * index
 
 
-def mixture_problems(stores: Sequence[TokenStore], weights: Sequence[float] | None, context: int) -> list[str]:
+def mixture_problems(files: Sequence[object], weights: Sequence[float] | None, context: int) -> list[str]:
     """What does not fit of files, their weights and the longest sequence."""
     problems = []
-    if not stores:
+    if not files:
         problems.append("data: expected at least one file")
     if weights is not None:
-        if len(weights) != len(stores):
-            problems.append(f"weights: expected one for each of {len(stores)} files, got {len(weights)}")
+        if len(weights) != len(files):
+            problems.append(f"weights: expected one for each of {len(files)} files, got {len(weights)}")
         if not all(np.isfinite(w) and w > 0 for w in weights):
             problems.append(f"weights: expected positive numbers, got {list(weights)}")
     if context < 1:

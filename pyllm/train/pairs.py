@@ -209,23 +209,23 @@ class Pairs(File):
         shuffle: bool = False,
         longest_target: int | None = None,
     ) -> None:
-        super().__init__(store, seed, shuffle)
-        self._form = form
+        super().__init__(store.name, store.key, seed, shuffle)
+        self.store, self._form = store, form
         if store.answers is None:
             raise DataError(
                 f"{self.name}: expected pairs for seq2seq, lines of `source` and `target`, or `prompt` and "
                 "`completion`, found none"
             )
-        written = np.append(0, np.cumsum(store.answers, dtype=np.int64))
         self._ends = np.asarray(store.ends)
         self._begins = np.append(0, self._ends[:-1])
-        self._cuts = self._ends - (written[self._ends] - written[self._begins])
+        self._cuts = self._ends - store.answers_between(self._begins, self._ends)
         given, wanted = self._cuts - self._begins, self._ends - self._cuts
         begun = np.full(len(given), bool(form.before))  # a chat template may begin otherwise
         for i, token in enumerate(form.before):
             begun &= store.tokens[np.minimum(self._begins + i, len(store.tokens) - 1)] == token
         given = given - begun * len(form.before)
-        mixed = written[self._cuts] > written[self._begins]
+        mixed = given > 0  # where answers stand before the cut
+        mixed[mixed] = store.answers_between(self._begins[mixed], self._cuts[mixed]) > 0
         ended = store.tokens[self._ends - 1] == form.end
         self._source_lengths = given + form.around_source
         self._target_lengths = wanted - ended + form.around_target
@@ -239,7 +239,7 @@ class Pairs(File):
                 f"the longest of all has {self._target_lengths.max()}: cut texts shorter, or raise the context"),
         ):  # fmt: skip
             if bad.any():
-                raise DataError(f"{self.name}: document {int(np.argmax(bad)) + 1} of {len(bad)} {what}")
+                raise DataError(f"{self.name}: {store.document(int(np.argmax(bad)))} {what}")
         self.source_total = int(self._source_lengths.sum())
         self._total = self.source_total + int(self._target_lengths.sum())
         self.mean_length = self._total / len(self._ends)

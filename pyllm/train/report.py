@@ -60,14 +60,19 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Loss on the evaluation data after `step` steps, without smoothing and z-loss."""
+    """Loss on the evaluation data after `step` steps, without smoothing and z-loss.
+
+    `accuracy` is the share of labels that a classifier of texts got right: of texts, where one label holds, else of all
+    labels of all texts, at a probability of 0.5; None for values and for other heads.
+    """
 
     step: int
     loss: float
     perplexity: float
-    tokens: int  # counted ones
+    tokens: int  # counted ones, or labels
     best: bool  # the lowest so far
     seconds: float
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)

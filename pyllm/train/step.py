@@ -16,7 +16,7 @@ from pyllm.errors import RequestError
 from pyllm.model import Model
 from pyllm.ops import F32, Arena
 from pyllm.ops_training import TrainingOps
-from pyllm.spec import HeadKind, Pooling
+from pyllm.spec import Pooling
 from pyllm.tape import Dropout, Tape, TapeMemory
 from pyllm.train.head_loss import IGNORED, HeadLoss, Labels, Loss
 from pyllm.train.memory import (
@@ -68,6 +68,9 @@ class Step:
             read = self._sources.batch
             self.batch = replace(self.batch, source_lengths=read.lengths, source_tables=read.tables)
         self.head_loss = HeadLoss(spec, shape, loss or Loss())
+        pooled = spec.head.kind.is_pooled
+        # What a head of labels gives for each sequence of an evaluation.
+        self._scores: F32 | None = np.zeros((shape.sequences, spec.outputs), np.float32) if pooled else None
         self._scale: F32 = np.zeros(1, np.float32)
         self._seed = np.zeros(1, np.uint64)
         self._hyper = np.zeros(7, np.float64)
@@ -135,6 +138,10 @@ class Step:
         self.ops.replay(self._evaluation)
         return float(self.head_loss.losses.sum(dtype=np.float64))
 
+    def right(self) -> int | None:
+        """How many labels of sequences the last evaluation was right about; None where labels are of another kind."""
+        return None if self._scores is None else self.head_loss.right(self._scores)
+
     def first_bad(self) -> str:
         """In words, where values stop being numbers in the micro-batch that was filled in."""
         where = self.parameters.first_bad(self.parameters.weights)
@@ -187,13 +194,14 @@ class Step:
         logits = self.ops.empty(rows, spec.outputs)
         for first in range(0, total, rows):
             span = slice(first, min(first + rows, total))
-            piece = self.model.head(self.ops, x[span], out=logits[: span.stop - first])
+            out = logits[: span.stop - first] if self._scores is None else self._scores[span]
+            piece = self.model.head(self.ops, x[span], out=out)
             self.head_loss.compute(self.ops, piece, span, None)
 
     def _head_input(self, ops: TrainingOps | Tape) -> F32:
         """What the head's matrix is multiplied with, for every row that has a label."""
         x = self._forward(ops)
-        if self.parameters.spec.head.kind is HeadKind.POOLED:
+        if self.parameters.spec.head.kind.is_pooled:
             x = ops.pool(x, self.batch.starts, Pooling.CLS)
         return self.model.head_input(ops, x)
 

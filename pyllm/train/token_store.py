@@ -20,6 +20,7 @@ from pyllm.train.documents import Document, read_documents
 from pyllm.train.token_files import Tokens, read_bin
 
 FORMAT = 2
+STEP = 1 << 18  # tokens that are looked at together
 BATCH_CHARACTERS = 1 << 22  # that are tokenised together
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,10 +28,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "vocab.json",
     "merges.txt",
     "encoder.json",
     "vocab.bpe",
+    "vocab.txt",
     "chat_template.jinja",
     "generation_config.json",
     "config.json",
@@ -44,7 +48,8 @@ class TokenStore:
     """Tokens of a file, mapped into memory.
 
     `ends` int64 [documents]: where each document ends; `answers` uint8 [tokens]: 1 where a token is no part of a
-    prompt, or None where none is. `key` identifies content and tokenizer.
+    prompt, or None where none is. `key` identifies content and tokenizer. A part of a file has documents of the file
+    `before` its own, of `of` in all.
     """
 
     tokens: Tokens
@@ -53,6 +58,24 @@ class TokenStore:
     maskable: bool
     key: str
     name: str
+    before: int = 0
+    of: int | None = None
+
+    def document(self, index: int) -> str:
+        """In words, which document of the file this one is."""
+        return f"document {self.before + index + 1} of {len(self.ends) if self.of is None else self.of}"
+
+    def answers_between(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many tokens of answers are in each of these parts, which rise, do not overlap and are not empty."""
+        assert self.answers is not None
+        counts, at = np.empty(len(firsts), np.int64), 0
+        while at < len(firsts):  # few tokens at a time, of which numpy makes a wider copy
+            begin = firsts[at]
+            end = max(at + 1, int(np.searchsorted(lasts, begin + STEP)))
+            edges = np.stack([firsts[at:end], lasts[at:end]], 1).ravel()[:-1] - begin
+            counts[at:end] = np.add.reduceat(self.answers[begin : lasts[end - 1]], edges, dtype=np.int64)[::2]
+            at = end
+        return counts
 
     def split(self, share: float, whole: bool = False) -> tuple[TokenStore, TokenStore]:
         """All but the last `share` of the tokens, or a little more, and that; between documents where there are 20, or
@@ -69,6 +92,7 @@ class TokenStore:
 
     def _slice(self, start: int, stop: int) -> TokenStore:
         inside = self.ends[(self.ends > start) & (self.ends < stop)] - start
+        before = int(np.searchsorted(self.ends, start, "right"))
         return TokenStore(
             self.tokens[start:stop],
             np.append(inside, stop - start),
@@ -76,6 +100,8 @@ class TokenStore:
             self.maskable,
             f"{self.key}[{start}:{stop}]",
             self.name,
+            self.before + before,
+            len(self.ends) if self.of is None else self.of,
         )
 
 
@@ -102,7 +128,7 @@ def open_tokens(
     else:
         if tokenizer_folder is None or tokenizer is None:
             raise DataError(f"{path}: text needs a tokenizer: give its folder")
-        key = _key(path, tokenizer_folder)
+        key = content_key(path, tokenizer_folder)
         folder = (cache or default_cache()) / key
         if not (folder / "meta.json").is_file():
             _tokenise(path, tokenizer, folder, progress)
@@ -239,7 +265,8 @@ def _opened(folder: Path, key: str, name: str) -> TokenStore:
         raise DataError(f"{folder}: the cached tokens of {name} are damaged ({error}): remove this folder") from error
 
 
-def _key(path: Path, tokenizer_folder: Path) -> str:
+def content_key(path: Path, tokenizer_folder: Path) -> str:
+    """Identifies the content of a file and of the tokenizer that its text is read by."""
     parts = [str(FORMAT), path.suffix, digest(path)]
     for name in TOKENIZER_FILES:
         file = tokenizer_folder / name

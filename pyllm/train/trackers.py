@@ -26,7 +26,8 @@ class TensorBoard(Callbacks):
 
     def evaluated(self, report: EvalReport) -> None:
         """An evaluation."""
-        self._writer.add_scalar("eval/loss", report.loss, report.step)
+        for name, value in _eval_values(report).items():
+            self._writer.add_scalar(name, value, report.step)
 
     def saved(self, step: int, folder: Path) -> None:
         """Let what is buffered be seen."""
@@ -50,7 +51,7 @@ class WeightsAndBiases(Callbacks):
 
     def evaluated(self, report: EvalReport) -> None:
         """An evaluation."""
-        self._run.log({"eval/loss": report.loss, "eval/perplexity": report.perplexity}, step=report.step)
+        self._run.log(_eval_values(report), step=report.step)
 
     def sampled(self, sample: Sample) -> None:
         """A sample."""
@@ -66,6 +67,11 @@ def _step_values(report: StepReport) -> dict[str, float]:
         "train/gradient_norm": report.gradient_norm,
         "train/tokens_per_second": report.tokens_per_second,
     }
+
+
+def _eval_values(report: EvalReport) -> dict[str, float]:
+    values = {"eval/loss": report.loss, "eval/perplexity": report.perplexity}
+    return values if report.accuracy is None else {"eval/loss": report.loss, "eval/accuracy": report.accuracy}
 
 
 def _escaped(text: str) -> str:

@@ -14,17 +14,17 @@ from pyllm.errors import CheckpointError, ConfigError, NonFiniteError, RequestEr
 from pyllm.folder import read_config
 from pyllm.generation_config import GenerationConfig
 from pyllm.isa import default_threads
-from pyllm.models import family_of, open_checkpoint
 from pyllm.ops_training import TrainingOps
 from pyllm.prefix import PrefixSpec
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
+from pyllm.train.begin import load_body, load_weights, spec_to_train
 from pyllm.train.checkpoint import Checkpoints, RunState
 from pyllm.train.checks import GradientCheck, check_gradients
 from pyllm.train.head_loss import Loss, count_labels
 from pyllm.train.initialise import initialise
 from pyllm.train.memory import StepShape, plan_training
-from pyllm.train.parameters import Parameters, load_values
+from pyllm.train.parameters import Parameters
 from pyllm.train.report import Callbacks, Data, EvalReport, Sample, StepReport, TrainResult
 from pyllm.train.samples import Sampler
 from pyllm.train.settings import TrainConfig, learning_rate
@@ -43,6 +43,7 @@ class Trainer:
         eval_data: held-out micro-batches of the same shape. Each evaluation begins where it stands now.
         tokenizer: folder with the tokenizer's files, which checkpoints get a copy of; default `model`, if a folder.
         callbacks: are told what happens.
+        body: with a new model, a folder whose weights it begins with where they are no part of the head.
         resume: go on from the last checkpoint in ``config.out``; model, data and settings must be those of the run.
 
     Raises:
@@ -60,6 +61,7 @@ class Trainer:
         tokenizer: Path | None = None,
         callbacks: Sequence[Callbacks] = (),
         resume: bool = False,
+        body: Path | None = None,
     ) -> None:
         self.config, self.data, self.eval_data = config, data, eval_data
         self.callbacks = list(callbacks)
@@ -73,12 +75,8 @@ class Trainer:
         if state is not None:
             _check_resumed(state, config, self._model_config)
             data.load_state(state.data)
-        self.spec: ModelSpec = family_of(self._model_config).read(self._model_config)
         self._begun = config.out / "last" if state is not None else folder  # the model that training goes on from
-        if self._begun is not None and self.spec.head.tied:
-            with open_checkpoint(self._begun) as checkpoint:
-                if not checkpoint.spec.head.tied:  # config.json says otherwise, as some of T5 v1.1 do
-                    self.spec = self.spec.untied()
+        self.spec: ModelSpec = spec_to_train(self._model_config, self._begun)
         if config.objective == "prefix" and self.spec.encoder is not None:
             raise ConfigError(
                 f"objective: expected none of a prefix for this {self.spec.family} model, whose encoder sees all of a "
@@ -106,9 +104,11 @@ class Trainer:
             self.steps_done, self._best, self._last_loss = state.step, state.best_loss, state.last_loss
             self._saved = state.step
         elif folder is not None:
-            self._load(folder)
+            load_weights(self.parameters, folder)
         else:
             initialise(self.parameters, self._model_config, config.seed)
+            if body is not None:
+                load_body(self.parameters, body)
         self._step = Step(
             self.parameters,
             self.ops,
@@ -185,12 +185,13 @@ class Trainer:
         if self.eval_data is None or self._eval_start is None:
             raise RequestError("no evaluation data: give eval_data")
         self.eval_data.load_state(self._eval_start)
-        total, counted = 0.0, 0
+        total, counted, right = 0.0, 0, list[int | None]()
         for _ in range(self.config.eval_batches):
             batch = self.eval_data.next_batch()
             self._step.fill(*batch)
             total += self._step.evaluate()
             counted += count_labels(batch[1])
+            right.append(self._step.right())
         if counted == 0:
             raise RequestError("no token of the evaluation data counts")
         loss = total / counted
@@ -198,7 +199,8 @@ class Trainer:
         if best:
             self._best = loss
         perplexity = math.exp(min(loss, 700.0))
-        return EvalReport(self.steps_done, loss, perplexity, counted, best, time.perf_counter() - began)
+        accuracy = None if None in right else sum(filter(None, right)) / counted
+        return EvalReport(self.steps_done, loss, perplexity, counted, best, time.perf_counter() - began, accuracy)
 
     def sample(self) -> list[Sample]:
         """Continue ``config.sample_prompts`` with the weights as they are."""
@@ -267,12 +269,6 @@ class Trainer:
     def _tell(self, what: str, *values: object) -> None:
         for callback in self.callbacks:
             getattr(callback, what)(*values)
-
-    def _load(self, folder: Path) -> None:
-        with open_checkpoint(folder) as checkpoint:
-            if checkpoint.quantized:
-                raise CheckpointError(f"{folder}: the weights are quantized: train the model that they were made of")
-            load_values(self.parameters, checkpoint.tensors)
 
 
 def _due(step: int, every: int) -> bool:

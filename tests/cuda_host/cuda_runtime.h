@@ -91,11 +91,13 @@ void* at_rank(void* place, int rank);
 void cluster_barrier();
 // Barriers in shared memory; `land` puts bytes there that a barrier counts.
 void make_barrier(void* barrier, int arrivals);
+void publish_barriers();
 void arrive(void* barrier, int bytes);
 void bring(void* barrier, int bytes, std::function<void()> land);
 void wait_for_phase(void* barrier, int parity);
 // Products of a warpgroup.
 void meet_threads(int number, int count);
+void fence_products();
 void multiply_later(std::function<void()> act);
 void commit_products();
 void wait_for_products(int pending);

@@ -36,6 +36,7 @@ struct Thread {
   std::deque<std::vector<Copy>> groups;  // under way
   std::vector<std::function<void()>> open_products;
   std::deque<std::vector<std::function<void()>>> products;  // under way
+  bool fenced = false;  // registers that products may use
 };
 struct Block {
   dim3 index;
@@ -46,6 +47,7 @@ struct Block {
 struct Barrier {
   int size = 0, arrived = 0, parity = 0;
   int64_t bytes = 0;  // announced and not yet landed
+  bool published = false;
   struct Box {
     int bytes;
     std::function<void()> land;
@@ -80,7 +82,7 @@ void entry() {
 __attribute__((noinline)) void resume(Thread& t) {
   if (_setjmp(scheduler)) return;
   if (t.stack) _longjmp(t.place, 1);
-  t.stack = std::make_unique<unsigned char[]>(kStackBytes);
+  t.stack.reset(new unsigned char[kStackBytes]);
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = t.stack.get();
@@ -125,6 +127,7 @@ void run_cluster(dim3 first, unsigned count, size_t shared_bytes) {
     threads[i].groups.clear();
     threads[i].open_products.clear();
     threads[i].products.clear();
+    threads[i].fenced = false;
   }
   for (unsigned left = size; left;) {
     progress = false;
@@ -137,6 +140,11 @@ void run_cluster(dim3 first, unsigned count, size_t shared_bytes) {
     }
     if (!progress && left) std::abort();  // not all threads came to a barrier
   }
+  // Nothing lands in a block that has ended, and no product reads there.
+  for (const auto& [place, barrier] : barriers)
+    if (!barrier.under_way.empty()) std::abort();
+  for (unsigned i = 0; i < size; ++i)
+    if (!threads[i].products.empty() || !threads[i].open_products.empty()) std::abort();
 }
 
 void run_grid(dim3 grid, dim3 threads_of_block, unsigned size, size_t shared_bytes, const std::function<void()>& body) {
@@ -224,15 +232,25 @@ void block_barrier() {
 }
 int rank() { return int(current / blockDim.x); }
 void* at_rank(void* place, int rank) {
+  bool runs = false;
+  for (unsigned i = 0; i < blockDim.x; ++i) runs |= !threads[unsigned(rank) * blockDim.x + i].done;
+  if (!runs) std::abort();  // the memory of a block that has ended
   return blocks[unsigned(rank)].base + (static_cast<unsigned char*>(place) - block().base);
 }
 void cluster_barrier() {
   meet(cluster, [] {});
 }
-void make_barrier(void* barrier, int arrivals) { barriers[barrier] = Barrier{arrivals}; }
+void make_barrier(void* barrier, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8) std::abort();
+  barriers[barrier] = Barrier{arrivals};
+}
+void publish_barriers() {
+  for (auto& [place, barrier] : barriers) barrier.published = true;
+}
 void arrive(void* barrier, int bytes) {
   Barrier& b = barriers.at(barrier);
   b.bytes += bytes;
+  if (!b.published || b.bytes >= 1 << 20) std::abort();  // more bytes than a barrier counts
   if (++b.arrived > b.size) std::abort();
   progress = true;
   look(b);
@@ -242,6 +260,7 @@ void bring(void* barrier, int bytes, std::function<void()> land) {
 }
 void wait_for_phase(void* barrier, int parity) {
   Barrier& b = barriers.at(barrier);
+  if (!b.published) std::abort();
   for (;;) {
     const auto landing = std::move(b.under_way);
     b.under_way.clear();
@@ -260,7 +279,11 @@ void meet_threads(int number, int count) {
   m.size = unsigned(count);
   meet(m, [] {});
 }
-void multiply_later(std::function<void()> act) { threads[current].open_products.push_back(std::move(act)); }
+void fence_products() { threads[current].fenced = true; }
+void multiply_later(std::function<void()> act) {
+  if (!threads[current].fenced) std::abort();
+  threads[current].open_products.push_back(std::move(act));
+}
 void commit_products() {
   Thread& t = threads[current];
   t.products.push_back(std::move(t.open_products));
@@ -270,6 +293,7 @@ void wait_for_products(int pending) {
   Thread& t = threads[current];
   for (; int(t.products.size()) > pending; t.products.pop_front())
     for (const auto& act : t.products.front()) act();
+  t.fenced = false;
   meet(warpgroups[current / 128], [] {});
 }
 void warp_together(void* mine, const std::function<void(void* const*)>& act) {
@@ -315,8 +339,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 const cuuint64_t* size, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  const bool aligned = reinterpret_cast<uintptr_t>(base) % 16 == 0 && strides[0] % 16 == 0;
-  if (rank != 2 || !aligned || box[0] != 64 || box[1] < 1 || box[1] > 256 || steps[0] != 1 || steps[1] != 1)
+  const bool aligned = reinterpret_cast<uintptr_t>(base) % 16 == 0 && strides[0] % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(map) % 64 == 0;
+  const bool sized = size[0] > 0 && size[1] > 0 && size[0] <= 1ull << 32 && size[1] <= 1ull << 32 &&
+                     strides[0] >= size[0] * 2 && strides[0] < 1ull << 40;
+  if (rank != 2 || !aligned || !sized || box[0] != 64 || box[1] < 1 || box[1] > 256 || steps[0] != 1 || steps[1] != 1)
     return CUDA_ERROR_INVALID_VALUE;
   *map = {static_cast<const uint16_t*>(base),
           {int64_t(size[0]), int64_t(size[1])},

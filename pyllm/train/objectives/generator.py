@@ -10,15 +10,28 @@ from numpy.typing import NDArray
 from pyllm.batch import Batch
 from pyllm.cache import KVCache
 from pyllm.engine.runner import HEAD_ROWS, SCRATCH_DTYPE, arena_floats
-from pyllm.errors import ConfigError
+from pyllm.errors import ConfigError, NonFiniteError
 from pyllm.model import Model
 from pyllm.models import open_checkpoint
 from pyllm.ops import Ops
-from pyllm.packed import pack_weights, precision_of
+from pyllm.packed import pack_weights, packed_bytes, precision_of
+from pyllm.sampling import GREEDY_ROW, SampleInputs
 from pyllm.spec import HeadKind, ModelSpec
 from pyllm.train.memory import cache_blocks, table_width
 from pyllm.train.report import I32
 from pyllm.train.token_store import digest
+
+DTYPE = "float32"  # of its weights
+
+
+def generator_bytes(folder: Path, reader: ModelSpec, context: int, tokens: int, sequences: int) -> int:
+    """What a `Generator` of the same arguments takes: weights, keys and values, activations and logits."""
+    with open_checkpoint(folder) as checkpoint:
+        spec = checkpoint.spec
+        _check(folder, spec, reader, context)
+        weights = packed_bytes(checkpoint, precision_of(checkpoint, DTYPE))
+    cache = cache_blocks(tokens, sequences) * KVCache.block_bytes(spec, SCRATCH_DTYPE, shared=True)
+    return weights + cache + 4 * (arena_floats(spec, tokens, HEAD_ROWS) + HEAD_ROWS * spec.outputs)
 
 
 class Generator:
@@ -28,17 +41,11 @@ class Generator:
     proposes, of up to `context` tokens. `key` identifies the content of its config.json and its weights.
     """
 
-    def __init__(self, folder: Path, reader: ModelSpec, ops: Ops, *, tokens: int, sequences: int, context: int) -> None:
+    def __init__(self, folder: Path, reader: ModelSpec, context: int, tokens: int, sequences: int, ops: Ops) -> None:
         with open_checkpoint(folder) as checkpoint:
             spec = checkpoint.spec
-            if not spec.is_encoder or spec.head.kind is not HeadKind.TOKENS:
-                raise ConfigError(f"generator: expected an encoder that fills masks, {folder} is none")
-            if spec.vocab_size != reader.vocab_size or spec.max_positions < context:
-                raise ConfigError(
-                    f"generator: expected the model's {reader.vocab_size} tokens and a context of at least {context}, "
-                    f"{folder} has {spec.vocab_size} and {spec.max_positions}"
-                )
-            weights = pack_weights(checkpoint, ops, precision_of(checkpoint, "float32"))
+            _check(folder, spec, reader, context)
+            weights = pack_weights(checkpoint, ops, precision_of(checkpoint, DTYPE))
         files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
         self.key = "-".join(map(digest, files))
         self._model, self._ops = Model(spec, weights), ops
@@ -47,12 +54,17 @@ class Generator:
         self._arena = ops.arena(arena_floats(spec, tokens, HEAD_ROWS))
         self._logits = np.empty((HEAD_ROWS, spec.outputs), np.float32)
 
-    def propose(self, hidden: I32, starts: I32, places: NDArray[np.intp], rng: np.random.Generator) -> I32:
-        """A token for each of these places [n] of a masked micro-batch [T], drawn from what the model gives there."""
+    def propose(self, hidden: I32, starts: I32, places: NDArray[np.intp], seed: int) -> I32:
+        """A token for each of these places [n] of a masked micro-batch [T], drawn from what the model gives there.
+
+        The i-th is draw number i of the `seed`. Raises `NonFiniteError` where the model gives no numbers.
+        """
         ops, batch = self._ops, self._batch
         batch.tokens[:] = hidden
         batch.fill_whole(starts, self._cache.blocks)
         drawn = np.empty(len(places), np.int32)
+        draws = np.repeat(GREEDY_ROW, len(places))
+        draws["temperature"], draws["seed"], draws["position"] = 1, seed, np.arange(len(places))
         ops.use_arena(self._arena)
         ops.release(0)
         try:
@@ -61,7 +73,19 @@ class Generator:
                 rows, mark = places[first : first + HEAD_ROWS].astype(np.int32), ops.mark()
                 logits = self._model.logits(ops, x, rows, out=self._logits[: len(rows)])
                 ops.release(mark)
-                drawn[first : first + len(rows)] = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+                drawn[first : first + len(rows)] = ops.sample(logits, SampleInputs(draws[first : first + len(rows)]))
         finally:
             ops.use_arena(None)
+        if (drawn < 0).any():
+            raise NonFiniteError("generator: its values are no numbers: train it anew, at a lower learning rate")
         return drawn
+
+
+def _check(folder: Path, spec: ModelSpec, reader: ModelSpec, context: int) -> None:
+    if not spec.is_encoder or spec.head.kind is not HeadKind.TOKENS:
+        raise ConfigError(f"generator: expected an encoder that fills masks, {folder} is none")
+    if spec.vocab_size != reader.vocab_size or spec.max_positions < context:
+        raise ConfigError(
+            f"generator: expected the model's {reader.vocab_size} tokens and a context of at least {context}, "
+            f"{folder} has {spec.vocab_size} and {spec.max_positions}"
+        )

@@ -17,8 +17,8 @@ from pyllm.train.report import I32, Data
 RULES = ("bert", "bernoulli")
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or any token; others stay
 
-# Masked tokens [T], starts [B + 1], chosen places [n] and a source of random numbers -> tokens [n]
-Propose = Callable[[I32, I32, NDArray[np.intp], np.random.Generator], I32]
+# Masked tokens [T], starts [B + 1], chosen places [n] and a seed of what is drawn -> tokens [n]
+Propose = Callable[[I32, I32, NDArray[np.intp], int], I32]
 
 
 class MaskedTokens:
@@ -113,11 +113,11 @@ class ReplacedTokens:
 
     def next_batch(self) -> tuple[I32, NDArray[np.float32], I32]:
         """Tokens with some replaced [T], labels [T, 1] and starts [B + 1]."""
-        rng = np.random.Generator(np.random.PCG64([self._seed, self._masked.position, 1]))
+        seed = np.random.SeedSequence([self._seed, self._masked.position, 1]).generate_state(1, np.uint64)
         hidden, aims, starts, eligible = self._masked.next_choice()
         chosen = np.flatnonzero(aims != IGNORED_LABEL)
         tokens = hidden.copy()
-        tokens[chosen] = self._propose(hidden, starts, chosen, rng)
+        tokens[chosen] = self._propose(hidden, starts, chosen, int(seed[0]))
         labels = np.where(eligible, np.float32(0), np.float32(np.nan))
         labels[chosen] = tokens[chosen] != aims[chosen]
         return tokens, labels[:, None], starts

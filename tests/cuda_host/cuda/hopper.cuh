@@ -12,14 +12,19 @@ struct alignas(8) Barrier {
 };
 
 inline void make_barrier(Barrier* b, int arrivals) { emulator::make_barrier(b, arrivals); }
-inline void publish_barriers() {}
+inline void publish_barriers() { emulator::publish_barriers(); }
 inline void arrive_expecting(Barrier* b, int bytes) { emulator::arrive(b, bytes); }
 inline void arrive_at(Barrier* b, int rank) { emulator::arrive(emulator::at_rank(b, rank), 0); }
 inline void wait_for_phase(Barrier* b, int parity) { emulator::wait_for_phase(b, parity); }
 inline int rank_in_cluster() { return emulator::rank(); }
 inline void cluster_barrier() { emulator::cluster_barrier(); }
 
+inline float4 load_from(const float* from, int rank) {
+  return *static_cast<const float4*>(emulator::at_rank(const_cast<float*>(from), rank));
+}
+
 inline void load_box(void* to, const CUtensorMap* map, int column, int row, Barrier* b, int mask) {
+  if (shared_address(to) % 1024) std::abort();  // pieces would be exchanged otherwise
   for (int rank = 0; mask >> rank; ++rank) {
     if (!(mask >> rank & 1)) continue;
     auto* there = static_cast<uint16_t*>(emulator::at_rank(to, rank));
@@ -45,6 +50,7 @@ inline void publish_writes() {}
 inline void meet_threads(int number, int count) { emulator::meet_threads(number, count); }
 
 inline uint64_t operand(const void* rows) {
+  if (shared_address(rows) % 1024) std::abort();  // bits 49 to 51 would not be 0
   return uint64_t(shared_address(rows) >> 4 & 0x3fff) | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 inline uint64_t operand_by_columns(const void* rows, int box) { return operand(rows) | uint64_t(box >> 4) << 16; }
@@ -63,7 +69,7 @@ inline float operand_column(uint64_t operand, int k, int column) {
   const uint32_t groups = uint32_t(operand >> 32 & 0x3fff) << 4, boxes = uint32_t(operand >> 16 & 0x3fff) << 4;
   return operand_at(operand, k / 8 * groups + k % 8 * 128 + column / 64 * boxes + column % 64 * 2);
 }
-inline void wgmma_begin() {}
+inline void wgmma_begin() { emulator::fence_products(); }
 inline void wgmma_commit() { emulator::commit_products(); }
 template <int pending>
 void wgmma_wait() {
