@@ -200,9 +200,9 @@ class Texts:
         self.position = state["position"]
 
 
-def corrupted(data: Any = None, **options: Any) -> CorruptedSpans:
+def corrupted(data: Any = None, form: PairForm = FORM, **options: Any) -> CorruptedSpans:
     given = {"context": 60, "share": 0.15, "mean_span": 3.0, "seed": 0, **options}
-    return CorruptedSpans(data or Texts(), FORM, SENTINELS, **given)
+    return CorruptedSpans(data or Texts(), form, SENTINELS, **given)
 
 
 def infilled(data: Any = None, **options: Any) -> InfilledText:
@@ -276,7 +276,7 @@ def test_little_is_padding(make: Callable[..., Denoising]) -> None:
         total += len(labels) + len(source)
         count += len(counted)
     assert len(shapes) == 1 and used > 0.95 * total
-    other = make(Texts((3, 60, 2, 58)), like=data)
+    other = make(Texts((3, 58, 2, 50)), like=data)
     assert {tuple(map(len, other.next_batch())) for _ in range(5)} == shapes
     assert abs(count - 30 * len(lengths)) < len(lengths)
 
@@ -356,8 +356,8 @@ def test_some_masks_are_random_tokens() -> None:
 MODES = {"[NLU]": [91, 92], "[S2S]": [93], "[NLG]": [94]}  # as many tokens as the tokenizer makes of them
 
 
-def mixed(data: Any = None, **options: Any) -> MixedDenoisers:
-    return MixedDenoisers(data or Texts(), FORM, SENTINELS[8:], MODES, **{"context": 60, "seed": 0, **options})
+def mixed(data: Any = None, form: PairForm = FORM, **options: Any) -> MixedDenoisers:
+    return MixedDenoisers(data or Texts(), form, SENTINELS[8:], MODES, **{"context": 62, "seed": 0, **options})
 
 
 def test_each_of_ul2s_denoisers_is_as_likely() -> None:
@@ -382,6 +382,31 @@ def test_each_of_ul2s_denoisers_is_as_likely() -> None:
     extreme = [("[NLG]", 29, 10), ("[NLG]", 29, 4), ("[NLG]", 9, 1), ("[NLG]", 29, 1)]
     assert set(found) == {*regular, ("[S2S]", 14, 0), *extreme}
     assert min(found.values()) >= 8 and max(found.values()) <= 36, found
+
+
+@pytest.mark.parametrize("make", [corrupted, mixed])
+def test_a_decoder_reads_both(make: Callable[..., Denoising]) -> None:
+    """Sources stand before their targets in one sequence, and only these count; the pairs are those of others."""
+    form = replace(FORM, start=None, behind=())
+    data, shapes = make(form=form, context=90), set()
+    pairs = pairs_of_texts(make(), Texts(), 20)
+    expected = [([1, *source], [*target, 2]) for _, found in pairs for source, target in found]
+    seen, used = [], 0
+    for _ in range(15):
+        tokens, labels, starts = batch = data.next_batch()
+        shapes.add(tuple(map(len, batch)))
+        for first, end in pairwise(starts.tolist()):
+            if (labels[first:end] == IGNORED).all():
+                continue
+            used += end - first
+            cut = first + int(np.flatnonzero(labels[first:end] != IGNORED)[0]) + 1
+            assert (labels[cut - 1 : end] != IGNORED).all()
+            assert tokens[cut:end].tolist() == labels[cut - 1 : end - 1].tolist()
+            seen.append((tokens[first:cut].tolist(), labels[cut - 1 : end].tolist()))
+    assert len(shapes) == 1 and used > 0.8 * 15 * len(tokens)
+    assert len(seen) > 35 and all(pair in expected for pair in seen)
+    with pytest.raises(DataError, match="expected texts that become no longer than the context of 40"):
+        make(form=form, context=40)
 
 
 @pytest.mark.parametrize("make", [corrupted, infilled, mixed])
@@ -549,7 +574,17 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
     pairs = [str(home / "pairs.jsonl")]
     for objective, values, message in [
         ("causal", {}, "objective: expected seq2seq, spans, denoise or ul2 for this t5 model, got 'causal'"),
-        ("spans", {"arch": "gpt2"}, "objective: expected causal, prefix or blanks for this gpt2 model, got 'spans'"),
+        (
+            "denoise",
+            {"arch": "gpt2"},
+            "expected causal, prefix, blanks, spans or ul2 for this gpt2 model, got 'denoise'",
+        ),
+        (
+            "ul2",
+            {"arch": "gpt2", "mask_prompt": True},
+            "mask_prompt: expected no for ul2, where tokens that were taken",
+        ),
+        ("spans", {"arch": "gpt2", "context": 4}, "context: expected at least 5 tokens for spans, got 4"),
         ("seq2seq", {"data": pairs, "packing": "plain"}, "packing: expected documents for seq2seq"),
         ("seq2seq", {"data": pairs, "mask_prompt": True}, "mask_prompt: expected no for a model with an encoder"),
         ("seq2seq", {"data": pairs, "batch_tokens": 63}, "batch_tokens: expected at least 64"),
@@ -676,6 +711,30 @@ def assert_transformers_reads(folder: Path, llm: LLM, sources: list[list[int]], 
         ours = llm.forward(target, source_token_ids=ids).logits
         assert np.abs(ours - theirs).max() <= 2e-5 * max(1.0, np.abs(theirs).max())
         assert made == [start, *expected]
+
+
+@pytest.mark.parametrize("objective", ["spans", "ul2"])
+def test_a_decoder_learns_to_write_what_was_taken_out(home: Path, tmp_path: Path, objective: str) -> None:
+    """With a bidirectional prefix, in sequences of at most the context."""
+    values = {"arch": "gpt2", "context": 40, "batch_tokens": 200, "valid_share": 0.2}
+    setup, given = run(home, objective, **values)
+    config = TrainConfig(tmp_path / "run", steps=30, learning_rate=1e-2, threads=2, objective=objective)
+    trainer = Trainer(setup.model, setup.train, config, eval_data=setup.valid, tokenizer=setup.tokenizer)
+    assert trainer.spec.prefix is not None and trainer.shape.source == 0
+    losses = [trainer.step().loss for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+    trainer.evaluate()
+    for _ in range(20):
+        tokens, labels, starts, *_ = batch = setup.train.next_batch()
+        assert np.diff(starts).max() <= 40
+        trainer._step.fill(*batch)
+        assert trainer._step.batch.prefix is not None
+        for i, (first, end) in enumerate(pairwise(starts.tolist())):
+            counted = np.flatnonzero(labels[first:end] != IGNORED)
+            if len(counted):
+                assert trainer._step.batch.prefix[i] == counted[0] + 1
+    del given["data"]
+    assert plan_of_run(given).shape.tokens == pytest.approx(len(tokens), rel=0.3)
 
 
 @pytest.mark.parametrize(

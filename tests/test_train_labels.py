@@ -294,7 +294,7 @@ def test_settings_that_do_not_fit(files: dict[str, Path], tmp_path: Path) -> Non
     model = encoder_folder("bert", tmp_path / "model")
     decoder = Path(shutil.copytree(Path(__file__).parent / "golden" / "gpt2", tmp_path / "gpt2"))
     for values, message in [
-        ({"model": str(decoder), "context": 8}, "objective: expected causal, prefix or blanks for this gpt2 model"),
+        ({"model": str(decoder), "context": 8}, "objective: expected causal, prefix, blanks, spans or ul2 for this"),
         ({"packing": "plain"}, "packing: expected documents for classify, where each is a text with its label"),
         ({"mask_prompt": True}, "mask_prompt: expected no for classify"),
         ({"mask_share": 0.2}, "mask_share: expected none for classify"),
