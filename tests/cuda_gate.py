@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ ARCHITECTURES = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_
 SLOW_WARNINGS = re.compile(r"C7508|C751[0-5]|(wgmma|setmaxnreg).*(serialized|ignored)")
 WGMMA = ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")
 FORBIDDEN = ("LDL", "STL")  # local memory: an array that is indexed at run time, or a spill
+SECONDS = 10  # of CPU time that compiling a file for an architecture may take
+INSTRUCTION_BYTES, MOST_KB = 16, 96  # a kernel's code; the cache of instructions that a multiprocessor has holds 128 KB
 # Loads, stores, atomics and copies of global memory, or of a space that is not known.
 REACHES_MEMORY = re.compile(r"LDG(?!DEPBAR)|STG|LD$|ST$|ATOM$|ATOMG|RED|UTMALDG|UTMASTG|UBLKCP")
 
@@ -83,6 +86,7 @@ class Instruction:
     name: str
     modifiers: str
     operands: str
+    guarded: bool = False  # by a predicate
 
     def written(self) -> range:
         """The registers that it writes, as far as the first of them and the width tell."""
@@ -91,6 +95,9 @@ class Instruction:
             return range(0)
         width = 4 if ".128" in self.modifiers or ".x4" in self.modifiers else 2 if ".64" in self.modifiers else 1
         return range(int(match[1]), int(match[1]) + width * (2 if "WIDE" in self.modifiers else 1))
+
+
+Groups = tuple[tuple[frozenset[int], frozenset[int]], ...]
 
 
 @dataclass
@@ -130,8 +137,8 @@ def read_sass(text: str) -> dict[str, list[Instruction]]:
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
             code = functions.setdefault(match[1], [])
-        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)([^;]*)", line):
-            code.append(Instruction(int(match[1], 16), match[2], match[3], match[4].strip()))
+        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_]*)([.\w]*)([^;]*)", line):
+            code.append(Instruction(int(match[1], 16), match[3], match[4], match[5].strip(), match[2] is not None))
     return functions
 
 
@@ -142,39 +149,38 @@ def before_wait(code: list[Instruction]) -> set[str]:
 
 
 def touched(code: list[Instruction]) -> list[Instruction]:
-    """Instructions that write registers of products of wgmma that are under way, or read their sums.
-
-    Loops are gone through twice, so that what is under way at their end is at their begin.
-    """
+    """Instructions that write registers of products of wgmma that are under way, or read their sums, on any path."""
     found: dict[int, Instruction] = {}
     places = {i.address: place for place, i in enumerate(code)}
-    groups: list[tuple[set[int], set[int]]] = [(set(), set())]  # sums and operands; the last is not closed yet
-
-    def follow(begin: int, end: int, again: bool) -> None:
-        for place in range(begin, end):
-            i = code[place]
-            back = re.search(r"0x([0-9a-f]+)", i.operands) if i.name == "BRA" else None
-            if back and again and places.get(int(back[1], 16), end) < place and len(groups) > 1:
-                follow(places[int(back[1], 16)], place, False)
-            elif i.name == "HGMMA":
-                columns = int(i.modifiers.split("x")[1])
-                sums, *rows = re.findall(r"\bR(\d+)\b", i.operands)
-                groups[-1][0].update(range(int(sums), int(sums) + columns // 2))
+    # Groups of products: their sums' registers and their operands'. The last is not closed yet.
+    nothing: Groups = ((frozenset(), frozenset()),)
+    paths: list[tuple[int, Groups]] = [(0, nothing)]
+    seen = set(paths)
+    while paths:
+        begin, groups = paths.pop()
+        for i in code[begin:]:
+            if i.name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", i.operands)):
+                path = (places[int(target[1], 16)], groups)
+                if path not in seen:
+                    seen.add(path)
+                    paths.append(path)
+            if i.name in ("BRA", "EXIT") and not i.guarded:
+                break
+            if i.name == "HGMMA":
+                sums, rows = groups[-1]
+                first, *operands = (int(r) for r in re.findall(r"\bR(\d+)\b", i.operands))
+                sums |= set(range(first, first + int(i.modifiers.split("x")[1]) // 2))
                 if not re.match(r"R\d+, gdesc", i.operands):
-                    groups[-1][1].update(range(int(rows[0]), int(rows[0]) + 4))
-                if "gsb0" in i.operands:
-                    groups.append((set(), set()))
+                    rows |= set(range(operands[0], operands[0] + 4))
+                groups = (*groups[:-1], (sums, rows), *(nothing if "gsb0" in i.operands else ()))
             elif i.name == "WARPGROUP" and "DEPBAR" in i.modifiers:
-                pending = int(i.operands.split("0x")[1], 16)
-                del groups[: max(len(groups) - 1 - pending, 0)]
-            else:
-                sums_of = set().union(*(group[0] for group in groups))
-                busy = sums_of.union(*(group[1] for group in groups))
+                groups = groups[max(len(groups) - 1 - int(i.operands.split("0x")[1], 16), 0) :]
+            elif groups != nothing:
+                under_way = frozenset[int]().union(*(sums for sums, _ in groups))
+                busy = under_way.union(*(rows for _, rows in groups))
                 read = {int(r) for r in re.findall(r"\bR(\d+)\b", i.operands)} - set(i.written())
-                if busy.intersection(i.written()) or sums_of & read:
+                if busy.intersection(i.written()) or under_way & read:
                     found[i.address] = i
-
-    follow(0, len(code), True)
     return list(found.values())
 
 
@@ -190,9 +196,16 @@ def violations(kernel: Kernel, architecture: str) -> list[str]:
         found.append(f"{kernel.registers} registers, exactly {rule.registers} have to be")
     elif kernel.registers > rule.registers:
         found.append(f"{kernel.registers} registers, at most {rule.registers} may be")
+    if len(kernel.code) * INSTRUCTION_BYTES > MOST_KB * 1024:
+        found.append(f"{-(-len(kernel.code) * INSTRUCTION_BYTES // 1024)} KB of code, at most {MOST_KB} may be")
     required = rule.required + (rule.hopper if architecture.startswith("sm_90") else ())
     found += [f"no {word}" for word in required if word not in kernel.instructions]
     found += [f"has {word}" for word in FORBIDDEN if word in kernel.instructions]
+    products = [place for place, i in enumerate(kernel.code) if i.name == "HGMMA"]
+    if products and any(
+        i.name == "MEMBAR" and "CTA" not in i.modifiers for i in kernel.code[products[0] : products[-1]]
+    ):
+        found.append("MEMBAR between products: a fence beyond the block each time")
     early = sorted(before_wait(kernel.code) - set(rule.early))
     found += [f"{word} before the wait for earlier kernels" for word in early]
     found += [
@@ -213,7 +226,7 @@ def tool(name: str) -> str:
 
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict[str, Kernel], list[str]]:
-    """Kernels of one file, and the warnings of its compilation."""
+    """Kernels of one file, and what is wrong with its compilation: warnings, and that it takes too long."""
     compiled = folder / f"{source.stem}.{architecture}.o"
     compiler = os.environ.get("CUDACXX") or tool("nvcc")
     options = [
@@ -227,8 +240,9 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
         "-v",
     ]
     command = [compiler, *options, "-Xcompiler", "-Wall,-Wextra", "-c", "-o", str(compiled), str(source)]
+    before = children_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
-    report = done.stdout + done.stderr
+    report, took = done.stdout + done.stderr, children_seconds() - before
     if done.returncode:
         raise SystemExit(f"{source.name} does not compile for {architecture}:\n{report}")
     kernels = read_report(report)
@@ -240,7 +254,16 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
     for name, code in read_sass(sass.stdout).items():
         if name in kernels:
             kernels[name].code = code
-    return kernels, [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+    problems = [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+    if took > SECONDS:
+        problems.append(f"took {took:.1f} s of CPU time to compile, at most {SECONDS} may be: split the file")
+    return kernels, problems
+
+
+def children_seconds() -> float:
+    """CPU time of the processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def short(kernel: Kernel) -> str:
@@ -253,15 +276,16 @@ def short(kernel: Kernel) -> str:
 def main() -> int:
     """Compile, print the table, and say what is wrong."""
     problems, count = [], 0
-    print(f"{'kernel':40} {'for':8} {'registers':>9} {'spilled':>8}")
+    print(f"{'kernel':44} {'for':8} {'registers':>9} {'spilled':>8} {'KB':>4}")
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             for architecture in ARCHITECTURES:
-                kernels, warnings = compile_kernels(source, architecture, Path(folder))
-                problems += [f"{source.name} for {architecture}: {warning}" for warning in warnings]
+                kernels, wrong = compile_kernels(source, architecture, Path(folder))
+                problems += [f"{source.name} for {architecture}: {what}" for what in wrong]
                 for kernel in kernels.values():
                     count += 1
-                    print(f"{short(kernel):40} {architecture:8} {kernel.registers:9} {kernel.spilled:8}")
+                    size = len(kernel.code) * INSTRUCTION_BYTES / 1024
+                    print(f"{short(kernel):44} {architecture:8} {kernel.registers:9} {kernel.spilled:8} {size:4.0f}")
                     problems += [
                         f"{short(kernel)} for {architecture}: {what}" for what in violations(kernel, architecture)
                     ]

@@ -57,7 +57,8 @@ class WgmmaPlan(ctypes.Structure):
     """WgmmaPlan of cuda/matmul.h."""
 
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("columns", "cluster", "row_units", "column_tiles", "blocks", "shared_bytes")
+        (name, ctypes.c_int64)
+        for name in ("columns", "pair", "splits", "row_units", "column_tiles", "blocks", "shared_bytes")
     ]
 
 
@@ -338,7 +339,7 @@ def build() -> ctypes.CDLL:
     kernels.host_mma_matmul.argtypes = kernels.host_plain_matmul.argtypes = [arguments]
     kernels.host_skinny_plan.argtypes = [number] * 3 + [ctypes.c_bool, number, number, ctypes.POINTER(SkinnyPlan)]
     kernels.host_wgmma_matmul.argtypes = [arguments, number]
-    kernels.host_wgmma_plan.argtypes = [number] * 3 + [ctypes.POINTER(WgmmaPlan)]
+    kernels.host_wgmma_plan.argtypes = [number] * 4 + [ctypes.POINTER(WgmmaPlan)]
     kernels.host_split_matmul.argtypes = [ctypes.POINTER(SplitMatmulArgs)]
     kernels.host_split_plan.argtypes = [number, number, ctypes.POINTER(SplitPlan)]
     kernels.host_last_block_first.argtypes = [ctypes.c_bool]

@@ -31,6 +31,7 @@ PRODUCTS = """
         /*0060*/              @!P0 BRA 0x30 ;
         /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0080*/                   FADD R24, R40, R11 ;
+        /*0090*/                   EXIT ;
 """
 
 
@@ -89,6 +90,35 @@ def test_registers_that_warpgroups_share_out_have_one_number():
 def test_registers_of_products_under_way_are_left_alone(first, second, found):
     code = read_sass(PRODUCTS.format(first, second))["_Z20wgmma_matmul_kernel"]
     assert [i.address for i in touched(code)] == found
+
+
+def test_products_are_followed_on_both_ways_of_a_branch():
+    code = read_sass("""
+        Function : wgmma
+        /*0000*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR20], RZ, !UPT, gsb0 ;
+        /*0010*/               @P0 BRA 0x40 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/                   BRA 0x50 ;
+        /*0040*/                   MOV R24, R4 ;
+        /*0050*/                   MOV R25, R4 ;
+        /*0060*/                   EXIT ;
+    """)["wgmma"]
+    assert [i.address for i in touched(code)] == [0x40, 0x50]
+
+
+def test_long_code_is_told():
+    rule = RULES[0]
+    kernel = kernel_of(rule, rule.registers)
+    kernel.code += [Instruction(0x1000, "NOP", "", "")] * 6200
+    assert violations(kernel, "sm_80") == ["97 KB of code, at most 96 may be"]
+
+
+def test_products_are_not_fenced():
+    rule = next(rule for rule in RULES if "HGMMA" in rule.hopper)
+    kernel = kernel_of(rule, rule.registers)
+    place = next(place for place, i in enumerate(kernel.code) if i.name == "HGMMA")
+    kernel.code[place + 1 : place + 1] = [Instruction(-16, "MEMBAR", ".ALL.GPU", ""), kernel.code[place]]
+    assert violations(kernel, "sm_90a") == ["MEMBAR between products: a fence beyond the block each time"]
 
 
 def test_memory_is_not_reached_before_the_wait():

@@ -85,6 +85,38 @@ __device__ __forceinline__ float changed_score(const AttentionArgs& a, float sco
   return score;
 }
 
+// The same for the `count` scores that a lane has of some keys; `score(j)` is the j-th, of row half j % 4 / 2 and key j / 4 * 8 + j % 2 from the
+// lane's first on, which is at a distance of `distances` from those rows' queries. What is to be done is asked once for all.
+template <int count, class Score>
+__device__ __forceinline__ void change_scores(const AttentionArgs& a, Score score, const int (&heads)[2],
+                                              const int (&distances)[2]) {
+  if (a.scores.softcap > 0.0f) {
+    // cap tanh(x / cap), in few instructions: to within 2^-21 of the cap.
+    const float cap = a.scores.softcap, unit = a.scale * 2.0f * kLog2E / cap;
+#pragma unroll
+    for (int j = 0; j < count; ++j) score(j) = cap - 2.0f * cap * reciprocal_fast(1.0f + exp2_fast(score(j) * unit));
+  } else {
+#pragma unroll
+    for (int j = 0; j < count; ++j) score(j) *= a.scale;
+  }
+  if (a.scores.bias) {
+    const int reach = int(a.scores.reach);
+    const float* middles[2];
+    for (int half = 0; half < 2; ++half) middles[half] = a.scores.bias + int64_t(heads[half]) * (2 * reach + 1) + reach;
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      const int distance = distances[j % 4 / 2] + j / 4 * 8 + j % 2;
+      score(j) += middles[j % 4 / 2][distance < -reach ? -reach : distance > reach ? reach : distance];
+    }
+  }
+  if (a.scores.slopes) {
+    const float slopes[2] = {a.scores.slopes[heads[0]], a.scores.slopes[heads[1]]};
+    const float from[2] = {float(distances[0]), float(distances[1])};
+#pragma unroll
+    for (int j = 0; j < count; ++j) score(j) += slopes[j % 4 / 2] * (from[j % 4 / 2] + float(j / 4 * 8 + j % 2));
+  }
+}
+
 // The pages that some of rows [row0, end) see: [0, sink_end), then [first, last).
 struct Pages {
   int sink_first, sink_end, first, last;

@@ -33,11 +33,12 @@ __device__ __forceinline__ void arrive_expecting(Barrier* b, int bytes) {
   PYLLM_SM90A(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
                            "r"(bytes) : "memory"));
 }
-// Arrives at the barrier that block `rank` of the cluster has at the same place.
+// Arrives at the barrier that block `rank` of the cluster has at the same place, which tells its threads no more than that: products that
+// were waited for have read what they read, and a scope beyond the block's would fence all of memory each time.
 __device__ __forceinline__ void arrive_at(Barrier* b, int rank) {
   PYLLM_SM90A(
       asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                   "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
+                   "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
                    "r"(rank) : "memory"));
 }
 // Waits for the end of the phase of this parity; of the phase before the first, parity 1, that has ended already.
@@ -56,6 +57,16 @@ __device__ __forceinline__ int rank_in_cluster() {
 }
 __device__ __forceinline__ void cluster_barrier() {
   PYLLM_SM90A(asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory"));
+}
+
+// Four floats from the place where block `rank` of the cluster has what is at `from` here.
+__device__ __forceinline__ float4 load_from(const float* from, int rank) {
+  float4 v{};
+  PYLLM_SM90A(
+      asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+                   "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}" : "=f"(v.x),
+                   "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(shared_address(from)), "r"(rank) : "memory"));
+  return v;
 }
 
 // Brings the box at (column, row) of a tensor to shared memory, 16-byte piece c of its row r at c ^ (r % 8), zeros past the tensor's ends;
@@ -143,6 +154,22 @@ __device__ __forceinline__ void wgmma<128>(float (&d)[16][4], uint64_t a, uint64
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
       "}, %64, %65, p, 1, 1, 0, 0;\n}"
       : PYLLM_TILES4(d, 0), PYLLM_TILES4(d, 4), PYLLM_TILES4(d, 8), PYLLM_TILES4(d, 12)
+      : "l"(a), "l"(b), "r"(int(add)));
+}
+template <>
+__device__ __forceinline__ void wgmma<192>(float (&d)[24][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+      "}, %96, %97, p, 1, 1, 0, 0;\n}"
+      : PYLLM_TILES4(d, 0), PYLLM_TILES4(d, 4), PYLLM_TILES4(d, 8), PYLLM_TILES4(d, 12), PYLLM_TILES4(d, 16),
+        PYLLM_TILES4(d, 20)
       : "l"(a), "l"(b), "r"(int(add)));
 }
 template <>

@@ -10,8 +10,9 @@ namespace pyllm::cuda {
 // y = act(gate) * up + residual, of N / 2 columns.
 //
 // Within each of the five kernels (skinny, split, mma, wgmma, plain) every output is summed over k in an order that depends on K alone, in
-// split_matmul on N and K, so a row's result does not depend on the other rows as long as the kernel stays the same. In wgmma_matmul that
-// takes wgmma of 128 and of 256 columns to add alike, which no GPU has shown yet.
+// split_matmul on N and K, so a row's result does not depend on the other rows as long as the kernel stays the same. In wgmma_matmul it
+// depends on how many tiles of 128 rows there are too, where they are few; and it takes wgmma of 128, 192 and 256 columns to add alike, which no
+// GPU has shown yet.
 struct MatmulArgs {
   void* y;                   // [T, N], gated [T, N / 2], of y_dtype
   const void* x;             // [T, K] of x_dtype
@@ -86,14 +87,16 @@ cudaError_t split_matmul(const SplitMatmulArgs& args, cudaStream_t stream);
 // Prompts and training: x and w bf16, K and x_stride multiples of 8, pointers 16-byte aligned.
 cudaError_t mma_matmul(const MatmulArgs& args, cudaStream_t stream);
 
-// The same on Hopper, by wgmma. A block makes tiles of 128 rows by 256 or 128 outputs, one after the other; two of a cluster, neighbours
-// along the rows, share what they read of W.
+// The same on Hopper, by wgmma. A block makes tiles of 128 rows by 256, 192 or 128 outputs, one after the other. A pair of blocks, neighbours
+// along the rows, shares what it reads of W; or, where there are few tiles, up to 8 blocks share a tile, each with a part of K.
 struct WgmmaPlan {
-  int64_t columns, cluster;         // outputs of a tile; blocks of a cluster
-  int64_t row_units, column_tiles;  // a unit: the row tiles of a cluster
+  int64_t columns, pair,
+      splits;  // outputs of a tile; blocks that share W; parts of K: a cluster has pair * splits blocks
+  int64_t row_units, column_tiles;  // a unit: the row tiles of a pair
   int64_t blocks, shared_bytes;
 };
-WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors);
+// The splits depend on the tiles of rows, N and K alone, on the number of multiprocessors all but these.
+WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors);
 cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream);
 
 // Tests, and sizes that the others refuse: any size and alignment, x and w both float32 or both bf16; multiply-adds in float32.

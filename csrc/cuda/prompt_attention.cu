@@ -98,12 +98,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) prompt_attention_kernel(
       attend<kHead, kStep / 8>(sums, softmax, q + warp_row * kPitch, keys + from * kPitch,
                                keys + (kPage + from) * kPitch, unit * kLog2E, [&](float (&scores)[kStep / 8][4]) {
                                  if (changed) {
-#pragma unroll
-                                   for (int j = 0; j < kStep / 2; ++j) {
-                                     float& score = scores[j / 4][j % 4];
-                                     const int half = j % 4 / 2, key = first + j / 4 * 8 + lane % 4 * 2 + j % 2;
-                                     score = changed_score(a, score, heads[half], key - positions[half]);
-                                   }
+                                   const int key = first + lane % 4 * 2;
+                                   const int distances[2] = {key - positions[0], key - positions[1]};
+                                   change_scores<kStep / 2>(
+                                       a, [&](int j) -> float& { return scores[j / 4][j % 4]; }, heads, distances);
                                  }
                                  if (first >= low && first + kStep <= high) return;
 #pragma unroll

@@ -128,12 +128,8 @@ struct Attention {
       for (int p = 0; p < kPages; ++p) {
         const int first = written(i, p) > 0 ? pages[i * kPages + p] * kPage : -1;
         if (changed) {
-#pragma unroll
-          for (int j = 0; j < kPage / 2; ++j) {
-            float& score = scores[p * 8 + j / 4][j % 4];
-            const int half = j % 4 / 2, key = first + j / 4 * 8 + lane % 4 * 2 + j % 2;
-            score = changed_score(a, score, heads[half], key - positions[half]);
-          }
+          const int key = first + lane % 4 * 2, distances[2] = {key - positions[0], key - positions[1]};
+          change_scores<kPage / 2>(a, [&](int j) -> float& { return scores[p * 8 + j / 4][j % 4]; }, heads, distances);
         }
         if (first >= 0 && first >= low && first + kPage <= high) continue;
 #pragma unroll
@@ -151,28 +147,27 @@ struct Attention {
           weights[j][r] = pack_bf16(scores[2 * j + r / 2][r % 2 * 2], scores[2 * j + r / 2][r % 2 * 2 + 1]);
     };
 
-    if (steps > 0) {
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
       float keep[2];
-      multiply_keys(scores, q, full(keys, 0));
-      wgmma_wait<0>();
-      wgmma_settle(scores);
-      release(keys, 0);
-      weigh(0, keep);
-      pack();
-      for (int i = 0; i + 1 < steps; ++i) {
-        const bf16* v = written_values(i);
-        multiply_keys(scores, q, full(keys, i + 1));
+      const bf16* v = i > 0 ? written_values(i - 1) : nullptr;
+      multiply_keys(scores, q, full(keys, i));
+      if (i > 0) {
         multiply_values(sums, weights, v);
         wgmma_wait<1>();
-        wgmma_settle(scores);
-        release(keys, i + 1);
-        weigh(i + 1, keep);
+      } else {
         wgmma_wait<0>();
-        wgmma_settle(sums);
-        release(values, i);
-        keep_sums(sums, keep);
-        pack();
       }
+      wgmma_settle(scores);
+      release(keys, i);
+      weigh(i, keep);
+      wgmma_wait<0>();
+      wgmma_settle(sums);
+      if (i > 0) release(values, i - 1);
+      keep_sums(sums, keep);
+      pack();
+    }
+    if (steps > 0) {
       multiply_values(sums, weights, written_values(steps - 1));
       wgmma_wait<0>();
       wgmma_settle(sums);

@@ -2,12 +2,18 @@
 //
 // Of a block's three warpgroups the first brings tiles of 64 k into a ring of stages, and the two others multiply 64 rows of x each by all
 // columns of the tile. A stage is full when its bytes have landed, and empty again when the warpgroups of all blocks that it is sent to
-// have read it. Each block of a cluster brings its own rows of x and its share of W, which it sends to all. Blocks stay for many
-// tiles, so that the next one's first stages are on their way while the last one is stored.
+// have read it. Blocks stay for many tiles, so that the next one's first stages are on their way while the last one is stored.
+//
+// Blocks form clusters in one of two ways. Of a pair each takes its own rows of x and brings half of W's tile, which it sends to both. Or,
+// where there are few tiles, a tile's K is cut into splits, one for each block of a cluster: all leave their sums in their shared
+// memory, and each adds those of its part of the rows, in the order of the splits.
 //
 // In shared memory, from a multiple of 1,024 bytes on: stages [stages][128 rows of x, then the rows of W][64], 16-byte piece c of row r
 // at c ^ (r % 8) | barriers full [stages], empty [stages] | of each multiplying warp 16 rows by 32 columns [16][pitch], which turn its
-// fragments into whole rows before they are stored.
+// fragments into whole rows before they are stored. A split's sums [128][columns + 8] take the place of the stages.
+#include <algorithm>
+#include <cstdint>
+
 #include "cuda/epilogue.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
@@ -22,7 +28,9 @@ constexpr int kRows = kMultiplying * 64, kDepth = 64;
 constexpr int kStoredColumns = 32, kPitch = kStoredColumns + 8;  // two rows of four lie in different banks
 constexpr int kUnits = 8;  // row units that are taken before the next column tile, so that both stay in the L2
 template <int kColumns>
-constexpr int kStages = kColumns == 256 ? 4 : 6;
+constexpr int kStages = kColumns == 256   ? 4
+                        : kColumns == 192 ? 5
+                                          : 6;
 template <int kColumns>
 constexpr int kStage = (kRows + kColumns) * kDepth;  // elements
 template <int kColumns>
@@ -30,9 +38,10 @@ constexpr int kSharedBytes =
     1024 + kStages<kColumns> * (kStage<kColumns> * 2 + 2 * int(sizeof(Barrier))) + kMultiplying * 4 * 16 * kPitch * 4;
 
 struct Wgmma {
-  CUtensorMap x, w;  // boxes of [128, 64] and [columns / cluster, 64]
+  CUtensorMap x, w;  // boxes of [128, 64] and [columns / blocks of a pair, 64]
   MatmulArgs a;
-  int row_units, column_tiles;
+  int row_units, column_tiles, splits;
+  bool pieces;  // lies_in_pieces
 };
 
 // The place of a stage in the ring, and how often it has come round.
@@ -55,41 +64,45 @@ __device__ __forceinline__ Tile tile_of(int index, int row_units, int column_til
   return {group * kUnits + place % height, place / height};
 }
 
-template <int kColumns, int kCluster>
+// kPair: blocks that share W, 1 or 2. With 1 there may be splits.
+template <int kColumns, int kPair>
 struct Block {
   const Wgmma& s;
   bf16* stages;
   Barrier *full, *empty;
   float* stored;
-  int rank, steps;
+  int rank;          // in the cluster
+  int first, steps;  // of 64 k
+
+  __device__ __forceinline__ bool is_split() const { return kPair == 1 && s.splits > 1; }
 
   // Calls fn(first row, first column) for each of this block's tiles.
   template <class Fn>
   __device__ __forceinline__ void for_tiles(Fn fn) const {
-    const int tiles = s.row_units * s.column_tiles, clusters = int(gridDim.x) / kCluster;
-    for (int i = int(blockIdx.x) / kCluster; i < tiles; i += clusters) {
+    const int size = kPair == 1 ? s.splits : kPair;
+    const int tiles = s.row_units * s.column_tiles, clusters = int(gridDim.x) / size;
+    for (int i = int(blockIdx.x) / size; i < tiles; i += clusters) {
       const Tile tile = tile_of(i, s.row_units, s.column_tiles);
-      fn((tile.unit * kCluster + rank) * kRows, tile.column * kColumns);
+      fn((kPair == 1 ? tile.unit : tile.unit * kPair + rank) * kRows, tile.column * kColumns);
     }
   }
 
   // One thread brings everything.
   __device__ __forceinline__ void bring() const {
-    constexpr int kShare = kColumns / kCluster;
+    constexpr int kShare = kColumns / kPair;
     Turn turn;
     for_tiles([&](int row, int column) {
-      for (int step = 0; step < steps; ++step) {
+      for (int step = first; step < first + steps; ++step) {
         Barrier* landed = full + turn.stage;
         bf16* x = stages + turn.stage * kStage<kColumns>;
         bf16* w = x + kRows * kDepth;
         wait_for_phase(empty + turn.stage, turn.parity ^ 1);
         arrive_expecting(landed, kStage<kColumns> * 2);
         load_box(x, &s.x, step * kDepth, row, landed);
-        if (kCluster == 1) {
+        if (kPair == 1) {
           load_box(w, &s.w, step * kDepth, column, landed);
         } else {
-          load_box(w + rank * kShare * kDepth, &s.w, step * kDepth, column + rank * kShare, landed,
-                   (1 << kCluster) - 1);
+          load_box(w + rank * kShare * kDepth, &s.w, step * kDepth, column + rank * kShare, landed, (1 << kPair) - 1);
         }
         turn.advance(kStages<kColumns>);
       }
@@ -98,7 +111,8 @@ struct Block {
 
   // A stage has been read by this warpgroup: said to all blocks that send into it.
   __device__ __forceinline__ void release(int stage) const {
-    if (int(threadIdx.x % kGroupThreads) < kCluster) arrive_at(empty + stage, threadIdx.x % kGroupThreads);
+    const int member = threadIdx.x % kGroupThreads;
+    if (member < kPair) arrive_at(empty + stage, kPair == 1 ? rank : member);
   }
 
   __device__ __forceinline__ void multiply() const {
@@ -126,55 +140,104 @@ struct Block {
       wgmma_wait<0>();
       wgmma_settle(sums);
       release(last);
-      finish(sums, row + group * 64, column);
+      finish(sums, row, column);
     });
   }
 
+  // This lane's rows and columns of 16 by 32 sums: row lane / 8 and every fourth one from there on, four columns.
+  __device__ __forceinline__ static int quad_row() { return threadIdx.x % 32 / 8; }
+  __device__ __forceinline__ static int quad_column() { return threadIdx.x % 8 * 4; }
+  __device__ __forceinline__ static int warp() { return (int(threadIdx.x) - kGroupThreads) / 32; }
+
+  // Leaves the sums of 8 columns at to[row of this warp][column].
+  template <int kTo>
+  __device__ __forceinline__ static void leave(const float (&d)[4], float* to) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    *reinterpret_cast<float2*>(to + g * kTo + 2 * t) = float2{d[0], d[1]};
+    *reinterpret_cast<float2*>(to + (g + 8) * kTo + 2 * t) = float2{d[2], d[3]};
+  }
+
+  // Sums of a tile, or those of this block's part of its rows that all splits have made, 16 rows by 32 columns after the other. Registers are
+  // named when a kernel is compiled, so each 32 columns have code of their own that leaves them in shared memory; the rest stands here once.
   __device__ __forceinline__ void finish(const float (&sums)[kColumns / 8][4], int row0, int column0) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, column = lane % (kStoredColumns / 4) * 4;
-    float* mine = stored + (int(threadIdx.x) - kGroupThreads) / 32 * 16 * kPitch;
-    row0 += threadIdx.x / 32 % 4 * 16;
-#pragma unroll
-    for (int from = 0; from < kColumns; from += kStoredColumns) {
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < kStoredColumns / 8; ++j) {
-        const float (&d)[4] = sums[from / 8 + j];
-        *reinterpret_cast<float2*>(mine + g * kPitch + j * 8 + 2 * t) = float2{d[0], d[1]};
-        *reinterpret_cast<float2*>(mine + (g + 8) * kPitch + j * 8 + 2 * t) = float2{d[2], d[3]};
-      }
-      __syncwarp();
+    constexpr int kParts = kColumns / kStoredColumns, kWarps = kMultiplying * 4;
+    float* mine = stored + warp() * 16 * kPitch;
+    if (is_split()) exchange(sums);
+    const bool pieces = s.pieces && column0 + kColumns <= s.a.n;
+    const int rows = is_split() ? kRows / s.splits : 16, begin = is_split() ? warp() : 0;
 #pragma unroll 1
-      for (int r = lane / (kStoredColumns / 4); r < 16; r += 4)
-        finish_quad(s.a, row0 + r, column0 + from + column,
-                    *reinterpret_cast<const float4*>(mine + r * kPitch + column));
+    for (int part = begin; part < rows / 16 * kParts; part += is_split() ? kWarps : 1) {
+      const int row = (is_split() ? rank * rows + part / kParts * 16 : warp() * 16) + quad_row();
+      const int column = part % kParts * kStoredColumns;
+      Quads v = {};
+      if (is_split()) {
+        const float* from = reinterpret_cast<float*>(stages) + row * kWide + column + quad_column();
+#pragma unroll 2
+        for (int split = 0; split < s.splits; ++split)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float4 other = load_from(from + i * 4 * kWide, split);
+            v[i] = float4{v[i].x + other.x, v[i].y + other.y, v[i].z + other.z, v[i].w + other.w};
+          }
+      } else {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kParts; ++i)
+          if (i == part)
+#pragma unroll
+            for (int j = 0; j < kStoredColumns / 8; ++j) leave<kPitch>(sums[i * kStoredColumns / 8 + j], mine + j * 8);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          v[i] = *reinterpret_cast<const float4*>(mine + (quad_row() + i * 4) * kPitch + quad_column());
+      }
+      if (pieces) {
+        finish_quads(s.a, row0 + row, column0 + column + quad_column(), v);
+      } else {
+        finish_any_quads(s.a, row0 + row, column0 + column + quad_column(), v);
+      }
     }
+  }
+
+  // All blocks of a cluster have left their sums in the place of their stages.
+  static constexpr int kWide = kColumns + 8;
+  __device__ __forceinline__ void exchange(const float (&sums)[kColumns / 8][4]) const {
+    static_assert(kRows * kWide * 4 <= kStages<kColumns> * kStage<kColumns> * 2);
+    meet_threads(1, kMultiplying * kGroupThreads);  // both warpgroups have read all stages
+    float* mine = reinterpret_cast<float*>(stages) + warp() * 16 * kWide;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) leave<kWide>(sums[j], mine + j * 8);
+    cluster_barrier();
   }
 };
 
-template <int kColumns, int kCluster>
+template <int kColumns, int kPair>
 __global__ void __launch_bounds__(kThreads, 1) wgmma_matmul_kernel(const __grid_constant__ Wgmma s) {
   unsigned char* base = shared_memory() + (1024 - shared_address(shared_memory()) % 1024) % 1024;
   bf16* stages = reinterpret_cast<bf16*>(base);
   Barrier* full = reinterpret_cast<Barrier*>(stages + kStages<kColumns> * kStage<kColumns>);
   Barrier* empty = full + kStages<kColumns>;
-  const Block<kColumns, kCluster> block{s,
-                                        stages,
-                                        full,
-                                        empty,
-                                        reinterpret_cast<float*>(empty + kStages<kColumns>),
-                                        kCluster > 1 ? rank_in_cluster() : 0,
-                                        int((s.a.k + kDepth - 1) / kDepth)};
+  const bool clustered = kPair > 1 || s.splits > 1;
+  const int rank = clustered ? rank_in_cluster() : 0, steps = int((s.a.k + kDepth - 1) / kDepth);
+  const int part = kPair == 1 ? rank : 0, rest = steps % s.splits;  // the first `rest` splits take a step more
+  const Block<kColumns, kPair> block{s,
+                                     stages,
+                                     full,
+                                     empty,
+                                     reinterpret_cast<float*>(empty + kStages<kColumns>),
+                                     rank,
+                                     part * (steps / s.splits) + (part < rest ? part : rest),
+                                     steps / s.splits + (part < rest)};
   if (threadIdx.x == 0) {
     prefetch_map(&s.x);
     prefetch_map(&s.w);
     for (int i = 0; i < kStages<kColumns>; ++i) {
       make_barrier(full + i, 1);
-      make_barrier(empty + i, kMultiplying * kCluster);
+      make_barrier(empty + i, kMultiplying * kPair);
     }
     publish_barriers();
   }
-  if (kCluster > 1) {
+  if (clustered) {
     cluster_barrier();
   } else {
     __syncthreads();
@@ -185,47 +248,94 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_matmul_kernel(const __grid_
     keep_registers<40>();
     if (threadIdx.x == 0) block.bring();
     __syncwarp();
+    if (block.is_split()) cluster_barrier();
   } else {
     take_registers<232>();
     block.multiply();
   }
-  // Until all have ended, blocks of the cluster send to each other's memory.
-  if (kCluster > 1) cluster_barrier();
+  // Until all have ended, blocks of the cluster send to each other's memory, and read it.
+  if (clustered) cluster_barrier();
 }
 
-template <int kColumns, int kCluster>
+template <int kColumns, int kPair>
 cudaError_t launch_tiles(const MatmulArgs& a, const WgmmaPlan& plan, cudaStream_t stream) {
   Wgmma s{};
   s.a = a;
   s.row_units = int(plan.row_units);
   s.column_tiles = int(plan.column_tiles);
+  s.splits = int(plan.splits);
+  s.pieces = lies_in_pieces(a);
   // One row may have any stride, which no box needs.
   cudaError_t error = make_tensor_map(&s.x, a.x, a.rows, a.k, a.rows > 1 ? a.x_stride : a.k, kRows);
-  if (error == cudaSuccess) error = make_tensor_map(&s.w, a.w, a.n, a.k, a.k, kColumns / kCluster);
+  if (error == cudaSuccess) error = make_tensor_map(&s.w, a.w, a.n, a.k, a.k, kColumns / kPair);
   if (error != cudaSuccess) return error;
-  return launch(wgmma_matmul_kernel<kColumns, kCluster>, s, dim3(unsigned(plan.blocks)), kThreads,
-                kSharedBytes<kColumns>, stream, true, kCluster);
+  return launch(wgmma_matmul_kernel<kColumns, kPair>, s, dim3(unsigned(plan.blocks)), kThreads, plan.shared_bytes,
+                stream, true, int(plan.pair * plan.splits));
+}
+
+template <int kPair>
+cudaError_t launch_plan(const MatmulArgs& a, const WgmmaPlan& plan, cudaStream_t stream) {
+  switch (plan.columns) {
+    case 128:
+      return launch_tiles<128, kPair>(a, plan, stream);
+    case 192:
+      return launch_tiles<192, kPair>(a, plan, stream);
+    default:
+      return launch_tiles<256, kPair>(a, plan, stream);
+  }
+}
+
+// K is cut for this many multiprocessors, those of H100 and H200, on all chips: sums are the same bits.
+constexpr int64_t kPlanned = 132;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A plan, and about how many cycles it takes. Tensor cores need 4 cycles for a column of 64 k by 128 rows; the L2 was taken to give 40 bytes a
+// cycle and multiprocessor, and 64 to each at most. What a tile takes besides is a guess: all three are to be measured.
+struct Estimate {
+  WgmmaPlan plan;
+  int64_t cycles;
+};
+Estimate estimate(int64_t rows, int64_t n, int64_t k, int64_t columns, int64_t pair, int64_t splits,
+                  int64_t multiprocessors) {
+  WgmmaPlan p{};
+  p.columns = columns;
+  p.pair = pair;
+  p.splits = splits;
+  p.row_units = ceil_div(rows, kRows * pair);
+  p.column_tiles = ceil_div(n, columns);
+  p.shared_bytes = columns == 256 ? kSharedBytes<256> : columns == 192 ? kSharedBytes<192> : kSharedBytes<128>;
+  const int64_t tiles = p.row_units * p.column_tiles, size = pair * splits;
+  const int64_t room = multiprocessors / size > 0 ? multiprocessors / size : 1, active = tiles < room ? tiles : room;
+  p.blocks = (splits > 1 ? tiles : active) * size;  // one with splits makes one tile
+  const int64_t bytes = (kRows + columns / pair) * kDepth * 2;
+  int64_t step = 4 * columns;
+  step = std::max({step, bytes / 64, bytes * active * size / (40 * multiprocessors)});
+  const int64_t besides = splits > 1 ? 4000 : 1500 + 6 * columns;
+  return {p, ceil_div(tiles, room) * (ceil_div(ceil_div(k, kDepth), splits) * step + besides)};
+}
+
+// The fastest plan with so many splits. Smaller tiles, which read more, and pairs of which a block may have no rows, or blocks alone where
+// all have some, are for what they save a part in 80 of.
+Estimate fastest(int64_t rows, int64_t n, int64_t k, int64_t splits, int64_t multiprocessors) {
+  Estimate best{{}, INT64_MAX};
+  const int64_t likely = ceil_div(rows, kRows) % 2 == 0 ? 2 : 1;
+  for (const int64_t columns : {256, 192, 128})
+    for (const int64_t pair : {likely, 3 - likely}) {
+      if (pair == 2 && (splits > 1 || multiprocessors < 2)) continue;
+      const Estimate e = estimate(rows, n, k, columns, pair, splits, multiprocessors);
+      if (e.cycles < best.cycles - best.cycles / 80) best = e;
+    }
+  return best;
 }
 
 }  // namespace
 
-WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors) {
-  WgmmaPlan p{};
-  const int64_t row_tiles = (rows + kRows - 1) / kRows;
-  // An odd row tile leaves a block of a pair without work, which many others outweigh.
-  p.cluster = multiprocessors >= 2 && (row_tiles % 2 == 0 || row_tiles > 16) ? 2 : 1;
-  p.row_units = (row_tiles + p.cluster - 1) / p.cluster;
-  const int64_t clusters = multiprocessors / p.cluster;
-  // Tiles of 128 columns take half the time of those of 256 and a little more: they are for what would leave many blocks without work.
-  const auto rounds = [&](int64_t columns) {
-    return (p.row_units * ((n + columns - 1) / columns) + clusters - 1) / clusters;
-  };
-  p.columns = 11 * rounds(128) < 20 * rounds(256) ? 128 : 256;
-  p.column_tiles = (n + p.columns - 1) / p.columns;
-  const int64_t tiles = p.row_units * p.column_tiles;
-  p.blocks = (tiles < clusters ? tiles : clusters) * p.cluster;
-  p.shared_bytes = p.columns == 256 ? kSharedBytes<256> : kSharedBytes<128>;
-  return p;
+WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors) {
+  int64_t splits = 1;
+  for (int64_t more = 2; more <= 8 && more <= ceil_div(k, kDepth); more *= 2)
+    if (fastest(rows, n, k, more, kPlanned).cycles < fastest(rows, n, k, splits, kPlanned).cycles) splits = more;
+  return fastest(rows, n, k, splits, multiprocessors).plan;
 }
 
 cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream) {
@@ -236,10 +346,8 @@ cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaSt
   if (!yes) return cudaErrorNotSupported;
   if (args.norm_weight || args.k <= 0 || args.k % 8 || (args.rows > 1 && args.x_stride % 8) || multiprocessors < 1)
     return cudaErrorInvalidValue;
-  const WgmmaPlan plan = wgmma_plan(args.rows, args.n, multiprocessors);
-  if (plan.columns == 256)
-    return plan.cluster == 2 ? launch_tiles<256, 2>(args, plan, stream) : launch_tiles<256, 1>(args, plan, stream);
-  return plan.cluster == 2 ? launch_tiles<128, 2>(args, plan, stream) : launch_tiles<128, 1>(args, plan, stream);
+  const WgmmaPlan plan = wgmma_plan(args.rows, args.n, args.k, multiprocessors);
+  return plan.pair == 2 ? launch_plan<2>(args, plan, stream) : launch_plan<1>(args, plan, stream);
 }
 
 }  // namespace pyllm::cuda

@@ -82,7 +82,7 @@ void entry() {
 __attribute__((noinline)) void resume(Thread& t) {
   if (_setjmp(scheduler)) return;
   if (t.stack) _longjmp(t.place, 1);
-  t.stack = std::make_unique<unsigned char[]>(kStackBytes);
+  t.stack.reset(new unsigned char[kStackBytes]);
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = t.stack.get();

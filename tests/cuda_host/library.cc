@@ -22,8 +22,8 @@ int host_split_matmul(const SplitMatmulArgs* args) { return split_matmul(*args, 
 int host_wgmma_matmul(const MatmulArgs* args, int64_t multiprocessors) {
   return wgmma_matmul(*args, multiprocessors, nullptr);
 }
-void host_wgmma_plan(int64_t rows, int64_t n, int64_t multiprocessors, WgmmaPlan* plan) {
-  *plan = wgmma_plan(rows, n, multiprocessors);
+void host_wgmma_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors, WgmmaPlan* plan) {
+  *plan = wgmma_plan(rows, n, k, multiprocessors);
 }
 int host_mma_matmul(const MatmulArgs* args) { return mma_matmul(*args, nullptr); }
 int host_plain_matmul(const MatmulArgs* args) { return plain_matmul(*args, nullptr); }

@@ -19,6 +19,10 @@ inline void wait_for_phase(Barrier* b, int parity) { emulator::wait_for_phase(b,
 inline int rank_in_cluster() { return emulator::rank(); }
 inline void cluster_barrier() { emulator::cluster_barrier(); }
 
+inline float4 load_from(const float* from, int rank) {
+  return *static_cast<const float4*>(emulator::at_rank(const_cast<float*>(from), rank));
+}
+
 inline void load_box(void* to, const CUtensorMap* map, int column, int row, Barrier* b, int mask) {
   if (shared_address(to) % 1024) std::abort();  // pieces would be exchanged otherwise
   for (int rank = 0; mask >> rank; ++rank) {

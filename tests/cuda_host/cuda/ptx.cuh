@@ -15,6 +15,7 @@ inline uint32_t round_bf16(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline unsigned char* shared_memory() { return emulator::shared(); }
 // Shared memory begins at an address that is a multiple of 128, and not of 1,024.
 inline uint32_t shared_address(const void* p) {
