@@ -58,8 +58,11 @@ def open_device() -> Device:
         )
     try:
         from cuda.core import Device as CoreDevice
+        from cuda.core import __version__ as core_version
     except ImportError as error:
         raise CudaUnavailable(f"cuda-python 1.x is not installed ({error}): pip install 'pyllm[cuda]'") from error
+    if core_version.startswith("0."):
+        raise CudaUnavailable(f"cuda-core 1.0 or later is needed, {core_version} found: pip install 'pyllm[cuda]'")
     try:
         core = CoreDevice(0)
         core.set_current()
@@ -130,10 +133,12 @@ class Device:
     # Memory
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and all."""
+        """Bytes that can be taken, those that the pool keeps included, and all."""
         self._ready()
         free, total = self.kernels.memory_info()
-        return int(free), int(total)
+        pool = getattr(self._core.memory_resource, "attributes", None)  # None where the driver has no pools
+        kept = 0 if pool is None else pool.reserved_mem_current - pool.used_mem_current
+        return int(free) + int(kept), int(total)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Memory for an array of a dtype of :data:`pyllm.tensor.DTYPES`; what it holds is undefined.

@@ -27,7 +27,9 @@ CLASSES = {  # what transformers calls the classes of models that have these hea
     HeadKind.TOKENS: "ForMaskedLM",
     HeadKind.POOLED: "ForSequenceClassification",
     HeadKind.EACH: "ForPreTraining of ELECTRA",
+    HeadKind.LABELS: "ForTokenClassification",
 }
+NO_ENTITY = "O"  # the label of tokens that belong to no entity
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,32 @@ class TokenProbability:
     token_id: int
     token: str | None  # None without a tokenizer
     probability: float
+
+
+@dataclass(frozen=True)
+class TokenLabel:
+    """A token of a text, its most probable label, and that one's probability.
+
+    `start` and `end` are its first character in the text and the one behind it; None where the text is not known.
+    """
+
+    token_id: int
+    token: str | None  # None without a tokenizer
+    label: str
+    score: float
+    start: int | None
+    end: int | None
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Neighbouring tokens of one label, as ``text[start:end]``; `score` is the mean of theirs."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str
 
 
 class Encoding:
@@ -78,8 +106,7 @@ class Encoding:
         Raises `ValueError` where nothing says how to pool, `RequestError` for a text that is empty or too long,
         `NonFiniteError` when hidden states are no numbers.
         """
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError("embed: expected a list of texts, got one by itself")
+        _check_listed("embed", texts)
         rule = embedding_rule(self.folder, pooling, normalize)
         encoded = [self._prompts.read(text) for text in texts]
         for text in encoded:
@@ -92,7 +119,8 @@ class Encoding:
         return vectors
 
     def classify(self, texts: Sequence[Prompt | tuple[str, str]], *, progress: Progress = None) -> list[Classification]:
-        """The labels of texts, or of pairs of texts, by the names that the model's config gives them.
+        """The labels of texts, or of pairs of texts, by the names that the model's config gives them. A model that
+        predicts next sentences says "next" of pairs whose second text follows the first, "random" of others.
 
         Raises `RequestError` where the model is no classifier, `NonFiniteError` when its scores are no numbers.
         """
@@ -111,7 +139,7 @@ class Encoding:
         They are the model's own, not probabilities. Raises `RequestError` where it has not just one label,
         `NonFiniteError` when its scores are no numbers.
         """
-        if self.spec.head.kind is HeadKind.POOLED and len(self.spec.head.labels) != 1:
+        if self.spec.head.kind.is_pooled and len(self.spec.head.labels) != 1:
             raise RequestError(
                 f"score_pairs: expected a model with one label, this one has {len(self.spec.head.labels)}: classify "
                 "the pairs instead"
@@ -159,11 +187,50 @@ class Encoding:
             for text, probabilities in zip(encoded, found, strict=True)
         ]
 
+    def label_tokens(self, texts: Sequence[Prompt], *, progress: Progress = None) -> list[list[TokenLabel]]:
+        """For each text the label of each of its tokens; of a text, and not of token ids, without special tokens.
+
+        Raises `RequestError` where the model labels no tokens, `NonFiniteError` when its scores are no numbers.
+        """
+        self._need_head("label_tokens", HeadKind.LABELS)
+        _check_listed("label_tokens", texts)
+        encoded = [self._prompts.read(text) for text in texts]
+        labels = self.spec.head.labels
+
+        def best(rows: F32) -> list[tuple[str, float]]:
+            scores = [_scores(row, self.spec.head.problem) for row in rows]
+            return [(labels[int(row.argmax())], float(row.max())) for row in scores]
+
+        found = self._head_of_tokens(encoded, [None] * len(encoded), best, progress)
+        spans = [self._prompts.spans(text) for text in texts]
+        return [self._labelled(*given) for given in zip(encoded, found, spans, strict=True)]
+
+    def find_entities(self, texts: Sequence[str], *, progress: Progress = None) -> list[list[Entity]]:
+        """For each text what its tokens' labels say together, in order: such as the names in it.
+
+        Neighbours of one label belong together, where labels are "B-X" and "I-X" up to the next "B-X"; both are then
+        label "X". Tokens of the label "O" belong to nothing. Raises as `label_tokens`.
+        """
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("find_entities: expected a list of texts, for token ids have no characters")
+        found = self.label_tokens(texts, progress=progress)
+        return [_entities(text, tokens) for text, tokens in zip(texts, found, strict=True)]
+
     # Inside
+
+    def _labelled(
+        self, text: Encoded, labels: Sequence[tuple[str, float]], spans: Sequence[tuple[int, int] | None] | None
+    ) -> list[TokenLabel]:
+        places: Sequence[tuple[int | None, int | None] | None] = spans or [(None, None)] * len(text.ids)
+        return [
+            TokenLabel(token, self._token_of(token), *label, *place)
+            for token, label, place in zip(text.ids, labels, places, strict=True)
+            if place is not None
+        ]
 
     def _pooled(self, task: str, texts: Sequence[Prompt | tuple[str, str]], progress: Progress) -> F32:
         """Scores [N, labels] of texts."""
-        self._need_head(task, HeadKind.POOLED)
+        self._need_head(task, HeadKind.POOLED, HeadKind.NEXT)
         encoded = self._encode(task, texts)
         scores = self._head_of_tokens(encoded, [[0]] * len(encoded), lambda rows: list(rows.copy()), progress)
         return np.array(scores, np.float32).reshape(-1, self.spec.outputs)
@@ -190,29 +257,35 @@ class Encoding:
         return [list(islice(found, count)) for count in counts]
 
     def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
-        if isinstance(texts, (str, Mapping)):
-            raise TypeError(f"{task}: expected a list of texts, got one by itself")
+        _check_listed(task, texts)
         return [
             self._prompts.pair(task, text) if isinstance(text, tuple) else self._prompts.read(text) for text in texts
         ]
 
-    def _need_head(self, task: str, kind: HeadKind) -> None:
-        if self.spec.is_encoder and self.spec.head.kind is kind:
+    def _need_head(self, task: str, *kinds: HeadKind) -> None:
+        if self.spec.is_encoder and self.spec.head.kind in kinds:
             return
         found = f"an encoder with a head for {self.spec.head.kind.value}" if self.spec.is_encoder else "a decoder"
         if self.spec.head.kind is HeadKind.NONE:
             found = "an encoder without a head"
         raise RequestError(
-            f"{task}: expected a model whose config.json names a class like {CLASSES[kind]} as its architecture, this "
-            f"one is {found}"
+            f"{task}: expected a model whose config.json names a class like {CLASSES[kinds[0]]} as its architecture, "
+            f"this one is {found}"
         )
 
     def _tokens(self, ids: Any, probabilities: Any) -> list[TokenProbability]:
-        name = self.tokenizer.token_of if self.tokenizer is not None else lambda _: None
         return [
-            TokenProbability(token, name(token), probability)
+            TokenProbability(token, self._token_of(token), probability)
             for token, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def _token_of(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.token_of(token_id)
+
+
+def _check_listed(task: str, texts: Sequence[Prompt | tuple[str, str]]) -> None:
+    if isinstance(texts, (str, Mapping)):
+        raise TypeError(f"{task}: expected a list of texts, got one by itself")
 
 
 def _scores(row: F32, problem: Problem | None) -> F32:
@@ -223,6 +296,24 @@ def _scores(row: F32, problem: Problem | None) -> F32:
         return _sigmoid(row)
     weights = np.exp(row - row.max())
     return np.asarray(weights / weights.sum(), np.float32)
+
+
+def _entities(text: str, tokens: Sequence[TokenLabel]) -> list[Entity]:
+    """Groups of a text's tokens."""
+    groups: list[tuple[str, list[TokenLabel]]] = []
+    for token in tokens:
+        mark, dash, label = token.label.partition("-")
+        if not (dash and mark in ("B", "I")):
+            mark, label = "I", token.label
+        if mark == "B" or not groups or groups[-1][0] != label:
+            groups.append((label, []))
+        groups[-1][1].append(token)
+    found = []
+    for label, group in groups:
+        start, end = group[0].start, group[-1].end
+        if label != NO_ENTITY and start is not None and end is not None:
+            found.append(Entity(label, sum(token.score for token in group) / len(group), start, end, text[start:end]))
+    return found
 
 
 def _sigmoid(x: F32) -> F32:

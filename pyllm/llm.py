@@ -211,7 +211,8 @@ class LLM(Encoding):
         for all, one each, or keywords of `SamplingParams`. `progress` gets (finished, all) requests.
 
         A model with an encoder reads the prompt as its source and writes about it; its text begins with the start token
-        and a prompt's ``"target_token_ids"``. Without parameters it searches as its folder says.
+        and a prompt's ``"target_token_ids"``. Of mBART a prompt may say ``"source_language"`` and
+        ``"target_language"``. Without parameters it searches as its folder says.
 
         Raises `RequestError` for a prompt that is empty, too long or has ids outside the vocabulary, before anything is
         run; `NonFiniteError` when the model's logits are no numbers.
@@ -219,9 +220,12 @@ class LLM(Encoding):
         single = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
         listed: list[Any] = [prompts] if single else list(prompts)
         each = self._params_for(len(listed), sampling_params, params)
-        encoded = [(self._prompts.read(prompt), self._prompts.target(prompt)) for prompt in listed]
+        encoded = [
+            (self._prompts.read(prompt), self._prompts.target(prompt), self._prompts.params(prompt, one))
+            for prompt, one in zip(listed, each, strict=True)
+        ]
         with self._session() as session:
-            for (prompt, target), one in zip(encoded, each, strict=True):
+            for prompt, target, one in encoded:
                 session.add(prompt, one, target=target)
             return session.run(progress)
 
@@ -241,6 +245,7 @@ class LLM(Encoding):
                 "give parameters without beams"
             )
         encoded, target = self._prompts.read(prompt), self._prompts.target(prompt)
+        one = self._prompts.params(prompt, one)
         self.engine.rules.check_prompt(encoded.ids)
 
         def pieces() -> Iterator[StreamOutput]:

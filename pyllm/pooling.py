@@ -51,19 +51,19 @@ class Pool:
 
     def add(self, states: F32, start: int) -> None:
         """States [n, D] of the tokens from `start` on; those known already are left out."""
-        rows = states[self.tokens - start :].astype(np.float64)  # after a preemption tokens come again
+        rows = states[self.tokens - start :]  # after a preemption tokens come again
         if not len(rows):
             return
         first = self._kept is None
         self.tokens += len(rows)
         if self.pooling is Pooling.LAST:
-            self._kept = rows[-1]
+            self._kept = rows[-1].astype(np.float64)
         elif self.pooling is Pooling.CLS:
-            self._kept = rows[0] if first else self._kept
+            self._kept = rows[0].astype(np.float64) if first else self._kept
         else:
             reduce = np.add.reduce if self.pooling is Pooling.MEAN else np.maximum.reduce
             together = rows if self._kept is None else np.concatenate([self._kept[None], rows])
-            self._kept = reduce(together, axis=0)  # row after row, whatever the pieces
+            self._kept = reduce(together, axis=0, dtype=np.float64)  # row after row, whatever the pieces
 
     def vector(self) -> NDArray[np.float64]:
         """What they make together, float64 [D]."""
@@ -92,7 +92,7 @@ class KeptStates:
             end = self.tokens + len(rows)
             self._kept.append(rows[[at - self.tokens for at in self.positions if self.tokens <= at < end]])
         else:
-            self._kept.append(rows)
+            self._kept.append(rows.copy())
         self.tokens += len(rows)
 
     @property

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from pyllm.errors import RequestError, TokenizerError, shown
+from pyllm.sampling import SamplingParams
 from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "target_token_ids")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "target_token_ids", "source_language", "target_language")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,14 @@ class Prompts:
             raise TypeError(f"prompt: expected {expected}, got {type(prompt).__name__}")
         unknown = {key: None for key in prompt if key not in PROMPT_KEYS}
         refuse_unknown("prompt", unknown, dict.fromkeys(PROMPT_KEYS))
-        text = prompt.get("prompt")
-        if "prompt_token_ids" not in prompt:
+        text, language = prompt.get("prompt"), prompt.get("source_language")
+        if "prompt_token_ids" in prompt:
+            if language is not None:
+                raise RequestError(f"source_language: expected none beside token ids, got {language!r}: mark them so")
+            return Encoded(text, checked_ids("prompt_token_ids", prompt["prompt_token_ids"]))
+        if language is None:
             return self.read(str(text))
-        return Encoded(text, checked_ids("prompt_token_ids", prompt["prompt_token_ids"]))
+        return Encoded(str(text), self.need_tokenizer().encode_in(str(text), str(language)))
 
     def pair(self, task: str, pair: tuple[str, str]) -> Encoded:
         """A pair of texts, which the model reads as one."""
@@ -60,6 +65,12 @@ class Prompts:
             raise TypeError(f"{task}: expected pairs of two texts, got {shown(pair)}")
         encoding = self.need_tokenizer().encode_pair(*pair)
         return Encoded(None, encoding.ids, encoding.type_ids if self.spec.embedding.types > 1 else None)
+
+    def spans(self, prompt: Prompt) -> list[tuple[int, int] | None] | None:
+        """Which characters each token of a prompt stands for, see `Tokenizer.spans`; None where it has token ids."""
+        if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+            return None
+        return self.need_tokenizer().spans(prompt if isinstance(prompt, str) else str(prompt["prompt"]))
 
     def target(self, prompt: Prompt | tuple[str, str]) -> list[int]:
         """What a decoder's text about a source begins with: the second of a pair, or as a prompt says."""
@@ -72,6 +83,15 @@ class Prompts:
                 "target_token_ids: expected none, for the model has no encoder: put them into the prompt"
             )
         return checked_ids("target_token_ids", prompt["target_token_ids"])
+
+    def params(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
+        """Those of a prompt that asks for a language: its mark is the first token of the output."""
+        language = prompt.get("target_language") if isinstance(prompt, Mapping) else None
+        if language is None:
+            return params
+        if self.spec.encoder is None:
+            raise RequestError(f"target_language: expected none, for the model has no encoder, got {language!r}")
+        return replace(params, forced_bos_token_id=self.need_tokenizer().language_id(str(language)))
 
     def scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[Encoded, int]:
         """A text to score, and the first of its tokens that counts; for a model with an encoder the source."""

@@ -142,7 +142,7 @@ class Reader:
                 progress(step.stop, len(texts))
 
     def _forward(self, sequence: EngineSequence, output_hidden_states: bool, output_attentions: bool) -> ForwardOutput:
-        total, kind, step = len(sequence.tokens), self.spec.head.kind, self.runner.max_tokens
+        total, head, step = len(sequence.tokens), self.spec.head, self.runner.max_tokens
         if output_attentions and total > step:
             raise RequestError(
                 f"output_attentions: expected at most {step} tokens, those of a step, got {total}: raise "
@@ -151,7 +151,7 @@ class Reader:
         if output_attentions and self.runner.ops.on_gpu:
             raise RequestError("output_attentions: expected device='cpu', this model is on a GPU")
         attentions, of_encoder = (AttentionTrace() if output_attentions else None for _ in range(2))
-        scored = {HeadKind.NONE: 0, HeadKind.POOLED: 1}.get(kind, total)
+        scored = 0 if head.kind is HeadKind.NONE else 1 if head.kind.is_pooled else total
         logits = np.empty((scored, self.spec.outputs), np.float32)
         hidden: list[list[F32]] = []
         encoder_states: list[F32] | None = None

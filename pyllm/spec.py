@@ -201,9 +201,16 @@ class HeadKind(str, Enum):
     """What a head says, and of what."""
 
     TOKENS = "tokens"  # a logit for each token of the vocabulary, at every token
-    EACH = "each"  # scores of labels at every token
+    EACH = "each"  # whether it was put in place of another, at every token
+    LABELS = "labels"  # scores of labels at every token
     POOLED = "pooled"  # scores of labels of a sequence, from its first token
+    NEXT = "next"  # the same of two labels: whether the second text of a pair follows the first in some document
     NONE = "none"  # nothing: the model gives hidden states only
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it says one thing of a whole sequence."""
+        return self in (HeadKind.POOLED, HeadKind.NEXT)
 
 
 class Problem(str, Enum):
@@ -245,7 +252,7 @@ class HeadSpec:
         require(math.isfinite(self.scale), "scale of the head", "a finite number", self.scale)
         require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of logits",
                 "a finite number above 0, or None", self.softcap)  # fmt: skip
-        scores = self.kind in (HeadKind.EACH, HeadKind.POOLED)
+        scores = self.kind not in (HeadKind.TOKENS, HeadKind.NONE)
         require(bool(self.labels) == scores, "labels of the head", "some for a head of labels, else none", self.labels)
         require(not (scores and self.tied), "head", "a matrix of its own for a head of labels", "a tied one")
         none = self.tied and not self.bias and self.transform is None

@@ -1,8 +1,8 @@
 """Text to ids and back, for every tokenizer layout of a Hugging Face folder.
 
-`Tokenizer.load` takes, in this order, `tokenizer.json`, `tokenizer.model` or `spiece.model` (SentencePiece, BPE or
-Unigram), `vocab.json` + `merges.txt` (BPE of bytes, or GPT-1's of words; also under the names `encoder.json` +
-`vocab.bpe`), or `vocab.txt` (WordPiece).
+`Tokenizer.load` takes, in this order, `tokenizer.json`, `tokenizer.model`, `spiece.model` or `sentencepiece.bpe.model`
+(SentencePiece, BPE or Unigram), `vocab.json` + `merges.txt` (BPE of bytes, or GPT-1's of words; also under the names
+`encoder.json` + `vocab.bpe`), or `vocab.txt` (WordPiece).
 
 Special tokens in plain text: a string such as `<|endoftext|>` or `</s>` inside a text becomes that token's id, as
 transformers does and as chat templates need it. Text of strangers that must not hold them is the caller's to clean.
@@ -11,6 +11,7 @@ Decoding never cleans up spaces (`clean_up_tokenization_spaces` is ignored): it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from pyllm.detokenizer import Detokenizer
 from pyllm.errors import TokenizerError
 from pyllm.tokenizer_backend import Backend, PairEncoding, Settings
 from pyllm.tokenizer_library import from_tokenizer_json, from_vocab_and_merges, from_vocab_txt
-from pyllm.tokenizer_pieces import from_sentencepiece
+from pyllm.tokenizer_pieces import FAIRSEQ_FILE, from_sentencepiece
 
+_LANGUAGE = re.compile(r"[a-z]{2}_[A-Z]{2}")  # marks such as en_XX
 _PROMPT_TAIL = 64  # ids of a prompt that can still matter to the text after it: an unfinished character is 4 bytes
 
 
@@ -54,7 +56,7 @@ class Tokenizer:
         settings = Settings.load(folder)
         if (folder / "tokenizer.json").is_file():
             return cls(from_tokenizer_json(folder / "tokenizer.json", settings), settings)
-        for name in ("tokenizer.model", "spiece.model"):
+        for name in ("tokenizer.model", "spiece.model", FAIRSEQ_FILE):
             if (folder / name).is_file():
                 return cls(from_sentencepiece(folder / name, settings), settings)
         for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
@@ -63,15 +65,40 @@ class Tokenizer:
         if (folder / "vocab.txt").is_file():
             return cls(from_vocab_txt(folder / "vocab.txt", settings), settings)
         raise TokenizerError(
-            f"{folder}: no tokenizer found; expected tokenizer.json, tokenizer.model, spiece.model, vocab.json with "
-            "merges.txt, encoder.json with vocab.bpe, or vocab.txt. Copy the tokenizer's files into the folder, or "
-            "pass token ids."
+            f"{folder}: no tokenizer found; expected tokenizer.json, tokenizer.model, spiece.model, {FAIRSEQ_FILE}, "
+            "vocab.json with merges.txt, encoder.json with vocab.bpe, or vocab.txt. Copy the tokenizer's files into "
+            "the folder, or pass token ids."
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; with `add_special_tokens` also those the model expects around it."""
         _check_text(text)
         return self._backend.encode(text, add_special_tokens)
+
+    def encode_in(self, text: str, language: str) -> list[int]:
+        """`encode`, marked with another language than the one that the tokenizer is set to, as mBART's texts are.
+
+        Raises `TokenizerError` where there is no such language, or texts are not marked.
+        """
+        mark, ids, (before, behind) = self.language_id(language), self.encode(text), self.around()
+        places = [*range(len(before)), *range(len(ids) - len(behind), len(ids))]
+        marked = [at for at in places if _LANGUAGE.fullmatch(self.token_of(ids[at]) or "")]
+        if not marked:
+            raise TokenizerError(
+                f"language: expected none, got {language!r}: this tokenizer marks no text with its own"
+            )
+        for at in marked:
+            ids[at] = mark
+        return ids
+
+    def language_id(self, language: str) -> int:
+        """The id of a language's mark, such as "en_XX"; `TokenizerError` where there is none."""
+        token_id = self.id_of(language)
+        if token_id is None or token_id not in self._special_ids or not _LANGUAGE.fullmatch(language):
+            known = sorted(filter(_LANGUAGE.fullmatch, (self.token_of(i) or "" for i in self._special_ids)))
+            expected = f"one of {', '.join(known)}" if known else "none, for this tokenizer has no marks of languages"
+            raise TokenizerError(f"language: expected {expected}, got {language!r}")
+        return token_id
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text, in parallel where the backend can."""
@@ -89,6 +116,14 @@ class Tokenizer:
         _check_text(first)
         _check_text(second)
         return self._backend.encode_pair(first, second, max_tokens)
+
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        """First character and end of what each token of `encode` stands for in the text; None for special tokens.
+
+        Raises `TokenizerError` for a SentencePiece `tokenizer.model`, which does not say it.
+        """
+        _check_text(text)
+        return self._backend.spans(text)
 
     def around(self) -> tuple[list[int], list[int]]:
         """The special tokens that `encode` puts before a text, and those behind it."""

@@ -41,6 +41,9 @@ class Backend(Protocol):
     def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
         """Two texts as one input."""
 
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        """Which characters each token of a text stands for."""
+
     def token_of(self, token_id: int) -> str | None:
         """The token with this id."""
 
@@ -219,6 +222,18 @@ def _chat_template(folder: Path, tokenizer: dict[str, Any]) -> str | None:
         }
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def fitting(first: int, second: int, special: int, most: int | None) -> tuple[int, int]:
+    """How many tokens of two texts fit beside the special ones: the longer is cut, once they are equally long both."""
+    if most is None:
+        return first, second
+    room = most - special
+    if room < 0:
+        raise TokenizerError(f"max_tokens: expected at least the {special} special tokens of a pair, got {most}")
+    shorter = min(first, second, room // 2)
+    longer = min(max(first, second), room - shorter)
+    return (shorter, longer) if first <= second else (longer, shorter)
 
 
 def guarded(path: Path, build: Callable[[], _Built]) -> _Built:

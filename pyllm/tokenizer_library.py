@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllm.detokenizer import Stage, stages_of
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, guarded, read_json_object, read_text
+from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, fitting, guarded, read_json_object, read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -42,21 +42,26 @@ class _LibraryBackend:
 
     def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
         one, two = (self._library.encode(text, add_special_tokens=False) for text in (first, second))
-        if max_tokens is not None:
-            room = max_tokens - self._library.num_special_tokens_to_add(is_pair=True)
-            if room < 0:
-                raise TokenizerError(
-                    f"max_tokens: expected at least the {max_tokens - room} special tokens of a pair, got {max_tokens}"
-                )
-            shorter, longer = sorted((one, two), key=len)
-            shorter.truncate(min(len(shorter), room // 2))
-            longer.truncate(min(len(longer), room - len(shorter)))
+        special = self._library.num_special_tokens_to_add(is_pair=True)
+        for encoding, length in zip((one, two), fitting(len(one), len(two), special, max_tokens), strict=True):
+            encoding.truncate(length)
         encoding = self._library.post_process(one, two)
         return PairEncoding(encoding.ids, encoding.type_ids)
+
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        encoding = self._library.encode(text)
+        places = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        return [None if special else _without_spaces(text, *place) for place, special in places]
 
     def to_json(self) -> str:
         text: str = self._library.to_str()
         return text
+
+
+def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without the spaces before a word, which byte-level tokens hold, unless it has nothing else."""
+    spaces = end - start - len(text[start:end].lstrip())
+    return (start, end) if start + spaces == end else (start + spaces, end)
 
 
 def _decoder_of(library: tokenizers.Tokenizer) -> dict[str, Any] | None:

@@ -1,46 +1,99 @@
-"""SentencePiece models as tokenizers: `tokenizer.model`, `spiece.model`, and the special tokens around them."""
+"""SentencePiece models as tokenizers: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model`, and the special
+tokens around them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyllm.detokenizer import Stage, sentencepiece_stages
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer_backend import AddedToken, Backend, PairEncoding, Settings, guarded
+from pyllm.tokenizer_backend import AddedToken, Backend, PairEncoding, Settings, fitting, guarded
 
 if TYPE_CHECKING:
     from pyllm.sentencepiece import SentencePieceEncoder, SentencePieceModel
+
+
+FAIRSEQ_FILE = "sentencepiece.bpe.model"  # whose models have other ids than the pieces: those of fairseq
+_CLASSES = {
+    "T5Tokenizer": "t5",
+    "XLMRobertaTokenizer": "xlm-roberta",
+    "MBartTokenizer": "mbart",
+    "MBart50Tokenizer": "mbart50",
+}
+_MODEL_TYPES = {"t5": "t5", "mt5": "t5", "umt5": "t5", "xlm-roberta": "xlm-roberta", "mbart": "mbart"}
+_MBART = """
+ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP nl_XX ro_RO
+ru_RU si_LK tr_TR vi_VN zh_CN
+""".split()  # noqa: SIM905
+_MBART_50 = """
+af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE sw_KE ta_IN te_IN
+th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI
+""".split()  # noqa: SIM905
+_LANGUAGES = {"xlm-roberta": [], "mbart": _MBART, "mbart50": [*_MBART, *_MBART_50]}  # marks, in the order of their ids
 
 
 def from_sentencepiece(path: Path, settings: Settings) -> Backend:
     """The tokenizer of a SentencePiece model, BPE or Unigram."""
     from pyllm.sentencepiece import SentencePieceEncoder, SentencePieceModel
 
-    model = SentencePieceModel.load(path)
+    kind, model = _kind_of(settings), SentencePieceModel.load(path)
+    if path.name == FAIRSEQ_FILE:
+        if kind not in _LANGUAGES:
+            name = settings.tokenizer.get("tokenizer_class", settings.config.get("model_type"))
+            raise TokenizerError(
+                f"{path}: expected the tokenizer of XLM-RoBERTa, mBART or mBART-50, found that of {name!r}, which is "
+                "not supported. Put the model's tokenizer.json into the folder."
+            )
+        model = _as_in_fairseq(model, _LANGUAGES[kind])
+        for name in ("pad", "mask"):
+            settings.special_tokens.setdefault(f"{name}_token", f"<{name}>")
     encoder = guarded(path, lambda: SentencePieceEncoder(model))
-    return _SentencePieceBackend(model, encoder, settings)
+    return _SentencePieceBackend(model, encoder, settings, kind)
+
+
+def _kind_of(settings: Settings) -> str | None:
+    """What the tokenizer's class stands for, or else the model's type; None for those of decoders."""
+    name = settings.tokenizer.get("tokenizer_class")
+    if isinstance(name, str):
+        return _CLASSES.get(name.removesuffix("Fast"))
+    name = settings.config.get("model_type")
+    return _MODEL_TYPES.get(name) if isinstance(name, str) else None
+
+
+def _as_in_fairseq(model: SentencePieceModel, languages: list[str]) -> SentencePieceModel:
+    """The model with pieces in the order of fairseq's ids: its special tokens, the others, and marks behind them."""
+    from pyllm.sentencepiece import Piece, PieceType
+
+    begin, unknown = (
+        tuple(Piece(text, 0.0, kind) for text in texts.split())
+        for texts, kind in (("<s> <pad> </s>", PieceType.CONTROL), ("<unk>", PieceType.UNKNOWN))
+    )
+    marks = tuple(Piece(text, 0.0, PieceType.CONTROL) for text in (*languages, "<mask>"))
+    pieces = (*begin, *unknown, *model.pieces[3:], *marks)
+    return replace(model, pieces=pieces, bos_id=0, pad_id=1, eos_id=2, unk_id=3)
 
 
 class _SentencePieceBackend:
     """A SentencePiece model and the special tokens around it."""
 
-    def __init__(self, model: SentencePieceModel, encoder: SentencePieceEncoder, settings: Settings) -> None:
+    def __init__(
+        self, model: SentencePieceModel, encoder: SentencePieceEncoder, settings: Settings, kind: str | None
+    ) -> None:
         from pyllm.sentencepiece import PieceType
 
         self._encoder = encoder
-        is_t5 = settings.tokenizer.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") or (
-            "tokenizer_class" not in settings.tokenizer and settings.config.get("model_type") in ("t5", "mt5", "umt5")
-        )
+        is_t5 = kind == "t5"
         if is_t5:
             _add_sentinels(settings, len(model.pieces))
         tokens: list[str | None] = [piece.text for piece in model.pieces]
         added: dict[str, tuple[int, AddedToken]] = {}
         for index, piece in enumerate(model.pieces):
             if piece.type is PieceType.CONTROL:
-                added[piece.text] = index, AddedToken(piece.text)
+                added[piece.text] = index, AddedToken(piece.text, lstrip=piece.text == "<mask>")
         highest = len(tokens) + len(settings.added)
         for index, token in settings.added.items():
             if index >= highest:
@@ -64,12 +117,31 @@ class _SentencePieceBackend:
         self.special_ids = frozenset(index for index, token in added.values() if token.special) | {model.unk_id}
         self._prefix = self._named(settings, "bos_token", not is_t5)
         self._suffix = self._named(settings, "eos_token", is_t5)
-        self._space_everywhere = is_t5 or settings.flag("legacy") is True
+        self._between: list[int] | None = None
+        if kind is not None:
+            self._prefix, self._between, self._suffix = self._around(kind, settings)
+        self._space_everywhere = kind is not None or settings.flag("legacy") is True
         self._space_in_front = settings.flag("add_prefix_space") is not False
         self._strips = (
             model.add_dummy_prefix or model.remove_extra_whitespaces,
             model.remove_extra_whitespaces,
         )
+
+    def _around(self, kind: str, settings: Settings) -> tuple[list[int], list[int], list[int]]:
+        """Special tokens before a text, between the two of a pair, and at the end."""
+        end = self._named(settings, "eos_token", True)
+        if kind == "t5":
+            return self._named(settings, "bos_token", False), end, end
+        if kind == "xlm-roberta":
+            return [self._ids["<s>"]], [*end, *end], end
+        language = settings.tokenizer.get("src_lang") or "en_XX"
+        if language not in self._ids:
+            raise TokenizerError(
+                f"{settings.folder / 'tokenizer_config.json'}: src_lang: expected a mark such as en_XX, found "
+                f"{language!r}"
+            )
+        mark = [self._ids[language]]
+        return (mark, [], end) if kind == "mbart50" else ([], [], [*end, *mark])
 
     def _named(self, settings: Settings, name: str, default: bool) -> list[int]:
         """The id of a named token as a list, empty when `add_<name>` (or its default) says not to add it."""
@@ -102,9 +174,21 @@ class _SentencePieceBackend:
         return [self.encode(text, add_special_tokens) for text in texts]
 
     def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
+        if self._between is None:
+            raise TokenizerError(
+                "pairs of texts: a SentencePiece model does not say how they are put together. Put the model's "
+                "tokenizer.json into the folder, which does."
+            )
+        one, two = self.encode(first, False), self.encode(second, False)
+        special = len(self._prefix) + len(self._between) + len(self._suffix)
+        lengths = fitting(len(one), len(two), special, max_tokens)
+        ids = [*self._prefix, *one[: lengths[0]], *self._between, *two[: lengths[1]], *self._suffix]
+        return PairEncoding(ids, [0] * len(ids))
+
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
         raise TokenizerError(
-            "pairs of texts: a SentencePiece model does not say how they are put together. Put the model's "
-            "tokenizer.json into the folder, which does."
+            "places of tokens in a text: a SentencePiece model does not say them. Put the model's tokenizer.json into "
+            "the folder, which does."
         )
 
     def token_of(self, token_id: int) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ ARCHITECTURES = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_
 SLOW_WARNINGS = re.compile(r"C7508|C751[0-5]|(wgmma|setmaxnreg).*(serialized|ignored)")
 WGMMA = ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT")
 FORBIDDEN = ("LDL", "STL")  # local memory: an array that is indexed at run time, or a spill
+SECONDS = 10  # of CPU time that compiling a file for an architecture may take
 INSTRUCTION_BYTES, MOST_KB = 16, 96  # a kernel's code; the cache of instructions that a multiprocessor has holds 128 KB
 # Loads, stores, atomics and copies of global memory, or of a space that is not known.
 REACHES_MEMORY = re.compile(r"LDG(?!DEPBAR)|STG|LD$|ST$|ATOM$|ATOMG|RED|UTMALDG|UTMASTG|UBLKCP")
@@ -224,7 +226,7 @@ def tool(name: str) -> str:
 
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict[str, Kernel], list[str]]:
-    """Kernels of one file, and the warnings of its compilation."""
+    """Kernels of one file, and what is wrong with its compilation: warnings, and that it takes too long."""
     compiled = folder / f"{source.stem}.{architecture}.o"
     compiler = os.environ.get("CUDACXX") or tool("nvcc")
     options = [
@@ -238,8 +240,9 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
         "-v",
     ]
     command = [compiler, *options, "-Xcompiler", "-Wall,-Wextra", "-c", "-o", str(compiled), str(source)]
+    before = children_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
-    report = done.stdout + done.stderr
+    report, took = done.stdout + done.stderr, children_seconds() - before
     if done.returncode:
         raise SystemExit(f"{source.name} does not compile for {architecture}:\n{report}")
     kernels = read_report(report)
@@ -251,7 +254,16 @@ def compile_kernels(source: Path, architecture: str, folder: Path) -> tuple[dict
     for name, code in read_sass(sass.stdout).items():
         if name in kernels:
             kernels[name].code = code
-    return kernels, [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+    problems = [line for line in report.splitlines() if "warning" in line.lower() or SLOW_WARNINGS.search(line)]
+    if took > SECONDS:
+        problems.append(f"took {took:.1f} s of CPU time to compile, at most {SECONDS} may be: split the file")
+    return kernels, problems
+
+
+def children_seconds() -> float:
+    """CPU time of the processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def short(kernel: Kernel) -> str:
@@ -268,8 +280,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             for architecture in ARCHITECTURES:
-                kernels, warnings = compile_kernels(source, architecture, Path(folder))
-                problems += [f"{source.name} for {architecture}: {warning}" for warning in warnings]
+                kernels, wrong = compile_kernels(source, architecture, Path(folder))
+                problems += [f"{source.name} for {architecture}: {what}" for what in wrong]
                 for kernel in kernels.values():
                     count += 1
                     size = len(kernel.code) * INSTRUCTION_BYTES / 1024

@@ -155,7 +155,8 @@ def _core(library: Any) -> ModuleType:
     class Device:
         name = "Emulated GPU"
         compute_capability = (9, 0)
-        properties = SimpleNamespace(multiprocessor_count=MULTIPROCESSORS, l2_cache_size=1 << 20)
+        properties = SimpleNamespace(multiprocessor_count=MULTIPROCESSORS)
+        memory_resource = SimpleNamespace(attributes=SimpleNamespace(reserved_mem_current=0, used_mem_current=0))
 
         def __init__(self, device_id: int | None = None) -> None:
             pass
@@ -183,6 +184,7 @@ def _core(library: Any) -> ModuleType:
             return Buffer(handle, size, stream)
 
     module = ModuleType("cuda.core")
+    module.__version__ = "1.2.2"
     for part in (Device, Stream, Event, Buffer, LegacyPinnedMemoryResource):
         setattr(module, part.__name__, part)
     return module

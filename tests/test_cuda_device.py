@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import emulated_cuda
 import ml_dtypes
@@ -192,6 +193,15 @@ def test_memory_comes_back_and_its_lack_is_said_with_what_to_do():
         assert gpu.memory()[0] == free
 
 
+def test_memory_that_the_pool_keeps_can_be_taken(gpu, monkeypatch):
+    free, total = gpu.memory()
+    pool = SimpleNamespace(attributes=SimpleNamespace(reserved_mem_current=1000, used_mem_current=300))
+    monkeypatch.setattr(type(gpu._core), "memory_resource", pool)
+    assert gpu.memory() == (free + 700, total)
+    monkeypatch.setattr(type(gpu._core), "memory_resource", SimpleNamespace())
+    assert gpu.memory() == (free, total)
+
+
 def test_what_is_freed_during_a_recording_is_not_freed_by_the_graph(gpu):
     array = gpu.empty([64], np.float32)
     gpu.synchronize()
@@ -348,7 +358,9 @@ def test_the_emulation_has_the_signatures_of_cuda_core(monkeypatch):
             needed = {p.name for p in theirs.parameters.values() if p.default is p.empty and p.kind not in (2, 4)}
             assert needed <= {"self", *mine.parameters}, f"{name}.{method}"
     assert compared > 15
-    assert {*vars(emulated_cuda._core(None).Device.properties)} <= {*dir(core._device.DeviceProperties)}
+    device = emulated_cuda._core(None).Device
+    assert {*vars(device.properties)} <= {*dir(core._device.DeviceProperties)}
+    assert {*vars(device.memory_resource.attributes)} <= {*dir(core._memory._memory_pool._MemPoolAttributes)}
 
 
 def test_the_kernels_of_hopper_can_be_left_alone(gpu, monkeypatch):

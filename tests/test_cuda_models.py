@@ -325,9 +325,13 @@ def test_what_a_request_may_ask_is_what_the_cpu_gives(exact, params):
                 assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
 
 
-def test_structured_output_drafts_embeddings_and_scores(gpu, tiny_folder, exact):
+def test_structured_output(exact):
+    pytest.importorskip("llguidance")
     choice = StructuredOutputs(choice=["one", "two"])
     assert exact[0].generate("x", max_tokens=8, structured_outputs=choice)[0].outputs[0].text in ("one", "two")
+
+
+def test_drafts_embeddings_and_scores(gpu, tiny_folder, exact):
     drafted = LLM(tiny_folder, device="cuda", dtype="float32", speculative="ngram", **SMALL)
     text = "one two one two one two one"
     assert ids(drafted.generate(text, max_tokens=8, temperature=0)) == ids(

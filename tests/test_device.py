@@ -44,6 +44,7 @@ def test_auto_uses_the_cpu(tiny_folder):
         (0, None, "no NVIDIA driver was found"),
         (12040, None, "supports CUDA 12.4, these kernels need 13.0"),
         (13000, "missing", "cuda-python 1.x is not installed"),
+        (13000, "0.7.0", "cuda-core 1.0 or later is needed, 0.7.0 found"),
         (13000, "no device", "no usable NVIDIA GPU was found: none here"),
         (13000, (7, 5), "compute capability 7.5: the kernels need 8.0"),
     ],
@@ -67,6 +68,7 @@ def test_every_reason_has_a_sentence(monkeypatch, driver, core, expected):
     module = type(sys)("cuda.core")
     if core != "missing":
         module.Device = Core
+        module.__version__ = core if isinstance(core, str) and core[0].isdigit() else "1.2.2"
     monkeypatch.setitem(sys.modules, "cuda.core", module)
     device.open_device.cache_clear()
     assert expected in (device.unavailable() or "")

@@ -14,6 +14,7 @@ import pytest
 from oracle.transformer import forward
 from serving import running
 from test_cli import pyllm
+from tokenizer_fixtures import CONTROL_PIECES, sentencepiece_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -373,6 +374,32 @@ def test_text_in_text_out(worded: Path, tmp_path: Path) -> None:
     answer = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]
     assert answer["choices"][0]["text"] == text
     assert answer["usage"]["prompt_tokens"] == 3
+
+
+def test_a_language_is_translated_into_another(tmp_path: Path) -> None:
+    """By marks of mBART: of the source's language behind the source, of the target's as the first token."""
+    folder = changed("mbart", tmp_path / "mbart")
+    words = [("\u2581", -2.0, 1), *((f"\u2581{word}", -1.0, 1) for word in ("a", "b", "c", "d"))]
+    (folder / "sentencepiece.bpe.model").write_bytes(sentencepiece_model([*CONTROL_PIECES, *words], 1))
+    llm = LLM(folder, threads=2, dtype="float32")
+    assert llm.tokenizer is not None
+    german, romanian = (llm.tokenizer.language_id(name) for name in ("de_DE", "ro_RO"))
+    prompt = {"prompt": "a c b", "source_language": "de_DE", "target_language": "ro_RO"}
+    [found] = llm.generate(prompt, GREEDY)
+    assert found.prompt_token_ids == [5, 7, 6, 2, german]
+    given = {"prompt_token_ids": [5, 7, 6, 2, german]}
+    [expected] = llm.generate(given, replace(GREEDY, forced_bos_token_id=romanian))
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert found.outputs[0].token_ids[0] == romanian
+    assert "".join(piece.text for piece in llm.stream(prompt, GREEDY)) == found.outputs[0].text
+    options = ("--from", "de_DE", "--to", "ro_RO", "-m", folder, "--temperature", 0, "--max-tokens", 24, "--ignore-eos")
+    written = pyllm("generate", "a c b", *options, "--json", "--quiet")
+    assert written.returncode == 0, written.stderr
+    assert json.loads(written.stdout)["text"] == found.outputs[0].text
+    with pytest.raises(RequestError, match="source_language: expected none beside token ids"):
+        llm.generate({**given, "source_language": "de_DE"})
+    with pytest.raises(RequestError, match="target_language: expected none, for the model has no encoder"):
+        load("gpt2").generate({"prompt_token_ids": [3], "target_language": "ro_RO"})
 
 
 def test_completions_of_the_server_follow_the_folder(worded: Path, tmp_path: Path) -> None:

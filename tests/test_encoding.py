@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_classify(name: str, tmp_path: Path) -> None:
     assert llm.classify([]) == []
 
 
+def test_next_sentences(tmp_path: Path) -> None:
+    llm = loaded("bert-next", tmp_path)
+    pairs = [("the cat", text) for text in TEXTS]
+    assert llm.tokenizer is not None
+    for pair, one in zip(pairs, llm.classify(pairs), strict=True):
+        encoded = llm.tokenizer.encode_pair(*pair)
+        expected = softmax(oracle(llm, encoded.ids, encoded.type_ids)[0])
+        assert list(one.scores) == ["next", "random"]
+        np.testing.assert_allclose(list(one.scores.values()), expected, atol=2e-5)
+
+
 def test_several_labels_and_values(tmp_path: Path) -> None:
     several = loaded("bert-classifier", tmp_path, problem_type="multi_label_classification")
     values = loaded("distilbert-classifier", tmp_path, problem_type="regression")
@@ -120,6 +132,56 @@ def test_detect_replaced(tmp_path: Path) -> None:
         assert [token.token_id for token in tokens] == ids
         expected = 1 / (1 + np.exp(-oracle(llm, ids)[:, 0]))
         np.testing.assert_allclose([token.probability for token in tokens], expected, atol=2e-5)
+
+
+NAMES_OF_LABELS = {"0": "O", "1": "B-X", "2": "I-X"}
+LABELLED = {"id2label": NAMES_OF_LABELS, "label2id": {name: int(at) for at, name in NAMES_OF_LABELS.items()}}
+
+
+@pytest.mark.parametrize("name", ["bert-labels", "electra-labels"])
+def test_label_tokens(name: str, tmp_path: Path) -> None:
+    llm = loaded(name, tmp_path, **LABELLED)
+    texts = [*TEXTS, " Cat,  the\tmat", ""]
+    found = llm.label_tokens(texts)
+    for text, tokens in zip(texts, found, strict=True):
+        ids = llm.encode(text)
+        expected = softmax(oracle(llm, ids))[1:-1]  # the special tokens are at the ends
+        assert [token.token_id for token in tokens] == ids[1:-1]
+        assert [token.label for token in tokens] == [NAMES_OF_LABELS[str(best)] for best in expected.argmax(-1)]
+        np.testing.assert_allclose([token.score for token in tokens], expected.max(-1), atol=2e-5)
+        for token in tokens:
+            assert token.token is not None
+            assert token.token.removeprefix("##") in ("[UNK]", text[token.start : token.end].lower())
+        assert llm.label_tokens([text]) == [tokens]  # alone as in any batch
+    ids = llm.encode(TEXTS[0])
+    [given] = llm.label_tokens([{"prompt_token_ids": ids}])
+    assert [token.token_id for token in given] == ids
+    assert [token.label for token in given[1:-1]] == [token.label for token in found[0]]
+    assert {(token.start, token.end) for token in given} == {(None, None)}
+    with pytest.raises(RequestError, match=r"detect_replaced: .* ForPreTraining of ELECTRA .* a head for labels"):
+        llm.detect_replaced(TEXTS)
+    with pytest.raises(TypeError, match="token ids have no characters"):
+        llm.find_entities([{"prompt_token_ids": ids}])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("names", [["O", "B-X", "I-X"], ["B-X", "I-X", "I-Y"], ["N", "B-", "O"]])
+def test_entities_are_those_of_transformers(names: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ids = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    folder = encoder_folder("bert-labels", tmp_path / "m", **ids)
+    texts = [*TEXTS, "The Red, dog", "a b c d e f g h i j k l m n o p"]
+    pipeline = transformers.pipeline(
+        "token-classification",
+        model=transformers.BertForTokenClassification.from_pretrained(folder),
+        tokenizer=transformers.BertTokenizer.from_pretrained(folder),
+        aggregation_strategy="simple",
+        ignore_labels=["O"],
+    )
+    for text, found in zip(texts, LLM(folder, threads=1).find_entities(texts), strict=True):
+        expected = [(one["entity_group"], one["start"], one["end"], one["score"]) for one in pipeline(text)]
+        assert [(one.label, one.start, one.end) for one in found] == [one[:3] for one in expected]
+        np.testing.assert_allclose([one.score for one in found], [one[3] for one in expected], atol=2e-5)
+        assert [one.text for one in found] == [text[one.start : one.end] for one in found]
 
 
 def test_many_rows_go_through_the_head_a_few_at_a_time(tmp_path: Path) -> None:
@@ -274,6 +336,11 @@ def test_command_line(tmp_path: Path) -> None:
     lines = pyllm("classify", "-m", classifier, *TEXTS, "--pair", "a dog").stdout.splitlines()
     found = LLM(classifier).classify([(text, "a dog") for text in TEXTS])
     assert [json.loads(line)["label"] for line in lines] == [one.label for one in found]
+    labeller = encoder_folder("roberta-labels", tmp_path / "labeller", **LABELLED)
+    for options, task in (((), "label_tokens"), (("--entities",), "find_entities")):
+        lines = pyllm("label-tokens", "-m", labeller, *TEXTS, *options).stdout.splitlines()
+        expected = [[asdict(part) for part in parts] for parts in getattr(LLM(labeller), task)(TEXTS)]
+        assert [json.loads(line)["entities" if options else "tokens"] for line in lines] == expected
     refused(pyllm("score-pairs", "-m", classifier, "the cat", *TEXTS), 1, "expected a model with one label")
     refused(pyllm("detect-replaced", "-m", filler, "the cat"), 1, "detect_replaced: expected a model")
     refused(pyllm("generate", "-m", filler, "the cat"), 1, "this model is an encoder")
@@ -317,7 +384,7 @@ def test_goes_on_training_on_masked_tokens(tmp_path: Path) -> None:
     [[mask]] = llm.fill_mask(["the red dog ran fast [MASK] the mat"], top_k=1)
     assert mask[0].token == "on"
     refused(pyllm("train", "-m", folder, *files[:1], "--out", tmp_path / "no", *options), 1,
-            "objective: expected mlm for this bert model")  # fmt: skip
+            "objective: expected mlm or classify for this bert model")  # fmt: skip
     classifier = encoder_folder("bert-classifier", tmp_path / "classifier")
     refused(pyllm("train", "-m", classifier, *files[:1], "--out", tmp_path / "no", *options, "--objective", "mlm"), 1,
-            "expected one that predicts tokens")  # fmt: skip
+            "objective: expected classify for this bert model")  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -200,6 +202,29 @@ def test_generation_is_that_of_a_padded_batch(name: str, tmp_path: Path) -> None
     found = llm.generate(prompts, temperature=0, max_tokens=12, ignore_eos=True)
     for result, ids in zip(found, expected[:, 1 if encodes else tokens.shape[1] :].tolist(), strict=True):
         assert list(result.outputs[0].token_ids) == ids
+
+
+def test_both_heads_that_bert_was_trained_with(tmp_path: Path) -> None:
+    """A checkpoint holds them; the class in its config says which is read."""
+    require_oracle()
+    import torch
+
+    variant = replace(goldens.variants()["bert"], architecture="BertForPreTraining")
+    model = goldens.random_model(variant, 0)
+    ids, types = [2, 9, 30, 3, 41, 7, 3], [0, 0, 0, 0, 1, 1, 1]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+    wanted = {
+        "BertForPreTraining": expected.prediction_logits[0],
+        "BertForNextSentencePrediction": expected.seq_relationship_logits,
+    }
+    goldens.save_model(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for architecture, logits in wanted.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+        found = LLM(tmp_path, skip_tokenizer_init=True, threads=2).forward(ids, token_type_ids=types).logits
+        assert found is not None
+        close(found, logits.numpy())
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gptj", "bart", "t5"])

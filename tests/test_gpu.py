@@ -5,7 +5,7 @@ Outputs are NaN before each run, sizes odd, and three runs give the same bits.
 
 from __future__ import annotations
 
-import itertools
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -52,13 +52,17 @@ def thrice(gpu, launch, shape, dtype):
         out = gpu.upload(np.full(shape, np.nan, dtype))
         launch(out)
         results.append(out.numpy())
-    first = results[0].astype("f8")
     for run, other in enumerate(results[1:], 2):
-        if results[0].tobytes() != other.tobytes():
-            other = other.astype("f8")
-            differ = ~((first == other) | (np.isnan(first) & np.isnan(other)))
-            pytest.fail(f"run {run} is not run 1 bit for bit: {first_of(differ, other, first)}")
-    return first
+        same_bits(results[0], other, f"run {run}")
+    return results[0].astype("f8")
+
+
+def same_bits(first, other, what):
+    """The first element that is not the same in both is named."""
+    if first.tobytes() != other.tobytes():
+        first, other = first.astype("f8"), other.astype("f8")
+        differ = ~((first == other) | (np.isnan(first) & np.isnan(other)))
+        pytest.fail(f"{what} is not the first one bit for bit: {first_of(differ, other, first)}")
 
 
 def close(got, expected, bound):
@@ -95,6 +99,12 @@ SIZES = [
 ]  # fmt: skip
 
 
+def plans(gpu):
+    """Numbers of multiprocessors with which wgmma_matmul has other tiles: fewer give wider tiles, no pairs of
+    blocks, and blocks of several tiles."""
+    return gpu.multiprocessors, 2, 1
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "wgmma", "plain", "plain float32"])
@@ -111,17 +121,15 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     bias, residual = rng.standard_normal(n).astype("f4"), rng.standard_normal((rows, columns)).astype("f4")
     arrays = [gpu.upload(a) for a in (x, w, bias, residual)]
     tail = (ACTIVATIONS[Activation.SILU], gated)
-    partial, tickets = gpu.upload(np.full(256 * 64 * 128, np.nan, "f4")), gpu.upload(np.zeros(256, np.uint32))
-    # Fewer multiprocessors give wgmma wider tiles, no pairs, and blocks of several tiles.
-    multiprocessors = itertools.cycle((gpu.multiprocessors, 2, 1))
+    parts, tickets = gpu.upload(np.full(256 * 64 * 128, np.nan, "f4")), gpu.upload(np.zeros(256, np.uint32))
 
-    def launch(y):
+    def launch(y, multiprocessors):
         if kernel == "skinny":
-            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, gpu.multiprocessors, gpu.stream)
+            kernels.skinny_matmul(y, *arrays, *tail, None, None, 0, 0.0, multiprocessors, gpu.stream)
         elif kernel == "split":
-            kernels.split_matmul(y, *arrays, *tail, partial, tickets, gpu.stream)
+            kernels.split_matmul(y, *arrays, *tail, parts, tickets, gpu.stream)
         elif kernel == "wgmma":
-            kernels.wgmma_matmul(y, *arrays, *tail, next(multiprocessors), gpu.stream)
+            kernels.wgmma_matmul(y, *arrays, *tail, multiprocessors, gpu.stream)
         elif kernel == "mma":
             kernels.mma_matmul(y, *arrays, *tail, gpu.stream)
         else:
@@ -129,7 +137,24 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
 
     y = x.astype("f8") @ w.astype("f8").T + bias
     y = activation_formula(y[:, 0::2], "silu") * y[:, 1::2] if gated else activation_formula(y, "silu")
-    close(thrice(gpu, launch, (rows, columns), float32), y + residual, 1e-3 if dtype == float32 else 1e-2)
+    for multiprocessors in plans(gpu) if kernel == "wgmma" else [gpu.multiprocessors]:
+        got = thrice(gpu, partial(launch, multiprocessors=multiprocessors), (rows, columns), float32)
+        close(got, y + residual, 1e-3 if dtype == float32 else 1e-2)
+
+
+def test_wgmma_tiles_of_all_widths_add_alike(gpu, kernels):
+    """As a batch of any size has to give a row the same bits."""
+    if not gpu.kernels.has_wgmma():
+        pytest.skip("no Hopper")
+    rng = np.random.default_rng(0)
+    x, w = (gpu.upload(rng.standard_normal(shape).astype(bfloat16)) for shape in ((257, 584), (1000, 584)))
+    results = []
+    for multiprocessors in plans(gpu):
+        y = gpu.upload(np.full((257, 1000), np.nan, float32))
+        kernels.wgmma_matmul(y, x, w, None, None, 0, False, multiprocessors, gpu.stream)
+        results.append(y.numpy())
+    for other in results[1:]:
+        same_bits(results[0], other, "a plan's result")
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -189,13 +214,13 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, case):
     prefix = None if rule.prefix is None else gpu.upload(np.array(rule.prefix, np.int32))
     tail = (head_size, head_size**-0.5, True, prefix, rule.window, rule.sinks, None, None, 0.0, max(queries))
     splits = -(-tables.shape[1] // 2)
-    partial = gpu.upload(np.full((len(lengths), kv_heads, splits, 16, head_size + 2), np.nan, "f4"))
+    parts = gpu.upload(np.full((len(lengths), kv_heads, splits, 16, head_size + 2), np.nan, "f4"))
     tickets = gpu.upload(np.zeros((len(lengths), kv_heads), np.uint32))
     lse = gpu.upload(np.full(q.shape[:2], np.nan, "f4")) if case == "float32" else None
 
     def launch(out):
         if kernel == "split":
-            kernels.split_attention(out, lse, *arrays, *tail, 2, partial, tickets, gpu.stream)
+            kernels.split_attention(out, lse, *arrays, *tail, 2, parts, tickets, gpu.stream)
         elif kernel == "plain":
             kernels.plain_attention(out, lse, *arrays, *tail, gpu.stream)
         else:

@@ -68,7 +68,7 @@ def test_mapped_weights_compute_what_transformers_computes(name: str) -> None:
 
 
 def test_all_goldens_are_there() -> None:
-    assert len(GOLDEN_NAMES) == 47
+    assert len(GOLDEN_NAMES) == 52
 
 
 def test_the_table_of_families_names_all_of_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from emulated_cuda import emulated_gpu
 
 from pyllm import LLM, SamplingParams, cuda_limits
 from pyllm.engine.recorded import MOST_STEPS, RecordedSteps, StepKind, step_bytes, steps_kept, table_widths
+from pyllm.engine.sequence import Sequence
 from pyllm.models import open_checkpoint
 
 GB = 10**9
@@ -49,11 +51,39 @@ def test_memory_bounds_the_steps_of_a_gpu(spec):
 
 
 def test_the_step_that_was_used_longest_ago_goes_first():
-    recorded = Counter()
-    steps = RecordedSteps(2, lambda kind: recorded.update([kind.sequences]) or kind)
+    recorded, steps = Counter(), RecordedSteps(2)
     for sequences in (1, 2, 1, 3, 1, 2):
-        assert steps.get(StepKind(sequences, sequences, 8, False)).sequences == sequences
+        kind = StepKind(sequences, sequences, 8, False)
+        assert steps.get(kind, lambda kind: recorded.update([kind.sequences]) or kind) == kind
     assert recorded == {1: 1, 2: 2, 3: 1} and len(steps) == 2
+
+
+def test_what_is_kept_keeps_no_sequence(tiny_folder):
+    def alive():
+        gc.collect()
+        return sum(type(each) is Sequence for each in gc.get_objects())
+
+    llm, before = LLM(tiny_folder, device="cpu", max_model_len=64), alive()
+    for prompts in (["one", "two", "the"], ["one", "two"], ["one"]):
+        llm.generate(prompts, max_tokens=4, ignore_eos=True)
+    assert len(llm._runner._recorded) == 3 and alive() == before + 1  # the engine knows the last one
+
+
+def test_a_model_that_is_let_go_of_gives_its_memory_back_at_once(tiny_folder):
+    """No cycle keeps it until the collector comes round."""
+    with emulated_gpu() as gpu:
+        gc.collect()
+        gc.disable()
+        try:
+            free = gpu.memory()[0]
+            llm = LLM(tiny_folder, device="cuda", dtype="bfloat16", max_num_seqs=2, max_model_len=64)
+            llm.generate("one", max_tokens=3, ignore_eos=True)
+            assert gpu.memory()[0] < free - 100_000
+            del llm
+            gpu.synchronize()
+            assert gpu.memory()[0] == free
+        finally:
+            gc.enable()
 
 
 def recordings(llm, **params):

@@ -228,6 +228,68 @@ def test_t5_pieces_sentinels_and_end(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+LANGUAGES = [
+    "Grüße aus Köln, naïve café",
+    "Привет, мир",
+    "日本語のテキスト",
+    "مرحبا بالعالم",
+    "नमस्ते दुनिया",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [("XLMRobertaTokenizer", None), ("MBartTokenizer", "ro_RO"), ("MBart50Tokenizer", "pl_PL")],
+)
+def test_models_with_ids_of_fairseq_equal_transformers(
+    name: str, language: str | None, shared_data: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    copy_into(tmp_path, shared_data / "tokenizers/unigram-test.model")
+    (tmp_path / "unigram-test.model").rename(tmp_path / "sentencepiece.bpe.model")
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": name})
+    tokenizer = Tokenizer.load(tmp_path)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    assert tokenizer.vocab_size == len(theirs)
+    assert (tokenizer.mask_token_id, tokenizer.pad_token_id) == (theirs.mask_token_id, 1)
+    texts = [text.strip() for text in (*LANGUAGES, *T5_TEXTS, "a<mask> b</s>c")]  # theirs keeps a space at the end
+    if name != "MBartTokenizer":  # theirs of that one does not normalise, as the model's file says
+        texts.append("e\u0301 \ufb01")
+    for text in texts:
+        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+    assert tokenizer.encode_pair("a b", "c").ids == theirs("a b", "c")["input_ids"]
+    cut = theirs("a b c d e f", "a b c", truncation=True, max_length=9)["input_ids"]
+    assert tokenizer.encode_pair("a b c d e f", "a b c", max_tokens=9).ids == cut
+    if language is None:
+        with pytest.raises(TokenizerError, match="expected none, for this tokenizer has no marks"):
+            tokenizer.encode_in("a", "en_XX")
+        return
+    theirs.src_lang = language
+    for text in texts:
+        assert tokenizer.encode_in(text, language) == theirs(text)["input_ids"], text
+    whole = tmp_path / "whole"  # the tokenizer.json that transformers writes is set to a language as well
+    theirs.save_pretrained(whole)
+    assert Tokenizer.load(whole).encode_in("a b", "de_DE") == tokenizer.encode_in("a b", "de_DE")
+    with pytest.raises(TokenizerError, match=r"language: expected one of a.*zh_CN, got 'xx_XX'"):
+        tokenizer.encode_in("a", "xx_XX")
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": name, "src_lang": "Polish"})
+    with pytest.raises(TokenizerError, match="src_lang: expected a mark such as en_XX, found 'Polish'"):
+        Tokenizer.load(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "CamembertTokenizer"})
+    with pytest.raises(TokenizerError, match="expected the tokenizer of XLM-RoBERTa, mBART or mBART-50"):
+        Tokenizer.load(tmp_path)
+
+
+def test_pairs_of_t5(shared_data: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    copy_into(tmp_path, shared_data / "tokenizers/unigram-test.model")
+    (tmp_path / "unigram-test.model").rename(tmp_path / "spiece.model")
+    write_json(tmp_path / "config.json", {"model_type": "t5"})
+    ours, theirs = Tokenizer.load(tmp_path), transformers.T5Tokenizer.from_pretrained(tmp_path)
+    for first, second in (("The quick fox", "a dog"), ("the", "a <extra_id_0> fox"), ("", "a")):
+        assert ours.encode_pair(first, second).ids == theirs(first, second)["input_ids"]
+
+
 def test_byte_level_bpe_of_bart_equals_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     byte_level_bpe().model.save(str(tmp_path))

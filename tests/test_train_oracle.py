@@ -148,6 +148,9 @@ ENCODERS = [  # a golden model, what its config says of labels, and how many row
     ("roberta-classifier", "multi_label_classification"),
     ("distilbert-classifier", "regression"),
     ("electra-classifier", "single_label_classification"),
+    ("bert-labels", None),
+    ("bert-next", "single_label_classification"),
+    ("electra-labels", None),
 ]
 
 
@@ -158,9 +161,10 @@ def encoder_batch(name: str, problem: str | None) -> tuple[np.ndarray, ...]:
     ids = np.where(ids < 3, ids + 3, ids).astype(np.int32)  # torch leaves out what comes to the row of padding
     types = (rng.random(90) < (0.5 if name.startswith(("bert", "electra")) else 0)).astype(np.int32)
     rows = len(starts) - 1 if problem else 90
+    classes = 2 if name == "bert-next" else 3 if problem or name.endswith("labels") else VOCAB
     empty = np.diff(starts) == 0 if problem else np.zeros(90, bool)
     if problem == "single_label_classification" or (problem is None and "discriminator" not in name):
-        labels = rng.integers(0, 3 if problem else VOCAB, rows).astype(np.int32)
+        labels = rng.integers(0, classes, rows).astype(np.int32)
         labels[empty | (rng.random(rows) < (0 if problem else 0.8))] = IGNORED
         return ids, labels, starts, types
     columns = 1 if problem is None else 3

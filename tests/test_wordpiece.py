@@ -180,6 +180,23 @@ def test_roberta_equals_transformers(tmp_path: Path) -> None:
         assert set(found.type_ids) == {0}  # RoBERTa has one type
 
 
+def test_spans_of_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """Characters, not bytes, and without the space before a word."""
+    bert, bytes_ = tmp_path / "bert", tmp_path / "roberta"
+    bert.mkdir()
+    bytes_.mkdir()
+    vocab = {token: i for i, token in enumerate(VOCAB)}
+    bert_pair = Tokenizer.load(write_vocab(bert)), pytest.importorskip("transformers").BertTokenizer(vocab)
+    for ours, theirs in (bert_pair, roberta(bytes_)):
+        for text in (*TEXTS, " the  hat"):
+            expected = theirs(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+            for found, place, special in zip(
+                ours.spans(text), expected["offset_mapping"], expected["special_tokens_mask"], strict=True
+            ):
+                assert (found is None) == bool(special)
+                assert found is None or found == place or not text[slice(*found)].strip()
+
+
 def test_longest_first_truncation_equals_transformers(tmp_path: Path) -> None:
     bert, bytes_ = tmp_path / "bert", tmp_path / "roberta"
     bert.mkdir()

@@ -37,11 +37,15 @@ KERNELS = {
     "wgmma_matmul": r"test_matmul.*\[wgmma",
     "wgmma_attention": r"test_attention.*\[wgmma",
 }
-OTHERS = {"memory goes there and back": "memory_goes", "arrays of other libraries": "test_exchange"}
+OTHERS = {
+    "memory goes there and back": "memory_goes",
+    "arrays of other libraries": "test_exchange",
+    "tiles of wgmma_matmul": "wgmma_tiles",
+}
 HOPPERS = ("wgmma_matmul", "wgmma_attention")
 FILES = ("test_gpu.py", "test_gpu_layers.py", "test_gpu_decode.py", "test_gpu_exchange.py")
-EMULATED = (*OTHERS, "read_probe", "axpby")  # the others take the emulated GPU too long
-AT_ONCE = 4  # kernels that are tested beside each other: starting a process takes longer than most tests
+EMULATED = (*list(OTHERS)[:2], "read_probe", "axpby")  # the others take the emulated GPU too long
+AT_ONCE = 4  # processes that test beside each other: starting one takes longer than most tests
 TEST_SECONDS, MODEL_SECONDS = 10.0, 30.0  # that a test of a kernel, or of a whole model, may take
 GPU = ["-m", "gpu"]
 
@@ -71,9 +75,13 @@ def models(check: Check) -> Row:
     """Whole models against the CPU and transformers, and that equal runs give equal bits."""
     if check.emulated:
         return {"skipped": "tests of the suite run them on the emulated GPU"}
-    log = check.out / "models.tests.log"
-    ids = collect([*GPU, str(ROOT / "tests" / "test_gpu_models.py")], log)
-    return {"rows": [outcome_row("models", run_tests(ids, log, MODEL_SECONDS))]}
+    ids = collect([*GPU, str(ROOT / "tests" / "test_gpu_models.py")], check.out / "models.tests.log")
+    found = Outcomes()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        logs = [check.out / f"models.{i}.log" for i in range(AT_ONCE)]
+        for outcomes in pool.map(lambda i: run_tests(ids[i::AT_ONCE], logs[i], MODEL_SECONDS), range(AT_ONCE)):
+            found.add(outcomes)
+    return {"rows": [outcome_row("models", found)]}
 
 
 def log_of(check: Check, name: str) -> Path:
@@ -93,8 +101,10 @@ def outcome_row(name: str, found: Outcomes) -> Row:
 
 
 def hopper_failed(found: Row) -> list[str]:
-    """Kernels of Hopper alone whose tests failed in the step of kernels."""
-    return [row["name"] for row in found.get("rows", []) if row["name"] in HOPPERS and "error" in row]
+    """Kernels of Hopper alone whose tests failed in the step of kernels, or were not reached before it was ended."""
+    rows = {row["name"]: row for row in found.get("rows", [])}
+    ended = found["state"] not in ("done", "failed")
+    return [name for name in HOPPERS if (name not in rows and ended) or "error" in rows.get(name, {})]
 
 
 def sanitizer(check: Check) -> Row:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 10  # what the emulated GPU may take of a deadline
+PATIENCE = 10  # deadlines that the emulated GPU may take
 Row = dict[str, Any]
 
 
@@ -26,6 +26,11 @@ class Check:
 
     out: Path
     emulated: bool
+
+    @property
+    def patience(self) -> float:
+        """What deadlines are multiplied by."""
+        return PATIENCE if self.emulated else 1
 
     def found(self, step: str) -> Row:
         """What a step that has run left in its JSON file; nothing where it left none."""
@@ -46,7 +51,6 @@ def run_apart(command: list[str], check: Check, name: str, seconds: float) -> Ro
     began = time.perf_counter()
     path, log = check.out / f"{name}.json", check.out / f"{name}.log"
     path.unlink(missing_ok=True)
-    seconds *= PATIENCE if check.emulated else 1
     told: Row = {}
     with log.open("w") as output:
         # A session of its own, so that what the step has started ends with it.
@@ -55,7 +59,7 @@ def run_apart(command: list[str], check: Check, name: str, seconds: float) -> Ro
             if status := step.wait(timeout=seconds):
                 told = {"state": "crashed", "error": f"{end_of(log)}\nended with status {status}"}
         except subprocess.TimeoutExpired:
-            told = {"state": "too long", "error": f"{end_of(log)}\nnot done after {seconds} s"}
+            told = {"state": "too long", "error": f"{end_of(log)}\nnot done after {seconds:.3g} s"}
         finally:
             if step.returncode is None:
                 os.killpg(step.pid, signal.SIGKILL)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ class Outcomes:
     passed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # and why
+
+    def add(self, others: Outcomes) -> None:
+        """Take in what became of other tests."""
+        self.passed += others.passed
+        self.skipped += others.skipped
+        self.failed |= others.failed
 
     def told(self) -> int:
         """Number of tests of which something is known."""
@@ -90,7 +97,8 @@ def _run(ids: Sequence[str], log: Path, patience: float, arguments: Sequence[str
             time.sleep(POLL)
     finally:
         events.process.kill()
-        events.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # the driver may take its time to end a kernel
+            events.process.wait(timeout=10)
 
 
 class _Events:

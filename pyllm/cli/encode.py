@@ -1,4 +1,4 @@
-"""`pyllm fill-mask`, `classify`, `score-pairs` and `detect-replaced`: what encoders say of given texts."""
+"""`pyllm fill-mask`, `classify`, `score-pairs`, `detect-replaced` and `label-tokens`: what encoders say of texts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("classify")(classify)
     app.command("score-pairs")(score_pairs)
     app.command("detect-replaced")(detect_replaced)
+    app.command("label-tokens")(label_tokens)
 
 
 def fill_mask(
@@ -113,6 +114,32 @@ def detect_replaced(
                  lambda llm, show: llm.detect_replaced(texts, progress=show))  # fmt: skip
     for one, tokens in zip(texts, found, strict=True):
         write_json({"text": one, "tokens": [asdict(token) for token in tokens]})
+    return 0
+
+
+def label_tokens(
+    model: o.Model,
+    text: Texts = None,
+    file: File = None,
+    entities: Annotated[
+        bool, o.option("--entities", help="Neighbours of one label together, without those of the label O.")
+    ] = False,
+    threads: o.Threads = None,
+    dtype: o.Dtype = None,
+    quantization: o.Quantization = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    quiet: o.Quiet = False,
+) -> int:
+    """The label of each token, such as the kind of name it belongs to: a JSON line for each text."""
+    texts, what = given_texts(text, file), "entities" if entities else "tokens"
+
+    def task(llm: Any, show: Any) -> Any:
+        return (llm.find_entities if entities else llm.label_tokens)(texts, progress=show)
+
+    found = _run(quiet, "labelling", model, threads, dtype, quantization, revision, offline, task)
+    for one, parts in zip(texts, found, strict=True):
+        write_json({"text": one, what: [asdict(part) for part in parts]})
     return 0
 
 

@@ -9,7 +9,7 @@ import typer
 
 from pyllm.cli import INTERRUPTED, OK
 from pyllm.cli import options as o
-from pyllm.cli.inputs import given_text, load, sampling, structured
+from pyllm.cli.inputs import given_text, load, present, sampling, structured
 from pyllm.cli.output import be_quiet, peak_memory, report, write, write_json
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def generate(
     num_beams: o.NumBeams = None,
     length_penalty: o.LengthPenalty = None,
     no_repeat_ngram_size: o.NoRepeatNgramSize = None,
+    source_language: o.SourceLanguage = None,
+    target_language: o.TargetLanguage = None,
     system_prompt: o.SystemPrompt = None,
     chat_template: o.ChatTemplate = None,
     ignore_chat_template: o.IgnoreTemplate = False,
@@ -116,6 +118,9 @@ def generate(
         sequences=params.num_beams,
     )
     request = _request(llm, text, system_prompt, ignore_chat_template, chat_template is not None)
+    languages = present({"source_language": source_language, "target_language": target_language})
+    if languages:
+        request = {**(request if isinstance(request, dict) else {"prompt": request}), **languages}
     if json:
         return _as_json(llm, request, params, seed)
     interrupted = (_stream if params.num_beams == 1 else _search)(llm, request, params)

@@ -137,6 +137,8 @@ Choice = Annotated[list[str] | None, option("--choice", help="A possible output;
 Grammar = Annotated[Path | None, option("--grammar", help="The output matches the Lark grammar in this file.")]
 
 # Choosing
+SourceLanguage = Annotated[str | None, option("--from", help="The prompt's language as mBART marks it, such as de_DE.")]
+TargetLanguage = Annotated[str | None, option("--to", help="The language to write in, as mBART marks it.")]
 NumBeams = Annotated[
     int | None,
     option("--num-beams", env="NUM_BEAMS", help="Beam search over so many continuations, at most 16; default 1: off."),

@@ -83,6 +83,9 @@ def train(
     mean_span: Annotated[
         float | None, o.option("--mean-span", help="Of what is hidden in one place, with spans or denoise; default 3.")
     ] = None,
+    random_share: Annotated[
+        float | None, o.option("--random-share", help="Of the masks that are a random token, with denoise; default 0.")
+    ] = None,
     mask_rule: Annotated[
         str | None, o.option("--mask-rule", help="bert (default): so many of a text; bernoulli: each by itself.")
     ] = None,
@@ -102,7 +105,8 @@ def train(
         o.option(
             "--objective",
             help="causal (default); prefix: a random beginning of each text sees all of itself; blanks: GLM's; mlm: "
-            "encoders'; rtd: replaced tokens; classify: labels of texts; seq2seq: pairs; spans: T5's; denoise: BART's.",
+            "encoders'; rtd: replaced tokens; classify: labels of texts; seq2seq: pairs; spans: T5's; denoise: BART's; "
+            "ul2: UL2's.",
         ),
     ] = None,
     dtype: Annotated[str | None, o.option("--dtype", help="Of the products: float32 (default) or bfloat16.")] = None,

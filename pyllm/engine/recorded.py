@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.batch import I32, Batch
-from pyllm.engine.sequence import Sequence
 from pyllm.ops import F32, Stage
 from pyllm.spec import ModelSpec
 
@@ -34,7 +33,8 @@ class StepKind(NamedTuple):
 class RecordedStep:
     """A recorded step of B sequences and R rows with its arrays on the host, which `stage` brings to the kernels.
 
-    `seats` tells who has which row of tables and draws, where each sequence has one row.
+    `seats` tells whose tables and draws each row has, where each sequence has one row: its residence, and the number of
+    its blocks in the table.
 
     What changes at every step is written through memoryviews, which do it in a fraction of numpy's time.
     """
@@ -45,7 +45,7 @@ class RecordedStep:
     draws: NDArray[np.void]  # [R] of SAMPLE_ROW: how each token is chosen
     logits: F32
     chosen: I32  # [R] the tokens chosen, where the kernels write them
-    seats: list[tuple[Sequence | None, int, int]]  # sequence, residence, number of its blocks in the table
+    seats: list[tuple[int, int]]
     drawn: list[int] = field(default_factory=list)  # the tokens chosen by the last replay
 
     def __post_init__(self) -> None:
@@ -56,22 +56,22 @@ class RecordedStep:
 
 
 class RecordedSteps:
-    """The `most` steps that were used last, each made by ``record(kind)`` when it is first asked for."""
+    """The `most` steps that were used last."""
 
-    def __init__(self, most: int, record: Callable[[StepKind], RecordedStep]) -> None:
-        self.most, self._record = most, record
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._steps: OrderedDict[StepKind, RecordedStep] = OrderedDict()
 
     def __len__(self) -> int:
         """Number of steps that are kept."""
         return len(self._steps)
 
-    def get(self, kind: StepKind) -> RecordedStep:
-        """The step of this kind."""
+    def get(self, kind: StepKind, record: Callable[[StepKind], RecordedStep]) -> RecordedStep:
+        """The step of this kind, made by ``record(kind)`` where it is not kept."""
         if kind not in self._steps:
             while len(self._steps) >= self.most:
                 self._steps.popitem(last=False)
-            self._steps[kind] = self._record(kind)
+            self._steps[kind] = record(kind)
         self._steps.move_to_end(kind)
         return self._steps[kind]
 

@@ -5,9 +5,9 @@ number of sequences and of rows, up to the choice of the next tokens, and replay
 other step calls the kernels directly. All are the same model code. On the CPU they give the same bits; on a GPU a row's
 kernels, and with them its last bits, depend on how many rows a step has (:mod:`pyllm.cuda_ops`).
 
-On a GPU a recorded step is a CUDA graph, one for each size of block tables too. It ends by making the
-inputs of the next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of
-what the host has seen.
+On a GPU a recorded step is a CUDA graph, one for each size of block tables too. It ends by making the inputs of the
+next step, so that while the same sequences go on in the same blocks it is replayed several steps ahead of what the host
+has seen.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ class Runner:
         self._decode_arena = ops.arena(decode_floats(model.spec, self.max_rows))  # for every recorded step
         self._logits = ops.empty(min(self.max_rows, max_tokens), model.spec.outputs)
         ops.reserve(model.spec, max_sequences, max(self.table_width, blocks_for(max_source)))
-        memory = None if ops.loop is None else ops.loop.recorded_memory
+        self._loop = ops.loop
+        memory = None if self._loop is None else self._loop.recorded_memory
         most = steps_kept(model.spec, max_sequences, self.max_rows, self.table_width, memory)
-        self._recorded = RecordedSteps(most, self._record)
+        self._recorded = RecordedSteps(most)
         self._ahead: deque[Any] = deque()  # tokens on their way, of steps after the last one taken in
         self._inv_freq: dict[object, F32] = {}
         self._counts_twice = model.spec.counts_twice
@@ -90,7 +91,7 @@ class Runner:
         if len(self._widths) > 1:
             most = max(len(work.sequence.blocks) for work in plan)
             width = next(width for width in self._widths if width >= most)
-        step = self._last = self._recorded.get(StepKind(len(plan), rows, width, greedy))
+        step = self._last = self._recorded.get(StepKind(len(plan), rows, width, greedy), self._record)
         self._ahead.clear()
         step.stage.wait()
         if rows > len(plan):
@@ -105,12 +106,11 @@ class Runner:
             step.slots[i] = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
             step.lengths[i] = position + 1
             count = len(sequence.blocks)
-            holder, residence, known = step.seats[i]
-            if holder is not sequence or residence != sequence.residence or known != count:
+            if step.seats[i] != (sequence.residence, count):
                 step.batch.tables[i, :count] = sequence.table[:count]
                 _fill_source(step.batch, i, sequence)
                 step.draws[i : i + 1] = state.row if state.plain else GREEDY_ROW
-                step.seats[i] = (sequence, sequence.residence, count)
+                step.seats[i] = (sequence.residence, count)
             step.draw_positions[i] = state.position
             plain = plain and state.plain
             if step.batch.rope_rows is not None:
@@ -120,12 +120,12 @@ class Runner:
     def decode_on(self, plan: Seq[Work], more: int = 0) -> list[int]:
         """Tokens [B] after the ones that the last `decode` gave, for the same sequences in the same blocks, which have
         room for as many steps `more` after this one."""
-        step, loop = self._last, self.ops.loop
+        step = self._last
         assert step is not None
-        if loop is not None and step.batch.rope_rows is None and not self._counts_twice:
+        if self._loop is not None and step.batch.rope_rows is None and not self._counts_twice:
             while len(self._ahead) <= min(more, AHEAD - 1):
                 self.ops.replay(step.graph)
-                self._ahead.append(loop.fetch(step.chosen))
+                self._ahead.append(self._loop.fetch(step.chosen))
             return self._ahead.popleft().wait().tolist()  # type: ignore[no-any-return]
         step.stage.wait()
         for i, work in enumerate(plan):
@@ -182,8 +182,10 @@ class Runner:
             yield slice(first, len(lengths))
 
     def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None]) -> F32:
-        """Hidden states [T, D], after the final norm: a step of an encoder over whole texts. See `whole_texts`."""
-        return self.final_states(self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types)))
+        """Hidden states [T, D], after the final norm, of a step of an encoder over whole texts, on the host; valid until
+        the next step. See `whole_texts`."""
+        x = self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types))
+        return np.asarray(self.model.final_norm(self.ops, x, out=x))
 
     def forward(
         self,
@@ -328,7 +330,6 @@ class Runner:
         batch.starts[:] = [*range(sequences), tokens]
         stage = self.ops.stage([*_arrays(batch), np.repeat(GREEDY_ROW, tokens)])
         *arrays, draws = stage.host
-        seats: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * sequences
         try:
             if self.ops.on_gpu:  # what takes memory or loads code does so before the recording
                 stage.send()
@@ -338,7 +339,7 @@ class Runner:
             graph = self.ops.end_recording()
         finally:
             self.ops.stop()
-        return RecordedStep(graph, stage, Batch(*arrays), draws, logits, chosen, seats)
+        return RecordedStep(graph, stage, Batch(*arrays), draws, logits, chosen, [(0, 0)] * sequences)
 
     def _compute(self, stage: Stage, greedy: bool) -> tuple[F32, I32]:
         """Logits of all rows of a step, and the tokens chosen from them."""
@@ -352,9 +353,8 @@ class Runner:
         else:
             logits = self.model.head(self.ops, self.model.head_input(self.ops, x))
             chosen = self.ops.sample(logits, SampleInputs(draws))
-        loop = self.ops.loop
-        if loop is not None and len(batch.tokens) == len(batch.lengths):
-            loop.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
+        if self._loop is not None and len(batch.tokens) == len(batch.lengths):
+            self._loop.advance(batch.tokens, batch.positions, batch.slots, batch.lengths, draws, chosen)
         return logits, chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -11,6 +12,8 @@ from pyllm.batch import I32
 from pyllm.cache import BLOCK_TOKENS, BlockPool, blocks_for, chain_hash
 from pyllm.engine.sources import Source
 from pyllm.prefix import Place
+
+_RESIDENCES = itertools.count(1)  # no two sequences of the process have the same
 
 
 class Sequence:
@@ -47,7 +50,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.table: I32 = np.zeros(blocks_for(self.limit), np.int32)  # blocks again, as the kernels read them
         self.place: Place | None = None  # of the last token that was given two positions, where the model counts twice
-        self.residence = 0  # counts how often the sequence was given blocks anew
+        self.residence = next(_RESIDENCES)  # another one whenever its blocks are others, and not only more
         self.seats = 1  # of those that run together: one, or what its search may fork into
         self.forked = False  # whether its last block may be shared, and has to be copied before a write
         self._hashes: list[bytes] = []  # of full blocks
@@ -74,7 +77,7 @@ class Sequence:
         self.computed = len(self.blocks) * BLOCK_TOKENS
         if self.generated == 0:
             self.cached = self.computed
-        self.residence += 1
+        self.residence = next(_RESIDENCES)
 
     def reserve(self, pool: BlockPool, tokens: int) -> bool:
         """Hold blocks for the first `tokens` tokens, those to be written alone; False, with nothing taken, where the
@@ -88,7 +91,7 @@ class Sequence:
             return False
         if partial is not None and shared:
             self.blocks[partial] = self.table[partial] = pool.take_copy(self.blocks[partial])
-            self.residence += 1
+            self.residence = next(_RESIDENCES)
         self.forked = False
         last = self.blocks[-1] if self.blocks else -1
         taken = []
@@ -119,6 +122,7 @@ class Sequence:
     def fork(self, pool: BlockPool) -> Sequence:
         """One with the same tokens that goes on by itself; it shares the blocks if all of them are computed."""
         twin = copy.copy(self)
+        twin.residence = next(_RESIDENCES)
         twin.tokens, twin.table, twin._hashes = self.tokens.copy(), self.table.copy(), self._hashes.copy()
         if self.computed == len(self.tokens):
             twin.blocks = self.blocks.copy()

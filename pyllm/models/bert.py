@@ -16,7 +16,9 @@ CLASSES = {
     "BertModel": HeadKind.NONE,
     "BertForMaskedLM": HeadKind.TOKENS,
     "BertForPreTraining": HeadKind.TOKENS,
+    "BertForNextSentencePrediction": HeadKind.NEXT,
     "BertForSequenceClassification": HeadKind.POOLED,
+    "BertForTokenClassification": HeadKind.LABELS,
 }
 
 
@@ -35,6 +37,7 @@ def read(config: Mapping[str, Any]) -> ModelSpec:
     transforms = {
         HeadKind.TOKENS: TransformSpec(activation, block.norm),
         HeadKind.POOLED: TransformSpec(Activation.TANH),
+        HeadKind.NEXT: TransformSpec(Activation.TANH),
     }
     head = read_head(reader, CLASSES, transforms)
     tokens = read_special_tokens(reader, vocab_size, None, (), 0)
@@ -91,9 +94,19 @@ NAMES = NameTable(
         Row("cls.predictions.bias", ("head.bias",)),
         *linear("bert.pooler.dense", "pooled_head.transform"),
         *linear("classifier", "pooled_head"),
+        *linear("bert.pooler.dense", "next_head.transform"),
+        *linear("cls.seq_relationship", "next_head"),
+        *linear("classifier", "labels_head"),
     ),
-    # The decoder's bias is another name of the predictions'; next sentences are not predicted.
-    ignored=("embeddings.position_ids", "pooler.dense.*", "cls.predictions.decoder.bias", "cls.seq_relationship.*"),
+    # A model of one head leaves the other of the two that BERT was trained with; its own is named above.
+    ignored=(
+        "embeddings.position_ids",
+        "pooler.dense.*",
+        "cls.predictions.transform.*",
+        "cls.predictions.bias",
+        "cls.predictions.decoder.*",
+        "cls.seq_relationship.*",
+    ),
 )
 
 BERT = Family("bert", read, NAMES)

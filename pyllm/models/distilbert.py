@@ -16,6 +16,7 @@ CLASSES = {
     "DistilBertModel": HeadKind.NONE,
     "DistilBertForMaskedLM": HeadKind.TOKENS,
     "DistilBertForSequenceClassification": HeadKind.POOLED,
+    "DistilBertForTokenClassification": HeadKind.LABELS,
 }
 
 
@@ -76,6 +77,7 @@ NAMES = NameTable(
         *linear("vocab_projector", "head"),
         *linear("pre_classifier", "pooled_head.transform"),
         *linear("classifier", "pooled_head"),
+        *linear("classifier", "labels_head"),
     ),
     ignored=("embeddings.position_ids",),
 )

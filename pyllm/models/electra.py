@@ -18,6 +18,7 @@ CLASSES = {
     "ElectraForMaskedLM": HeadKind.TOKENS,
     "ElectraForPreTraining": HeadKind.EACH,
     "ElectraForSequenceClassification": HeadKind.POOLED,
+    "ElectraForTokenClassification": HeadKind.LABELS,
 }
 
 
@@ -84,6 +85,7 @@ NAMES = NameTable(
         *linear("discriminator_predictions.dense_prediction", "each_head"),
         *linear("classifier.dense", "pooled_head.transform"),
         *linear("classifier.out_proj", "pooled_head"),
+        *linear("classifier", "labels_head"),
     ),
     ignored=("embeddings.position_ids",),
 )

@@ -19,6 +19,7 @@ from pyllm.spec import (
     TransformSpec,
 )
 
+NEXT_LABELS = ("next", "random")  # of the second text of a pair
 PROBLEMS = {problem.value: problem for problem in Problem}
 
 
@@ -54,6 +55,12 @@ def read_head(
         )
     if kind is HeadKind.POOLED:
         return HeadSpec(bias=True, kind=kind, transform=transforms[kind], labels=labels, problem=problem)
+    if kind is HeadKind.LABELS:
+        return HeadSpec(bias=True, kind=kind, labels=labels, problem=Problem.SINGLE_LABEL)
+    if kind is HeadKind.NEXT:
+        return HeadSpec(
+            bias=True, kind=kind, transform=transforms[kind], labels=NEXT_LABELS, problem=Problem.SINGLE_LABEL
+        )
     return HeadSpec(tied=True, kind=HeadKind.NONE)
 
 

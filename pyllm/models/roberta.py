@@ -20,6 +20,7 @@ CLASSES = {
         ("Model", HeadKind.NONE),
         ("ForMaskedLM", HeadKind.TOKENS),
         ("ForSequenceClassification", HeadKind.POOLED),
+        ("ForTokenClassification", HeadKind.LABELS),
     )
 }
 
@@ -78,6 +79,7 @@ NAMES = NameTable(
         Row("lm_head.bias", ("head.bias",)),
         *linear("classifier.dense", "pooled_head.transform"),
         *linear("classifier.out_proj", "pooled_head"),
+        *linear("classifier", "labels_head"),
     ),
     ignored=("embeddings.position_ids", "pooler.dense.*", "lm_head.decoder.bias"),
 )

@@ -20,18 +20,22 @@ from pyllm.train.objectives.denoising import CorruptedSpans, InfilledText, check
 from pyllm.train.objectives.generator import Generator, generator_bytes
 from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.objectives.prefix import SplitTokens
+from pyllm.train.objectives.ul2 import DENOISERS, MixedDenoisers
 from pyllm.train.pairs import pair_form
 from pyllm.train.report import Data
 from pyllm.train.run_config import RunConfig
 from pyllm.train.token_store import TokenStore
 from pyllm.train.tokenizer_training import SENTINEL
 
-OF_ENCODER_DECODERS = ("seq2seq", "spans", "denoise")
+OF_TEXTS = ("spans", "denoise", "ul2")  # of those for encoder-decoders, the ones that make pairs of texts
+OF_ENCODER_DECODERS = ("seq2seq", *OF_TEXTS)
+WITH_SENTINELS = ("spans", "ul2")
 WITH_MASK = ("mlm", "rtd", "denoise")  # these hide tokens behind the tokenizer's mask
 READ_BY = {  # settings that only these objectives read
     "generator": ("rtd",),
     "mask_share": ("mlm", "rtd", "spans", "denoise"),
     "mean_span": ("spans", "denoise"),
+    "random_share": ("denoise",),
     "mask_rule": ("mlm", "rtd"),
 }
 MASK_SHARES = {"denoise": 0.3}  # of a text; else:
@@ -66,15 +70,19 @@ class Aim:
             raise ConfigError(
                 f"objective: {objective} needs a tokenizer with a mask token (mask_token in tokenizer_config.json)"
             )
-        self._sentinels = _sentinels(loaded) if objective == "spans" and loaded is not None else []
+        self._sentinels = _sentinels(loaded) if objective in WITH_SENTINELS and loaded is not None else []
+        self._modes: dict[str, list[int]] = {}
         self._context, around = context, 0
         self._generator: Generator | None = None
         if objective in OF_ENCODER_DECODERS:
             own = GenerationConfig.read(model, self.spec.vocab_size) if isinstance(model, Path) else None
             self.form = pair_form(self.spec, self._tokenizer, own)
-            around = max(self.form.around_source, self.form.around_target) if objective != "seq2seq" else 0
-        if objective == "spans":
-            check_sentinels(self._sentinels)
+            if objective == "ul2" and loaded is not None:
+                self._modes = {d.mode: loaded.encode(d.mode, add_special_tokens=False) for d in DENOISERS}
+            mode = max(map(len, self._modes.values()), default=0)
+            around = max(self.form.around_source + mode, self.form.around_target) if objective != "seq2seq" else 0
+        if objective in WITH_SENTINELS:
+            check_sentinels(self._sentinels, objective)
         self.text_context = context - around
         if self.text_context < 1 + bool(around):
             raise ConfigError(f"context: expected at least {around + 2} tokens for {objective}, got {context}")
@@ -108,8 +116,8 @@ class Aim:
         if self._objective == "rtd":
             self._generator = Generator(*self._of_generator, tokens, sequences, Ops(threads))
 
-    def data(self, texts: Data) -> Data:
-        """Micro-batches of the objective, made of those of texts."""
+    def data(self, texts: Data, like: Data | None = None) -> Data:
+        """Micro-batches of the objective, made of those of texts; of the shape of others that it made."""
         config, spec, seed, objective = self._config, self.spec, self._seed, self._objective
         if objective == "mlm":
             return self._masked(texts)
@@ -121,12 +129,21 @@ class Aim:
             return BlankedTokens(
                 texts, spec.prefix, end, context=self._context, positions=spec.max_positions, seed=seed
             )
-        if objective in ("spans", "denoise"):
-            options = {"context": self.text_context, "share": self._share, "mean_span": config.mean_span, "seed": seed}
+        if objective in OF_TEXTS:
+            options: dict[str, Any] = {"context": self.text_context, "seed": seed, "like": like}
+            if objective == "ul2":
+                return MixedDenoisers(texts, self.form, self._sentinels, self._modes, **options)
+            options |= {"share": self._share, "mean_span": config.mean_span}
             if objective == "spans":
                 return CorruptedSpans(texts, self.form, self._sentinels, **options)
             return self._infilled(texts, options)
         return SplitTokens(texts, seed) if objective == "prefix" else texts
+
+    @property
+    def ordinary_token(self) -> int:
+        """A token that texts may hold."""
+        special = self._reserved if self._tokenizer is None else {*self._reserved, *self._tokenizer.special_ids}
+        return next(token for token in range(self.spec.vocab_size) if token not in special)
 
     @property
     def _of_generator(self) -> tuple[Path, ModelSpec, int]:
@@ -172,7 +189,10 @@ class Aim:
         ordinary = [i for i in range(loaded.vocab_size) if i not in loaded.special_ids]
         ends = [i for i in ordinary if loaded.decode([i]).rstrip(CLOSING).endswith(SENTENCE_ENDS)]
         begins = [i for i in ordinary if (loaded.token_of(i) or "").startswith(WORD_BEGINS)]
-        return InfilledText(texts, self.form, self._mask, ends, begins, **options)
+        share = self._config.random_share
+        return InfilledText(
+            texts, self.form, self._mask, ends, begins, random_share=share, ordinary=ordinary, **options
+        )
 
 
 def _sentinels(tokenizer: Tokenizer) -> list[int]:

@@ -75,7 +75,7 @@ class HeadLoss:
         """Raise `RequestError` for labels of a micro-batch that do not fit."""
         wanted = self.labels
         if labels.dtype != wanted.dtype or labels.shape != wanted.shape:
-            of = "sequence" if self._spec.head.kind is HeadKind.POOLED else "token"
+            of = "sequence" if self._spec.head.kind.is_pooled else "token"
             raise RequestError(
                 f"micro-batch: labels: expected {wanted.dtype} {list(wanted.shape)}, for each {of}, got {labels.dtype} "
                 f"{list(labels.shape)}"

@@ -9,7 +9,7 @@ from pyllm.cache import BLOCK_TOKENS, KVCache, blocks_for
 from pyllm.engine.runner import SCRATCH_DTYPE, arena_floats
 from pyllm.errors import ConfigError, InsufficientMemoryError
 from pyllm.planning import GB, SPARE
-from pyllm.spec import HeadKind, ModelSpec
+from pyllm.spec import ModelSpec
 from pyllm.system import available_memory
 from pyllm.train.parameters import layout_of
 from pyllm.train.stack_floats import padded, stack_floats
@@ -157,7 +157,7 @@ def table_width(spec: ModelSpec, tokens: int) -> int:
 
 def scored_rows(spec: ModelSpec, shape: StepShape) -> int:
     """Rows of a micro-batch that the head is given: those of all tokens, or one for each sequence."""
-    return shape.sequences if spec.head.kind is HeadKind.POOLED else shape.tokens
+    return shape.sequences if spec.head.kind.is_pooled else shape.tokens
 
 
 def head_rows(spec: ModelSpec, tokens: int) -> int:
@@ -173,7 +173,7 @@ def step_floats(spec: ModelSpec, shape: StepShape) -> StepFloats:
     scored = scored_rows(spec, shape)
     given, pooled = padded(spec.head_width, scored), padded(spec.hidden, scored)  # what the head's matrix and layer get
     layered = spec.head.transform is not None or spec.projects_to_head
-    is_pooled = spec.head.kind is HeadKind.POOLED
+    is_pooled = spec.head.kind.is_pooled
     width = padded(spec.hidden, shape.tokens)
     head = pooled if is_pooled else 0
     if spec.head.transform is not None:

@@ -33,6 +33,7 @@ class RunConfig:
     mask_prompt: bool = False
     mask_share: float | None = None  # of a text, hidden; default 0.15, with denoise 0.3
     mean_span: float = 3.0  # of what is hidden in one place with spans (tokens) or denoise (words)
+    random_share: float = 0.0  # of the masks that are a random token, with denoise
     generator: str | None = None  # folder or hub name of the model whose tokens are detected, with rtd
     mask_rule: str = "bert"  # or "bernoulli": how they are chosen
     data_cache: str | None = None  # where tokens are kept; default: the user's cache folder

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyllm.errors import ConfigError, listed
 
-OBJECTIVES = ("causal", "prefix", "blanks", "mlm", "rtd", "seq2seq", "spans", "denoise", "classify")
+OBJECTIVES = ("causal", "prefix", "blanks", "mlm", "rtd", "seq2seq", "spans", "denoise", "ul2", "classify")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 DTYPES = ("float32", "bfloat16")
 

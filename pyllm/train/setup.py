@@ -12,10 +12,9 @@ import numpy as np
 from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
 from pyllm.models import family_of
-from pyllm.ops_training import IGNORED_LABEL
 from pyllm.spec import HeadKind, ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
-from pyllm.train.aim import Aim, check_objective
+from pyllm.train.aim import OF_TEXTS, Aim, check_objective
 from pyllm.train.architectures import new_config
 from pyllm.train.begin import classifier_config, config_and_weights, spec_to_train
 from pyllm.train.data import PackedData
@@ -153,7 +152,8 @@ def prepare(
     if beside and planning:
         return Setup(model, aim.spec, tokenizer, train, train, valid, tuple(train.notes), beside)
     aim.load_generator(train.tokens, train.sequences, threads)
-    made, held_out = aim.data(train), None if valid is None else aim.data(valid)
+    made = aim.data(train)
+    held_out = None if valid is None else aim.data(valid, made)
     return Setup(model, aim.spec, tokenizer, train, made, held_out, tuple(train.notes), beside)
 
 
@@ -215,15 +215,17 @@ def _prepare_labels(
 
 
 class _Contexts:
-    """Micro-batches of so many tokens in so many sequences, in place of data that a plan does not have."""
+    """Micro-batches of so many tokens, all of them `token`, in texts of the context's length and places for so many, in
+    place of data that a plan does not have."""
 
-    def __init__(self, tokens: int, sequences: int) -> None:
-        self._tokens, self._sequences = tokens, sequences
+    def __init__(self, tokens: int, sequences: int, context: int, token: int) -> None:
+        starts = [*(min(i * context, tokens) for i in range(sequences)), tokens]
+        self._batch = np.full(tokens, token, np.int32), np.array(starts, np.int32)
 
     def next_batch(self) -> tuple[I32, I32, I32]:
-        """Padding."""
-        starts = np.linspace(0, self._tokens, self._sequences + 1).astype(np.int32)
-        return np.zeros(self._tokens, np.int32), np.full(self._tokens, IGNORED_LABEL, np.int32), starts
+        """Texts."""
+        tokens, starts = self._batch
+        return tokens, tokens, starts
 
     def state(self) -> dict[str, Any]:
         """Nothing."""
@@ -254,8 +256,9 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     elif "objective" in values:
         aim = Aim(config, model, tokenizer, context, theirs.objective, theirs.seed)
         generator = aim.generator_bytes(tokens, sequences)
-    if theirs.objective in ("blanks", "spans", "denoise"):
-        shape = shape_of(aim.data(_Contexts(aim.text_tokens(tokens), sequences)), None, theirs)
+    if theirs.objective in ("blanks", *OF_TEXTS):
+        texts = _Contexts(aim.text_tokens(tokens), sequences, aim.text_context, aim.ordinary_token)
+        shape = shape_of(aim.data(texts), None, theirs)
     elif spec.encoder is not None:
         shape = replace(shape, tokens=tokens - tokens // 2, source=tokens // 2)
     return plan_training(spec, shape, generator)

@@ -16,7 +16,7 @@ from pyllm.errors import RequestError
 from pyllm.model import Model
 from pyllm.ops import F32, Arena
 from pyllm.ops_training import TrainingOps
-from pyllm.spec import HeadKind, Pooling
+from pyllm.spec import Pooling
 from pyllm.tape import Dropout, Tape, TapeMemory
 from pyllm.train.head_loss import IGNORED, HeadLoss, Labels, Loss
 from pyllm.train.memory import (
@@ -68,7 +68,7 @@ class Step:
             read = self._sources.batch
             self.batch = replace(self.batch, source_lengths=read.lengths, source_tables=read.tables)
         self.head_loss = HeadLoss(spec, shape, loss or Loss())
-        pooled = spec.head.kind is HeadKind.POOLED
+        pooled = spec.head.kind.is_pooled
         # What a head of labels gives for each sequence of an evaluation.
         self._scores: F32 | None = np.zeros((shape.sequences, spec.outputs), np.float32) if pooled else None
         self._scale: F32 = np.zeros(1, np.float32)
@@ -201,7 +201,7 @@ class Step:
     def _head_input(self, ops: TrainingOps | Tape) -> F32:
         """What the head's matrix is multiplied with, for every row that has a label."""
         x = self._forward(ops)
-        if self.parameters.spec.head.kind is HeadKind.POOLED:
+        if self.parameters.spec.head.kind.is_pooled:
             x = ops.pool(x, self.batch.starts, Pooling.CLS)
         return self.model.head_input(ops, x)
 

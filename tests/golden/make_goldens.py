@@ -153,6 +153,7 @@ def variants() -> dict[str, Variant]:
     roberta = {**bert, "model_type": "roberta", "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
     electra = {**bert, "model_type": "electra", "embedding_size": 20}
     three = {"num_labels": 3}
+    labels = {**three, "num_hidden_layers": 1}
 
     def rope(kind: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
@@ -229,6 +230,8 @@ def variants() -> dict[str, Variant]:
     return {
         "bert": Variant(bert, architecture="BertForMaskedLM"),
         "bert-classifier": Variant({**bert, **three}, architecture="BertForSequenceClassification"),
+        "bert-labels": Variant({**bert, **labels}, architecture="BertForTokenClassification"),
+        "bert-next": Variant({**bert, "num_hidden_layers": 1}, architecture="BertForNextSentencePrediction"),
         "bloom": Variant(bloom, gain=1.5),
         "bloom-normed": Variant(
             {**bloom, "hidden_size": 30, "n_head": 6, "apply_residual_connection_post_layernorm": True}, gain=1.5
@@ -236,9 +239,13 @@ def variants() -> dict[str, Variant]:
         "chatglm": Variant(chatglm),
         "distilbert": Variant(distilbert, architecture="DistilBertForMaskedLM"),
         "distilbert-classifier": Variant({**distilbert, **three}, architecture="DistilBertForSequenceClassification"),
+        "distilbert-labels": Variant(
+            {**distilbert, **three, "n_layers": 1}, architecture="DistilBertForTokenClassification"
+        ),
         "electra-classifier": Variant({**electra, **three}, architecture="ElectraForSequenceClassification"),
         "electra-discriminator": Variant({**electra, "hidden_act": "relu"}, architecture="ElectraForPreTraining"),
         "electra-generator": Variant({**electra, "hidden_act": "silu"}, architecture="ElectraForMaskedLM"),
+        "electra-labels": Variant({**electra, **labels}, architecture="ElectraForTokenClassification"),
         "chatglm2": Variant(glm, rewrite=_as_chatglm2),
         "cohere": Variant({**cohere, "num_key_value_heads": 1, "logit_scale": 0.5}),
         "cohere-normed": Variant({**cohere, "use_qk_norm": True, "attention_bias": True, "logit_scale": 2.0}),
@@ -339,6 +346,7 @@ def variants() -> dict[str, Variant]:
         "qwen3": Variant({**base, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
         "roberta": Variant(roberta, architecture="RobertaForMaskedLM"),
         "roberta-classifier": Variant({**roberta, **three}, architecture="RobertaForSequenceClassification"),
+        "roberta-labels": Variant({**roberta, **labels}, architecture="RobertaForTokenClassification"),
     }
 
 
@@ -464,7 +472,7 @@ def _run_encoder(model: Any, variant: Variant, seed: int) -> Expected:
     with torch.no_grad():
         output = model(torch.from_numpy(ids)[None], output_hidden_states=True, **given)
     logits = output.logits
-    if "Classification" not in str(variant.architecture):
+    if not str(variant.architecture).endswith(("SequenceClassification", "NextSentencePrediction")):
         logits = logits[0] if logits.ndim == 3 else logits[0, :, None]  # one score of each token
     return Expected(
         ids=ids,

@@ -35,7 +35,7 @@ def forward(
     if spec.head.kind is HeadKind.NONE:
         return np.zeros((0, 0)), hidden
     x, at = hidden[-1], spec.head.at
-    if spec.head.kind is HeadKind.POOLED:
+    if spec.head.kind.is_pooled:
         x = x[:1]
     if spec.head.transform is not None:
         x = activation(linear(x, weights, f"{at}.transform"), spec.head.transform.activation)

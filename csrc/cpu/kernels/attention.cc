@@ -18,6 +18,7 @@
 #include "cpu/kernels/attention_page.h"
 #include "cpu/kernels/attention_plan.h"
 #include "cpu/kernels/attention_scores.h"
+#include "cpu/kernels/attention_strip.h"
 #include "cpu/kernels/dropout.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -26,7 +27,6 @@ namespace {
 using namespace simd;
 using cpu::AttentionWorkspace;
 
-constexpr int kPageVectors = kBlockTokens / F::N;
 // From here on arithmetic costs more than memory: a page is widened once for all rows, and nothing is fetched ahead.
 constexpr int64_t kManyRows = 24;
 
@@ -113,18 +113,25 @@ class Attention {
   }
 
  private:
+  // Row i of an item: the token of its sequence, the row of q and out that this is, and the head.
+  struct Query {
+    int64_t token, row, head;
+  };
+
   void attend(const Item& t, float* memory) const {
     const Scratch s = scratch_of(memory, Ep);
     const SequenceRule rule(a, t.sequence);
     const int64_t rows = t.rows * t.heads;
     for (int64_t i = 0; i < rows; ++i) {
       const Query q = query(t, i);
-      take_query(s, i, a.q + q.row * a.q_stride + q.head * E);
+      expect(q);
       s.seen[i] = rule.seen(q.token);
       s.position[i] = int32_t(rule.position(q.token));
       s.head[i] = int32_t(q.head);
       if (a.dropout.seed) s.dropout[i] = dropout_row(a.dropout, q.row, q.head + 1);
     }
+    const int64_t first_row = a.starts[t.sequence] - rule.position(0);  // of q and out, of the query at position 0
+    for (int64_t i = 0; i < rows; ++i) take_query(s, i, a.q + (first_row + s.position[i]) * a.q_stride + s.head[i] * E);
     // Pages are those of the last row's sinks, and then from the first row's first key on.
     const int64_t end = min_of(t.last_key, s.seen[rows - 1].last);
     const auto page_from = [&](int64_t key) {
@@ -162,9 +169,16 @@ class Attention {
     }
     if (t.split) return;
     const float *total = alone ? s.o : s.total, *max = alone ? s.max : s.total_max;
-    for (int64_t i = 0; i < rows; ++i) {
-      const Query q = query(t, i);
-      end_row(q.row, q.head, total + i * Ep, max[i], s.total_sum[i]);
+    for (int64_t i = 0; i < rows; ++i)
+      end_row(first_row + s.position[i], s.head[i], total + i * Ep, max[i], s.total_sum[i]);
+  }
+
+  // Asks for what is read and written of a query: each is on another page.
+  void expect(const Query& q) const {
+    const float *in = a.q + q.row * a.q_stride + q.head * E, *out = a.out + q.row * a.out_stride + q.head * E;
+    for (int64_t e = 0; e < E; e += 16) {
+      __builtin_prefetch(in + e, 0, 3);
+      __builtin_prefetch(out + e, 1, 3);
     }
   }
 
@@ -192,10 +206,6 @@ class Attention {
 #endif
   }
 
-  // Row i of an item: the token of its sequence, the row of q and out that this is, and the head.
-  struct Query {
-    int64_t token, row, head;
-  };
   Query query(const Item& t, int64_t i) const {
     const auto rows = uint32_t(t.rows), heads = uint32_t(group), at = uint32_t(t.row) + uint32_t(i) % rows;
     const int64_t token = at / heads;
@@ -298,10 +308,21 @@ class Attention {
     alignas(64) uint16_t narrow[kPerX == 2 ? kStrip * kBlockTokens : 1];
     const X* weights = kPerX == 2 ? reinterpret_cast<const X*>(narrow) : reinterpret_cast<const X*>(p);
     Finite finite;
-    for (int64_t i = 0; i < strips; ++i) {
-      const int64_t begin = rows.begin + count * i / strips, n = rows.begin + count * (i + 1) / strips - begin;
+    for (int64_t i = 0, begin = rows.begin, n; i < strips; ++i, begin += n) {
+      n = rows.begin + int64_t(uint32_t(count * (i + 1)) / uint32_t(strips)) - begin;
       const Strip strip = strip_of(s, begin, n, rows.key, kPerX, kTokens);
       if (strip.first == strip.last) continue;
+      if constexpr (kStripsFit && std::is_same<Step, StepF32>::value) {
+        if (!general && strip.low == 0 && !strip.ragged) {
+          const UniformStrip uniform{s.q + begin * Ep, s.max + begin, s.lanes + begin * cpu::kSumLanes,
+                                     s.o + begin * Ep, steps,         Ep,
+                                     strip.high};
+          attend_uniform(int(n), uniform, keys, values.data,
+                         kAhead ? ahead_keys : reinterpret_cast<const char*>(keys.data),
+                         kAhead ? ahead_values : reinterpret_cast<const char*>(values.data));
+          continue;
+        }
+      }
       const X* q = reinterpret_cast<const X*>(s.q) + begin * q_stride;
       page_product<Step, kAhead>(int(n), p, kBlockTokens, q, q_stride, nullptr, keys, strip.first, strip.last, steps,
                                  true, ahead_keys);

@@ -69,6 +69,20 @@ inline float round_to_words(int16_t* words, const float* x, int64_t count) {
 // 2^8 are as good as weights up to 1.
 constexpr float kHeadroom = 8.0f;
 
+// Raises the largest score of a row's key block where a page's is far beyond it, rescaling what has been gathered: its
+// sum in lanes [kSumLanes] and o[Ep]. Gives the score that weights are relative to from now on.
+inline float raise_max(float page_max, float* max, float* lanes, float* o, int64_t Ep) {
+  using namespace simd;
+  const float old = *max;
+  if (!(page_max > old + kHeadroom)) return old;
+  *max = page_max;
+  if (old == -kInfinity) return page_max;  // nothing has been gathered
+  const F shrink = weight_of<false>(set(old - page_max));
+  store(lanes, load(lanes) * shrink);
+  for (int64_t e = 0; e < Ep; e += F::N) store(o + e, load(o + e) * shrink);
+  return page_max;
+}
+
 // Of an i8 page, [kBlockTokens] bf16 each.
 struct PageScales {
   const uint16_t* keys;
@@ -118,16 +132,8 @@ inline void weigh_scores(RowState row, float* p, uint16_t* narrow, Places at, Pa
   } else {
     for (int v = at.first; v < at.last; ++v) largest = simd::max(largest, load(p + v * F::N));
   }
-  const float page_max = simd::max(largest), old = *row.max;
+  const F m = set(raise_max(simd::max(largest), row.max, row.lanes, row.o, row.Ep));
   F sum = load(row.lanes);
-  float now = old;
-  if (page_max > old + kHeadroom) {
-    *row.max = now = page_max;
-    const F shrink = weight_of<false>(set(old - now));
-    sum = sum * shrink;
-    for (int64_t e = 0; e < row.Ep; e += F::N) store(row.o + e, load(row.o + e) * shrink);
-  }
-  const F m = set(now);
   const auto weight = [&](int v) {
     const F w = weight_of<kWeights == Weights::pairs>(load(p + v * F::N) - m);
     sum = sum + w;
@@ -175,13 +181,13 @@ inline void merge(float& max, float& sum, float* o, float block_max, float block
   for (int64_t e = 0; e < Ep; e += F::N) store(o + e, fma(load(block_o + e), b, load(o + e) * a));
 }
 
-// out = o / sum. Adding zero turns a -0 into 0.
+// out = o / sum, by the inverse of sum: divisions of vectors are slow. Adding zero turns a -0 into 0.
 inline void finish(float* out, const float* o, float sum, int64_t E) {
   using namespace simd;
-  const F s = set(sum);
+  const F inverse = set(1.0f / sum);
   int64_t e = 0;
-  for (; e + F::N <= E; e += F::N) store(out + e, load(o + e) / s + zero());
-  if (e < E) store_n(out + e, load(o + e) / s + zero(), int(E - e));
+  for (; e + F::N <= E; e += F::N) store(out + e, fma(load(o + e), inverse, zero()));
+  if (e < E) store_n(out + e, fma(load(o + e), inverse, zero()), int(E - e));
 }
 
 }  // namespace pyllm::PYLLM_ISA

@@ -116,7 +116,7 @@ struct Next {
 // All columns of a panel for Rows rows.
 template <class Step, int Rows, Fetch kFetch>
 void tile_panel(float* sums, const typename Step::X* x, int64_t x_stride, const typename Step::W* w, int64_t steps,
-                int64_t columns, bool first, Ahead ahead) {
+                int64_t columns, bool first, const Ahead& ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
   constexpr Fetch kUsed = kColumns == kPanel || kFetch == Fetch::next ? kFetch : Fetch::none;
   for (int64_t c = 0; c < columns; c += kColumns)
@@ -155,7 +155,7 @@ template <class Step>
 void multiply_block(float* sums, const typename Step::X* x, int64_t x_stride, const void* weights, int64_t rows,
                     int64_t steps, int64_t columns, bool first, Next next, const Finish& finish) {
   using Tile =
-      void (*)(float*, const typename Step::X*, int64_t, const typename Step::W*, int64_t, int64_t, bool, Ahead);
+      void (*)(float*, const typename Step::X*, int64_t, const typename Step::W*, int64_t, int64_t, bool, const Ahead&);
   static constexpr Tile kTiles[][3] = {
 #define PYLLM_TILE(rows) \
   {tile_panel<Step, rows, Fetch::none>, tile_panel<Step, rows, Fetch::stream>, tile_panel<Step, rows, Fetch::next>}
@@ -176,18 +176,19 @@ void multiply_block(float* sums, const typename Step::X* x, int64_t x_stride, co
   // With several tiles only the first meets weights that are not in the cache yet, so each fetches its share of what
   // comes next.
   const int64_t w_share = next.w_bytes / tiles, x_share = next.x_bytes / tiles, spread = greatest(1, steps);
+  const int64_t w_advance = alone ? step_bytes : divide_up(w_share, spread), x_advance = divide_up(x_share, spread);
   // Where no other block of x comes next, the rows of the next tile do, if they stand close together.
   const bool fetches_rows = next.x_bytes == 0 && x_stride < 2 * steps * Step::kX;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, count = end - begin;
     Ahead ahead{next.w + w_share * t,
-                divide_up(w_share, spread),
+                w_advance,
                 next.x + x_share * t,
-                divide_up(x_share, spread),
+                x_advance,
                 reinterpret_cast<const char*>(sums + begin * kPanel),
                 0,
                 0};
-    if (alone) ahead.w = static_cast<const char*>(weights) + kStreamAhead, ahead.w_advance = step_bytes;
+    if (alone) ahead.w = static_cast<const char*>(weights) + kStreamAhead;
     if (fetches_rows) {
       ahead.x = reinterpret_cast<const char*>(x + end % rows * x_stride);
       ahead.x_advance = divide_up(count * x_stride * int64_t(sizeof *x), spread);

@@ -23,7 +23,7 @@ constexpr int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // All columns of a panel for Rows rows.
 template <int Rows>
-void tile_panel(float* sums, const float* x, const float* w, int64_t steps, bool first, Ahead ahead) {
+void tile_panel(float* sums, const float* x, const float* w, int64_t steps, bool first, const Ahead& ahead) {
   constexpr int64_t kColumns = tile_vectors(Rows) * F::N;
   for (int64_t c = 0; c < kPanel; c += kColumns)
     tile<StepF32, Rows, Fetch::next>(sums + c, x, kGradientStride, w + c, steps, first, ahead);
@@ -41,7 +41,7 @@ struct Coming {
 template <class Between>
 void multiply_block(float* sums, const float* x, const float* w, int64_t rows, int64_t steps, bool first,
                     const Coming& coming, Between&& between) {
-  using Tile = void (*)(float*, const float*, const float*, int64_t, bool, Ahead);
+  using Tile = void (*)(float*, const float*, const float*, int64_t, bool, const Ahead&);
   static constexpr Tile kTiles[] = {
       tile_panel<1>, tile_panel<2>, tile_panel<3>, tile_panel<4>,
 #if !defined(PYLLM_ISA_BASELINE)
@@ -51,13 +51,14 @@ void multiply_block(float* sums, const float* x, const float* w, int64_t rows, i
   static_assert(sizeof kTiles / sizeof kTiles[0] == kTileRows);
   const int64_t tiles = divide_up(rows, kTileRows);
   const int64_t a_share = coming.a_bytes / tiles, b_share = coming.b_bytes / tiles;
+  const int64_t a_advance = divide_up(a_share, steps), b_advance = divide_up(b_share, steps);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
     between(t, tiles);
     const Ahead ahead{static_cast<const char*>(coming.a) + a_share * t,
-                      divide_up(a_share, steps),
+                      a_advance,
                       static_cast<const char*>(coming.b) + b_share * t,
-                      divide_up(b_share, steps),
+                      b_advance,
                       reinterpret_cast<const char*>(sums),
                       0,
                       0};

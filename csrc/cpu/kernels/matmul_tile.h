@@ -84,6 +84,7 @@ enum class Fetch {
   stream,  // the lines of one step from `w` on, `w_advance` bytes further at each step: for tiles that meet their weights in memory
   next,    // a line at `w`, `x` and `y` each, which advance slowly: what the next blocks, and the epilogue, will need
 };
+// Given by reference: who loads a struct that was just stored, in pieces of other sizes, waits for all stores before it.
 struct Ahead {
   const char* w;
   int64_t w_advance;  // per step, in bytes
@@ -97,7 +98,7 @@ struct Ahead {
 // those of x x_stride. Continues from what sums holds unless `first`.
 template <class Step, int Rows, Fetch kFetch>
 void tile(float* sums, const typename Step::X* x, int64_t x_stride, const typename Step::W* w, int64_t steps,
-          bool first, Ahead ahead) {
+          bool first, const Ahead& ahead) {
   using simd::F;
   constexpr int kVectors = tile_vectors(Rows);
   F c[Rows][kVectors];
@@ -106,6 +107,7 @@ void tile(float* sums, const typename Step::X* x, int64_t x_stride, const typena
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) c[r][v] = first ? simd::zero() : simd::load(sums + r * kPanel + v * F::N);
   }
+  const char *next_w = ahead.w, *next_x = ahead.x;
   constexpr int kParts = kFetch == Fetch::next ? Rows : 1;  // of the steps: each fetches one row of y
 #pragma GCC unroll 1
   for (int part = 0; part < kParts; ++part) {
@@ -114,16 +116,16 @@ void tile(float* sums, const typename Step::X* x, int64_t x_stride, const typena
       if (kFetch == Fetch::stream) {
 #pragma GCC unroll 16
         for (int64_t line = 0; line < Step::kW * int64_t(sizeof(typename Step::W)); line += 64)
-          __builtin_prefetch(ahead.w + line, 0, 2);
+          __builtin_prefetch(next_w + line, 0, 2);
       }
       if (kFetch == Fetch::next) {
-        __builtin_prefetch(ahead.w, 0, 2);
-        __builtin_prefetch(ahead.x, 0, 2);
+        __builtin_prefetch(next_w, 0, 2);
+        __builtin_prefetch(next_x, 0, 2);
         __builtin_prefetch(y, 1, 2);
-        ahead.x += ahead.x_advance;
+        next_x += ahead.x_advance;
         y += ahead.y_advance;
       }
-      if (kFetch != Fetch::none) ahead.w += ahead.w_advance;
+      if (kFetch != Fetch::none) next_w += ahead.w_advance;
       typename Step::Operand b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) b[v] = Step::load(w + v * F::N * Step::kColumn);

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,86 +15,145 @@ from pyllm.errors import ConfigError, DataError
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.train.objectives.spans import partition, spread
 from pyllm.train.pairs import PairBatch, PairForm, PairWriter, padding_sequences
-from pyllm.train.report import I32, Data
+from pyllm.train.report import I32, Data, MicroBatch
+
+PROBED = 4  # micro-batches of texts that tell how long sources and targets become
+
+Pair: TypeAlias = "tuple[I32, I32]"  # source and target
 
 
 class Denoising(ABC):
     """Micro-batches of pairs made of texts: a damaged text, and what the decoder writes of it. How a text is damaged is
-    a function of `seed` and the micro-batch's number.
+    a function of `seed`, of the number of the micro-batch of texts that it comes in, and of its place there.
+
+    Micro-batches have room for what becomes of as many tokens of texts as those of `data` hold, by the first of them.
+    Pairs that find none come in the next.
 
     Args:
         data: micro-batches of texts, whose labels are -100 where there is only padding.
         form: special tokens of pairs.
         context: longest sequence of `data`.
-        share: of a text that is damaged.
-        mean_span: of what is damaged in one place.
         seed: of what is damaged.
+        like: other data, whose shape the micro-batches get.
+
+    Raises `DataError` where no text can be damaged, or one holds what stands for what was taken out.
     """
 
-    def __init__(self, data: Data, form: PairForm, *, context: int, share: float, mean_span: float, seed: int) -> None:
-        if not 0 < share < 1:
-            raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
-        if not 1 <= mean_span <= 1000:
-            raise ConfigError(f"mean_span: expected 1 <= value <= 1000, got {mean_span}")
-        self._data, self._form, self._share, self._mean_span, self._seed = data, form, share, mean_span, seed
-        self._position = 0
-        state = data.state()
-        tokens, _, starts, *_ = data.next_batch()
-        data.load_state(state)
-        texts = len(starts) - 1
-        self._longest = context + max(form.around_source, form.around_target)
-        self._shape = self.shape(len(tokens), texts)
-        self._sequences = texts + padding_sequences(*self._shape, self._longest)
+    def __init__(self, data: Data, form: PairForm, *, context: int, seed: int, like: Denoising | None = None) -> None:
+        self._data, self._form, self._seed = data, form, seed
+        self._longest = context + max(form.around_source + self.added, form.around_target)
+        self._taken = 0  # micro-batches of texts
+        self._before = data.state()  # where the data stood before the last of them
+        self._shape: tuple[int, int]  # tokens of sources and of targets
+        self._most: int  # pairs of a micro-batch, and its sequences, of which some may be padding
+        self._sequences: int
+        self._left: dict[int, Pair] = {}  # its pairs that are still to come, by the places of their texts
+        if like is not None:
+            self._shape, self._most, self._sequences = like._shape, like._most, like._sequences
+            return
+        probed = [data.next_batch() for _ in range(PROBED)]
+        data.load_state(self._before)
+        self._shape = self._expected(probed)
+        self._most = len(probed[0][2]) - 1
+        self._sequences = self._most + padding_sequences(*self._shape, self._longest)
+
+    @property
+    def added(self) -> int:
+        """Tokens that a source may have more than its text, beside those around it."""
+        return 0
+
+    @property
+    @abstractmethod
+    def how(self) -> list[Any]:
+        """What decides how texts are damaged, as JSON."""
 
     @abstractmethod
-    def shape(self, tokens: int, texts: int) -> tuple[int, int]:
-        """Most tokens of sources and of targets that become of `texts` texts with so many tokens together."""
-
-    @abstractmethod
-    def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
+    def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """The text of a source and that of its target."""
 
     def next_batch(self) -> PairBatch:
         """See :meth:`pyllm.train.pairs.PairedData.next_batch`."""
-        tokens, counted, starts, *_ = self._data.next_batch()
-        rng = np.random.Generator(np.random.PCG64([self._seed, self._position]))
-        self._position += 1
-        form = self._form
-        writer = PairWriter(form, *self._shape, self._sequences, self._longest)
-        for first, end in pairwise(starts.tolist()):
-            if (counted[first:end] == IGNORED_LABEL).all():
-                continue  # padding
-            text = form.unended(form.unbegun(tokens[first:end]))
-            if len(text) >= 2:  # else nothing would be left to restore it from
-                source, target = self.damage(text, rng)
-                writer.add(form.source(source), form.target(target))
+        writer = PairWriter(self._form, *self._shape, self._sequences, self._longest)
+        while writer.count < self._most:
+            if not self._left:
+                self._before = self._data.state()
+                self._left = self._damaged(self._data.next_batch(), self._taken)
+                self._taken += 1
+            room = writer.room
+            fitting = (
+                i for i, (source, target) in self._left.items() if len(source) <= room[0] and len(target) <= room[1]
+            )
+            place = next(fitting, None)
+            if place is None:
+                break
+            writer.add(*self._left.pop(place))
         return writer.finish()
 
     def state(self) -> dict[str, Any]:
         """See :class:`pyllm.train.Data`."""
-        return {"damaged": self._position, "kind": self._kind, "data": self._data.state()}
+        begun = bool(self._left)
+        data = self._before if begun else self._data.state()
+        return {"damaged": self._taken - begun, "left": list(self._left), "kind": self._kind, "data": data}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`pyllm.train.Data`."""
         if state.get("kind") != self._kind:
             raise DataError(
-                f"the run damaged texts by {state.get('kind')} (how, share, mean span, seed), now it is {self._kind}"
+                f"data: the run damaged its texts by {state.get('kind')} (how, and the seed), now it is {self._kind}"
             )
         self._data.load_state(state["data"])
-        self._position = state["damaged"]
+        self._taken, self._before, self._left = state["damaged"], state["data"], {}
+        if state["left"]:
+            pairs = self._damaged(self._data.next_batch(), self._taken)
+            self._left = {place: pairs[place] for place in state["left"]}
+            self._taken += 1
 
     @property
     def _kind(self) -> list[Any]:
-        return [type(self).__name__, self._share, self._mean_span, self._seed]
+        return [type(self).__name__, *self.how, self._seed]
+
+    def _damaged(self, batch: MicroBatch, number: int) -> dict[int, Pair]:
+        """The pairs of a micro-batch of texts, by the places of these, but for texts too short to be damaged."""
+        tokens, counted, starts, *_ = batch
+        rng = np.random.Generator(np.random.PCG64([self._seed, number]))
+        form, pairs = self._form, dict[int, Pair]()
+        for place, (first, end) in enumerate(pairwise(starts.tolist())):
+            if (counted[first:end] == IGNORED_LABEL).all():
+                continue  # padding
+            text = form.unended(form.unbegun(tokens[first:end]))
+            if len(text) >= 2:  # else nothing would be left to restore it from
+                source, target = self.damage(text, rng)
+                pairs[place] = form.source(source), form.target(target)
+        return pairs
+
+    def _expected(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Tokens of sources and of targets that become of a micro-batch full of texts like these."""
+        made, given = np.zeros(2), 0
+        for number, batch in enumerate(batches):
+            pairs = self._damaged(batch, number)
+            given += sum(int(batch[2][place + 1] - batch[2][place]) for place in pairs)
+            made += np.array([[len(part) for part in pair] for pair in pairs.values()]).reshape(-1, 2).sum(0)
+        if given == 0:
+            raise DataError("data: expected texts of at least two tokens, as one is hidden and one kept, found none")
+        source, target = np.ceil(made * len(batches[0][0]) / given)
+        return max(int(source), self._longest), max(int(target), self._longest)
 
 
-def check_sentinels(sentinels: Sequence[int]) -> None:
+def check_sentinels(sentinels: Sequence[int], objective: str) -> None:
     """Raise `ConfigError` where there are none."""
     if not sentinels:
         raise ConfigError(
-            "objective spans: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
+            f"objective {objective}: expected a tokenizer with sentinels, <extra_id_0> and so on, found none: add them "
             "(train-tokenizer --sentinels 100), or train with another objective"
         )
+
+
+def check_amounts(share: float, mean_span: float) -> None:
+    """Raise `ConfigError` for a share of a text, or a mean length of what is taken out in one place, that cannot be."""
+    if not 0 < share < 1:
+        raise ConfigError(f"mask_share: expected 0 < value < 1, got {share}")
+    if not 1 <= mean_span <= 1000:
+        raise ConfigError(f"mean_span: expected 1 <= value <= 1000, got {mean_span}")
 
 
 class CorruptedSpans(Denoising):
@@ -106,34 +165,57 @@ class CorruptedSpans(Denoising):
     are taken in order.
     """
 
-    def __init__(self, data: Data, form: PairForm, sentinels: Sequence[int], **options: Any) -> None:
-        check_sentinels(sentinels)
-        self._sentinels = np.array(sentinels, np.int32)
+    def __init__(
+        self,
+        data: Data,
+        form: PairForm,
+        sentinels: Sequence[int],
+        *,
+        share: float,
+        mean_span: float,
+        **options: Any,
+    ) -> None:
+        check_sentinels(sentinels, "spans")
+        check_amounts(share, mean_span)
+        self._sentinels, self._share, self._mean_span = np.array(sentinels, np.int32), share, mean_span
         super().__init__(data, form, **options)
 
-    def shape(self, tokens: int, texts: int) -> tuple[int, int]:
-        """Of n tokens share * n / mean_span become spans; what is rounded is less than two tokens a text."""
-        spans = self._share / self._mean_span
-        form = self._form
-        source = int(tokens * (1 - self._share + spans)) + texts * (form.around_source + 2)
-        return source, int(tokens * (self._share + spans)) + texts * (form.around_target + 2)
+    @property
+    def how(self) -> list[Any]:
+        """See :attr:`Denoising.how`."""
+        return [self._share, self._mean_span]
 
-    def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
+    def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
-        found = text[np.isin(text, self._sentinels)]
-        if len(found):
-            raise DataError(f"objective spans: a text holds a sentinel (id {found[0]}) already")
-        taken = min(max(round(self._share * len(text)), 1), len(text) - 1)
-        kept = len(text) - taken
-        count = min(max(round(taken / self._mean_span), 1), taken, kept, len(self._sentinels))
-        source, target, at = [], [], 0
-        for stay, go, sentinel in zip(
-            partition(kept, count, rng), partition(taken, count, rng), self._sentinels[:count, None], strict=True
-        ):
-            source += [text[at : at + stay], sentinel]
-            target += [sentinel, text[at + stay : at + stay + go]]
-            at += stay + go
-        return np.concatenate(source), np.concatenate(target)
+        return corrupted(text, self._sentinels, self._share, self._mean_span, rng)
+
+
+def corrupted(text: I32, sentinels: I32, share: float, mean_span: float, rng: np.random.Generator) -> Pair:
+    """What is left of a text, with sentinels, and what was taken out, each behind its sentinel."""
+    refuse_sentinels(text, sentinels)
+    taken = tokens_taken(text, share)
+    kept = len(text) - taken
+    count = min(max(round(taken / mean_span), 1), taken, kept, len(sentinels))
+    source, target, at = [], [], 0
+    for stay, go, sentinel in zip(
+        partition(kept, count, rng), partition(taken, count, rng), sentinels[:count, None], strict=True
+    ):
+        source += [text[at : at + stay], sentinel]
+        target += [sentinel, text[at + stay : at + stay + go]]
+        at += stay + go
+    return np.concatenate(source), np.concatenate(target)
+
+
+def tokens_taken(text: I32, share: float) -> int:
+    """How many tokens are this share of a text: at least one, and not all."""
+    return min(max(round(share * len(text)), 1), len(text) - 1)
+
+
+def refuse_sentinels(text: I32, sentinels: I32) -> None:
+    """Raise `DataError` for a text that holds a sentinel."""
+    found = text[np.isin(text, sentinels)]
+    if len(found):
+        raise DataError(f"data: a text holds a sentinel (id {found[0]}) already: take it out of the document")
 
 
 class InfilledText(Denoising):
@@ -142,29 +224,49 @@ class InfilledText(Denoising):
 
     Spans have a number of words by Poisson's distribution, with a mean of `mean_span`; one of none is a mask between
     two words. No two touch. In a text of one word, as in scripts without spaces, each token is taken for a word; at
-    least one word is kept.
+    least one word is kept. `random_share` of the masks become any of `ordinary` tokens instead, as in the command that
+    BART's authors gave (https://github.com/facebookresearch/fairseq/issues/1899: a share of 0.1, and spans of 3.5
+    words; the paper has none, and 3).
 
     Args:
         mask: the token that stands for a span.
         ends: tokens that end a sentence.
         begins: tokens that begin a word; empty: each does.
+        random_share: of the masks.
+        ordinary: tokens that may stand in their place.
     """
 
     def __init__(
-        self, data: Data, form: PairForm, mask: int, ends: Collection[int], begins: Collection[int], **options: Any
+        self,
+        data: Data,
+        form: PairForm,
+        mask: int,
+        ends: Collection[int],
+        begins: Collection[int],
+        *,
+        share: float,
+        mean_span: float,
+        random_share: float = 0.0,
+        ordinary: Sequence[int] = (),
+        **options: Any,
     ) -> None:
-        self._mask = mask
+        check_amounts(share, mean_span)
+        if not 0 <= random_share < 1:
+            raise ConfigError(f"random_share: expected 0 <= value < 1, got {random_share}")
+        self._mask, self._share, self._mean_span = mask, share, mean_span
+        self._random_share, self._ordinary = random_share, np.array(ordinary, np.int32)
         self._ends, self._begins = (np.array(sorted(ids), np.int32) for ids in (ends, begins))
         super().__init__(data, form, **options)
 
-    def shape(self, tokens: int, texts: int) -> tuple[int, int]:
-        """A source is never longer than its text."""
-        return tokens + texts * self._form.around_source, tokens + texts * self._form.around_target
+    @property
+    def how(self) -> list[Any]:
+        """See :attr:`Denoising.how`."""
+        return [self._share, self._mean_span, self._random_share]
 
-    def damage(self, text: I32, rng: np.random.Generator) -> tuple[I32, I32]:
+    def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """See :meth:`Denoising.damage`."""
         if (text == self._mask).any():
-            raise DataError(f"objective denoise: a text holds a mask (id {self._mask}) already")
+            raise DataError(f"data: a text holds a mask (id {self._mask}) already: take it out of the document")
         words = self._words(self._permuted(text, rng))
         wanted, sizes = min(max(1, round(self._share * len(words))), len(words) - 1), list[int]()
         while sum(sizes) < wanted:
@@ -174,7 +276,9 @@ class InfilledText(Denoising):
             sizes.remove(0)
         source, at = [], 0
         for first, end in spread(sizes, len(words), rng):
-            source += [*words[at:first], np.array([self._mask], np.int32)]
+            random = self._random_share > 0 and rng.random() < self._random_share
+            mark = rng.choice(self._ordinary) if random else self._mask
+            source += [*words[at:first], np.array([mark], np.int32)]
             at = end
         return np.concatenate([*source, *words[at:]]), text
 
