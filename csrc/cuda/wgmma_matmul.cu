@@ -294,8 +294,7 @@ Estimate estimate(int64_t rows, int64_t n, int64_t k, int64_t columns, int64_t p
   const int64_t room = multiprocessors / size > 0 ? multiprocessors / size : 1, active = tiles < room ? tiles : room;
   p.blocks = (splits > 1 ? tiles : active) * size;  // one with splits makes one tile
   const int64_t bytes = (kRows + columns / pair) * kDepth * 2;
-  int64_t step = 4 * columns;
-  step = std::max({step, bytes / 64, bytes * active * size / (40 * multiprocessors)});
+  const int64_t step = std::max({4 * columns, bytes / 64, bytes * active * size / (40 * multiprocessors)});
   const int64_t besides = splits > 1 ? 4000 : 1500 + 6 * columns;
   return {p, ceil_div(tiles, room) * (ceil_div(ceil_div(k, kDepth), splits) * step + besides)};
 }
