@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from oracle import extra
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -31,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if unavailable() is None:  # what tests promise of the CPU they promise on a machine with a GPU too
         (LLM.__init__.__kwdefaults__ or {})["device"] = os.environ["PYLLM_DEVICE"] = "cpu"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip those marked ``oracle`` where there is nothing to compare with, but for ``oracle(partly=True)``."""
+    marker = item.get_closest_marker("oracle")
+    if marker is not None and not marker.kwargs.get("partly") and (reason := extra.missing(*marker.args)):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,11 +56,9 @@ def test_golden(number: int) -> None:
     check(beams.CASES[number], beams.read()[number])
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("number", range(len(beams.CASES)))
 def test_live(number: int) -> None:
-    if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
-        pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
-        pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
     check(beams.CASES[number], beams.run(beams.CASES[number]))
 
 

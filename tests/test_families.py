@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -72,15 +71,9 @@ def test_golden(name: str) -> None:
     check(GOLDEN / name, goldens.read_expected(GOLDEN / name), goldens.variants()[name].ngram)
 
 
-def require_oracle() -> None:
-    if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
-        pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
-        pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
-
-
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", goldens.variants())
 def test_live(name: str, tmp_path: Path) -> None:
-    require_oracle()
     check(tmp_path, goldens.build(name, tmp_path), goldens.variants()[name].ngram)
 
 
@@ -125,9 +118,9 @@ def oracle_of(name: str, folder: Path) -> Any:
     return model
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", [name for name in GENERATING if name not in ("chatglm", "glm2021")])
 def test_beams_of_every_family(name: str, tmp_path: Path) -> None:
-    require_oracle()
     import torch
 
     model = oracle_of(name, tmp_path)
@@ -165,13 +158,13 @@ def padded(texts: list[list[int]], pad: int, left: bool) -> tuple[Any, Any]:
     return tokens, mask
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("name", "left"),
     [("bert", False), ("distilbert", False), ("electra-generator", False), ("roberta", False), ("roberta", True)],
 )
 def test_encoders_are_those_of_a_padded_batch(name: str, left: bool, tmp_path: Path) -> None:
     """Padding is seen by nobody, and RoBERTa counts no position for it."""
-    require_oracle()
     import torch
 
     model = oracle_of(name, tmp_path)
@@ -184,10 +177,10 @@ def test_encoders_are_those_of_a_padded_batch(name: str, left: bool, tmp_path: P
         close(llm.forward(text).logits, row[marks == 1].numpy())
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ["bart", "bloom-normed", "gpt2", "llama", "mpt", "openai-gpt", "opt", "t5"])
 def test_generation_is_that_of_a_padded_batch(name: str, tmp_path: Path) -> None:
     """Transformers pads prompts on the left, and sources on the right; positions and biases count the text alone."""
-    require_oracle()
     import torch
 
     model = oracle_of(name, tmp_path)
@@ -204,9 +197,9 @@ def test_generation_is_that_of_a_padded_batch(name: str, tmp_path: Path) -> None
         assert list(result.outputs[0].token_ids) == ids
 
 
+@pytest.mark.oracle
 def test_both_heads_that_bert_was_trained_with(tmp_path: Path) -> None:
     """A checkpoint holds them; the class in its config says which is read."""
-    require_oracle()
     import torch
 
     variant = replace(goldens.variants()["bert"], architecture="BertForPreTraining")
@@ -227,10 +220,10 @@ def test_both_heads_that_bert_was_trained_with(tmp_path: Path) -> None:
         close(found, logits.numpy())
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gptj", "bart", "t5"])
 def test_attention_weights(name: str) -> None:
     """Both directions, groups of heads, a window, rotated keys, and sources."""
-    require_oracle()
     import torch
     import transformers
 

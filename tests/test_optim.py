@@ -85,8 +85,10 @@ def test_twenty_steps(isa: str, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(v, exact[2], rtol=20 * 4 * EPS)
 
 
+@pytest.mark.oracle
 def test_twenty_steps_of_torch(rng: np.random.Generator) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     start = normal(rng, 3000)
     parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = torch.optim.AdamW([parameter], lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

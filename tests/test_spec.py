@@ -120,11 +120,12 @@ ROPES = {
 }
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("length", [1, 4096, 4097, 20000])
 def test_rope_equals_transformers(name: str, length: int) -> None:
-    torch = pytest.importorskip("torch", reason="needs the oracle extra: torch")
-    transformers = pytest.importorskip("transformers", reason="needs the oracle extra: transformers")
+    import torch
+    import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

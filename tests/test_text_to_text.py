@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_model
+from oracle import extra
 from test_cli import pyllm
 from tokenizers import Tokenizer as TokenizersLibrary
 from tokenizers.processors import TemplateProcessing
@@ -230,6 +229,7 @@ def test_few_pairs_are_held_out_whole(home: Path, tmp_path: Path) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle(partly=True)
 @pytest.mark.parametrize(("arch", "tie", "rate"), [("t5", True, 1e-2), ("t5", False, 1e-2), ("bart", True, 1e-2)])
 def test_a_new_model_fits_a_batch_and_writes_its_targets(
     home: Path, tmp_path: Path, arch: str, tie: bool, rate: float
@@ -280,8 +280,7 @@ def test_samples_begin_as_the_folder_says(home: Path, tmp_path: Path) -> None:
 
 def assert_transformers_reads(folder: Path, llm: LLM, sources: list[list[int]], written: list[Any]) -> None:
     """The same logits and texts, where transformers is at hand or must be."""
-    at_hand = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    if not at_hand and not os.environ.get("PYLLM_REQUIRE_ORACLE"):
+    if extra.missing():
         return
     import torch
     import transformers

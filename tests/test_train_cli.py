@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_model
+from oracle import extra
 from safetensors.numpy import load_file
 from test_cli import COMMAND, environment, refused
 from test_cli import pyllm as run_pyllm
@@ -184,6 +185,7 @@ def test_gradients_are_checked(home: Path) -> None:
     assert not (home / "no").exists()
 
 
+@pytest.mark.oracle(partly=True)
 def test_a_tokenizer_of_ones_own(home: Path) -> None:
     tokenizer = Tokenizer.load(home / "tokenizer")
     text = "Once upon a time, Grüße 你好 🙂\n\n  fox"
@@ -193,7 +195,10 @@ def test_a_tokenizer_of_ones_own(home: Path) -> None:
     assert tokenizer.decode(ids) == text
     assert tokenizer.vocab_size == 320
     assert len(tokenizer.encode("Once upon a time there was a little fox")) < 25
-    transformers = pytest.importorskip("transformers")
+    if extra.missing():
+        return
+    import transformers
+
     theirs = transformers.AutoTokenizer.from_pretrained(home / "tokenizer")
     assert theirs.encode(text) == ids
     assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)

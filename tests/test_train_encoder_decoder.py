@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,12 +38,6 @@ NAMES = ["bart", "mbart", "mt5", "t5", "t5-gated"]
 VOCAB = 67
 
 
-def need_torch() -> None:
-    if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
-        pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
-        pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
-
-
 def batch_of(seed: int = 0) -> Batch:
     """90 tokens in five sequences and as many sources, of which one is padding."""
     tokens, labels, starts, source, bounds = sourced(make_batch(VOCAB, 90, 5, seed), seed, start=2)
@@ -58,11 +51,11 @@ def test_gradients_are_those_of_float64(name: str) -> None:
     assert_gradients_of_float64(at_hand(name, TrainingOps(threads=2)), batch_of(), width=1e-7)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", NAMES)
 def test_all_gradients_are_those_of_torch(name: str, tmp_path: Path) -> None:
     """In float64, with three blocks in each stack, whose gradients meet in one table of biases and in the encoder's
     states."""
-    need_torch()
     import torch
     import transformers
     from test_train_oracle import by_slot, parameters_of
@@ -188,9 +181,9 @@ def test_training_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
         Trainer(source, CountedData(vocab=VOCAB), replace(config, out=tmp_path / "other"))
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(("arch", "tie"), [("t5", True), ("bart", True)])
 def test_first_weights_are_spread_as_those_of_transformers(arch: str, tie: bool) -> None:
-    need_torch()
     import torch
     import transformers
 

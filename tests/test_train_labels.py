@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from encoder_folder import WORDS, encoder_folder
+from oracle import extra
 from safetensors.numpy import load_file
 from test_cli import pyllm, refused
 
@@ -85,8 +84,7 @@ def inputs(path: Path) -> list[Any]:
 
 def assert_transformers_scores(folder: Path, given: list[Any]) -> None:
     """The same scores, where transformers is at hand or must be."""
-    at_hand = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    if not at_hand and not os.environ.get("PYLLM_REQUIRE_ORACLE"):
+    if extra.missing():
         return
     import torch
     import transformers
@@ -107,6 +105,7 @@ def assert_transformers_scores(folder: Path, given: list[Any]) -> None:
         np.testing.assert_allclose(list(result.scores.values()), expected.numpy(), atol=2e-5)
 
 
+@pytest.mark.oracle(partly=True)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("bert", "label"), ("electra-discriminator", "pairs"), ("distilbert", "labels"), ("bert", "score")],

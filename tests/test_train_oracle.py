@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,7 @@ OTHERS = [
 ]
 VOCAB = 67
 
-if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
-    pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
-    pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
+pytestmark = pytest.mark.oracle
 
 
 def torch_model(folder: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,12 +33,6 @@ from pyllm.train.step import IGNORED
 from pyllm.train.token_files import write_bin
 
 BLANKS = ["chatglm", "glm2021"]
-
-
-def need_torch() -> None:
-    if not os.environ.get("PYLLM_REQUIRE_ORACLE"):
-        pytest.importorskip("torch", reason="the live comparison needs the oracle extra: torch")
-        pytest.importorskip("transformers", reason="the live comparison needs the oracle extra: transformers")
 
 
 def blank_batch(name: str) -> Batch:
@@ -81,9 +74,9 @@ def assert_gradients(folder: Path, found: tuple[float, Any], expected: tuple[flo
         assert np.abs(found[1][slot] - gradient).max() <= 1e-4 * np.abs(gradient).max() + rounding, slot
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", BLANKS)
 def test_gradients_of_models_that_fill_blanks(name: str) -> None:
-    need_torch()
     import torch
     from oracle.glm import Reference
     from safetensors.torch import load_file
@@ -108,10 +101,10 @@ def test_computing_again_gives_the_same_gradients(name: str, dropout: float) -> 
         np.testing.assert_array_equal(again[1][slot], gradient)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_gradients_of_a_causal_decoder_with_a_prefix(name: str) -> None:
     """Against transformers with the mask and the positions given to it."""
-    need_torch()
     import torch
     import transformers
 
@@ -296,9 +289,9 @@ def test_both_positions_are_dropped_with_the_token() -> None:
     assert 0 < (first == 0).mean() < 1
 
 
+@pytest.mark.oracle
 def test_gradients_of_blanks_in_another_order() -> None:
     """The written-out model is told the positions that the batch has."""
-    need_torch()
     import torch
     from oracle.glm import Reference
     from safetensors.torch import load_file

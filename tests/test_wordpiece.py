@@ -80,16 +80,20 @@ def test_bert_equals_its_description(shared_data: Path) -> None:
     assert tokenizer.encode("Hello, y'all! How are you 😁 ?") == hello  # published
 
 
+@pytest.mark.oracle
 def test_bert_of_vocab_txt_equals_tokenizer_json_and_transformers(shared_data: Path, tmp_path: Path) -> None:
+    import transformers
+
     source = shared_data / "tokenizers/bert-base-uncased"
     folder = copy_into(tmp_path, source / "vocab.txt")
     write_json(folder / "config.json", {"model_type": "bert"})
     ours, whole = Tokenizer.load(folder), Tokenizer.load(source)
-    theirs = pytest.importorskip("transformers").BertTokenizer.from_pretrained(folder)
+    theirs = transformers.BertTokenizer.from_pretrained(folder)
     for text in TEXTS + hard_texts(shared_data):
         assert ours.encode(text) == whole.encode(text) == theirs(text)["input_ids"], text[:200]
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     "config",
     [
@@ -103,8 +107,10 @@ def test_bert_of_vocab_txt_equals_tokenizer_json_and_transformers(shared_data: P
     ],
 )
 def test_settings_of_vocab_txt(config: dict[str, Any], tmp_path: Path) -> None:
+    import transformers
+
     ours = Tokenizer.load(write_vocab(tmp_path, **config))
-    theirs = pytest.importorskip("transformers").BertTokenizer(
+    theirs = transformers.BertTokenizer(
         {token: i for i, token in enumerate(VOCAB)}, **{k: v for k, v in config.items() if k != "tokenizer_class"}
     )
     for text in [*TEXTS, "Hello World, unaffable [MASK] ÉéEe 日本", "hello!", "E É e\u0301"]:
@@ -142,17 +148,22 @@ def test_refused_vocab_txt(tokens: list[str], config: dict[str, Any], message: s
 
 def roberta(folder: Path) -> tuple[Tokenizer, Any]:
     """Ours and transformers', of one vocab.json + merges.txt."""
+    import transformers
+
     byte_level_bpe().model.save(str(folder))
     vocab = json.loads((folder / "vocab.json").read_text())
     vocab |= {token: len(vocab) + i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
     write_json(folder / "vocab.json", vocab)
     write_json(folder / "config.json", {"model_type": "roberta"})
-    return Tokenizer.load(folder), pytest.importorskip("transformers").RobertaTokenizer.from_pretrained(folder)
+    return Tokenizer.load(folder), transformers.RobertaTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.oracle
 def test_bpe_of_words_equals_transformers(tmp_path: Path) -> None:
     """GPT-1's: `vocab.json` + `merges.txt` give what the library makes of them, and its tokenizer.json the same."""
-    theirs = pytest.importorskip("transformers").OpenAIGPTTokenizer()._tokenizer
+    import transformers
+
+    theirs = transformers.OpenAIGPTTokenizer()._tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
     )
@@ -180,13 +191,16 @@ def test_roberta_equals_transformers(tmp_path: Path) -> None:
         assert set(found.type_ids) == {0}  # RoBERTa has one type
 
 
+@pytest.mark.oracle
 def test_spans_of_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     """Characters, not bytes, and without the space before a word."""
+    import transformers
+
     bert, bytes_ = tmp_path / "bert", tmp_path / "roberta"
     bert.mkdir()
     bytes_.mkdir()
     vocab = {token: i for i, token in enumerate(VOCAB)}
-    bert_pair = Tokenizer.load(write_vocab(bert)), pytest.importorskip("transformers").BertTokenizer(vocab)
+    bert_pair = Tokenizer.load(write_vocab(bert)), transformers.BertTokenizer(vocab)
     for ours, theirs in (bert_pair, roberta(bytes_)):
         for text in (*TEXTS, " the  hat"):
             expected = theirs(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -197,12 +211,15 @@ def test_spans_of_tokens_are_those_of_transformers(tmp_path: Path) -> None:
                 assert found is None or found == place or not text[slice(*found)].strip()
 
 
+@pytest.mark.oracle
 def test_longest_first_truncation_equals_transformers(tmp_path: Path) -> None:
+    import transformers
+
     bert, bytes_ = tmp_path / "bert", tmp_path / "roberta"
     bert.mkdir()
     bytes_.mkdir()
     vocab = {token: i for i, token in enumerate(VOCAB)}
-    bert_pair = Tokenizer.load(write_vocab(bert)), pytest.importorskip("transformers").BertTokenizer(vocab)
+    bert_pair = Tokenizer.load(write_vocab(bert)), transformers.BertTokenizer(vocab)
     rng = random.Random(3)
     for ours, theirs in (bert_pair, roberta(bytes_)):
         for _ in range(150):
