@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pyllm.errors import ConfigError, DataError, TokenizerError, shown
 from pyllm.ops_training import IGNORED_LABEL
-from pyllm.spec import HeadSpec, Problem
+from pyllm.prompts import Encoded
+from pyllm.spec import HeadKind, HeadSpec, Problem
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.documents import read_records
 from pyllm.train.head_loss import Labels
@@ -34,11 +35,6 @@ class Example:
     text: str
     pair: str | None
     label: Any  # a name or number, a list of them, or a value
-
-    @property
-    def inputs(self) -> str | tuple[str, str]:
-        """As `LLM.classify` takes it."""
-        return self.text if self.pair is None else (self.text, self.pair)
 
 
 def read_examples(path: Path) -> tuple[Problem, list[Example]]:
@@ -62,6 +58,13 @@ def read_examples(path: Path) -> tuple[Problem, list[Example]]:
     if not examples:
         raise DataError(f"{path}: expected lines of {KEYS}, found none")
     return KINDS[kind], examples
+
+
+def need_pairs(head: HeadSpec, examples: Sequence[Example]) -> None:
+    """Raise `DataError` for an example of one text where the model says whether the second of two follows the first."""
+    alone = next((e for e in examples if e.pair is None), None)
+    if head.kind is HeadKind.NEXT and alone is not None:
+        raise DataError(f"{alone.at}: expected `pair`, a second text that follows the first or does not, found none")
 
 
 def _label(value: Any, problem: Problem, at: str) -> Any:
@@ -176,6 +179,12 @@ class LabelledTexts:
     ends: NDArray[np.int64]
     targets: list[Any]
     cut: int
+
+    def encoded(self) -> Iterator[Encoded]:
+        """The texts as `LLM.classify` takes them."""
+        for begin, end in zip(self.begins, self.ends, strict=True):
+            types = None if self.types is None else self.types[begin:end].tolist()
+            yield Encoded(None, self.tokens[begin:end].tolist(), types)
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
         """All but a share of the texts, and that: drawn by the seed, as files often hold one label after the other."""
