@@ -173,8 +173,8 @@ def _prepare_labels(
     assert tokenizer is not None  # that of an encoder's folder, at least
     paths = [Path(name) for name in (*config.data, *config.valid)]
     read = [read_examples(path) for path in paths]
-    problem, notes = read[0][0], list[str]()
-    if spec.head.kind.is_pooled:
+    problem, notes, keeps_head = read[0][0], list[str](), spec.head.kind.is_pooled
+    if keeps_head:
         labels = LabelSet.of_head(spec.head)
     else:
         labels = LabelSet.of_examples(problem, [e for _, examples in read[: len(config.data)] for e in examples])
@@ -211,7 +211,7 @@ def _prepare_labels(
         train,
         valid,
         (*notes, *train.notes),
-        body=folder if notes else None,
+        body=None if keeps_head else folder,
         eval_batches=None if valid is None else valid.batches,
     )
 
