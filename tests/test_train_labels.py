@@ -30,7 +30,7 @@ from pyllm.train.setup import Setup, plan_of_run, prepare
 ANIMALS, THINGS = ("cat", "dog"), ("mat", "hat")
 
 
-def lines(path: Path, records: list[dict[str, Any]]) -> Path:
+def lines(path: Path, records: list[Any]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -303,7 +303,10 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
         ([{"text": "a", "label": 1.5}], "found 1.5"),
         ([{"text": "a", "labels": "b"}], "line 1: labels: expected a list in which none stands twice, found 'b'"),
         ([{"text": "a", "labels": ["b", "b"]}], "in which none stands twice"),
-        ([{"text": "a", "score": "5"}], "line 1: score: expected a number, found '5'"),
+        ([{"text": "a", "score": "5"}], r"line 1: score: expected a number of at most 1e\+18, found '5'"),
+        ([{"text": "a", "score": 10**400}], "line 1: score: expected a number of at most"),
+        ([{"text": "a", "score": float("nan")}], "line 1: score: expected a number .* found nan"),
+        ([["a", "b"]], r"line 1: expected a JSON object with `text` \(and `pair`"),
         ([{"text": "a", "label": "b"}], "expected at least two labels in the data, all lines have 'b'"),
         ([{"text": "a", "labels": []}], "labels: expected some in the data, found none in any line"),
         (
@@ -312,7 +315,7 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_labels_that_are_none(records: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+def test_labels_that_are_none(records: list[Any], message: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", records)
     with pytest.raises(DataError, match=message):
         LabelSet.of_examples(*read_examples(path))

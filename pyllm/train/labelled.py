@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from pyllm.train.token_store import content_key
 KINDS = {"label": Problem.SINGLE_LABEL, "labels": Problem.MULTI_LABEL, "score": Problem.REGRESSION}
 KEYS = "`text` (and `pair`, a second text), with `label` (a name or number), `labels` (a list of them) or `score`"
 MOST_LABELS = 100_000  # that a number may stand for
+LARGEST = 1e18  # of values, whose squares must be numbers in float32
 TOGETHER = 4096  # texts that are tokenised at a time
 
 
@@ -44,7 +44,7 @@ def read_examples(path: Path) -> tuple[Problem, list[Example]]:
         raise DataError(f"{path}: expected a .jsonl file for classify, lines of {KEYS}, found {found}")
     examples: list[Example] = []
     kind = ""
-    for record, at, _ in read_records(path):
+    for record, at, _ in read_records(path, KEYS):
         kinds = [name for name in KINDS if name in record]
         if len(kinds) != 1 or not isinstance(record.get("text"), str) or set(record) - {"text", "pair", *kinds}:
             raise DataError(f"{at}: expected {KEYS}, found {', '.join(sorted(record)) or 'no keys'}")
@@ -70,8 +70,8 @@ def need_pairs(head: HeadSpec, examples: Sequence[Example]) -> None:
 def _label(value: Any, problem: Problem, at: str) -> Any:
     """The value of `label`, `labels` or `score`."""
     if problem is Problem.REGRESSION:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise DataError(f"{at}: score: expected a number, found {shown(value)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+            raise DataError(f"{at}: score: expected a number of at most {LARGEST:.2g}, found {shown(value)}")
         return float(value)
     several = problem is Problem.MULTI_LABEL
     names = value if several and isinstance(value, list) else [value]
