@@ -118,7 +118,9 @@ class Encoding:
             vector[:] = rule.vector(pool)
         return vectors
 
-    def classify(self, texts: Sequence[Prompt | tuple[str, str]], *, progress: Progress = None) -> list[Classification]:
+    def classify(
+        self, texts: Sequence[Prompt | tuple[str, str] | Encoded], *, progress: Progress = None
+    ) -> list[Classification]:
         """The labels of texts, or of pairs of texts, by the names that the model's config gives them. A model that
         predicts next sentences says "next" of pairs whose second text follows the first, "random" of others.
 
@@ -228,7 +230,7 @@ class Encoding:
             if place is not None
         ]
 
-    def _pooled(self, task: str, texts: Sequence[Prompt | tuple[str, str]], progress: Progress) -> F32:
+    def _pooled(self, task: str, texts: Sequence[Prompt | tuple[str, str] | Encoded], progress: Progress) -> F32:
         """Scores [N, labels] of texts."""
         self._need_head(task, HeadKind.POOLED, HeadKind.NEXT)
         encoded = self._encode(task, texts)
@@ -256,7 +258,7 @@ class Encoding:
         found = iter(self._reader.head(states(), reduce))
         return [list(islice(found, count)) for count in counts]
 
-    def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str]]) -> list[Encoded]:
+    def _encode(self, task: str, texts: Sequence[Prompt | tuple[str, str] | Encoded]) -> list[Encoded]:
         _check_listed(task, texts)
         return [
             self._prompts.pair(task, text) if isinstance(text, tuple) else self._prompts.read(text) for text in texts
@@ -283,7 +285,7 @@ class Encoding:
         return None if self.tokenizer is None else self.tokenizer.token_of(token_id)
 
 
-def _check_listed(task: str, texts: Sequence[Prompt | tuple[str, str]]) -> None:
+def _check_listed(task: str, texts: Sequence[object]) -> None:
     if isinstance(texts, (str, Mapping)):
         raise TypeError(f"{task}: expected a list of texts, got one by itself")
 

@@ -41,8 +41,10 @@ class Prompts:
             return ids
         return self.spec.prefix.completed(ids)
 
-    def read(self, prompt: Prompt) -> Encoded:
+    def read(self, prompt: Prompt | Encoded) -> Encoded:
         """A prompt; for a model with an encoder it is the source. `TypeError` for what is none."""
+        if isinstance(prompt, Encoded):
+            return prompt
         if isinstance(prompt, str):
             return Encoded(prompt, self.encode(prompt))
         if not isinstance(prompt, Mapping) or not any(key in prompt for key in PROMPT_KEYS[:2]):

@@ -175,6 +175,7 @@ def test_settings_that_do_not_fit(home: Path, tmp_path: Path) -> None:
             {"arch": "gpt2", "mask_prompt": True},
             "mask_prompt: expected no for ul2, where tokens that were taken",
         ),
+        ("spans", {"arch": "gpt2", "mean_span": 0.0}, "mean_span: expected 1 <= value <= 1000, got 0"),
         ("spans", {"arch": "gpt2", "context": 4}, "context: expected at least 5 tokens for spans, got 4"),
         ("seq2seq", {"data": pairs, "packing": "plain"}, "packing: expected documents for seq2seq"),
         ("seq2seq", {"data": pairs, "mask_prompt": True}, "mask_prompt: expected no for a model with an encoder"),

@@ -29,7 +29,7 @@ from pyllm.train.setup import Setup, plan_of_run, prepare
 ANIMALS, THINGS = ("cat", "dog"), ("mat", "hat")
 
 
-def lines(path: Path, records: list[dict[str, Any]]) -> Path:
+def lines(path: Path, records: list[Any]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -79,7 +79,7 @@ def trainer(setup: Setup, out: Path, steps: int = 60, resume: bool = False, **op
 
 
 def inputs(path: Path) -> list[Any]:
-    return [example.inputs for example in read_examples(path)[1]]
+    return [e.text if e.pair is None else (e.text, e.pair) for e in read_examples(path)[1]]
 
 
 def assert_transformers_scores(folder: Path, given: list[Any]) -> None:
@@ -194,6 +194,9 @@ def test_next_sentences_are_pairs_with_labels(tmp_path: Path) -> None:
     assert made.run().last_loss < before  # type: ignore[operator]
     [result] = LLM(tmp_path / "run" / "last", threads=2).classify([("the cat", "the hat")])
     assert set(result.scores) == {"next", "random"}
+    alone = lines(tmp_path / "alone.jsonl", [*pairs[:2], {"text": "the cat", "label": "next"}])
+    with pytest.raises(DataError, match="line 3: expected `pair`, a second text that follows the first or does not"):
+        run(tmp_path, alone, model, valid_share=0)
     setup = run(tmp_path, path, encoder_folder("bert-labels", tmp_path / "labels"), valid_share=0)
     assert setup.body is not None and setup.spec.head.labels == ("next", "random")
     trainer(setup, tmp_path / "other", steps=1).run()
@@ -269,6 +272,13 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
     assert found.cut == 2 and found.targets == [0, 1, 0]
     setup = run(tmp_path, path, model, valid_share=0, context=8, batch_tokens=16)
     assert setup.notes[-1] == f"{path}: 2 texts are longer than the context of 8 tokens and are cut"
+    made = trainer(setup, tmp_path / "run", steps=1).run().folder
+    llm = LLM(made, threads=1, max_model_len=8)
+    evaluated = evaluate_labels(llm, path)
+    assert (evaluated.cut, evaluated.documents) == (2, 3)
+    limited = pyllm("eval", path, "-m", made, "-c", 8)
+    assert limited.returncode == 0, limited.stderr
+    assert b"2 texts are longer than the context of 8 tokens and were cut" in limited.stderr
     with pytest.raises(ConfigError, match="context: expected more than the 2 special tokens of a text, got 2"):
         encode_examples(path, examples, labels, tokenizer, model, context=2, types=True)
     with pytest.raises(DataError, match="line 1: the text has no tokens"):
@@ -292,7 +302,10 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
         ([{"text": "a", "label": 1.5}], "found 1.5"),
         ([{"text": "a", "labels": "b"}], "line 1: labels: expected a list in which none stands twice, found 'b'"),
         ([{"text": "a", "labels": ["b", "b"]}], "in which none stands twice"),
-        ([{"text": "a", "score": "5"}], "line 1: score: expected a number, found '5'"),
+        ([{"text": "a", "score": "5"}], r"line 1: score: expected a number of at most 1e\+18, found '5'"),
+        ([{"text": "a", "score": 10**400}], "line 1: score: expected a number of at most"),
+        ([{"text": "a", "score": float("nan")}], "line 1: score: expected a number .* found nan"),
+        ([["a", "b"]], r"line 1: expected a JSON object with `text` \(and `pair`"),
         ([{"text": "a", "label": "b"}], "expected at least two labels in the data, all lines have 'b'"),
         ([{"text": "a", "labels": []}], "labels: expected some in the data, found none in any line"),
         (
@@ -301,7 +314,7 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_labels_that_are_none(records: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+def test_labels_that_are_none(records: list[Any], message: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", records)
     with pytest.raises(DataError, match=message):
         LabelSet.of_examples(*read_examples(path))
@@ -322,6 +335,18 @@ def test_settings_that_do_not_fit(files: dict[str, Path], tmp_path: Path) -> Non
     ]:
         with pytest.raises((ConfigError, DataError), match=message):
             run(tmp_path, files["label"], model, **values)
+    other = encoder_folder("bert", tmp_path / "other")
+    words = (other / "vocab.txt").read_text() + "".join(f"{word}s\n" for word in WORDS)
+    (other / "vocab.txt").write_text(words)
+    more = lines(tmp_path / "more.jsonl", [{"text": "hats cats", "label": i} for i in range(2)])
+    with pytest.raises(ConfigError, match=r"more.jsonl: holds token \d+, and the model has 67"):
+        run(tmp_path, more, model, tokenizer=str(other), valid_share=0)
+    scored = run(tmp_path, files["score"], model)
+    for name in ("label_smoothing", "z_loss"):
+        with pytest.raises(
+            ConfigError, match=f"{name}: expected 0, as it belongs to cross entropy, .* regression, got"
+        ):
+            trainer(scored, tmp_path / "smoothed", steps=1, **{name: 0.1})
     config = json.loads((model / "config.json").read_text())
     del config["architectures"]
     (model / "config.json").write_text(json.dumps(config))
@@ -355,6 +380,7 @@ def test_command_line(files: dict[str, Path], tmp_path: Path) -> None:
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     accuracy = [record["accuracy"] for record in records if record["kind"] == "eval"]
     assert len(accuracy) == 2 and accuracy[1] > 0.6
+    assert all(record["perplexity"] is None for record in records if record["kind"] == "eval")
     found = pyllm("classify", "-m", out / "last", "cat sat on the mat")
     assert json.loads(found.stdout)["label"] == "animal"
     scored = pyllm("eval", files["label"], "-m", out / "last")

@@ -162,6 +162,21 @@ def test_first_weights_are_as_published(tmp_path: Path) -> None:
         train(tmp_path / "third", model={**TINY, "initializer_range": -1})
 
 
+@pytest.mark.parametrize("initial", [0.02, 0.3])
+def test_gradients_that_are_only_rounding_are_no_errors(initial: float, tmp_path: Path) -> None:
+    """Those of key biases: all scores of a query move together."""
+    sizes = {"vocab_size": 61, "initializer_range": initial, "bos_token_id": 1, "eos_token_id": 2}
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **sizes}
+    bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64, **sizes}  # fmt: skip
+    for model in (gpt2, bert):
+        trainer, _ = train(tmp_path / str(model["model_type"]), model=model, dropout=0.0)
+        checks = {check.slot: check for check in trainer.check_gradients()}
+        assert max(check.error for check in checks.values()) < 0.02
+        keys = checks["blocks.0.attn.k.bias"]
+        assert keys.gradient < 1e-3 * keys.scale, "only rounding"
+
+
 def test_check_gradients_agrees_and_changes_nothing(tmp_path: Path) -> None:
     trainer, _ = train(tmp_path / "run", model={**TINY, "initializer_range": 0.3}, dropout=0.0)
     before = trainer.parameters.weights.copy()

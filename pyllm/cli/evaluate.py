@@ -9,7 +9,7 @@ import typer
 
 from pyllm.cli import options as o
 from pyllm.cli.inputs import load
-from pyllm.cli.output import be_quiet, progress_bar, write, write_json
+from pyllm.cli.output import be_quiet, note, progress_bar, write, write_json
 
 if TYPE_CHECKING:
     from pyllm.train.evaluation import Evaluation
@@ -78,6 +78,10 @@ def evaluate(
     for store in stores:
         with progress_bar("scoring") as progress:
             results.append(run(llm, store, mask_prompt=mask_prompt, limit=limit, progress=progress))
+    for result in results:
+        if result.cut:
+            longer = f"{result.cut} texts are longer than the context of {llm.max_model_len} tokens"
+            note(f"note: {result.name}: {longer} and were cut")
     for result in results if not json else ():
         write(_said(result, of_labels), end="\n")
     if json:

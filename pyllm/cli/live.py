@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pyllm.cli.output import is_quiet, note
 from pyllm.limits import peak_gflops
-from pyllm.spec import HeadKind, ModelSpec
+from pyllm.spec import ModelSpec
 from pyllm.train.report import Callbacks, EvalReport, Sample, StepReport
 from pyllm.train.setup import DEFAULT_CONTEXT
 
@@ -24,7 +24,6 @@ class LiveLine(Callbacks):
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         context = context or min(DEFAULT_CONTEXT, spec.max_positions)
         self._operations = operations_per_token(spec, context, of_sources)
-        self._of_tokens = spec.head.kind is HeadKind.TOKENS
         self._peak = 0.0 if is_quiet() else peak_gflops(dtype, threads) * 1e9
         self._steps, self._first, self._began, self._shown = 1, 0, time.monotonic(), 0.0
         self._open = False
@@ -55,7 +54,7 @@ class LiveLine(Callbacks):
 
     def evaluated(self, report: EvalReport) -> None:
         """An evaluation."""
-        more = f", perplexity {report.perplexity:.3f}" if self._of_tokens else ""
+        more = "" if report.perplexity is None else f", perplexity {report.perplexity:.3f}"
         if report.accuracy is not None:
             more = f", accuracy {report.accuracy:.4f} of {report.tokens} labels"
         best = " (best)" if report.best else ""

@@ -16,7 +16,7 @@ from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.begin import config_and_weights, spec_to_train
 from pyllm.train.objectives.blanks import BlankedTokens, reserved_ids
-from pyllm.train.objectives.denoising import CorruptedSpans, InfilledText, check_sentinels, spans_of
+from pyllm.train.objectives.denoising import CorruptedSpans, InfilledText, check_amounts, check_sentinels, spans_of
 from pyllm.train.objectives.generator import Generator, generator_bytes
 from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.objectives.prefix import SplitTokens
@@ -81,6 +81,8 @@ class Aim:
                 self._modes = {d.mode: loaded.encode(d.mode, add_special_tokens=False) for d in DENOISERS}
         if objective in WITH_SENTINELS:
             check_sentinels(self._sentinels, objective)
+        if objective in OF_TEXTS:
+            check_amounts(self._share, config.mean_span)
         least = 1 + (objective in OF_TEXTS)
         self.text_context = next((n for n in range(context, least - 1, -1) if self._grown(n) <= context), 0)
         if self.text_context < least:

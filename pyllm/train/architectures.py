@@ -11,6 +11,8 @@ from pyllm.tokenizer import Tokenizer
 
 ONE_MATRIX = {"gpt2": "GPT-2", "bart": "BART"}  # families whose embedding is always their head
 WITH_ENCODER = ("t5", "bart")
+ROTATED = ("llama",)  # channels of heads in pairs; several heads may share keys and values
+BY_SIZES = ("t5",)  # first weights follow from the sizes
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,16 @@ def new_config(
     }.items():
         if not 1 <= value <= 1 << 20:
             problems.append(f"{name}: expected 1 to {1 << 20}, got {value}")
-    if heads >= 1 and (hidden % heads or (arch == "llama" and hidden // heads % 2)):
-        even = " an even multiple" if arch == "llama" else " a multiple"
+    if heads >= 1 and (hidden % heads or (arch in ROTATED and hidden // heads % 2)):
+        even = " an even multiple" if arch in ROTATED else " a multiple"
         problems.append(f"hidden: expected{even} of the {heads} heads, got {hidden}")
-    if kv_heads is not None and (arch != "llama" or kv_heads < 1 or heads % kv_heads):
+    if kv_heads is not None and (arch not in ROTATED or kv_heads < 1 or heads % kv_heads):
         problems.append(f"kv_heads: expected a divisor of the {heads} heads, and arch llama, got {kv_heads}")
     if arch in ONE_MATRIX and not tie:
         problems.append(f"tie: {ONE_MATRIX[arch]} has one matrix for embedding and head")
     if init_std is not None and not 0 < init_std <= 1:
         problems.append(f"init_std: expected 0 < value <= 1, got {init_std}")
-    if init_std is not None and arch == "t5":
+    if init_std is not None and arch in BY_SIZES:
         problems.append(f"init_std: expected none, as the first weights of T5 follow from its sizes, got {init_std}")
     ends = tokenizer.eos_token_ids if tokenizer is not None else ()
     if arch in WITH_ENCODER and not ends:

@@ -16,20 +16,26 @@ from pyllm.train.report import Data, MicroBatch
 from pyllm.train.step import Step
 
 CHANGE = 4e-3  # of the loss, by the longer of the two steps along a gradient
+LEAST = 3e-3  # of all gradients together: smaller ones, such as those of key biases, which are rounding, count as this
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """The norm of a weight's gradient, and the slope of the loss along it, which should be the same."""
+    """The norm of a weight's gradient, and the slope of the loss along it, which should be the same.
+
+    `scale` is what a difference is compared with: the gradient, but at least `LEAST` of those of all weights
+    together.
+    """
 
     slot: str
     gradient: float
     slope: float
+    scale: float
 
     @property
     def error(self) -> float:
-        """The difference relative to the gradient."""
-        return abs(self.slope - self.gradient) / self.gradient if self.gradient else abs(self.slope)
+        """The difference, relative to its scale."""
+        return abs(self.slope - self.gradient) / self.scale if self.scale else 0.0
 
 
 class RepeatedData:
@@ -83,13 +89,16 @@ def check_gradients(parameters: Parameters, step: Step, batch: MicroBatch) -> It
         parameters.set(slot, before + np.float32(width) * direction)
         return step.accumulate(counted, 0) / counted
 
+    norms = {slot: float(np.linalg.norm(gradient.astype(np.float64))) for slot, gradient in gradients.items()}
+    total = float(np.linalg.norm(list(norms.values())))
     for slot, gradient in gradients.items():
-        norm = float(np.linalg.norm(gradient.astype(np.float64)))
+        norm = norms[slot]
+        scale = max(norm, LEAST * total)
         if norm == 0:
-            yield GradientCheck(slot, 0.0, 0.0)
+            yield GradientCheck(slot, 0.0, 0.0, scale)
             continue
         before, direction = parameters.get(slot), gradient / np.float32(norm)
-        width = CHANGE * abs(loss) / norm / 2
+        width = CHANGE * abs(loss) / scale / 2
         largest = float(np.abs(before).max(initial=0)) * before.size**0.5
         width = min(width, 0.02 * largest if largest else width)
         try:
@@ -97,4 +106,4 @@ def check_gradients(parameters: Parameters, step: Step, batch: MicroBatch) -> It
             far = loss_at(slot, before, direction, 2 * width) - loss_at(slot, before, direction, -2 * width)
         finally:
             parameters.set(slot, before)
-        yield GradientCheck(slot, norm, (8 * near - far) / (12 * width))
+        yield GradientCheck(slot, norm, (8 * near - far) / (12 * width), scale)

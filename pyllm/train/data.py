@@ -17,7 +17,7 @@ import numpy as np
 
 from pyllm.errors import ConfigError, DataError, listed
 from pyllm.ops_training import IGNORED_LABEL
-from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems
+from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems, most_sequences
 from pyllm.train.report import I32
 from pyllm.train.token_store import TokenStore
 
@@ -97,7 +97,7 @@ class PackedData(Mixture[_TokenFile]):
             self._most = longest
         else:
             mean = min(file.mean_length for file in files)
-            self._most = min(2 * int(tokens / mean) + 8, tokens) + longest
+            self._most = most_sequences(tokens, mean) + longest
         self._reserve = longest
         kind_of_labels = [] if next_token else ["own labels"]
         self._identify(FORMAT, context, tokens, packing, mask_prompt, seed, shuffle, self._weights, *kind_of_labels)

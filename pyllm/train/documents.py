@@ -107,8 +107,9 @@ def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
         yield _document(record, at, tokenizer, read)
 
 
-def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """The objects of a `.jsonl` file, each with where it stands and the bytes read so far; raises `DataError`."""
+def read_records(path: Path, keys: str = KEYS) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """The objects of a `.jsonl` file, each with where it stands and the bytes read so far; raises `DataError`, which
+    names the `keys` that are expected."""
     read = 0
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
@@ -124,7 +125,7 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{at}: not a JSON object: {error}") from error
             if not isinstance(record, dict):
-                raise DataError(f"{at}: expected a JSON object with {KEYS}, found {shown(record)}")
+                raise DataError(f"{at}: expected a JSON object with {keys}, found {shown(record)}")
             if "\\u" in text:  # only an escape can stand for half of a surrogate pair
                 try:
                     json.dumps(record, ensure_ascii=False).encode()

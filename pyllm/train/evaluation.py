@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pyllm.errors import ConfigError, RequestError
 from pyllm.llm import LLM
 from pyllm.spec import Problem
-from pyllm.train.labelled import LabelSet, read_examples
+from pyllm.tokenizer import Tokenizer
+from pyllm.train.labelled import LabelSet, encode_examples, need_pairs, read_examples
 from pyllm.train.pairs import Pairs, pair_form
 from pyllm.train.token_store import TokenStore
 
@@ -25,7 +26,8 @@ BATCH = 64  # sequences scored together
 class Evaluation:
     """Mean loss in nats over the predicted tokens of a file, or over its labels; of values their mean squared error.
 
-    `accuracy` is the share of labels that are right, see :class:`pyllm.train.EvalReport`.
+    `accuracy` is the share of labels that are right, see :class:`pyllm.train.EvalReport`; `cut` labelled texts were
+    longer than the context.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Evaluation:
     tokens: int
     documents: int
     accuracy: float | None = None
+    cut: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -81,25 +84,32 @@ def evaluate(
 def evaluate_labels(
     llm: LLM, path: Path, *, limit: int | None = None, progress: Callable[[float], None] | None = None
 ) -> Evaluation:
-    """Classify the first `limit` labelled texts of a file by a model with a head of labels; raises `DataError`."""
+    """Classify the first `limit` labelled texts of a file by a model with a head of labels, longer ones cut to the
+    context as in training; raises `DataError`."""
     labels = LabelSet.of_head(llm.spec.head)
     problem, examples = read_examples(path)
     labels.check(problem, str(path))
+    need_pairs(llm.spec.head, examples)
     examples = examples[:limit]
+    types = llm.spec.embedding.types > 1
+    texts = encode_examples(
+        path, examples, labels, Tokenizer.load(llm.folder), llm.folder, context=llm.max_model_len, types=types
+    )
     targets = labels.blank(len(examples))
-    for row, example in enumerate(examples):
-        labels.write(targets, row, labels.target(example))
+    for row, target in enumerate(texts.targets):
+        labels.write(targets, row, target)
     show = None if progress is None else lambda done, of: progress(done / of)
-    found = llm.classify([example.inputs for example in examples], progress=show)
+    found = llm.classify(list(texts.encoded()), progress=show)
     scores = np.array([list(result.scores.values()) for result in found], np.float64)
     if problem is Problem.REGRESSION:
-        return Evaluation(str(path), float(((scores[:, 0] - targets[:, 0]) ** 2).mean()), len(examples), len(examples))
+        loss = (scores - targets) ** 2
+        return Evaluation(str(path), float(loss.mean()), loss.size, len(examples), cut=texts.cut)
     if problem is Problem.SINGLE_LABEL:
         chosen, right = scores[np.arange(len(targets)), targets], scores.argmax(1) == targets
     else:
         chosen, right = np.where(targets > 0, scores, 1 - scores), (scores > 0.5) == (targets > 0)
     loss = -np.log(np.maximum(chosen, np.finfo(np.float32).tiny))
-    return Evaluation(str(path), float(loss.mean()), loss.size, len(examples), float(right.mean()))
+    return Evaluation(str(path), float(loss.mean()), loss.size, len(examples), float(right.mean()), texts.cut)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.errors import RequestError
+from pyllm.errors import ConfigError, RequestError
 from pyllm.ops import F32
 from pyllm.ops_training import IGNORED_LABEL, TrainingOps
 from pyllm.spec import HeadKind, ModelSpec, Problem
@@ -31,12 +31,20 @@ class HeadLoss:
 
     Where one answer is right (a token of the vocabulary, one of the labels), `labels` are int32 [R] and the loss is
     cross entropy; where each label holds or not, float32 [R, N] and sigmoid cross-entropy; where they are values,
-    float32 [R, N] and the squared error. -100 or NaN does not count.
+    float32 [R, N] and the squared error. -100 or NaN does not count. Raises `ConfigError` for a `loss` that adds to
+    cross entropy where that is not the loss.
     """
 
     def __init__(self, spec: ModelSpec, shape: StepShape, loss: Loss) -> None:
         self._spec, self._loss = spec, loss
         rows = scored_rows(spec, shape)
+        if spec.head.problem in (Problem.MULTI_LABEL, Problem.REGRESSION):
+            for name, value in vars(loss).items():
+                if value:
+                    raise ConfigError(
+                        f"{name}: expected 0, as it belongs to cross entropy, and this head is trained for "
+                        f"{spec.head.problem.value}, got {value}"
+                    )
         self._of_numbers = {
             None: None,
             Problem.SINGLE_LABEL: None,

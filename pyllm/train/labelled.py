@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 
 from pyllm.errors import ConfigError, DataError, TokenizerError, shown
 from pyllm.ops_training import IGNORED_LABEL
-from pyllm.spec import HeadSpec, Problem
+from pyllm.prompts import Encoded
+from pyllm.spec import HeadKind, HeadSpec, Problem
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.documents import read_records
 from pyllm.train.head_loss import Labels
@@ -23,6 +23,7 @@ from pyllm.train.token_store import content_key
 KINDS = {"label": Problem.SINGLE_LABEL, "labels": Problem.MULTI_LABEL, "score": Problem.REGRESSION}
 KEYS = "`text` (and `pair`, a second text), with `label` (a name or number), `labels` (a list of them) or `score`"
 MOST_LABELS = 100_000  # that a number may stand for
+LARGEST = 1e18  # of values, whose squares must be numbers in float32
 TOGETHER = 4096  # texts that are tokenised at a time
 
 
@@ -35,11 +36,6 @@ class Example:
     pair: str | None
     label: Any  # a name or number, a list of them, or a value
 
-    @property
-    def inputs(self) -> str | tuple[str, str]:
-        """As `LLM.classify` takes it."""
-        return self.text if self.pair is None else (self.text, self.pair)
-
 
 def read_examples(path: Path) -> tuple[Problem, list[Example]]:
     """What the labels of a `.jsonl` file mean, and its examples; raises `DataError`."""
@@ -48,7 +44,7 @@ def read_examples(path: Path) -> tuple[Problem, list[Example]]:
         raise DataError(f"{path}: expected a .jsonl file for classify, lines of {KEYS}, found {found}")
     examples: list[Example] = []
     kind = ""
-    for record, at, _ in read_records(path):
+    for record, at, _ in read_records(path, KEYS):
         kinds = [name for name in KINDS if name in record]
         if len(kinds) != 1 or not isinstance(record.get("text"), str) or set(record) - {"text", "pair", *kinds}:
             raise DataError(f"{at}: expected {KEYS}, found {', '.join(sorted(record)) or 'no keys'}")
@@ -64,11 +60,18 @@ def read_examples(path: Path) -> tuple[Problem, list[Example]]:
     return KINDS[kind], examples
 
 
+def need_pairs(head: HeadSpec, examples: Sequence[Example]) -> None:
+    """Raise `DataError` for an example of one text where the model says whether the second of two follows the first."""
+    alone = next((e for e in examples if e.pair is None), None)
+    if head.kind is HeadKind.NEXT and alone is not None:
+        raise DataError(f"{alone.at}: expected `pair`, a second text that follows the first or does not, found none")
+
+
 def _label(value: Any, problem: Problem, at: str) -> Any:
     """The value of `label`, `labels` or `score`."""
     if problem is Problem.REGRESSION:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise DataError(f"{at}: score: expected a number, found {shown(value)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+            raise DataError(f"{at}: score: expected a number of at most {LARGEST:.2g}, found {shown(value)}")
         return float(value)
     several = problem is Problem.MULTI_LABEL
     names = value if several and isinstance(value, list) else [value]
@@ -176,6 +179,12 @@ class LabelledTexts:
     ends: NDArray[np.int64]
     targets: list[Any]
     cut: int
+
+    def encoded(self) -> Iterator[Encoded]:
+        """The texts as `LLM.classify` takes them."""
+        for begin, end in zip(self.begins, self.ends, strict=True):
+            types = None if self.types is None else self.types[begin:end].tolist()
+            yield Encoded(None, self.tokens[begin:end].tolist(), types)
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
         """All but a share of the texts, and that: drawn by the seed, as files often hold one label after the other."""

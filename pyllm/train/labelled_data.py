@@ -9,7 +9,7 @@ import numpy as np
 
 from pyllm.errors import ConfigError, DataError, listed
 from pyllm.train.labelled import LabelledTexts, LabelSet
-from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems
+from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems, most_sequences, padded_starts
 from pyllm.train.report import MicroBatch
 
 FORMAT = 1
@@ -48,10 +48,7 @@ class _Writer:
 
     def finish(self) -> MicroBatch:
         """The micro-batch, see :class:`pyllm.train.Data`."""
-        total = len(self._tokens)
-        self._ends += range(self._ends[-1] + self._longest, total, self._longest)
-        self._ends += [total] * (self._sequences + 1 - len(self._ends))
-        starts = np.array(self._ends, np.int32)
+        starts = padded_starts(self._ends, len(self._tokens), self._longest, self._sequences)
         if self._types is None:
             return self._tokens, self._labels, starts
         return self._tokens, self._labels, starts, self._types
@@ -82,7 +79,7 @@ class LabelledData(Mixture["_LabelledFile"]):
         self.labels, self.context, self.tokens, self.types = labels, context, tokens, types
         mean = min(file.total / file.count() for file in made)
         self.padding = -(-tokens // context)  # sequences that it may need
-        self.sequences = min(2 * int(tokens / mean) + 8, tokens) + self.padding
+        self.sequences = most_sequences(tokens, mean) + self.padding
         meaning = [labels.problem.value, *labels.names]
         self._identify(FORMAT, "labels", meaning, context, tokens, types, seed, self._weights)
 

@@ -157,6 +157,18 @@ class Mixture(Generic[F]):
         return shares
 
 
+def most_sequences(tokens: int, mean: float) -> int:
+    """Sequences of a mean length that a micro-batch of so many tokens may hold, with some to spare."""
+    return min(2 * int(tokens / mean) + 8, tokens)
+
+
+def padded_starts(ends: Sequence[int], total: int, longest: int, sequences: int) -> NDArray[np.int32]:
+    """Where sequences start, int32 [B + 1], that end at `ends`, of which the first is 0: what remains up to `total`
+    becomes sequences of at most `longest` tokens, and these become B = `sequences` by empty ones."""
+    rest = [*range(ends[-1] + longest, total, longest)]
+    return np.array([*ends, *rest, *[total] * (sequences + 1 - len(ends) - len(rest))], np.int32)
+
+
 def file_seed(seed: int, index: int) -> int:
     """That of a file's order, from the seed of the data."""
     return seed + 1_000_003 * index

@@ -12,7 +12,7 @@ from pyllm.generation_config import GenerationConfig
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
-from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems
+from pyllm.train.mixture import File, Mixture, file_seed, mixture_problems, most_sequences, padded_starts
 from pyllm.train.report import I32
 from pyllm.train.token_store import TokenStore, end_tokens
 
@@ -128,10 +128,10 @@ class PairWriter:
 
     def finish(self) -> PairBatch:
         """The micro-batch, see :class:`pyllm.train.Data`; what remains is padding."""
-        for ends, total in ((self._ends, len(self._tokens)), (self._source_ends, len(self._source))):
-            ends += range(ends[-1] + self._longest, total, self._longest)
-            ends += [total] * (self._sequences + 1 - len(ends))
-        starts, source_starts = (np.array(ends, np.int32) for ends in (self._ends, self._source_ends))
+        starts, source_starts = (
+            padded_starts(ends, total, self._longest, self._sequences)
+            for ends, total in ((self._ends, len(self._tokens)), (self._source_ends, len(self._source)))
+        )
         return self._tokens, self._labels, starts, self._source, source_starts
 
 
@@ -163,10 +163,8 @@ class JoinedWriter:
 
     def finish(self) -> tuple[I32, I32, I32]:
         """The micro-batch, see :class:`pyllm.train.Data`; what remains is padding."""
-        total = len(self._tokens)
-        self._ends += range(self._ends[-1] + self._longest, total, self._longest)
-        self._ends += [total] * (self._sequences + 1 - len(self._ends))
-        return self._tokens, self._labels, np.array(self._ends, np.int32)
+        starts = padded_starts(self._ends, len(self._tokens), self._longest, self._sequences)
+        return self._tokens, self._labels, starts
 
 
 def padding_sequences(longest: int, *tokens: int) -> int:
@@ -222,7 +220,7 @@ class PairedData(Mixture["Pairs"]):
             self.source_tokens = min(max(round(share * tokens), context), tokens - context)
             mean = min(p.mean_length for p in pairs)
             padding = padding_sequences(context, self.source_tokens, tokens - self.source_tokens)
-            self.sequences = min(2 * int(tokens / mean) + 8, tokens) + padding
+            self.sequences = most_sequences(tokens, mean) + padding
         self._identify(FORMAT, "pairs", vars(form), context, tokens, self.source_tokens, seed, shuffle, self._weights)
 
     def next_batch(self) -> PairBatch:

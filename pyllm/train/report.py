@@ -68,7 +68,7 @@ class EvalReport:
 
     step: int
     loss: float
-    perplexity: float
+    perplexity: float | None  # None for heads of labels
     tokens: int  # counted ones, or labels
     best: bool  # the lowest so far
     seconds: float

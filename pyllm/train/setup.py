@@ -18,7 +18,7 @@ from pyllm.train.aim import OF_TEXTS, Aim, check_objective
 from pyllm.train.architectures import new_config
 from pyllm.train.begin import classifier_config, config_and_weights, spec_to_train
 from pyllm.train.data import PackedData
-from pyllm.train.labelled import LabelledTexts, LabelSet, encode_examples, read_examples
+from pyllm.train.labelled import LabelledTexts, LabelSet, encode_examples, need_pairs, read_examples
 from pyllm.train.labelled_data import HeldOutTexts, LabelledData
 from pyllm.train.memory import StepShape, TrainPlan, plan_training
 from pyllm.train.pairs import PairedData
@@ -173,16 +173,17 @@ def _prepare_labels(
     assert tokenizer is not None  # that of an encoder's folder, at least
     paths = [Path(name) for name in (*config.data, *config.valid)]
     read = [read_examples(path) for path in paths]
-    problem, notes = read[0][0], list[str]()
-    if spec.head.kind.is_pooled:
+    problem, notes, keeps_head = read[0][0], list[str](), spec.head.kind.is_pooled
+    if keeps_head:
         labels = LabelSet.of_head(spec.head)
     else:
         labels = LabelSet.of_examples(problem, [e for _, examples in read[: len(config.data)] for e in examples])
         model = classifier_config(values, labels)
         spec = family_of(model).read(model)
         notes.append(f"a new head for {problem.value}, labels: {', '.join(labels.names)}")
-    for path, (given, _) in zip(paths, read, strict=True):
+    for path, (given, examples) in zip(paths, read, strict=True):
         labels.check(given, str(path))
+        need_pairs(spec.head, examples)
     loaded = Tokenizer.load(tokenizer)
 
     def encoded(index: int) -> LabelledTexts:
@@ -196,6 +197,7 @@ def _prepare_labels(
 
     files = [encoded(index) for index in range(len(paths))]
     files, held = files[: len(config.data)], files[len(config.data) :]
+    _check_ids(values, files + held)
     if not held and config.valid_share > 0:
         files, held = map(list, zip(*(texts.split(config.valid_share, seed) for texts in files), strict=True))
     typed = any(texts.types is not None for texts in files + held)
@@ -209,7 +211,7 @@ def _prepare_labels(
         train,
         valid,
         (*notes, *train.notes),
-        body=folder if notes else None,
+        body=None if keeps_head else folder,
         eval_batches=None if valid is None else valid.batches,
     )
 
@@ -273,7 +275,7 @@ def _batch_tokens(config: RunConfig, context: int) -> int:
     return config.batch_tokens
 
 
-def _check_ids(model: Path | dict[str, Any], stores: Sequence[TokenStore]) -> None:
+def _check_ids(model: Path | dict[str, Any], stores: Sequence[TokenStore | LabelledTexts]) -> None:
     """Raise for tokens that the model has no embedding of."""
     values = model if isinstance(model, dict) else read_config(model)
     size = family_of(values).read(values).vocab_size

@@ -70,8 +70,8 @@ def _step_values(report: StepReport) -> dict[str, float]:
 
 
 def _eval_values(report: EvalReport) -> dict[str, float]:
-    values = {"eval/loss": report.loss, "eval/perplexity": report.perplexity}
-    return values if report.accuracy is None else {"eval/loss": report.loss, "eval/accuracy": report.accuracy}
+    values = {"loss": report.loss, "perplexity": report.perplexity, "accuracy": report.accuracy}
+    return {f"eval/{name}": value for name, value in values.items() if value is not None}
 
 
 def _escaped(text: str) -> str:

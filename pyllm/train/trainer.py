@@ -198,7 +198,7 @@ class Trainer:
         best = math.isfinite(loss) and (self._best is None or loss < self._best)
         if best:
             self._best = loss
-        perplexity = math.exp(min(loss, 700.0))
+        perplexity = math.exp(min(loss, 700.0)) if self.spec.head.kind is HeadKind.TOKENS else None
         accuracy = None if None in right else sum(filter(None, right)) / counted
         return EvalReport(self.steps_done, loss, perplexity, counted, best, time.perf_counter() - began, accuracy)
 
