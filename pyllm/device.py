@@ -8,6 +8,7 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -152,7 +153,7 @@ class Device:
             raise TypeError(f"dtype: expected one of {', '.join(DTYPES.values())}, got {dtype}")
         if self.recording:
             raise RuntimeError("memory cannot be taken while a graph is recorded: take it before, or from an arena")
-        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        count = math.prod(shape) * np.dtype(dtype).itemsize
         self._ready()
         try:
             buffer = self._core.allocate(max(count, 1), stream=self._stream)

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,21 +116,28 @@ def place() -> Row:
 def run_aloud(command: list[str], seconds: float = math.inf, **settings: str) -> tuple[int, str]:
     """Exit status and output of a program, printed as it comes too: a step's log has it at the deadline.
 
-    It is ended after so many seconds; `settings` are variables of its environment.
+    It is ended after so many seconds; what it has started may live on until the step ends. `settings` are variables of
+    its environment.
     """
     said, where = [], place()
     where["env"] |= settings
     pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, **pipes, **where) as program:
-        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), program.kill)
-        timer.start()
-        try:
-            for line in program.stdout or ():
-                print(line, end="", flush=True)
-                said.append(line)
-        finally:
-            timer.cancel()
-    return program.returncode, "".join(said)
+    program = subprocess.Popen(command, **pipes, **where)
+
+    def listen() -> None:
+        for line in program.stdout or ():
+            print(line, end="", flush=True)
+            said.append(line)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    listener.join(min(seconds, threading.TIMEOUT_MAX))
+    if listener.is_alive():
+        program.kill()
+        listener.join(1)
+    with suppress(subprocess.TimeoutExpired):
+        program.wait(timeout=ENDING)
+    return -1 if program.returncode is None else program.returncode, "".join(said)
 
 
 def python(*arguments: str) -> list[str]:

@@ -108,10 +108,11 @@ def _run(events: _Events, patience: float, ends: float, found: Outcomes) -> bool
                 return False
             now = time.monotonic()
             late = now - heard > (START if running is None else patience)
+            if late and running is not None:
+                found.failed[running] = f"{HUNG} not done after {now - heard:.0f} s"
+                return True
             if late or now > ends:
-                if running is not None:
-                    found.failed[running] = f"{HUNG} not done after {now - heard:.0f} s"
-                return late and running is not None
+                return False
             time.sleep(POLL)
     finally:
         events.process.kill()
