@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class DeviceArena:
 
     def take(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
         """The next elements, as an array of that shape."""
-        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        count = math.prod(shape) * dtype.itemsize
         start, self.used = self.used, self.used + -(-count // PIECE) * PIECE
         if self.used > self.memory.nbytes:
             raise MemoryError(f"arena: {self.used} bytes needed, {self.memory.nbytes} laid out")

@@ -1,13 +1,15 @@
 """The kernels of :mod:`pyllm.ops` on a GPU: the methods that inference calls, with the same signatures.
 
 Products take bfloat16 and add in float32; the residual stream, queries before they are rotated and logits are float32.
-Which kernel runs depends on sizes alone. A row's bits do not depend on the rows around it as long as the kernel stays
-the same: up to 16 rows go to the kernels of decoding, products of up to 64 to one between, more to those of prompts
-(on Hopper by wgmma), unless the object is `invariant`, which takes those that do with any number of rows for all.
+Which kernel runs depends on sizes alone: up to 16 rows go to the kernels of decoding, products of up to 64 to one
+between, more to those of prompts (on Hopper by wgmma). A row's bits do not depend on the rows around it as long as the
+kernel stays the same, and by wgmma the parts that it cuts K into. An object that is `invariant` takes for all rows the
+kernels that do with any number.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -419,7 +421,7 @@ class CudaOps(Ops):
         else:
             sequences, width = tables.shape
             shape = (sequences, kv_heads, -(-width // SPLIT_BLOCKS), SPLIT_ROWS, head_size + 2)
-            self._workspace(int(np.prod(shape, dtype=np.int64)), sequences * kv_heads)
+            self._workspace(math.prod(shape), sequences * kv_heads)
             self.kernels.split_attention(
                 *arguments, SPLIT_BLOCKS, self._partial.view(0, shape).raw,
                 self._tickets.view(0, (sequences, kv_heads)).raw, self.device.stream,

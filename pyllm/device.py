@@ -8,6 +8,7 @@ gives it or raises `CudaUnavailable`; both go through one guard, which makes ``D
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -80,7 +81,8 @@ def open_device() -> Device:
 class Device:
     """A GPU with one stream, on which all its copies and kernels run in order. `kernels` is `pyllm._cuda`.
 
-    With PYLLM_PDL=off a kernel starts when the one before it has ended, and not while it still runs.
+    Of two variables that are read when it is made, PYLLM_WGMMA=off leaves the kernels of Hopper alone, and with
+    PYLLM_PDL=off a kernel starts when the one before it has ended, and not while it still runs.
 
     Threads may share it. What one of them records goes to a stream of its own, so that the others' work, and memory
     that is freed meanwhile, stay out of the graph.
@@ -96,15 +98,16 @@ class Device:
         self._graphs = threading.RLock()  # held while `_recordings` and `_lent` are in use, and while all streams wait
         self._recordings = 0  # of all threads
         self._lent: list[object] = []  # what is let go of when nothing is recorded
+        self._wgmma = _switch("PYLLM_WGMMA")
         kernels.let_launches_overlap(_switch("PYLLM_PDL"))
         self.name = str(core.name)
         self.multiprocessors = int(core.properties.multiprocessor_count)
 
     @property
     def has_wgmma(self) -> bool:
-        """Whether the kernels of Hopper alone are to be used: it has them, and PYLLM_WGMMA is not "off"."""
+        """Whether the kernels of Hopper alone are to be used."""
         self._ready()
-        return _switch("PYLLM_WGMMA") and bool(self.kernels.has_wgmma())
+        return self._wgmma and bool(self.kernels.has_wgmma())
 
     @property
     def stream(self) -> int:
@@ -150,7 +153,7 @@ class Device:
             raise TypeError(f"dtype: expected one of {', '.join(DTYPES.values())}, got {dtype}")
         if self.recording:
             raise RuntimeError("memory cannot be taken while a graph is recorded: take it before, or from an arena")
-        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        count = math.prod(shape) * np.dtype(dtype).itemsize
         self._ready()
         try:
             buffer = self._core.allocate(max(count, 1), stream=self._stream)
@@ -370,7 +373,7 @@ def _switch(name: str) -> bool:
     """Whether a variable of the environment is on, as it is unless it is set to "off"."""
     asked = os.environ.get(name, "on")
     if asked not in ("on", "off"):
-        raise ValueError(f"{name}: expected on or off, got {asked!r}")
+        raise CudaUnavailable(f"{name}: expected on or off, got {asked!r}: set it to one of them, or unset it")
     return asked == "on"
 
 

@@ -70,7 +70,7 @@ class LLM(Encoding):
             what is before them. A prompt is then computed in one step, which has room for 2048 tokens, or
             `max_num_batched_tokens` where that is more. Models that were made so need not be told.
         speculative: "ngram" guesses tokens from what the sequence holds already and checks several in one step; the
-            output is the same. None: off.
+            output is the same (on a GPU with `batch_invariant`). None: off.
         draft_model: folder or hub name of a smaller model with the same vocabulary, which guesses instead; it is
             loaded with the same `dtype` and `kv_cache_dtype`, and `kv_cache_bytes` hold its keys and values too.
         num_speculative_tokens: guessed for a sequence in a step, at most; default 7 of n-grams, 4 of a draft model.

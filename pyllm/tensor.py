@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ class DeviceArray:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -104,9 +105,9 @@ class DeviceArray:
     def reshape(self, *shape: Any) -> DeviceArray:
         """A view of another shape; what is not contiguous may have its last dimension split or its last two joined."""
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
-        known = int(np.prod([length for length in shape if length >= 0], dtype=np.int64))
+        known = math.prod(length for length in shape if length >= 0)
         new = tuple(self.size // max(known, 1) if length < 0 else length for length in shape)
-        if int(np.prod(new, dtype=np.int64)) != self.size:
+        if math.prod(new) != self.size:
             raise ValueError(f"reshape: expected {self.size} elements as {self.shape} has, got shape {shape}")
         if self.contiguous:
             return self.view(0, new)

@@ -17,7 +17,7 @@ import pytest
 
 from pyllm import device as device_module
 from pyllm.cuda_ops import CudaOps
-from pyllm.errors import InsufficientMemoryError
+from pyllm.errors import CudaUnavailable, InsufficientMemoryError
 from pyllm.ops import Ops
 from pyllm.tensor import DTYPES
 
@@ -367,10 +367,14 @@ def test_the_emulation_has_the_signatures_of_cuda_core(monkeypatch):
 def test_the_kernels_of_hopper_can_be_left_alone(gpu, monkeypatch):
     assert gpu.has_wgmma and CudaOps(gpu)._has_wgmma
     monkeypatch.setenv("PYLLM_WGMMA", "off")
-    assert not gpu.has_wgmma and not CudaOps(gpu)._has_wgmma
+    with emulated_cuda.emulated_gpu() as other:
+        assert not other.has_wgmma and not CudaOps(other)._has_wgmma
     monkeypatch.setenv("PYLLM_WGMMA", "no")
-    with pytest.raises(ValueError, match="PYLLM_WGMMA: expected on or off, got 'no'"):
-        CudaOps(gpu)
+    with (
+        pytest.raises(CudaUnavailable, match="PYLLM_WGMMA: expected on or off, got 'no'"),
+        emulated_cuda.emulated_gpu(),
+    ):
+        pass
 
 
 def test_launches_overlap_unless_they_are_told_not_to(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from cuda_host import ACTIVATIONS, MatmulArgs, WgmmaPlan, as_aligned, build, limited
 from emulated_cuda import emulated_gpu
 from test_cuda_matmul import call, case, close, formula
+from test_gpu import SIZES, TILE_SIZES
 
 from pyllm.cuda_ops import CudaOps
 
@@ -48,6 +49,20 @@ def test_every_tile_matches_formula(kernels, rows, n, k, multiprocessors, column
     assert (plan.columns, plan.pair, plan.splits) == (columns, pair, splits)
     arrays, width = case(rows, n, k, seed=n)
     close(call(wgmma(kernels, multiprocessors), arrays, width), formula(arrays), 1e-6)
+
+
+def test_the_sizes_that_a_gpu_is_tested_with_reach_all_of_it(kernels):
+    """Pairs whose blocks take more steps than their ring has stages, and tiles of each width for the same rows."""
+    stages, round_again, widths = {256: 4, 192: 5, 128: 6}, set(), set()
+    for multiprocessors in (132, 2, 1):
+        for rows, n, k in SIZES:
+            plan = plan_of(kernels, rows, n, k, multiprocessors)
+            tiles = -(-plan.row_units * plan.column_tiles * plan.pair * plan.splits // plan.blocks)
+            if plan.pair == 2 and tiles * -(-k // 64) > stages[plan.columns]:
+                round_again.add(plan.columns)
+        widths |= {(size, plan_of(kernels, *size, multiprocessors).columns) for size in TILE_SIZES}
+    assert round_again == {128, 192, 256} == {columns for _, columns in widths}
+    assert all(len({columns for of, columns in widths if of == size}) > 1 for size in TILE_SIZES)
 
 
 @pytest.mark.parametrize("guard", [0, 3])  # rows that lie at multiples of 16 bytes, and others

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from oracle.activation import activation as activation_formula
-from oracle.attention import Rule, softmax
+from oracle.attention import Rule, Scores, softmax
 
 from pyllm import device
 from pyllm.ops import ACTIVATIONS
@@ -96,7 +96,10 @@ SIZES = [
     (257, 1000, 72), (200, 400, 584), (130, 200, 456),
     # Pairs with tiles of each width, and two, four and eight parts of K with some of them.
     (130, 200, 72), (130, 330, 72), (390, 1500, 584), (65, 330, 328), (65, 330, 456),
+    # Pairs with more steps than a ring has stages, with tiles of 256, 192 and 128.
+    (200, 500, 200), (260, 130, 200), (390, 2000, 456),
 ]  # fmt: skip
+TILE_SIZES = [(257, 1000, 584), (65, 330, 328), (390, 2000, 456)]  # which tiles of all widths make, see plans()
 
 
 def plans(gpu):
@@ -112,8 +115,8 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
     rows, n, k = size
     if rows > {"skinny": 16, "split": 64}.get(kernel, rows):
         pytest.skip("more rows than it takes")
-    if kernel == "wgmma" and not gpu.kernels.has_wgmma():
-        pytest.skip("no Hopper")
+    if kernel == "wgmma" and not gpu.has_wgmma:
+        pytest.skip("no Hopper, or PYLLM_WGMMA=off")
     dtype = float32 if kernel == "plain float32" else bfloat16
     rng = np.random.default_rng(rows)
     x, w = rng.standard_normal((rows, k)).astype(dtype), (rng.standard_normal((n, k)) / np.sqrt(k)).astype(dtype)
@@ -142,19 +145,40 @@ def test_matmul_matches_formula(gpu, kernels, kernel, size, gated):
         close(got, y + residual, 1e-3 if dtype == float32 else 1e-2)
 
 
-def test_wgmma_tiles_of_all_widths_add_alike(gpu, kernels):
+@pytest.mark.parametrize("size", TILE_SIZES, ids=str)
+def test_wgmma_tiles_of_all_widths_add_alike(gpu, kernels, size):
     """As a batch of any size has to give a row the same bits."""
-    if not gpu.kernels.has_wgmma():
-        pytest.skip("no Hopper")
-    rng = np.random.default_rng(0)
-    x, w = (gpu.upload(rng.standard_normal(shape).astype(bfloat16)) for shape in ((257, 584), (1000, 584)))
+    if not gpu.has_wgmma:
+        pytest.skip("no Hopper, or PYLLM_WGMMA=off")
+    rng, (rows, n, k) = np.random.default_rng(0), size
+    x, w = (gpu.upload(rng.standard_normal(shape).astype(bfloat16)) for shape in ((rows, k), (n, k)))
     results = []
     for multiprocessors in plans(gpu):
-        y = gpu.upload(np.full((257, 1000), np.nan, float32))
+        y = gpu.upload(np.full((rows, n), np.nan, float32))
         kernels.wgmma_matmul(y, x, w, None, None, 0, False, multiprocessors, gpu.stream)
         results.append(y.numpy())
     for other in results[1:]:
         same_bits(results[0], other, "a plan's result")
+
+
+@pytest.mark.parametrize("activation", [Activation.GELU_ERF, Activation.GELU_TANH])
+@pytest.mark.parametrize("kernel", ["skinny", "split", "mma", "wgmma"])
+def test_matmul_stores_bfloat16(gpu, kernels, kernel, activation):
+    """Of whole tiles, behind other activations."""
+    if kernel == "wgmma" and not gpu.has_wgmma:
+        pytest.skip("no Hopper, or PYLLM_WGMMA=off")
+    rng, rows, n, k = np.random.default_rng(3), {"skinny": 8, "split": 64}.get(kernel, 256), 768, 264
+    x, w = rng.standard_normal((rows, k)).astype(bfloat16), (rng.standard_normal((n, k)) / 16).astype(bfloat16)
+    bias = rng.standard_normal(n).astype("f4")
+    arrays = [gpu.upload(x), gpu.upload(w), gpu.upload(bias), None, ACTIVATIONS[activation], False]
+    parts, tickets = gpu.upload(np.full(256 * 64 * 128, np.nan, "f4")), gpu.upload(np.zeros(256, np.uint32))
+    more = {
+        "skinny": (None, None, 0, 0.0, gpu.multiprocessors), "split": (parts, tickets), "mma": (),
+        "wgmma": (gpu.multiprocessors,),
+    }  # fmt: skip
+    launcher = getattr(kernels, f"{kernel}_matmul")
+    got = thrice(gpu, lambda y: launcher(y, *arrays, *more[kernel], gpu.stream), (rows, n), bfloat16)
+    close(got, activation_formula(x.astype("f8") @ w.astype("f8").T + bias, activation.value), 1e-2)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -181,14 +205,29 @@ RULES = {
     "sinks": Rule(window=70, sinks=3),
     "prefix": Rule(prefix=(95, 1000, 9)),  # or all of a shorter sequence
     "float32": Rule(),  # queries and results in float32, and the log of the sum of exponentials
+    "whole": Rule(causal=False),
+    "bias": Rule(),
+    "slopes": Rule(),
+    "softcap": Rule(),
+    "all": Rule(window=70, sinks=3),  # a bias, slopes and a cap
 }
+
+
+def scores_of(case, heads):
+    """What the case does to scores."""
+    rng, asked = np.random.default_rng(5), {case} if case != "all" else {"bias", "slopes", "softcap"}
+    return Scores(
+        bias=rng.standard_normal((heads, 81)).astype("f4") if "bias" in asked else None,
+        slopes=(0.5 ** np.arange(1, heads + 1)).astype("f4") if "slopes" in asked else None,
+        softcap=3.0 if "softcap" in asked else None,
+    )
 
 
 @pytest.mark.parametrize("case", RULES)
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
 @pytest.mark.parametrize("kernel", ["prompt", "wgmma", "split", "plain"])
 def test_attention_matches_formula(gpu, kernels, kernel, head_size, case):
-    if kernel == "wgmma" and (head_size not in (64, 128) or not gpu.kernels.has_wgmma()):
+    if kernel == "wgmma" and (head_size not in (64, 128) or not gpu.has_wgmma):
         pytest.skip("no Hopper, or no head size of its")
     rng, rule = np.random.default_rng(head_size), RULES[case]
     queries, lengths, heads, kv_heads = ([1, 2, 0], [193, 300, 9], 8, 2) if kernel == "split" else (
@@ -212,7 +251,10 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, case):
     q = (2 * rng.standard_normal((starts[-1], heads, head_size))).astype(float32 if case == "float32" else dtype)
     arrays = [gpu.upload(a) for a in (q, cache, starts, np.array(lengths, np.int32), tables)]
     prefix = None if rule.prefix is None else gpu.upload(np.array(rule.prefix, np.int32))
-    tail = (head_size, head_size**-0.5, True, prefix, rule.window, rule.sinks, None, None, 0.0, max(queries))
+    changes = scores_of(case, heads)
+    added = [None if a is None else gpu.upload(a) for a in (changes.bias, changes.slopes)]
+    tail = (head_size, head_size**-0.5, rule.causal, prefix, rule.window, rule.sinks, *added, changes.softcap or 0.0,
+            max(queries))  # fmt: skip
     splits = -(-tables.shape[1] // 2)
     parts = gpu.upload(np.full((len(lengths), kv_heads, splits, 16, head_size + 2), np.nan, "f4"))
     tickets = gpu.upload(np.zeros((len(lengths), kv_heads), np.uint32))
@@ -230,7 +272,7 @@ def test_attention_matches_formula(gpu, kernels, kernel, head_size, case):
     for b, (keys, values) in enumerate(contents):
         rows = slice(starts[b], starts[b + 1])
         scores = np.einsum("the,she->hts", q[rows].astype("f8"), keys) * head_size**-0.5
-        weights, logs = softmax(scores, rule.seen(b, queries[b], lengths[b]))
+        weights, logs = softmax(changes.changed(scores), rule.seen(b, queries[b], lengths[b]))
         expected[rows], sums[rows] = np.einsum("hts,she->the", weights, values), logs[..., 0].T
     bound = 1e-3 if dtype == float32 else 1e-2
     close(thrice(gpu, launch, q.shape, q.dtype), expected, bound)

@@ -89,6 +89,31 @@ def test_a_step_ends_at_its_deadline_with_all_that_it_started_and_its_figures_st
             time.sleep(0.01)
 
 
+def test_a_step_that_cannot_be_ended_is_left(check, tmp_path, monkeypatch):
+    """As one whose kernel keeps it in the driver."""
+    from gpu import process
+
+    real = process.subprocess.Popen.wait
+
+    def wait(self, timeout=None):
+        assert timeout is not None
+        raise process.subprocess.TimeoutExpired("step", timeout)
+
+    monkeypatch.setattr(process.subprocess.Popen, "wait", wait)
+    told = check.run_apart(["sleep", "60"], check.Check(tmp_path, emulated=False), "roofs", 0.01)
+    assert told["state"] == "too long" and told["error"].endswith("not done after 0.01 s, and could not be ended")
+    monkeypatch.setattr(process.subprocess.Popen, "wait", real)
+
+
+def test_a_program_is_ended_after_its_seconds(check, capsys):
+    from gpu import process
+
+    began = time.monotonic()
+    status, said = process.run_aloud(["sh", "-c", "echo $SAID; sleep 15 & wait"], 1, SAID="begun")
+    assert status == -9 and said == "begun\n" == capsys.readouterr().out
+    assert time.monotonic() - began < 10  # not when the pipe ends, which the child has yet
+
+
 def test_a_figure_that_fails_does_not_take_the_others(check, tmp_path):
     from gpu.timing import guarded, row_of
 
@@ -137,31 +162,59 @@ def test_a_test_that_hangs_breaks_or_dies_is_named_and_the_others_run(check, els
     path, log = elsewhere / "test_watched.py", elsewhere / "log"
     path.write_text(WATCHED)
     ids = collect([str(path)], log)
-    found = run_tests(ids, log, patience=3)
+    found = run_tests(ids, log, patience=3, ends=time.monotonic() + 120)
     short = {test.split("::")[1]: reason for test, reason in found.failed.items()}
     assert [test.split("::")[1] for test in found.passed] == ["test_right", "test_behind", "test_last"]
     assert len(found.skipped) == 1 and found.told() == len(ids) == 10
     assert list(short) == ["test_wrong[(3, 5)]", "test_wrong[(7, 9)]", "test_hangs", "test_breaks", "test_dies",
                            "test_is_not_begun"]  # fmt: skip
-    assert short["test_hangs"] == "hangs: not done after 3 s" and "cudaErrorIllegalAddress" in short["test_breaks"]
+    assert (
+        short["test_hangs"].startswith("hangs: not done after 3 s")
+        and "cudaErrorIllegalAddress" in short["test_breaks"]
+    )
     assert short["test_dies"] == "the process ended with status -11" and "no such thing" in short["test_is_not_begun"]
     row = check.correct.outcome_row("norm", found)
     expected = "6 of 10 failed, first test_wrong[(3, 5)]: Failed: relative error 0.5: [0, 1] is 2 instead of 1"
     assert row["error"] == expected
 
 
+def outcome(check, folder, seconds, patience, text):
+    """Rows of the tests in `text`, in a step of so many seconds."""
+    path = folder / "test_watched.py"
+    path.write_text(text)
+    ids = [f"test_watched.py::test_{name}" for name in re.findall(r"def test_(\w+)", text)]
+    run = check.Check(folder, emulated=False, seconds=seconds)
+    return list(check.correct.tested(run, {"wgmma_matmul": (ids, folder / "log")}, patience))
+
+
+def test_tests_that_hang_are_named_in_time(check, elsewhere):
+    """Two are enough to know, and one once more; and what the time does not reach is told too."""
+    text = "import time\n" + "".join(f"def test_{i}(): time.sleep(60)\n" for i in range(8))
+    first, second = outcome(check, elsewhere, 60, 1, text)
+    assert [test[-1] for test in first["failed"]] == ["0", "1", "2"] and len(second["failed"]) == 1
+    reasons = list(first["failed"].values())
+    assert reasons[1].startswith("hangs: not done after 1 s") and reasons[2] == "not run, with 5 more: 2 have hung"
+    assert first["error"].startswith("3 of 3 failed, first test_0: hangs: not done after 1 s")
+    assert second["name"] == "wgmma_matmul with PYLLM_PDL=off"
+    began = time.monotonic()
+    rows = outcome(check, elsewhere, 2, 60, text)
+    assert time.monotonic() - began < 30 and [*rows[0]["failed"].values()] == [
+        "not run, with 7 more: the time was over"
+    ]
+    assert check.correct.failed_tests({"rows": rows}) == {}  # none that the sanitizer would see the end of
+
+
 def test_tests_that_fail_are_run_again_without_launches_that_overlap(check, elsewhere):
-    path = elsewhere / "test_watched.py"
-    path.write_text("""
+    text = """
 import os
 def test_races(): assert os.environ.get("PYLLM_PDL") == "off"
 def test_wrong(): assert 1 + 1 == 3
 def test_right(): pass
-""")
-    ids = [f"test_watched.py::test_{name}" for name in ("races", "wrong", "right")]
-    row = check.correct.tested("norm", ids, elsewhere / "log", 10)
-    assert row["passed"] == 1 and row["error"].startswith("2 of 3 failed, first test_races: ")
-    assert row["error"].endswith("(with PYLLM_PDL=off 1 of 2 pass)")
+"""
+    first, second = outcome(check, elsewhere, 200, 10, text)
+    assert first["passed"] == 1 and first["error"].startswith("2 of 3 failed, first test_races: ")
+    assert second["name"] == "wgmma_matmul with PYLLM_PDL=off" and second["passed"] == 1
+    assert [*second["failed"]] == ["test_watched.py::test_wrong"] and check.correct.failed_tests({"rows": [first]})
 
 
 def test_tests_that_cannot_be_collected_are_told(check, elsewhere):
@@ -171,7 +224,8 @@ def test_tests_that_cannot_be_collected_are_told(check, elsewhere):
     path.write_text("import nothing_of_that_name")
     with pytest.raises(RuntimeError, match="nothing_of_that_name"):
         collect([str(path)], log)
-    found = run_tests(["test_none.py::test_gone", "test_none.py::test_too"], log, patience=3)
+    ids = ["test_none.py::test_gone", "test_none.py::test_too"]
+    found = run_tests(ids, log, patience=3, ends=time.monotonic() + 60)
     [(test, reason)] = found.failed.items()
     assert test.endswith("test_gone") and reason.startswith("not run, with 1 more:") and "nothing_of_that" in reason
 
@@ -213,10 +267,18 @@ def test_hoppers_kernels_are_left_alone_where_they_failed(check, tmp_path, monke
 
 
 def test_the_sanitizer_begins_with_the_tests_that_failed(check, monkeypatch):
-    ran = []
-    monkeypatch.setattr(check.correct, "run_aloud", lambda command: (ran.append(command), (9, "========= Invalid"))[1])
-    rows = list(check.correct.sanitizer_rows("sanitizer", ["tiny"], {"norm": "tests/test_gpu_layers.py::test_norm[x]"}))
-    assert [row["name"] for row in rows] == ["memcheck of norm", "memcheck of a model", "racecheck of a model"]
+    ran, asked = [], []
+
+    def run_aloud(command, seconds, **settings):
+        ran.append(command)
+        asked.append(settings)
+        return 9, "========= Invalid"
+
+    monkeypatch.setattr(check.correct, "run_aloud", run_aloud)
+    failed = {"norm": "tests/test_gpu_layers.py::test_norm[x]", "axpby": "tests/test_gpu_layers.py::test_axpby"}
+    rows = list(check.correct.sanitizer_rows("sanitizer", ["tiny"], failed))
+    tools = ["memcheck of norm", "memcheck of a model", "racecheck of a model", "memcheck of axpby"]
+    assert [row["name"] for row in rows] == tools and asked == [{"PYLLM_WGMMA": "on"}, {}, {}, {"PYLLM_WGMMA": "on"}]
     assert ran[0][-1].endswith("tests/test_gpu_layers.py::test_norm[x]") and ran[2][-1] == "tiny"
     assert ran[2][:3] == ["sanitizer", "--tool", "racecheck"] and "Invalid" in rows[0]["said"]
 
@@ -227,8 +289,8 @@ def test_the_build_is_judged_by_a_fresh_process(check, monkeypatch):
     reason = machine.missing()  # the GPU is missing here, or pyllm itself, and the reason says what
     assert reason is None or "GPU" in reason or "NVIDIA" in reason or "pyllm" in reason
     monkeypatch.setattr(machine, "missing", lambda: "no kernels")
-    done = machine.subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(machine, "architecture_here", lambda: None)
+    monkeypatch.setattr(machine, "run_aloud", lambda *_, **__: (0, ""))
     with pytest.raises(RuntimeError, match="built, but no kernels"):
         machine.install_missing()
 
@@ -296,7 +358,7 @@ def test_all_steps_together_keep_to_eight_minutes(check, tmp_path, monkeypatch, 
 
     def run_apart(command, run, name, seconds):
         given[name] = seconds
-        clock[0] += 460 if name == "roofs" else 5
+        clock[0] += check.LIMIT - 10 if name == "roofs" else 5
         return {"state": "done", "seconds": 1.0}
 
     monkeypatch.setattr(check, "run_apart", run_apart)
@@ -312,6 +374,7 @@ def test_the_table_of_a_whole_run_has_at_most_40_lines(check):
     lines = check.table(results)
     assert len(lines) == 40 and lines[-1].endswith("in the JSON files")
     assert any("x0 2000 GB/s (50%), x1" in line for line in lines)
+    assert check.table(results, ["a note"])[-1] == "a note" and len(check.table(results, ["a note"])) == 40
 
 
 def test_tests_that_passed_share_their_lines_and_one_that_failed_has_its_own(check):

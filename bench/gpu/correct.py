@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TypeAlias
 
 from gpu.process import ROOT, Check, Row, python, run_aloud
-from gpu.watched import AT_ONCE, Outcomes, collect, run_tests
+from gpu.watched import AT_ONCE, HUNG, NOT_RUN, Outcomes, collect, run_tests
 
 # The tests of each kernel, or of those that are tested together: what their ids contain. The first are the smallest.
 KERNELS = {
@@ -44,9 +46,14 @@ OTHERS = {
 HOPPERS = ("wgmma_matmul", "wgmma_attention")
 FILES = ("test_gpu.py", "test_gpu_layers.py", "test_gpu_decode.py", "test_gpu_exchange.py")
 EMULATED = (*list(OTHERS)[:2], "read_probe", "axpby")  # the others take the emulated GPU too long
+SHARES = 0.7, 0.85  # of a step's seconds after which its tests, and those that are run again, have ended
+SANITIZED_SECONDS = 20.0  # of a program under compute-sanitizer
 AGAIN = 3  # tests that failed are run again, at most, with other settings
 TEST_SECONDS, MODEL_SECONDS = 10.0, 30.0  # that a test of a kernel, or of a whole model, may take
 GPU = ["-m", "gpu"]
+
+
+Group: TypeAlias = tuple[list[str], Path]  # ids of tests, and where pytest's words of them go
 
 
 def kernels(check: Check) -> Row:
@@ -62,12 +69,7 @@ def kernel_rows(check: Check) -> Iterator[Row]:
     tests = {name: [test for test in ids if re.search(pattern, test)] for name, pattern in patterns.items()}
     if check.emulated:
         tests = {name: tests[name][:1] for name in EMULATED}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = {
-            name: pool.submit(tested, name, tests[name], log_of(check, name), TEST_SECONDS, arguments) for name in tests
-        }
-        for future in futures.values():
-            yield future.result()
+    yield from tested(check, {name: (each, log_of(check, name)) for name, each in tests.items()}, TEST_SECONDS)
 
 
 def models(check: Check) -> Row:
@@ -75,21 +77,43 @@ def models(check: Check) -> Row:
     if check.emulated:
         return {"skipped": "tests of the suite run them on the emulated GPU"}
     ids = collect([*GPU, str(ROOT / "tests" / "test_gpu_models.py")], check.out / "models.tests.log")
+    parts = {f"models, part {i}": (ids[i::AT_ONCE], check.out / f"models.{i}.log") for i in range(AT_ONCE)}
+    return {"rows": tested(check, parts, MODEL_SECONDS)}
+
+
+def tested(check: Check, groups: dict[str, Group], patience: float) -> Iterator[Row]:
+    """What became of groups of tests as they come; then of the first of each that failed, with no kernel starting
+    before the one before it has ended. All is told before the step's deadline."""
+    arguments = ["--emulated-gpu"] if check.emulated else []
+    first, second = (time.monotonic() + share * check.seconds for share in SHARES)
+    failed = {}
+    for _, log in groups.values():
+        log.write_text("")
+    for row in tested_once(groups, patience, first, arguments, {}):
+        if tests := again(row):
+            failed[f"{row['name']} with PYLLM_PDL=off"] = tests, groups[row["name"]][1]
+        yield row
+    yield from tested_once(failed, patience, second, arguments, {"PYLLM_PDL": "off"})
+
+
+def tested_once(
+    groups: dict[str, Group], patience: float, ends: float, arguments: list[str], settings: dict[str, str]
+) -> Iterator[Row]:
+    """What became of groups of tests, some beside each other, as they come."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        logs = [check.out / f"models.{i}.log" for i in range(AT_ONCE)]
-        parts = range(AT_ONCE)
-        rows = pool.map(lambda i: tested(f"models, part {i}", ids[i::AT_ONCE], logs[i], MODEL_SECONDS), parts)
-        return {"rows": list(rows)}
+        futures = {
+            pool.submit(run_tests, tests, log, patience, ends, arguments, settings): name
+            for name, (tests, log) in groups.items()
+        }
+        for future in as_completed(futures):
+            yield outcome_row(futures[future], future.result())
 
 
-def tested(name: str, tests: Sequence[str], log: Path, patience: float, arguments: Sequence[str] = ()) -> Row:
-    """What became of tests, and of the first that failed where no kernel starts before the one before it has ended."""
-    found = run_tests(tests, log, patience, arguments)
-    row = outcome_row(name, found)
-    if found.failed:
-        again = run_tests([*found.failed][:AGAIN], log, patience, arguments, {"PYLLM_PDL": "off"})
-        row["error"] += f" (with PYLLM_PDL=off {len(again.passed)} of {again.told()} pass)"
-    return row
+def again(row: Row) -> list[str]:
+    """Tests that failed and are worth another run: a few, of which one may hang."""
+    failed = {test: reason for test, reason in row["failed"].items() if not reason.startswith(NOT_RUN)}
+    hung = [test for test, reason in failed.items() if reason.startswith(HUNG)]
+    return [test for test in failed if test not in hung[1:]][:AGAIN]
 
 
 def log_of(check: Check, name: str) -> Path:
@@ -116,7 +140,7 @@ def hopper_failed(found: Row) -> list[str]:
 
 
 def sanitizer(check: Check) -> Row:
-    """compute-sanitizer: over the first test of each kernel that failed, then over a tiny model."""
+    """compute-sanitizer over a tiny model, and over the first test of each kernel that failed."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     check_itself = str(ROOT / "bench" / "gpu_check.py")
     tiny = python(check_itself, "-", "--tiny")
@@ -129,16 +153,24 @@ def sanitizer(check: Check) -> Row:
 
 
 def failed_tests(found: Row) -> dict[str, str]:
-    """The first test that failed of each kernel."""
-    return {row["name"]: next(iter(row["failed"])) for row in found.get("rows", []) if row.get("failed")}
+    """The first test of each kernel that failed and was done."""
+    first: dict[str, str] = {}
+    for row in found.get("rows", []):
+        done = [test for test, reason in row.get("failed", {}).items() if not reason.startswith((HUNG, NOT_RUN))]
+        if done:
+            first[row["name"]] = done[0]
+    return first
 
 
-def sanitizer_rows(program: str, tiny: Sequence[str], failed: dict[str, str]) -> Iterator[Row]:
+def sanitizer_rows(program: str, tiny: list[str], failed: dict[str, str]) -> Iterator[Row]:
     """A row for each run of a tool."""
     pytest = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"))
     runs = [("memcheck", name, [*pytest, "--rootdir", str(ROOT), str(ROOT / test)]) for name, test in failed.items()]
-    for tool, name, command in [*runs, ("memcheck", "a model", tiny), ("racecheck", "a model", tiny)]:
-        status, said = run_aloud([program, "--tool", tool, "--error-exitcode", "9", *command])
+    model = [("memcheck", "a model", tiny), ("racecheck", "a model", tiny)]
+    for tool, name, command in [*runs[:1], *model, *runs[1:]]:
+        settings = {} if command is tiny else {"PYLLM_WGMMA": "on"}  # also where it is off since they failed
+        sanitized = [program, "--tool", tool, "--error-exitcode", "9", *command]
+        status, said = run_aloud(sanitized, SANITIZED_SECONDS, **settings)
         row: Row = {"name": f"{tool} of {name}", "passed": 1, "skipped": 0}
         if status:
             told = [line for line in said.splitlines() if line.startswith("=========") and line.strip("= ")]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from gpu.process import ROOT, Check, Row, place, python
+from gpu.process import ROOT, Check, Row, place, python, run_aloud
 from gpu.timing import device
 
 PACKAGES = ("cuda-core", "cuda-bindings", "torch", "transformers", "numpy", "pytest")
@@ -54,9 +54,9 @@ def install_missing() -> bool:
     if architecture := architecture_here():
         command.append(f"-Ccmake.define.PYLLM_CUDA_ARCHITECTURES={architecture}")
     settings = {"PYLLM_CUDA": "on", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{reason}; then pip said: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    status, said = run_aloud([*command, "-v"], **settings)
+    if status:
+        raise RuntimeError(f"{reason}; then pip said: {said[-4000:]}")
     if (still := missing()) is not None:
         raise RuntimeError(f"built, but {still}")
     return True

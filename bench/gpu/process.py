@@ -4,28 +4,33 @@ stays in its JSON file, and what it said in its log."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+ENDING = 10.0  # seconds that a process may take to end: one whose kernel hangs can stay in the driver
 PATIENCE = 10  # deadlines that the emulated GPU may take
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Check:
-    """A run of the check: where results go, and whether on the emulated GPU, on tiny sizes."""
+    """A run of the check: where results go, whether on the emulated GPU, on tiny sizes, and the seconds of a step."""
 
     out: Path
     emulated: bool
+    seconds: float = math.inf
 
     @property
     def patience(self) -> float:
@@ -63,7 +68,10 @@ def run_apart(command: list[str], check: Check, name: str, seconds: float) -> Ro
         finally:
             if step.returncode is None:
                 os.killpg(step.pid, signal.SIGKILL)
-                step.wait()
+                try:
+                    step.wait(timeout=ENDING)
+                except subprocess.TimeoutExpired:
+                    told["error"] = f"{told.get('error', '')}, and could not be ended"
     found: Row = {"state": "crashed", **check.found(name), **told}
     found["seconds"] = time.perf_counter() - began
     write(path, found)
@@ -105,15 +113,31 @@ def place() -> Row:
     return {"cwd": ROOT / "bench", "env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)}}
 
 
-def run_aloud(command: list[str]) -> tuple[int, str]:
-    """Exit status and output of a program, printed as it comes too: a step's log has it at the deadline."""
-    said = []
+def run_aloud(command: list[str], seconds: float = math.inf, **settings: str) -> tuple[int, str]:
+    """Exit status and output of a program, printed as it comes too: a step's log has it at the deadline.
+
+    It is ended after so many seconds; what it has started may live on until the step ends. `settings` are variables of
+    its environment.
+    """
+    said, where = [], place()
+    where["env"] |= settings
     pipes: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, **pipes, **place()) as program:
+    program = subprocess.Popen(command, **pipes, **where)
+
+    def listen() -> None:
         for line in program.stdout or ():
             print(line, end="", flush=True)
             said.append(line)
-    return program.returncode, "".join(said)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    listener.join(min(seconds, threading.TIMEOUT_MAX))
+    if listener.is_alive():
+        program.kill()
+        listener.join(1)
+    with suppress(subprocess.TimeoutExpired):
+        program.wait(timeout=ENDING)
+    return -1 if program.returncode is None else program.returncode, "".join(said)
 
 
 def python(*arguments: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from gpu.process import Row
@@ -12,8 +13,8 @@ MOST_LINES, WIDTH = 40, 160
 NOT_TOLD = ("rows", "state", "seconds", "error")
 
 
-def table(results: dict[str, Row]) -> list[str]:
-    """The results in words, at most `MOST_LINES` lines."""
+def table(results: dict[str, Row], notes: Sequence[str] = ()) -> list[str]:
+    """The results in words, and notes behind them, at most `MOST_LINES` lines."""
     roofs = {row["name"]: row["value"] for row in results.get("roofs", {}).get("rows", []) if "value" in row}
     lines = []
     for name, found in results.items():
@@ -23,9 +24,10 @@ def table(results: dict[str, Row]) -> list[str]:
             told = errors[-1]
         lines.append(f"{name:12} {found['state']:8} {found['seconds']:5.1f} s  {told}"[:WIDTH])
         lines += row_lines(found.get("rows", []), roofs)
-    if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} lines more, in the JSON files"]
-    return lines
+    room = MOST_LINES - len(notes)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} lines more, in the JSON files"]
+    return [*lines, *notes]
 
 
 def row_lines(rows: list[Row], roofs: dict[str, float]) -> list[str]:

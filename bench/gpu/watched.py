@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu.process import ROOT, end_of, place, python
+from gpu.process import ENDING, ROOT, end_of, place, python
 
 AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 2))  # processes: starting one takes longer than most tests
 START = 60.0  # seconds that a process may take to its first test
 POLL = 0.05
 RUNS = 6  # processes that the tests of a kernel may take
+HANGS = 2  # tests of a kernel that may hang before the others are given up
+HUNG, NOT_RUN = "hangs:", "not run,"  # what the reasons of such begin with
 BROKEN = re.compile(r"cudaError|CUDA_ERROR|CUDAError")  # no test of the same process can tell any more
 
 
@@ -38,6 +40,7 @@ class Outcomes:
 
 def collect(arguments: Sequence[str], log: Path) -> list[str]:
     """Ids of the tests that pytest finds with these arguments."""
+    log.write_text("")
     events = _launch([*arguments, "--collect-only"], log)
     if events.process.wait():
         raise RuntimeError(f"pytest could not find all tests: {end_of(log)}")
@@ -48,29 +51,39 @@ def run_tests(
     ids: Sequence[str],
     log: Path,
     patience: float,
+    ends: float,
     arguments: Sequence[str] = (),
     settings: Mapping[str, str] | None = None,
 ) -> Outcomes:
-    """What became of these tests, of which each may take `patience` seconds; pytest's words go to `log`.
+    """What became of these tests, of which each may take `patience` seconds, and all until `ends` by the monotonic
+    clock; pytest's words go to `log`.
 
-    `settings` are variables of the environment.
+    `settings` are variables of the environment. What is not run is told with the first of it, as a failure.
     """
-    found, left = Outcomes(), list(ids)
+    found, left, hung, why = Outcomes(), list(ids), 0, f"{RUNS} processes have ended before their time"
     for _ in range(RUNS):
+        if time.monotonic() >= ends:
+            why = "the time was over"
+            break
         before = found.told()
-        _run(_launch([*arguments, *(str(ROOT / test) for test in left)], log, settings), patience, found)
+        hung += _run(_launch([*arguments, *(str(ROOT / test) for test in left)], log, settings), patience, ends, found)
         known = {*found.passed, *found.skipped, *found.failed}
         left = [test for test in left if test not in known]
         if not left:
             return found
-        if found.told() == before:
+        if hung == HANGS:
+            why = f"{hung} have hung"
             break
-    found.failed[left[0]] = f"not run, with {len(left) - 1} more: {end_of(log).strip() or 'pytest said nothing'}"
+        if found.told() == before and time.monotonic() < ends:
+            why = end_of(log).strip() or "pytest said nothing"
+            break
+    if left:
+        found.failed[left[0]] = f"{NOT_RUN} with {len(left) - 1} more: {why}"
     return found
 
 
-def _run(events: _Events, patience: float, found: Outcomes) -> None:
-    """Tests in one process, as far as it comes."""
+def _run(events: _Events, patience: float, ends: float, found: Outcomes) -> bool:
+    """Tests in one process, as far as it comes; whether one has hung."""
     running, heard = None, time.monotonic()
     try:
         while True:
@@ -84,7 +97,7 @@ def _run(events: _Events, patience: float, found: Outcomes) -> None:
                     if event["outcome"] == "failed":
                         found.failed[test] = reason
                         if BROKEN.search(reason):
-                            return
+                            return False
                     elif event["outcome"] == "skipped":
                         found.skipped.append(test)
                     else:
@@ -92,16 +105,19 @@ def _run(events: _Events, patience: float, found: Outcomes) -> None:
             if ended:
                 if running is not None:
                     found.failed[running] = f"the process ended with status {events.process.returncode}"
-                return
-            if time.monotonic() - heard > (START if running is None else patience):
-                if running is not None:
-                    found.failed[running] = f"hangs: not done after {patience:g} s"
-                return
+                return False
+            now = time.monotonic()
+            late = now - heard > (START if running is None else patience)
+            if late and running is not None:
+                found.failed[running] = f"{HUNG} not done after {now - heard:.0f} s"
+                return True
+            if late or now > ends:
+                return False
             time.sleep(POLL)
     finally:
         events.process.kill()
         with suppress(subprocess.TimeoutExpired):  # the driver may take its time to end a kernel
-            events.process.wait(timeout=10)
+            events.process.wait(timeout=ENDING)
 
 
 class _Events:
