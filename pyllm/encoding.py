@@ -28,6 +28,7 @@ CLASSES = {  # what transformers calls the classes of models that have these hea
     HeadKind.POOLED: "ForSequenceClassification",
     HeadKind.EACH: "ForPreTraining of ELECTRA",
     HeadKind.LABELS: "ForTokenClassification",
+    HeadKind.NEXT: "BertForNextSentencePrediction",
 }
 NO_ENTITY = "O"  # the label of tokens that belong to no entity
 
@@ -125,6 +126,11 @@ class Encoding:
         Raises `RequestError` where the model is no classifier, `NonFiniteError` when its scores are no numbers.
         """
         problem = self.spec.head.problem
+        if self.spec.head.kind is HeadKind.NEXT and not all(isinstance(text, tuple) for text in texts):
+            raise RequestError(
+                "classify: expected pairs (first, second), for this model says whether the second of two texts follows "
+                "the first, got a text by itself"
+            )
         values = [_scores(row, problem) for row in self._pooled("classify", texts, progress)]
         labels = self.spec.head.labels
         found = []
@@ -265,9 +271,10 @@ class Encoding:
     def _need_head(self, task: str, *kinds: HeadKind) -> None:
         if self.spec.is_encoder and self.spec.head.kind in kinds:
             return
-        found = f"an encoder with a head for {self.spec.head.kind.value}" if self.spec.is_encoder else "a decoder"
-        if self.spec.head.kind is HeadKind.NONE:
-            found = "an encoder without a head"
+        found = "a decoder"
+        if self.spec.is_encoder:
+            own = CLASSES.get(self.spec.head.kind)
+            found = "an encoder without a head" if own is None else f"an encoder of a class like {own}"
         raise RequestError(
             f"{task}: expected a model whose config.json names a class like {CLASSES[kinds[0]]} as its architecture, "
             f"this one is {found}"

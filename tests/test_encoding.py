@@ -94,6 +94,11 @@ def test_next_sentences(tmp_path: Path) -> None:
         expected = softmax(oracle(llm, encoded.ids, encoded.type_ids)[0])
         assert list(one.scores) == ["next", "random"]
         np.testing.assert_allclose(list(one.scores.values()), expected, atol=2e-5)
+    with pytest.raises(RequestError, match=r"classify: expected pairs \(first, second\)"):
+        llm.classify([pairs[0], "the cat"])
+    with pytest.raises(RequestError, match="this one is an encoder of a class like BertForNextSentencePrediction"):
+        llm.fill_mask(["a [MASK]"])
+    refused(pyllm("classify", "-m", llm.folder, "the cat"), 1, "classify: expected pairs")
 
 
 def test_several_labels_and_values(tmp_path: Path) -> None:
@@ -158,7 +163,9 @@ def test_label_tokens(name: str, tmp_path: Path) -> None:
     assert [token.token_id for token in given] == ids
     assert [token.label for token in given[1:-1]] == [token.label for token in found[0]]
     assert {(token.start, token.end) for token in given} == {(None, None)}
-    with pytest.raises(RequestError, match=r"detect_replaced: .* ForPreTraining of ELECTRA .* a head for labels"):
+    with pytest.raises(
+        RequestError, match=r"detect_replaced: .* ForPreTraining of ELECTRA .* like ForTokenClass"
+    ):
         llm.detect_replaced(TEXTS)
     with pytest.raises(TypeError, match="token ids have no characters"):
         llm.find_entities([{"prompt_token_ids": ids}])  # type: ignore[list-item]
@@ -260,7 +267,7 @@ def test_an_encoder_generates_nothing(tmp_path: Path) -> None:
 
 def test_heads_that_are_missing(tmp_path: Path) -> None:
     bare = loaded("bert-classifier", tmp_path, architectures=["BertForSequenceClassification"])
-    with pytest.raises(RequestError, match=r"fill_mask: .* like ForMaskedLM .* an encoder with a head for pooled"):
+    with pytest.raises(RequestError, match=r"fill_mask: .* like ForMaskedLM .* an encoder of a class like ForSeq"):
         bare.fill_mask(["a [MASK]"])
     decoder = LLM(GOLDEN / "gpt2", skip_tokenizer_init=True)
     with pytest.raises(RequestError, match=r"classify: .* ForSequenceClassification .* this one is a decoder"):
