@@ -130,6 +130,19 @@ def test_activations_and_gates(kernels, kernel, activation):
         close(got, formula(arrays, activation=activation, gated=gated), 1e-6)
 
 
+@pytest.mark.parametrize("guard", [0, 1])  # rows that lie at multiples of 16 bytes, and others
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize("kernel", ["split", "mma"])
+def test_epilogue_of_tiles(kernels, kernel, dtype, guard):
+    run, bound = launcher(kernels, kernel), 1e-6 if dtype == np.float32 else 4e-3
+    for gated in (False, True):
+        arrays, columns = case(40, 152, 72, gated=gated)  # four warps' columns, and some of a fifth's
+        got = call(run, arrays, columns, activation="silu", gated=gated, y_dtype=dtype, guard=guard)
+        close(got, formula(arrays, activation="silu", gated=gated), bound)
+        bare = {**arrays, "bias": None, "residual": None}
+        close(call(run, bare, columns, gated=gated, y_dtype=dtype, guard=guard), formula(bare, gated=gated), bound)
+
+
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 8), (17, 130, 64), (63, 5, 200), (65, 129, 72), (130, 31, 328)])
 def test_mma_matches_formula(kernels, rows, n, k):
     arrays, columns = case(rows, n, k, seed=n)

@@ -31,8 +31,25 @@ __device__ __forceinline__ void finish_pair(const MatmulArgs& a, int64_t row, in
   store_pair(a.y, a.y_dtype, place, v0, v1);
 }
 
-// Sums of four neighbouring columns of each of four rows.
+// Of 16 rows by 32 columns of sums a lane has four neighbouring columns of four rows: row lane / 8 and each fourth one from there on.
 using Quads = float4[4];
+__device__ __forceinline__ int quad_row() { return threadIdx.x % 32 / 8; }
+__device__ __forceinline__ int quad_column() { return threadIdx.x % 8 * 4; }
+
+// Fragments become quads through shared memory: all lanes of a warp leave sums of 8 columns, which they have as of mma_bf16, in rows `pitch`
+// floats apart. With a pitch of 8 more than a multiple of 32 rows lie in different banks.
+constexpr int kQuadColumns = 32, kQuadPitch = kQuadColumns + 8;
+template <int pitch>
+__device__ __forceinline__ void leave_sums(const float (&d)[4], float* to) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  *reinterpret_cast<float2*>(to + g * pitch + 2 * t) = float2{d[0], d[1]};
+  *reinterpret_cast<float2*>(to + (g + 8) * pitch + 2 * t) = float2{d[2], d[3]};
+}
+__device__ __forceinline__ void take_quads(Quads& v, const float* from) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    v[i] = *reinterpret_cast<const float4*>(from + (quad_row() + i * 4) * kQuadPitch + quad_column());
+}
 
 template <class Fn>
 __device__ __forceinline__ void activate_quads(Quads& v, bool gated, Fn fn) {
@@ -126,13 +143,13 @@ __device__ __forceinline__ void finish_any_quads(const MatmulArgs& a, int64_t ro
 }
 
 // Whether four sums' outputs, residuals and biases lie in pieces of their size.
-inline bool lies_in_pieces(const MatmulArgs& a) {
-  const int64_t count = a.gated ? 2 : 4, size = a.y_dtype == DType::f32 ? 4 : 2;
-  const auto lies = [](const void* p, int64_t stride, int64_t bytes, int64_t item) {
-    return reinterpret_cast<uintptr_t>(p) % uintptr_t(bytes) == 0 && stride * item % bytes == 0;
+__device__ __forceinline__ bool lies_in_pieces(const MatmulArgs& a) {
+  const int outputs = a.gated ? 2 : 4, item = a.y_dtype == DType::f32 ? 4 : 2;
+  const auto lies = [&](const void* p, int64_t stride, int size) {
+    return (reinterpret_cast<uintptr_t>(p) & uintptr_t(outputs * size - 1)) == 0 && (stride & (outputs - 1)) == 0;
   };
-  return lies(a.y, a.y_stride, count * size, size) && lies(a.bias, 0, 16, 4) &&
-         (!a.residual || lies(a.residual, a.residual_stride, count * 4, 4));
+  return lies(a.y, a.y_stride, item) && (reinterpret_cast<uintptr_t>(a.bias) & 15) == 0 &&
+         (!a.residual || lies(a.residual, a.residual_stride, 4));
 }
 
 }  // namespace pyllm::cuda

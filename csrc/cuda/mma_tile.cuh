@@ -57,19 +57,33 @@ __device__ __forceinline__ void multiply_stage(MmaSums<kRows>& sums, bf16* stage
   }
 }
 
-// Stores a warp's sums, of a tile whose first output is (row0, column0).
+// Stores a warp's sums, of a tile whose first output is (row0, column0), by way of shared memory, which no warp reads any more when all have
+// come here. Registers are named when a kernel is compiled, so each 16 rows have code of their own that leaves them there; the rest stands once.
 template <int kRows>
 __device__ __forceinline__ void finish_tile(const MatmulArgs& a, MmaSums<kRows>& sums, int64_t row0, int64_t column0) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int64_t column = column0 + warp % 4 * kQuadColumns;
+  const bool pieces = lies_in_pieces(a) && column + kQuadColumns <= a.n;
+  float* mine = reinterpret_cast<float*>(shared_memory()) + warp * 16 * kQuadPitch;
+  __syncthreads();
+#pragma unroll 1
+  for (int part = 0; part < kMmaRowTiles<kRows>; ++part) {
+    __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kMmaRowTiles<kRows>; ++i)
+    for (int i = 0; i < kMmaRowTiles<kRows>; ++i)
+      if (i == part)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = row0 + warp / 4 * (kRows / 2) + i * 16 + lane / 4;
-      const int64_t column = column0 + warp % 4 * 32 + j * 8 + lane % 4 * 2;
-      finish_pair(a, row, column, sums[i][j][0], sums[i][j][1]);
-      finish_pair(a, row + 8, column, sums[i][j][2], sums[i][j][3]);
+        for (int j = 0; j < 4; ++j) leave_sums<kQuadPitch>(sums[i][j], mine + j * 8);
+    __syncwarp();
+    Quads v;
+    take_quads(v, mine);
+    const int64_t row = row0 + warp / 4 * (kRows / 2) + part * 16 + quad_row();
+    if (pieces) {
+      finish_quads(a, row, column + quad_column(), v);
+    } else {
+      finish_any_quads(a, row, column + quad_column(), v);
     }
+  }
 }
 
 }  // namespace pyllm::cuda

@@ -298,14 +298,18 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_matmul_kernel(const __grid
         if (++stage == stages) stage = 0;
       }
     }
+#pragma unroll 1
+    for (int j = 0; j < kGroup && first + j < tiles; ++j) {
+      const auto leave = [&](const float (&d)[4]) {
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      if (first + j >= tiles) break;
+        for (int i = 0; i < 4; ++i) {
+          const int row = lane / 4 + i / 2 * 8;
+          if (row < rows) partial[(warp * rows + row) * kTile + lane % 4 * 2 + i % 2] = d[i];
+        }
+      };
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8;
-        if (row < rows) partial[(warp * rows + row) * kTile + lane % 4 * 2 + i % 2] = sums[j][i];
-      }
+      for (int of = 0; of < kGroup; ++of)  // registers are named when a kernel is compiled
+        if (of == j) leave(sums[of]);
       __syncthreads();
       if (int(threadIdx.x) < rows * kTile / 2) {
         const int row = threadIdx.x / (kTile / 2), column = threadIdx.x % (kTile / 2) * 2;

@@ -25,7 +25,6 @@ namespace {
 
 constexpr int kGroupThreads = 128, kMultiplying = 2, kThreads = (1 + kMultiplying) * kGroupThreads;
 constexpr int kRows = kMultiplying * 64, kDepth = 64;
-constexpr int kStoredColumns = 32, kPitch = kStoredColumns + 8;  // two rows of four lie in different banks
 constexpr int kUnits = 8;  // row units that are taken before the next column tile, so that both stay in the L2
 template <int kColumns>
 constexpr int kStages = kColumns == 256   ? 4
@@ -34,14 +33,13 @@ constexpr int kStages = kColumns == 256   ? 4
 template <int kColumns>
 constexpr int kStage = (kRows + kColumns) * kDepth;  // elements
 template <int kColumns>
-constexpr int kSharedBytes =
-    1024 + kStages<kColumns> * (kStage<kColumns> * 2 + 2 * int(sizeof(Barrier))) + kMultiplying * 4 * 16 * kPitch * 4;
+constexpr int kSharedBytes = 1024 + kStages<kColumns> * (kStage<kColumns> * 2 + 2 * int(sizeof(Barrier))) +
+                             kMultiplying * 4 * 16 * kQuadPitch * 4;
 
 struct Wgmma {
   CUtensorMap x, w;  // boxes of [128, 64] and [columns / blocks of a pair, 64]
   MatmulArgs a;
   int row_units, column_tiles, splits;
-  bool pieces;  // lies_in_pieces
 };
 
 // The place of a stage in the ring, and how often it has come round.
@@ -144,31 +142,20 @@ struct Block {
     });
   }
 
-  // This lane's rows and columns of 16 by 32 sums: row lane / 8 and every fourth one from there on, four columns.
-  __device__ __forceinline__ static int quad_row() { return threadIdx.x % 32 / 8; }
-  __device__ __forceinline__ static int quad_column() { return threadIdx.x % 8 * 4; }
   __device__ __forceinline__ static int warp() { return (int(threadIdx.x) - kGroupThreads) / 32; }
-
-  // Leaves the sums of 8 columns at to[row of this warp][column].
-  template <int kTo>
-  __device__ __forceinline__ static void leave(const float (&d)[4], float* to) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    *reinterpret_cast<float2*>(to + g * kTo + 2 * t) = float2{d[0], d[1]};
-    *reinterpret_cast<float2*>(to + (g + 8) * kTo + 2 * t) = float2{d[2], d[3]};
-  }
 
   // Sums of a tile, or those of this block's part of its rows that all splits have made, 16 rows by 32 columns after the other. Registers are
   // named when a kernel is compiled, so each 32 columns have code of their own that leaves them in shared memory; the rest stands here once.
   __device__ __forceinline__ void finish(const float (&sums)[kColumns / 8][4], int row0, int column0) const {
-    constexpr int kParts = kColumns / kStoredColumns, kWarps = kMultiplying * 4;
-    float* mine = stored + warp() * 16 * kPitch;
+    constexpr int kParts = kColumns / kQuadColumns, kWarps = kMultiplying * 4;
+    float* mine = stored + warp() * 16 * kQuadPitch;
     if (is_split()) exchange(sums);
-    const bool pieces = s.pieces && column0 + kColumns <= s.a.n;
+    const bool pieces = lies_in_pieces(s.a) && column0 + kColumns <= s.a.n;
     const int rows = is_split() ? kRows / s.splits : 16, begin = is_split() ? warp() : 0;
 #pragma unroll 1
     for (int part = begin; part < rows / 16 * kParts; part += is_split() ? kWarps : 1) {
       const int row = (is_split() ? rank * rows + part / kParts * 16 : warp() * 16) + quad_row();
-      const int column = part % kParts * kStoredColumns;
+      const int column = part % kParts * kQuadColumns;
       Quads v = {};
       if (is_split()) {
         const float* from = reinterpret_cast<float*>(stages) + row * kWide + column + quad_column();
@@ -185,11 +172,10 @@ struct Block {
         for (int i = 0; i < kParts; ++i)
           if (i == part)
 #pragma unroll
-            for (int j = 0; j < kStoredColumns / 8; ++j) leave<kPitch>(sums[i * kStoredColumns / 8 + j], mine + j * 8);
+            for (int j = 0; j < kQuadColumns / 8; ++j)
+              leave_sums<kQuadPitch>(sums[i * kQuadColumns / 8 + j], mine + j * 8);
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[i] = *reinterpret_cast<const float4*>(mine + (quad_row() + i * 4) * kPitch + quad_column());
+        take_quads(v, mine);
       }
       if (pieces) {
         finish_quads(s.a, row0 + row, column0 + column + quad_column(), v);
@@ -206,7 +192,7 @@ struct Block {
     meet_threads(1, kMultiplying * kGroupThreads);  // both warpgroups have read all stages
     float* mine = reinterpret_cast<float*>(stages) + warp() * 16 * kWide;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) leave<kWide>(sums[j], mine + j * 8);
+    for (int j = 0; j < kColumns / 8; ++j) leave_sums<kWide>(sums[j], mine + j * 8);
     cluster_barrier();
   }
 };
@@ -264,7 +250,6 @@ cudaError_t launch_tiles(const MatmulArgs& a, const WgmmaPlan& plan, cudaStream_
   s.row_units = int(plan.row_units);
   s.column_tiles = int(plan.column_tiles);
   s.splits = int(plan.splits);
-  s.pieces = lies_in_pieces(a);
   // One row may have any stride, which no box needs.
   cudaError_t error = make_tensor_map(&s.x, a.x, a.rows, a.k, a.rows > 1 ? a.x_stride : a.k, kRows);
   if (error == cudaSuccess) error = make_tensor_map(&s.w, a.w, a.n, a.k, a.k, kColumns / kPair);
@@ -309,8 +294,7 @@ Estimate estimate(int64_t rows, int64_t n, int64_t k, int64_t columns, int64_t p
   const int64_t room = multiprocessors / size > 0 ? multiprocessors / size : 1, active = tiles < room ? tiles : room;
   p.blocks = (splits > 1 ? tiles : active) * size;  // one with splits makes one tile
   const int64_t bytes = (kRows + columns / pair) * kDepth * 2;
-  int64_t step = 4 * columns;
-  step = std::max({step, bytes / 64, bytes * active * size / (40 * multiprocessors)});
+  const int64_t step = std::max({4 * columns, bytes / 64, bytes * active * size / (40 * multiprocessors)});
   const int64_t besides = splits > 1 ? 4000 : 1500 + 6 * columns;
   return {p, ceil_div(tiles, room) * (ceil_div(ceil_div(k, kDepth), splits) * step + besides)};
 }
