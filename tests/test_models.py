@@ -171,6 +171,21 @@ def test_eps_where_a_config_has_none(model_type: str, eps: float) -> None:
     assert {block.norm.eps for block in spec.blocks} == {eps}
 
 
+def test_classes_with_other_heads_are_refused_by_name() -> None:
+    for model_type, name in (
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("llama", "LlamaForTokenClassification"),
+        ("bart", "BartForQuestionAnswering"),
+        ("t5", "T5EncoderModel"),
+    ):
+        assert f"architectures = ['{name}']" in refusal({"model_type": model_type, "architectures": [name]})
+    for name in ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel"):
+        read({"model_type": "gpt2", "architectures": [name]})
+    read({"model_type": "t5", "architectures": ["T5WithLMHeadModel"]})
+    twice = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "a"}}
+    assert "a name of its own for each label" in refusal(twice)
+
+
 def test_start_tokens_where_a_config_has_none() -> None:
     assert {name: read({"model_type": name}).decoder_start_token_id for name in ("t5", "mt5", "bart")} == {
         "t5": 0, "mt5": 0, "bart": 2,
