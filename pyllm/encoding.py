@@ -15,19 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from pyllm.errors import RequestError, shown
+from pyllm.errors import RequestError, TokenizerError, shown
 from pyllm.ops import F32, Ops
 from pyllm.pooling import KeptStates, Pool, embedding_rule
 from pyllm.prompts import Encoded, Prompt, Prompts
 from pyllm.reading import Progress, Reader, T
 from pyllm.spec import HeadKind, ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
+from pyllm.tokenizer_backend import Span
 
 CLASSES = {  # what transformers calls the classes of models that have these heads
     HeadKind.TOKENS: "ForMaskedLM",
     HeadKind.POOLED: "ForSequenceClassification",
     HeadKind.EACH: "ForPreTraining of ELECTRA",
     HeadKind.LABELS: "ForTokenClassification",
+    HeadKind.NEXT: "BertForNextSentencePrediction",
 }
 NO_ENTITY = "O"  # the label of tokens that belong to no entity
 
@@ -58,7 +60,8 @@ class TokenProbability:
 class TokenLabel:
     """A token of a text, its most probable label, and that one's probability.
 
-    `start` and `end` are its first character in the text and the one behind it; None where the text is not known.
+    `start` and `end` are its first character in the text and the one behind it; None where token ids were given, or
+    the tokenizer, a SentencePiece model without a tokenizer.json, does not say them.
     """
 
     token_id: int
@@ -127,6 +130,11 @@ class Encoding:
         Raises `RequestError` where the model is no classifier, `NonFiniteError` when its scores are no numbers.
         """
         problem = self.spec.head.problem
+        if self.spec.head.kind is HeadKind.NEXT and not all(isinstance(text, tuple) for text in texts):
+            raise RequestError(
+                "classify: expected pairs (first, second), for this model says whether the second of two texts follows "
+                "the first, got a text by itself"
+            )
         values = [_scores(row, problem) for row in self._pooled("classify", texts, progress)]
         labels = self.spec.head.labels
         found = []
@@ -215,15 +223,20 @@ class Encoding:
         """
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("find_entities: expected a list of texts, for token ids have no characters")
+        if (None, None) in (self._prompts.spans("a") or ()):
+            raise TokenizerError(
+                "find_entities: expected a tokenizer that says which characters a token stands for, found a "
+                "SentencePiece model: put the model's tokenizer.json into the folder"
+            )
         found = self.label_tokens(texts, progress=progress)
         return [_entities(text, tokens) for text, tokens in zip(texts, found, strict=True)]
 
     # Inside
 
     def _labelled(
-        self, text: Encoded, labels: Sequence[tuple[str, float]], spans: Sequence[tuple[int, int] | None] | None
+        self, text: Encoded, labels: Sequence[tuple[str, float]], spans: Sequence[Span | None] | None
     ) -> list[TokenLabel]:
-        places: Sequence[tuple[int | None, int | None] | None] = spans or [(None, None)] * len(text.ids)
+        places = [(None, None)] * len(text.ids) if spans is None else spans
         return [
             TokenLabel(token, self._token_of(token), *label, *place)
             for token, label, place in zip(text.ids, labels, places, strict=True)
@@ -267,9 +280,10 @@ class Encoding:
     def _need_head(self, task: str, *kinds: HeadKind) -> None:
         if self.spec.is_encoder and self.spec.head.kind in kinds:
             return
-        found = f"an encoder with a head for {self.spec.head.kind.value}" if self.spec.is_encoder else "a decoder"
-        if self.spec.head.kind is HeadKind.NONE:
-            found = "an encoder without a head"
+        found = "a decoder"
+        if self.spec.is_encoder:
+            own = CLASSES.get(self.spec.head.kind)
+            found = "an encoder without a head" if own is None else f"an encoder of a class like {own}"
         raise RequestError(
             f"{task}: expected a model whose config.json names a class like {CLASSES[kinds[0]]} as its architecture, "
             f"this one is {found}"

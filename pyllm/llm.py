@@ -221,12 +221,12 @@ class LLM(Encoding):
         listed: list[Any] = [prompts] if single else list(prompts)
         each = self._params_for(len(listed), sampling_params, params)
         encoded = [
-            (self._prompts.read(prompt), self._prompts.target(prompt), self._prompts.params(prompt, one))
+            (self._prompts.read(prompt), self._prompts.target(prompt), *self._prompts.towards(prompt, one))
             for prompt, one in zip(listed, each, strict=True)
         ]
         with self._session() as session:
-            for prompt, target, one in encoded:
-                session.add(prompt, one, target=target)
+            for prompt, target, one, start in encoded:
+                session.add(prompt, one, target=target, start=start)
             return session.run(progress)
 
     def stream(
@@ -245,12 +245,12 @@ class LLM(Encoding):
                 "give parameters without beams"
             )
         encoded, target = self._prompts.read(prompt), self._prompts.target(prompt)
-        one = self._prompts.params(prompt, one)
+        one, start = self._prompts.towards(prompt, one)
         self.engine.rules.check_prompt(encoded.ids)
 
         def pieces() -> Iterator[StreamOutput]:
             with self._session() as session:
-                yield from session.stream(session.add(encoded, one, target=target))
+                yield from session.stream(session.add(encoded, one, target=target, start=start))
 
         return pieces()
 

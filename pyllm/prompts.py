@@ -13,6 +13,7 @@ from pyllm.errors import RequestError, TokenizerError, shown
 from pyllm.sampling import SamplingParams
 from pyllm.spec import ModelSpec
 from pyllm.tokenizer import Tokenizer
+from pyllm.tokenizer_backend import Span
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"  # text, {"prompt": text} or {"prompt_token_ids": [...]}
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "target_token_ids", "source_language", "target_language")
@@ -68,7 +69,7 @@ class Prompts:
         encoding = self.need_tokenizer().encode_pair(*pair)
         return Encoded(None, encoding.ids, encoding.type_ids if self.spec.embedding.types > 1 else None)
 
-    def spans(self, prompt: Prompt) -> list[tuple[int, int] | None] | None:
+    def spans(self, prompt: Prompt) -> list[Span | None] | None:
         """Which characters each token of a prompt stands for, see `Tokenizer.spans`; None where it has token ids."""
         if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
             return None
@@ -86,14 +87,18 @@ class Prompts:
             )
         return checked_ids("target_token_ids", prompt["target_token_ids"])
 
-    def params(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """Those of a prompt that asks for a language: its mark is the first token of the output."""
+    def towards(self, prompt: Prompt, params: SamplingParams) -> tuple[SamplingParams, int | None]:
+        """The parameters of a prompt that asks for a language, and the start token of the decoder's text, if not the
+        model's: the language's mark is the one where marks stand behind texts, else the first token of the output."""
         language = prompt.get("target_language") if isinstance(prompt, Mapping) else None
         if language is None:
-            return params
+            return params, None
         if self.spec.encoder is None:
             raise RequestError(f"target_language: expected none, for the model has no encoder, got {language!r}")
-        return replace(params, forced_bos_token_id=self.need_tokenizer().language_id(str(language)))
+        mark = self.need_tokenizer().language_id(str(language))
+        if self.need_tokenizer().marks_behind:
+            return params, mark
+        return replace(params, forced_bos_token_id=mark), None
 
     def scored(self, item: str | tuple[str, str] | Mapping[str, Any]) -> tuple[Encoded, int]:
         """A text to score, and the first of its tokens that counts; for a model with an encoder the source."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from pyllm.detokenizer import Detokenizer
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer_backend import Backend, PairEncoding, Settings
+from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, Span
 from pyllm.tokenizer_library import from_tokenizer_json, from_vocab_and_merges, from_vocab_txt
 from pyllm.tokenizer_pieces import FAIRSEQ_FILE, from_sentencepiece
 
@@ -91,6 +91,11 @@ class Tokenizer:
             ids[at] = mark
         return ids
 
+    @property
+    def marks_behind(self) -> bool:
+        """Whether the mark of a text's language stands behind it, as mBART has it, or before it, as mBART-50 has."""
+        return any(_LANGUAGE.fullmatch(self.token_of(i) or "") for i in self.around()[1])
+
     def language_id(self, language: str) -> int:
         """The id of a language's mark, such as "en_XX"; `TokenizerError` where there is none."""
         token_id = self.id_of(language)
@@ -117,10 +122,9 @@ class Tokenizer:
         _check_text(second)
         return self._backend.encode_pair(first, second, max_tokens)
 
-    def spans(self, text: str) -> list[tuple[int, int] | None]:
-        """First character and end of what each token of `encode` stands for in the text; None for special tokens.
-
-        Raises `TokenizerError` for a SentencePiece `tokenizer.model`, which does not say it.
+    def spans(self, text: str) -> list[Span | None]:
+        """First character and end of what each token of `encode` stands for in the text; None for special tokens, and
+        (None, None) for the others of a SentencePiece model, which does not say it.
         """
         _check_text(text)
         return self._backend.spans(text)

@@ -16,6 +16,7 @@ _MAX_FILE_BYTES = 512 << 20
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 _Built = TypeVar("_Built")
+Span = tuple[int, int] | tuple[None, None]  # a token's first character in a text, and the one behind it, where known
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Backend(Protocol):
     def encode_pair(self, first: str, second: str, max_tokens: int | None) -> PairEncoding:
         """Two texts as one input."""
 
-    def spans(self, text: str) -> list[tuple[int, int] | None]:
+    def spans(self, text: str) -> list[Span | None]:
         """Which characters each token of a text stands for."""
 
     def token_of(self, token_id: int) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllm.detokenizer import Stage, stages_of
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, fitting, guarded, read_json_object, read_text
+from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, Span, fitting, guarded, read_json_object, read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -48,7 +48,7 @@ class _LibraryBackend:
         encoding = self._library.post_process(one, two)
         return PairEncoding(encoding.ids, encoding.type_ids)
 
-    def spans(self, text: str) -> list[tuple[int, int] | None]:
+    def spans(self, text: str) -> list[Span | None]:
         encoding = self._library.encode(text)
         places = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         return [None if special else _without_spaces(text, *place) for place, special in places]

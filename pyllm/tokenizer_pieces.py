@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyllm.detokenizer import Stage, sentencepiece_stages
 from pyllm.errors import TokenizerError
-from pyllm.tokenizer_backend import AddedToken, Backend, PairEncoding, Settings, fitting, guarded
+from pyllm.tokenizer_backend import AddedToken, Backend, PairEncoding, Settings, Span, fitting, guarded
 
 if TYPE_CHECKING:
     from pyllm.sentencepiece import SentencePieceEncoder, SentencePieceModel
@@ -185,11 +185,10 @@ class _SentencePieceBackend:
         ids = [*self._prefix, *one[: lengths[0]], *self._between, *two[: lengths[1]], *self._suffix]
         return PairEncoding(ids, [0] * len(ids))
 
-    def spans(self, text: str) -> list[tuple[int, int] | None]:
-        raise TokenizerError(
-            "places of tokens in a text: a SentencePiece model does not say them. Put the model's tokenizer.json into "
-            "the folder, which does."
-        )
+    def spans(self, text: str) -> list[Span | None]:
+        nowhere: Span = (None, None)
+        own = len(self.encode(text, False))
+        return [*[None] * len(self._prefix), *[nowhere] * own, *[None] * len(self._suffix)]
 
     def token_of(self, token_id: int) -> str | None:
         return self._tokens[token_id] if token_id < len(self._tokens) else None

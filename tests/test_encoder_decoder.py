@@ -373,21 +373,31 @@ def test_text_in_text_out(worded: Path, tmp_path: Path) -> None:
     assert answer["usage"]["prompt_tokens"] == 3
 
 
-def test_a_language_is_translated_into_another(tmp_path: Path) -> None:
-    """By marks of mBART: of the source's language behind the source, of the target's as the first token."""
-    folder = changed("mbart", tmp_path / "mbart")
+@pytest.mark.parametrize("kind", ["mbart", "mbart50"])
+def test_a_language_is_translated_into_another(kind: str, tmp_path: Path) -> None:
+    """By marks: mBART's stands behind the source, and begins the decoder's text; mBART-50's before the source, and is
+    the first token of the output."""
+    behind, folder = kind == "mbart", changed("mbart", tmp_path / "mbart", vocab_size=67)
     words = [("\u2581", -2.0, 1), *((f"\u2581{word}", -1.0, 1) for word in ("a", "b", "c", "d"))]
     (folder / "sentencepiece.bpe.model").write_bytes(sentencepiece_model([*CONTROL_PIECES, *words], 1))
+    if not behind:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MBart50Tokenizer"}))
     llm = LLM(folder, threads=2, dtype="float32")
     assert llm.tokenizer is not None
     german, romanian = (llm.tokenizer.language_id(name) for name in ("de_DE", "ro_RO"))
     prompt = {"prompt": "a c b", "source_language": "de_DE", "target_language": "ro_RO"}
     [found] = llm.generate(prompt, GREEDY)
-    assert found.prompt_token_ids == [5, 7, 6, 2, german]
-    given = {"prompt_token_ids": [5, 7, 6, 2, german]}
-    [expected] = llm.generate(given, replace(GREEDY, forced_bos_token_id=romanian))
+    source = [5, 7, 6, 2, german] if behind else [german, 5, 7, 6, 2]
+    assert found.prompt_token_ids == source
+    given = {"prompt_token_ids": source}
+    if behind:
+        (folder / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": romanian}))
+        [expected] = LLM(folder, threads=2, dtype="float32").generate(given, GREEDY)
+        (folder / "generation_config.json").unlink()
+    else:
+        [expected] = llm.generate(given, replace(GREEDY, forced_bos_token_id=romanian))
+        assert found.outputs[0].token_ids[0] == romanian
     assert found.outputs[0].token_ids == expected.outputs[0].token_ids
-    assert found.outputs[0].token_ids[0] == romanian
     assert "".join(piece.text for piece in llm.stream(prompt, GREEDY)) == found.outputs[0].text
     options = ("--from", "de_DE", "--to", "ro_RO", "-m", folder, "--temperature", 0, "--max-tokens", 24, "--ignore-eos")
     written = pyllm("generate", "a c b", *options, "--json", "--quiet")

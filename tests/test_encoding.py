@@ -14,10 +14,11 @@ from oracle.transformer import forward
 from safetensors.numpy import load_file, save_file
 from serving import running
 from test_cli import pyllm, refused
+from tokenizer_fixtures import CONTROL_PIECES, sentencepiece_model
 
 from pyllm import LLM
 from pyllm.engine.runner import HEAD_ROWS
-from pyllm.errors import CheckpointError, ConfigError, NonFiniteError, RequestError
+from pyllm.errors import CheckpointError, ConfigError, NonFiniteError, RequestError, TokenizerError
 from pyllm.models import open_checkpoint
 from pyllm.pooling import EmbeddingRule
 from pyllm.spec import Pooling
@@ -94,6 +95,11 @@ def test_next_sentences(tmp_path: Path) -> None:
         expected = softmax(oracle(llm, encoded.ids, encoded.type_ids)[0])
         assert list(one.scores) == ["next", "random"]
         np.testing.assert_allclose(list(one.scores.values()), expected, atol=2e-5)
+    with pytest.raises(RequestError, match=r"classify: expected pairs \(first, second\)"):
+        llm.classify([pairs[0], "the cat"])
+    with pytest.raises(RequestError, match="this one is an encoder of a class like BertForNextSentencePrediction"):
+        llm.fill_mask(["a [MASK]"])
+    refused(pyllm("classify", "-m", llm.folder, "the cat"), 1, "classify: expected pairs")
 
 
 def test_several_labels_and_values(tmp_path: Path) -> None:
@@ -158,10 +164,27 @@ def test_label_tokens(name: str, tmp_path: Path) -> None:
     assert [token.token_id for token in given] == ids
     assert [token.label for token in given[1:-1]] == [token.label for token in found[0]]
     assert {(token.start, token.end) for token in given} == {(None, None)}
-    with pytest.raises(RequestError, match=r"detect_replaced: .* ForPreTraining of ELECTRA .* a head for labels"):
+    with pytest.raises(RequestError, match=r"detect_replaced: .* ForPreTraining of ELECTRA .* like ForTokenClass"):
         llm.detect_replaced(TEXTS)
     with pytest.raises(TypeError, match="token ids have no characters"):
         llm.find_entities([{"prompt_token_ids": ids}])  # type: ignore[list-item]
+
+
+def test_labels_without_places(tmp_path: Path) -> None:
+    """A SentencePiece model does not say which characters a token stands for."""
+    folder = encoder_folder("roberta-labels", tmp_path / "m", model_type="xlm-roberta", **LABELLED)
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["XLMRobertaForTokenClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    words = [("\u2581", -2.0, 1), *((f"\u2581{word}", -1.0, 1) for word in ("a", "b"))]
+    (folder / "sentencepiece.bpe.model").write_bytes(sentencepiece_model([*CONTROL_PIECES, *words], 1))
+    llm = LLM(folder, threads=1)
+    [tokens] = llm.label_tokens(["b a"])
+    assert [(token.token_id, token.start, token.end) for token in tokens] == [(6, None, None), (5, None, None)]
+    with pytest.raises(TokenizerError, match="find_entities: expected a tokenizer that says which characters"):
+        llm.find_entities(["b a"])
 
 
 @pytest.mark.oracle
@@ -262,7 +285,7 @@ def test_an_encoder_generates_nothing(tmp_path: Path) -> None:
 
 def test_heads_that_are_missing(tmp_path: Path) -> None:
     bare = loaded("bert-classifier", tmp_path, architectures=["BertForSequenceClassification"])
-    with pytest.raises(RequestError, match=r"fill_mask: .* like ForMaskedLM .* an encoder with a head for pooled"):
+    with pytest.raises(RequestError, match=r"fill_mask: .* like ForMaskedLM .* an encoder of a class like ForSeq"):
         bare.fill_mask(["a [MASK]"])
     decoder = LLM(GOLDEN / "gpt2", skip_tokenizer_init=True)
     with pytest.raises(RequestError, match=r"classify: .* ForSequenceClassification .* this one is a decoder"):

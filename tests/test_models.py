@@ -158,6 +158,40 @@ def test_class_defaults_for_missing_keys() -> None:
     assert qwen3.blocks[0].attention.qk_norm is not None
 
 
+@pytest.mark.parametrize(
+    ("model_type", "eps"),
+    [("bert", 1e-12), ("distilbert", 1e-12), ("electra", 1e-12), ("roberta", 1e-12), ("bart", 1e-5), ("mbart", 1e-5),
+     ("t5", 1e-6), ("mt5", 1e-6), ("gpt2", 1e-5), ("openai-gpt", 1e-5), ("opt", 1e-5), ("bloom", 1e-5), ("mpt", 1e-5),
+     ("gpt_neox", 1e-5), ("gptj", 1e-5), ("cohere", 1e-5), ("glm", 1.5625e-7), ("glm4", 1.5625e-7),
+     ("llama", 1e-6), ("gemma2", 1e-6)],
+)  # fmt: skip
+def test_eps_where_a_config_has_none(model_type: str, eps: float) -> None:
+    """As its class in transformers has it, which for RoBERTa is not what its checkpoints say."""
+    spec = read({"model_type": model_type})
+    assert {block.norm.eps for block in spec.blocks} == {eps}
+
+
+def test_classes_with_other_heads_are_refused_by_name() -> None:
+    for model_type, name in (
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("llama", "LlamaForTokenClassification"),
+        ("bart", "BartForQuestionAnswering"),
+        ("t5", "T5EncoderModel"),
+    ):
+        assert f"architectures = ['{name}']" in refusal({"model_type": model_type, "architectures": [name]})
+    for name in ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel"):
+        read({"model_type": "gpt2", "architectures": [name]})
+    read({"model_type": "t5", "architectures": ["T5WithLMHeadModel"]})
+    twice = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "a"}}
+    assert "a name of its own for each label" in refusal(twice)
+
+
+def test_start_tokens_where_a_config_has_none() -> None:
+    assert {name: read({"model_type": name}).decoder_start_token_id for name in ("t5", "mt5", "bart")} == {
+        "t5": 0, "mt5": 0, "bart": 2,
+    }  # fmt: skip
+
+
 def test_size_of_the_default_llama() -> None:
     assert read({"model_type": "llama"}).num_parameters() == 6_738_415_616
 

@@ -260,6 +260,8 @@ def test_models_with_ids_of_fairseq_equal_transformers(
     for text in texts:
         assert tokenizer.encode(text) == theirs(text)["input_ids"], text
     assert tokenizer.encode_pair("a b", "c").ids == theirs("a b", "c")["input_ids"]
+    special = theirs("a b", return_special_tokens_mask=True)["special_tokens_mask"]
+    assert tokenizer.spans("a b") == [None if mark else (None, None) for mark in special]
     cut = theirs("a b c d e f", "a b c", truncation=True, max_length=9)["input_ids"]
     assert tokenizer.encode_pair("a b c d e f", "a b c", max_tokens=9).ids == cut
     if language is None:

@@ -34,8 +34,6 @@ OTHERS = [
     "gpt_neox",
     "gpt_neox-serial",
     "gptj",
-    "llama-longrope",
-    "llama-yarn",
     "mistral",
     "mpt",
     "mpt-clipped",

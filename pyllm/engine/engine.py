@@ -111,12 +111,13 @@ class Engine:
         shared: Shared | None = None,
         prefix: int | None = None,
         target_ids: Seq[int] = (),
+        start_id: int | None = None,
     ) -> Request:
         """Queue a request; raises `RequestError` for a prompt that cannot be run, and `ValueError` for a
         grammar that cannot.
 
-        Where the model has an encoder the prompt is its source, and the output follows the decoder's start token and
-        `target_ids`; what is said of prompts in `params` then goes for these.
+        Where the model has an encoder the prompt is its source, and the output follows the decoder's start token, or
+        `start_id` in its place, and `target_ids`; what is said of prompts in `params` then goes for these.
 
         Equal prompt beginnings are shared with requests of the same `salt` (0 or 16 bytes) only. The hidden states of
         the prompt's tokens, after the final norm, go to `pool`; which an encoder must be given, as it generates
@@ -144,7 +145,7 @@ class Engine:
                     "prompt_logprobs: expected target_token_ids with it, got none, and a source has no probabilities: "
                     "give them, or score pairs (source, target)"
                 )
-            prompt_ids, source = self.rules.decoder_ids(target_ids), Source(prompt_ids)
+            prompt_ids, source = self.rules.decoder_ids(target_ids, start_id), Source(prompt_ids)
             salt = chain_hash(salt, source.tokens)
         rule = self.runner.model.spec.prefix
         seen = len(prompt_ids) if self.encodes else 0 if rule is None else self.rules.prefix_length(prompt_ids, prefix)

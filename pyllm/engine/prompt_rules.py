@@ -54,9 +54,10 @@ class PromptRules:
                 f"{shown(list(types))}"
             )
 
-    def decoder_ids(self, target_ids: Seq[int] = ()) -> list[int]:
-        """What the decoder of a model with an encoder is given: its start token, and these tokens behind it."""
-        start = self.defaults.decoder_start_token_id
+    def decoder_ids(self, target_ids: Seq[int] = (), start: int | None = None) -> list[int]:
+        """What the decoder of a model with an encoder is given: its start token, which `start` replaces, and these
+        tokens behind it."""
+        start = self.defaults.decoder_start_token_id if start is None else start
         start = self.spec.decoder_start_token_id if start is None else start
         if start is None:
             raise RequestError(

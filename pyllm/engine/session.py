@@ -51,6 +51,7 @@ class Session:
         pool: Pool | KeptStates | None = None,
         prefix: int | None = None,
         target: Sequence[int] = (),
+        start: int | None = None,
     ) -> Request:
         """Queue a request, see `Engine.add`."""
         if params.stop and self.engine.tokenizer is None:
@@ -67,6 +68,7 @@ class Session:
                 types=prompt.types,
                 prefix=prefix,
                 target_ids=target,
+                start_id=start,
             )
             self.requests.append(request)
         return request

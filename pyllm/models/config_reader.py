@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from pyllm.errors import ConfigError, listed, shown
 
 T = TypeVar("T")
 
+_CAUSAL = re.compile(r".*(ForCausalLM|ForConditionalGeneration|LMHeadModel|DoubleHeadsModel|(?<!Encoder)Model)")
 MAX_SIZE = 2**31 - 1
 DTYPES = {name: name for name in ("float32", "float16", "bfloat16")}
 
@@ -196,6 +198,9 @@ class ConfigReader:
             self._used.add("auto_map")
             warnings.warn("config.json: auto_map is ignored: pyllm never runs code from a checkpoint", stacklevel=2)
         self.check_unused(HARMLESS)
+        names = self._config.get("architectures")
+        if "architectures" not in self._used and not all(_CAUSAL.fullmatch(str(name)) for name in names or ()):
+            self.refuse("architectures", names, "a class that generates text: other heads of this family do not run")
         if self.problems:
             raise ConfigError(listed(f"config.json of a {self._family} model is not supported", self.problems))
 

@@ -73,6 +73,8 @@ def _read_labels(reader: ConfigReader) -> tuple[tuple[str, ...], Problem]:
         keys = [str(index) for index in range(len(names))] if isinstance(names, dict) else []
         if not keys or set(map(str, names)) != set(keys) or not all(isinstance(name, str) for name in names.values()):
             reader.refuse("id2label", names, "an object that names the labels 0, 1, ...")
+        elif len(set(names.values())) < len(names):
+            reader.refuse("id2label", names, "a name of its own for each label")
         else:
             by_index = {str(key): name for key, name in names.items()}
             labels = tuple(by_index[key] for key in keys)
