@@ -12,6 +12,7 @@ RUNTIME_VERSION: int
 ARCHITECTURES: str
 
 def driver_version() -> int: ...
+def let_launches_overlap(yes: bool) -> None: ...
 
 class Array:
     def __init__(

@@ -23,6 +23,8 @@ def refusal(
         return f"quantization: expected None on a GPU, got {quantization!r}: there are no kernels of integers yet"
     if dtype == "float16":
         return "dtype: expected auto, float32 or bfloat16 on a GPU, got 'float16'"
+    if any(attention.clip is not None for attention in _attentions(spec)):
+        return "clip_qkv: expected null for a model on a GPU, got a limit: there is no kernel of it yet"
     if kv_cache_dtype == "int8" or (kv_cache_dtype == "bfloat16" and not takes_bfloat16(spec)):
         return f"kv_cache_dtype: expected auto or float32 on a GPU for this model, got {kv_cache_dtype!r}"
     return None

@@ -80,6 +80,8 @@ def open_device() -> Device:
 class Device:
     """A GPU with one stream, on which all its copies and kernels run in order. `kernels` is `pyllm._cuda`.
 
+    With PYLLM_PDL=off a kernel starts when the one before it has ended, and not while it still runs.
+
     Threads may share it. What one of them records goes to a stream of its own, so that the others' work, and memory
     that is freed meanwhile, stay out of the graph.
     """
@@ -94,17 +96,15 @@ class Device:
         self._graphs = threading.RLock()  # held while `_recordings` and `_lent` are in use, and while all streams wait
         self._recordings = 0  # of all threads
         self._lent: list[object] = []  # what is let go of when nothing is recorded
+        kernels.let_launches_overlap(_switch("PYLLM_PDL"))
         self.name = str(core.name)
         self.multiprocessors = int(core.properties.multiprocessor_count)
 
     @property
     def has_wgmma(self) -> bool:
         """Whether the kernels of Hopper alone are to be used: it has them, and PYLLM_WGMMA is not "off"."""
-        asked = os.environ.get("PYLLM_WGMMA", "on")
-        if asked not in ("on", "off"):
-            raise ValueError(f"PYLLM_WGMMA: expected on or off, got {asked!r}")
         self._ready()
-        return asked == "on" and bool(self.kernels.has_wgmma())
+        return _switch("PYLLM_WGMMA") and bool(self.kernels.has_wgmma())
 
     @property
     def stream(self) -> int:
@@ -364,6 +364,14 @@ class Device:
         if not getattr(self._thread, "current", False):
             self._core.set_current()
             self._thread.current = True
+
+
+def _switch(name: str) -> bool:
+    """Whether a variable of the environment is on, as it is unless it is set to "off"."""
+    asked = os.environ.get(name, "on")
+    if asked not in ("on", "off"):
+        raise ValueError(f"{name}: expected on or off, got {asked!r}")
+    return asked == "on"
 
 
 class _Pinned:

@@ -259,6 +259,7 @@ class Model:
         q = ops.queries(x, weights.qkv, weights.qkv_bias, cache, batch.slots, size, cos, sin, norms)
         if q is None:
             qkv = ops.matmul(x, weights.qkv, weights.qkv_bias)
+            qkv = qkv if a.clip is None else ops.clamp(qkv, a.clip)
             ends = a.heads * size, (a.heads + a.kv_heads) * size
             q, k, v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
             if norms is not None:

@@ -356,6 +356,11 @@ class Ops:
         self.context.axpby(out, x, a, y, b)
         return out
 
+    def clamp(self, x: F32, limit: float) -> F32:
+        """``min(max(x, -limit), limit)``: x [R, D], in place; NaN stays."""
+        self.context.clamp(x, limit)
+        return x
+
     def softcap(self, x: F32, cap: float, pre: F32 | None = None, out: F32 | None = None) -> F32:
         """``cap * tanh(x / cap)``: x [R, D] -> [R, D]. `out` may be x.
 

@@ -73,6 +73,10 @@ class TrainingOps(Ops):
         self.context.activation_backward(out, dy, pre, ACTIVATIONS[activation], gated)
         return out
 
+    def clamp_backward(self, dx: F32, x: F32, limit: float) -> None:
+        """dx [R, D] becomes 0 where x, which has been clamped, lies at a limit."""
+        self.context.clamp_backward(dx, x, limit)
+
     def adamw(
         self,
         params: F32,

@@ -58,10 +58,10 @@ class NormSpec:
 class AttentionSpec:
     """Attention: query head h reads key/value head h // (heads / kv_heads); scores are multiplied by `scale`.
 
-    Where it is `causal`, a token sees itself and those before it, else all of its sequence. `qk_norm` normalises each
-    head of q and k before the rotation, with weights that all heads share or, where `qk_norm_each`, have of their own.
-    With a `window` of W, token i sees keys i-W+1 .. i. Scores s become `softcap` * tanh(s / softcap), and then receive
-    a `bias` by the distance of their key.
+    Where it is `causal`, a token sees itself and those before it, else all of its sequence. Values of q, k and v are
+    kept between -`clip` and `clip`. `qk_norm` normalises each head of q and k before the rotation, with weights that
+    all heads share or, where `qk_norm_each`, have of their own. With a `window` of W, token i sees keys i-W+1 .. i.
+    Scores s become `softcap` * tanh(s / softcap), and then receive a `bias` by the distance of their key.
     """
 
     heads: int
@@ -76,6 +76,7 @@ class AttentionSpec:
     causal: bool = True
     bias: Alibi | Buckets | None = None
     softcap: float | None = None
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -87,6 +88,8 @@ class AttentionSpec:
         require(self.window is None or self.window > 0, "attention window", "at least 1, or None", self.window)
         require(self.softcap is None or (math.isfinite(self.softcap) and self.softcap > 0), "soft cap of scores",
                 "a finite number above 0, or None", self.softcap)  # fmt: skip
+        require(self.clip is None or (math.isfinite(self.clip) and self.clip > 0), "limit of q, k and v",
+                "a finite number above 0, or None", self.clip)  # fmt: skip
         require(self.qk_norm is None or not self.qk_norm.bias, "q/k norm", "a norm without bias", self.qk_norm)
 
 
@@ -142,9 +145,16 @@ class BlockSpec:
         require(self.cross is None or not self.placement.is_parallel, "cross attention",
                 "none in a block of parallel parts", self.placement)  # fmt: skip
         plain = self.cross is None or not (
-            self.cross.causal or self.cross.window or self.cross.qk_norm or self.cross.bias or self.cross.softcap
+            self.cross.causal
+            or self.cross.window
+            or self.cross.qk_norm
+            or self.cross.bias
+            or self.cross.softcap
+            or self.cross.clip
         )
-        require(plain, "cross attention", "one to all of the source, without q/k norm, bias or soft cap", self.cross)
+        require(
+            plain, "cross attention", "one to all of the source, without q/k norm, bias, soft cap or clip", self.cross
+        )
         allowed = self.placement is Placement.NORMED or self.residual_scale == 1
         require(allowed and math.isfinite(self.residual_scale), "residual scale",
                 "a finite number, and 1 unless the residual stream is normed", self.residual_scale)  # fmt: skip

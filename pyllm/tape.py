@@ -289,6 +289,12 @@ class Tape:
     def queries(self, *arguments: Any) -> None:
         """See :meth:`pyllm.ops.Ops.queries`: what each step makes is kept, so there are several."""
 
+    def clamp(self, x: F32, limit: float) -> F32:
+        """See :meth:`pyllm.ops.Ops.clamp`: in place."""
+        ops, view = self.ops, self._view(x)
+        self._run(lambda: ops.clamp(x, limit), lambda: ops.clamp_backward(self._incoming(view), x, limit))
+        return x
+
     def rope(self, x: F32, cos: F32, sin: F32, head_size: int) -> F32:
         """See :meth:`pyllm.ops.Ops.rope`: in place."""
         ops, view = self.ops, self._view(x)

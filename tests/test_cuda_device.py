@@ -9,6 +9,7 @@ import weakref
 from functools import partial
 from types import SimpleNamespace
 
+import cuda_host
 import emulated_cuda
 import ml_dtypes
 import numpy as np
@@ -370,6 +371,17 @@ def test_the_kernels_of_hopper_can_be_left_alone(gpu, monkeypatch):
     monkeypatch.setenv("PYLLM_WGMMA", "no")
     with pytest.raises(ValueError, match="PYLLM_WGMMA: expected on or off, got 'no'"):
         CudaOps(gpu)
+
+
+def test_launches_overlap_unless_they_are_told_not_to(monkeypatch):
+    overlapping = cuda_host.build().host_overlapping
+    for asked, expected in (("off", 0), ("on", 1)):
+        monkeypatch.setenv("PYLLM_PDL", asked)
+        with emulated_cuda.emulated_gpu() as gpu:
+            before = overlapping()
+            gpu.kernels.empty_probe(True, gpu.stream)
+            gpu.kernels.empty_probe(False, gpu.stream)
+            assert overlapping() - before == expected
 
 
 def test_the_cpus_ops_ask_nothing_of_a_gpu():

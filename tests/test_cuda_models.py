@@ -69,7 +69,8 @@ FUSED = ["skinny_qkv", "split_attention", "skinny_matmul", "skinny_matmul", "ski
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 ENCODER_DECODERS = {name for name in FAMILIES if name.startswith(("bart", "mbart", "mt5", "t5"))}
 ENCODERS = {name for name in FAMILIES if name.startswith(("bert", "distilbert", "electra", "roberta"))}
-DECODERS = set(FAMILIES) - ENCODERS - ENCODER_DECODERS
+ON_CPUS_ALONE = {"mpt-clipped"}
+DECODERS = set(FAMILIES) - ENCODERS - ENCODER_DECODERS - ON_CPUS_ALONE
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS | ENCODER_DECODERS))
@@ -382,6 +383,13 @@ def test_auto_takes_the_gpu_unless_it_cannot_do_what_is_asked(gpu, tiny_folder):
     for wrong in ({"quantization": "int8"}, {"dtype": "float16"}, {"kv_cache_dtype": "int8"}):
         with pytest.raises(ValueError, match=r"expected .* on a GPU.*, got .* use device='cpu'"):
             LLM(tiny_folder, device="cuda", **wrong)
+
+
+def test_a_model_that_runs_on_cpus_alone_says_so(gpu):
+    for name in ON_CPUS_ALONE:
+        with pytest.raises(ValueError, match=r"clip_qkv: expected null for a model on a GPU.* use device='cpu'"):
+            LLM(GOLDEN / name, device="cuda", skip_tokenizer_init=True)
+        assert LLM(GOLDEN / name, device="auto", skip_tokenizer_init=True).device == "cpu"
 
 
 def test_a_model_that_does_not_fit_the_gpu_says_so(tiny_folder):

@@ -150,6 +150,20 @@ def test_a_test_that_hangs_breaks_or_dies_is_named_and_the_others_run(check, els
     assert row["error"] == expected
 
 
+def test_tests_that_fail_are_run_again_without_launches_that_overlap(check, elsewhere):
+    path = elsewhere / "test_watched.py"
+    path.write_text("""
+import os
+def test_races(): assert os.environ.get("PYLLM_PDL") == "off"
+def test_wrong(): assert 1 + 1 == 3
+def test_right(): pass
+""")
+    ids = [f"test_watched.py::test_{name}" for name in ("races", "wrong", "right")]
+    row = check.correct.tested("norm", ids, elsewhere / "log", 10)
+    assert row["passed"] == 1 and row["error"].startswith("2 of 3 failed, first test_races: ")
+    assert row["error"].endswith("(with PYLLM_PDL=off 1 of 2 pass)")
+
+
 def test_tests_that_cannot_be_collected_are_told(check, elsewhere):
     from gpu.watched import collect, run_tests
 

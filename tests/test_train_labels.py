@@ -182,6 +182,24 @@ def test_a_classifier_keeps_its_head_and_labels(files: dict[str, Path], tmp_path
             run(tmp_path, lines(tmp_path / "bad.jsonl", [record]), model, valid_share=0)
 
 
+def test_next_sentences_are_pairs_with_labels(tmp_path: Path) -> None:
+    """A model with that head keeps it; with a head for tokens, it gets a new one."""
+    pairs = [{"text": a, "pair": a if i % 2 else "the hat", "label": ["random", "next"][i % 2]}
+             for i, a in enumerate(texts(60))]  # fmt: skip
+    path = lines(tmp_path / "pairs.jsonl", pairs)
+    model = encoder_folder("bert-next", tmp_path / "model")
+    setup = run(tmp_path, path, model, valid_share=0)
+    assert (setup.model, setup.body) == (model, None)
+    made = trainer(setup, tmp_path / "run", steps=3)
+    before = made.step().loss
+    assert made.run().last_loss < before  # type: ignore[operator]
+    [result] = LLM(tmp_path / "run" / "last", threads=2).classify([("the cat", "the hat")])
+    assert set(result.scores) == {"next", "random"}
+    setup = run(tmp_path, path, encoder_folder("bert-labels", tmp_path / "labels"), valid_share=0)
+    assert setup.body is not None and setup.spec.head.labels == ("next", "random")
+    trainer(setup, tmp_path / "other", steps=1).run()
+
+
 def test_a_resumed_run_is_as_one_that_was_not_stopped(files: dict[str, Path], tmp_path: Path) -> None:
     model = encoder_folder("electra-discriminator", tmp_path / "model")
 
@@ -294,7 +312,7 @@ def test_settings_that_do_not_fit(files: dict[str, Path], tmp_path: Path) -> Non
     model = encoder_folder("bert", tmp_path / "model")
     decoder = Path(shutil.copytree(Path(__file__).parent / "golden" / "gpt2", tmp_path / "gpt2"))
     for values, message in [
-        ({"model": str(decoder), "context": 8}, "objective: expected causal, prefix or blanks for this gpt2 model"),
+        ({"model": str(decoder), "context": 8}, "objective: expected causal, prefix, blanks, spans or ul2 for this"),
         ({"packing": "plain"}, "packing: expected documents for classify, where each is a text with its label"),
         ({"mask_prompt": True}, "mask_prompt: expected no for classify"),
         ({"mask_share": 0.2}, "mask_share: expected none for classify"),

@@ -39,6 +39,7 @@ OTHERS = [
     "llama-yarn",
     "mistral",
     "mpt",
+    "mpt-clipped",
     "openai-gpt",
     "opt",
     "opt-post",

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from gpu.process import ROOT, end_of, place, python
 
+AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 2))  # processes: starting one takes longer than most tests
 START = 60.0  # seconds that a process may take to its first test
 POLL = 0.05
 RUNS = 6  # processes that the tests of a kernel may take
@@ -30,12 +31,6 @@ class Outcomes:
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # and why
 
-    def add(self, others: Outcomes) -> None:
-        """Take in what became of other tests."""
-        self.passed += others.passed
-        self.skipped += others.skipped
-        self.failed |= others.failed
-
     def told(self) -> int:
         """Number of tests of which something is known."""
         return len(self.passed) + len(self.skipped) + len(self.failed)
@@ -49,12 +44,21 @@ def collect(arguments: Sequence[str], log: Path) -> list[str]:
     return [test for event in events.new() for test in event["collected"]]
 
 
-def run_tests(ids: Sequence[str], log: Path, patience: float, arguments: Sequence[str] = ()) -> Outcomes:
-    """What became of these tests, of which each may take `patience` seconds; pytest's words go to `log`."""
+def run_tests(
+    ids: Sequence[str],
+    log: Path,
+    patience: float,
+    arguments: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
+) -> Outcomes:
+    """What became of these tests, of which each may take `patience` seconds; pytest's words go to `log`.
+
+    `settings` are variables of the environment.
+    """
     found, left = Outcomes(), list(ids)
     for _ in range(RUNS):
         before = found.told()
-        _run(left, log, patience, arguments, found)
+        _run(_launch([*arguments, *(str(ROOT / test) for test in left)], log, settings), patience, found)
         known = {*found.passed, *found.skipped, *found.failed}
         left = [test for test in left if test not in known]
         if not left:
@@ -65,9 +69,8 @@ def run_tests(ids: Sequence[str], log: Path, patience: float, arguments: Sequenc
     return found
 
 
-def _run(ids: Sequence[str], log: Path, patience: float, arguments: Sequence[str], found: Outcomes) -> None:
+def _run(events: _Events, patience: float, found: Outcomes) -> None:
     """Tests in one process, as far as it comes."""
-    events = _launch([*arguments, *(str(ROOT / test) for test in ids)], log)
     running, heard = None, time.monotonic()
     try:
         while True:
@@ -117,13 +120,18 @@ class _Events:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def _launch(arguments: Sequence[str], log: Path) -> _Events:
+def _launch(arguments: Sequence[str], log: Path, settings: Mapping[str, str] | None = None) -> _Events:
     """pytest on the tests of the package, its words added to `log`."""
     path = log.with_suffix(".events")
     path.write_text("")
     where = place()
     paths = [str(ROOT / "bench"), where["env"]["PYTHONPATH"]]
-    where["env"] |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GPU_CHECK_EVENTS": str(path.resolve())}
+    where["env"] |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "GPU_CHECK_EVENTS": str(path.resolve()),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // AT_ONCE)),  # of the package and of numpy
+        **(settings or {}),
+    }
     options = ["-v", "--tb=short", "-p", "gpu.events", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     command = python("-m", "pytest", *options, "--rootdir", str(ROOT), *arguments)
     with log.open("a") as output:

@@ -129,10 +129,10 @@ class Context {
 using ContextClass = py::class_<Context>;
 
 // Each adds its kernels as methods; see the files of the same names.
-void bind_packed(py::module_& module, ContextClass& context);            // PackedMatrix, packing, matmul
-void bind_layers(py::module_& module, ContextClass& context);            // norm, activation, axpby, embedding, gather
-void bind_attention(py::module_& module, ContextClass& context);         // rope_angles, rope, kv_write, attention
-void bind_sampling(py::module_& module, ContextClass& context);          // sample, logprobs
+void bind_packed(py::module_& module, ContextClass& context);     // PackedMatrix, packing, matmul
+void bind_layers(py::module_& module, ContextClass& context);     // norm, activation, axpby, clamp, embedding, gather
+void bind_attention(py::module_& module, ContextClass& context);  // rope_angles, rope, kv_write, attention
+void bind_sampling(py::module_& module, ContextClass& context);   // sample, logprobs
 void bind_training_weights(py::module_& module, ContextClass& context);  // gradients of matrices, the optimizer
 void bind_limits(py::module_& module, ContextClass& context);            // limits
 void bind_training_layers(py::module_& module, ContextClass& context);   // dropout, cross_entropy

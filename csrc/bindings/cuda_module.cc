@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "bindings/cuda_arrays.h"
+#include "cuda/launch.h"
 
 namespace pyllm::bindings {
 
@@ -16,6 +17,8 @@ PYBIND11_MODULE(_cuda, module) {
         return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
       },
       "The CUDA version that the driver supports, 1000 * major + 10 * minor; 0 where there is no driver.");
+  module.def("let_launches_overlap", &cuda::let_launches_overlap, py::arg("yes"),
+             "Whether kernels may start while those before them still run; for the whole process.");
   bind_cuda_arrays(module);
   bind_cuda_matmul(module);
   bind_cuda_attention(module);

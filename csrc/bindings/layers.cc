@@ -1,4 +1,4 @@
-// norm, activation, axpby, embedding and gather, and the backward passes of norm, embedding and gather.
+// norm, activation, axpby, clamp, embedding and gather, and the backward passes of norm, clamp, embedding and gather.
 #include <cmath>
 
 #include "bindings/arrays.h"
@@ -137,6 +137,27 @@ void axpby(Context& context, const py::object& out, const py::object& x, float a
   args.rows = in.rows, args.dim = in.cols;
   args.a = a, args.b = b;
   context.submit(&cpu::KernelTable::axpby, args, {out, x, y});
+}
+
+void check_limit(float limit) {
+  if (!(limit > 0 && std::isfinite(limit)))
+    throw py::value_error("limit: expected a finite number above 0, got " + std::to_string(limit));
+}
+
+void clamp(Context& context, const py::object& x, float limit) {
+  const auto in = rows_of<float>(x, "x", -1, -1);
+  check_limit(limit);
+  ClampArgs args{in.data, in.rows, in.cols, in.stride, limit};
+  context.submit(&cpu::KernelTable::clamp, args, {x});
+}
+
+void clamp_backward(Context& context, const py::object& dx, const py::object& x, float limit) {
+  const auto in = rows_of<const float>(x, "x", -1, -1);
+  const auto out = rows_of<float>(dx, "dx", in.rows, in.cols);
+  if (overlap(out, in)) throw py::value_error("dx: expected memory of its own, got an array that overlaps x");
+  check_limit(limit);
+  ClampBackwardArgs args{out.data, in.data, in.rows, in.cols, out.stride, in.stride, limit};
+  context.submit(&cpu::KernelTable::clamp_backward, args, {dx, x});
 }
 
 // The table of embedding: a packed matrix, or an array whose rows are contiguous but may lie at any address.
@@ -332,6 +353,8 @@ void bind_layers(py::module_&, ContextClass& context) {
               py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"), py::arg("kind"));
   context.def("activation", &activation, py::arg("y"), py::arg("x"), py::arg("up"), py::arg("activation"));
   context.def("axpby", &axpby, py::arg("out"), py::arg("x"), py::arg("a"), py::arg("y"), py::arg("b"));
+  context.def("clamp", &clamp, py::arg("x"), py::arg("limit"));
+  context.def("clamp_backward", &clamp_backward, py::arg("dx"), py::arg("x"), py::arg("limit"));
   context.def("embedding", &embedding, py::arg("y"), py::arg("tokens"), py::arg("table"), py::arg("positions"),
               py::arg("position_table"), py::arg("types"), py::arg("type_table"));
   context.def("embedding_backward", &embedding_backward, py::arg("dtable"), py::arg("dposition_table"),

@@ -104,6 +104,21 @@ struct AxpbyArgs {
   float a, b;
 };
 
+// x becomes what lies nearest to it between -limit and limit; NaN stays.
+struct ClampArgs {
+  float* x;  // [R, D]
+  int64_t rows, dim, x_stride;
+  float limit;
+};
+
+// dx becomes 0 where x, which has been clamped, lies at a limit: overwrites dx, which holds the gradient of what came out.
+struct ClampBackwardArgs {
+  float* dx;       // [R, D]
+  const float* x;  // [R, D]
+  int64_t rows, dim, dx_stride, x_stride;
+  float limit;
+};
+
 // y[t] = table[tokens[t]] + position_table[positions[t]] + type_table[types[t]], added in this order; ids are checked by the caller.
 struct EmbeddingArgs {
   float* y;                  // [T, D]

@@ -15,6 +15,7 @@
   X(norm, NormArgs)                                     \
   X(activation, ActivationArgs)                         \
   X(axpby, AxpbyArgs)                                   \
+  X(clamp, ClampArgs)                                   \
   X(embedding, EmbeddingArgs)                           \
   X(gather, GatherArgs)                                 \
   X(pool, PoolArgs)                                     \
@@ -30,6 +31,7 @@
   X(matmul_dw, MatmulDwArgs)                            \
   X(column_sum, ColumnSumArgs)                          \
   X(activation_backward, ActivationBackwardArgs)        \
+  X(clamp_backward, ClampBackwardArgs)                  \
   X(adamw, AdamWArgs)                                   \
   X(square_norm, SquareNormArgs)                        \
   X(norm_backward, NormBackwardArgs)                    \

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -8,6 +9,7 @@ namespace pyllm::cuda {
 namespace {
 
 constexpr int64_t kUnasked = 48 * 1024;  // bytes that every kernel may have
+std::atomic<bool> overlap{true};
 
 }  // namespace
 
@@ -24,10 +26,12 @@ cudaError_t shared_limit(int64_t* bytes) {
   return error;
 }
 
+void let_launches_overlap(bool yes) { overlap = yes; }
+
 cudaError_t prepare_launch(const void* kernel, int64_t shared_bytes, bool* programmatic) {
   int major = 0, device = 0;
   cudaError_t error = gpu_attribute(cudaDevAttrComputeCapabilityMajor, &major);
-  *programmatic = major >= 9;
+  *programmatic = major >= 9 && overlap;
   if (error != cudaSuccess || shared_bytes <= kUnasked) return error;
   int64_t limit = 0;
   error = shared_limit(&limit);

@@ -13,8 +13,11 @@ cudaError_t gpu_attribute(cudaDeviceAttr attribute, int* value);
 // Ampere and Ada.
 cudaError_t shared_limit(int64_t* bytes);
 
-// Lets `kernel` be launched on the current GPU with so many bytes of dynamic shared memory, and says whether the GPU knows programmatic
-// dependent launch (Hopper and later). A kernel is allowed all that the GPU has at its first launch and never less, so that launches
+// Whether kernels may start while those before them still run, which is so until somebody says otherwise; for the whole process.
+void let_launches_overlap(bool yes);
+
+// Lets `kernel` be launched on the current GPU with so many bytes of dynamic shared memory, and says whether launches
+// may overlap: the GPU knows programmatic dependent launch (Hopper and later). A kernel is allowed all that the GPU has at its first launch and never less, so that launches
 // of one kernel by several threads do not meet.
 cudaError_t prepare_launch(const void* kernel, int64_t shared_bytes, bool* programmatic);
 

@@ -45,13 +45,12 @@ def evaluate(
     from pyllm.default_model import default_model
     from pyllm.folder import resolve
     from pyllm.models import read_spec
-    from pyllm.spec import HeadKind
     from pyllm.train.evaluation import evaluate as run
     from pyllm.train.evaluation import evaluate_labels
     from pyllm.train.token_store import open_tokens
 
     folder = resolve(model, revision=revision, offline=offline) if model is not None else default_model()
-    of_labels = read_spec(folder).head.kind is HeadKind.POOLED
+    of_labels = read_spec(folder).head.kind.is_pooled
     if of_labels and mask_prompt:
         raise typer.BadParameter("--mask-prompt is for models that predict tokens, this one classifies texts.")
     stores = []

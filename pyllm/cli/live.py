@@ -86,7 +86,7 @@ def operations_per_token(spec: ModelSpec, context: int, of_sources: float = 0.0)
     The head reads every token, or one; what checkpointed activations compute again is not counted. With an encoder it
     is the mean over its tokens, `of_sources` of all, and the decoder's, which attend to sources as long as the context.
     """
-    others = 0 if spec.head.kind is HeadKind.POOLED else context - 1  # tokens that the head reads beside one
+    others = 0 if spec.head.kind.is_pooled else context - 1  # tokens that the head reads beside one
     head_of_others = 2 * others * spec.outputs * spec.head_width
     own = (spec.operations(context) + head_of_others) / context
     if spec.encoder is None:

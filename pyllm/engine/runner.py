@@ -182,8 +182,8 @@ class Runner:
             yield slice(first, len(lengths))
 
     def read(self, texts: Seq[Seq[int]], types: Seq[Seq[int] | None]) -> F32:
-        """Hidden states [T, D], after the final norm, of a step of an encoder over whole texts, on the host; valid until
-        the next step. See `whole_texts`."""
+        """Hidden states [T, D], after the final norm, of a step of an encoder over whole texts; on the host, and valid
+        until the next step. See `whole_texts`."""
         x = self._forward(whole_texts(self.model.spec, texts, self.cache.blocks, types))
         return np.asarray(self.model.final_norm(self.ops, x, out=x))
 

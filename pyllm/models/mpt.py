@@ -65,7 +65,7 @@ def _read_attention(reader: ConfigReader, heads: int, size: int) -> AttentionSpe
         value = None
     inner = reader.nested("attn_config", value or {})
     inner.only("attn_type", "multihead_attention")
-    inner.only("clip_qkv", None)
+    clip = None if inner.get("clip_qkv") is None else inner.number("clip_qkv", default=1.0, minimum=1e-6)
     inner.only("prefix_lm", False)
     inner.only("qk_ln", False)
     inner.only("attn_uses_sequence_id", False)
@@ -75,7 +75,7 @@ def _read_attention(reader: ConfigReader, heads: int, size: int) -> AttentionSpe
     for dropped in _ATTENTION_DROPPED:
         inner.get(dropped)
     inner.check_unused(HARMLESS)
-    return AttentionSpec(heads, heads, size, scale, bias=bias)
+    return AttentionSpec(heads, heads, size, scale, bias=bias, clip=clip)
 
 
 _AT, _BLOCK = "transformer.blocks.{i}", "blocks.{i}"

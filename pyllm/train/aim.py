@@ -16,7 +16,7 @@ from pyllm.spec import HeadKind, ModelSpec
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.begin import config_and_weights, spec_to_train
 from pyllm.train.objectives.blanks import BlankedTokens, reserved_ids
-from pyllm.train.objectives.denoising import CorruptedSpans, InfilledText, check_sentinels
+from pyllm.train.objectives.denoising import CorruptedSpans, InfilledText, check_sentinels, spans_of
 from pyllm.train.objectives.generator import Generator, generator_bytes
 from pyllm.train.objectives.masked import MaskedTokens, ReplacedTokens
 from pyllm.train.objectives.prefix import SplitTokens
@@ -27,9 +27,9 @@ from pyllm.train.run_config import RunConfig
 from pyllm.train.token_store import TokenStore
 from pyllm.train.tokenizer_training import SENTINEL
 
-OF_TEXTS = ("spans", "denoise", "ul2")  # of those for encoder-decoders, the ones that make pairs of texts
+OF_TEXTS = ("spans", "denoise", "ul2")  # these make pairs of texts
 OF_ENCODER_DECODERS = ("seq2seq", *OF_TEXTS)
-WITH_SENTINELS = ("spans", "ul2")
+WITH_SENTINELS = ("spans", "ul2")  # also for decoders, which read both of a pair
 WITH_MASK = ("mlm", "rtd", "denoise")  # these hide tokens behind the tokenizer's mask
 READ_BY = {  # settings that only these objectives read
     "generator": ("rtd",),
@@ -72,20 +72,19 @@ class Aim:
             )
         self._sentinels = _sentinels(loaded) if objective in WITH_SENTINELS and loaded is not None else []
         self._modes: dict[str, list[int]] = {}
-        self._context, around = context, 0
+        self._context = context
         self._generator: Generator | None = None
         if objective in OF_ENCODER_DECODERS:
             own = GenerationConfig.read(model, self.spec.vocab_size) if isinstance(model, Path) else None
             self.form = pair_form(self.spec, self._tokenizer, own)
             if objective == "ul2" and loaded is not None:
                 self._modes = {d.mode: loaded.encode(d.mode, add_special_tokens=False) for d in DENOISERS}
-            mode = max(map(len, self._modes.values()), default=0)
-            around = max(self.form.around_source + mode, self.form.around_target) if objective != "seq2seq" else 0
         if objective in WITH_SENTINELS:
             check_sentinels(self._sentinels, objective)
-        self.text_context = context - around
-        if self.text_context < 1 + bool(around):
-            raise ConfigError(f"context: expected at least {around + 2} tokens for {objective}, got {context}")
+        least = 1 + (objective in OF_TEXTS)
+        self.text_context = next((n for n in range(context, least - 1, -1) if self._grown(n) <= context), 0)
+        if self.text_context < least:
+            raise ConfigError(f"context: expected at least {self._grown(least)} tokens for {objective}, got {context}")
 
     def text_tokens(self, tokens: int) -> int:
         """Tokens of texts that become a micro-batch of `tokens`."""
@@ -130,7 +129,7 @@ class Aim:
                 texts, spec.prefix, end, context=self._context, positions=spec.max_positions, seed=seed
             )
         if objective in OF_TEXTS:
-            options: dict[str, Any] = {"context": self.text_context, "seed": seed, "like": like}
+            options: dict[str, Any] = {"context": self._context, "seed": seed, "like": like}
             if objective == "ul2":
                 return MixedDenoisers(texts, self.form, self._sentinels, self._modes, **options)
             options |= {"share": self._share, "mean_span": config.mean_span}
@@ -138,6 +137,19 @@ class Aim:
                 return CorruptedSpans(texts, self.form, self._sentinels, **options)
             return self._infilled(texts, options)
         return SplitTokens(texts, seed) if objective == "prefix" else texts
+
+    def _grown(self, length: int) -> int:
+        """Tokens of the longest sequence that may become of a text."""
+        if self._objective not in OF_TEXTS:
+            return length
+        form, mode = self.form, max(map(len, self._modes.values()), default=0)
+        if form.start is not None:
+            return length + max(form.around_source + mode, form.around_target)
+        amounts = [(self._share, self._config.mean_span)]
+        if self._objective == "ul2":
+            amounts = [(d.share, d.mean_span or float(length)) for d in DENOISERS]
+        spans = max(spans_of(length, *amount, len(self._sentinels)) for amount in amounts)
+        return length + 2 * spans + form.around_source + mode + form.around_target - 1
 
     @property
     def ordinary_token(self) -> int:
@@ -205,7 +217,7 @@ def _sentinels(tokenizer: Tokenizer) -> list[int]:
 def check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
     """Raise `ConfigError` where the model does not predict what the objective makes labels of. A model that fills
     blanks predicts no token before its start token: of prompts and answers only answers count, with `mask_prompt`."""
-    fitting = ("causal", "prefix", "blanks") if spec.encoder is None else OF_ENCODER_DECODERS
+    fitting = ("causal", "prefix", "blanks", *WITH_SENTINELS) if spec.encoder is None else OF_ENCODER_DECODERS
     if spec.is_encoder:
         fitting = (*{HeadKind.TOKENS: ("mlm",), HeadKind.EACH: ("rtd",)}.get(spec.head.kind, ()), "classify")
     if objective not in fitting:
@@ -223,8 +235,9 @@ def check_objective(spec: ModelSpec, objective: str, config: RunConfig) -> None:
         raise ConfigError(
             f"packing: expected documents for {objective}, where each is a {each}, got {config.packing!r}"
         )
-    if objective == "classify" and config.mask_prompt:
-        raise ConfigError("mask_prompt: expected no for classify, where labels alone count: leave it out")
+    if objective in ("classify", *WITH_SENTINELS) and config.mask_prompt:
+        what = "labels" if objective == "classify" else "tokens that were taken out"
+        raise ConfigError(f"mask_prompt: expected no for {objective}, where {what} alone count: leave it out")
     if spec.fills_blanks and objective != "blanks" and not (objective == "causal" and config.mask_prompt):
         raise ConfigError(
             f"objective: expected blanks for this {spec.family} model, got {objective!r}: it predicts what fills a "

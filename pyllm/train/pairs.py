@@ -26,10 +26,11 @@ class PairForm:
 
     A source is `before`, its text and `behind`, as the tokenizer has it; a target is `before`, its text and `end`. The
     decoder is given `start` and the target but for its last token, and all of the target are its labels. What a target
-    has before its text does not begin with `start` once more.
+    has before its text does not begin with `start` once more. Where `start` is None no encoder reads the source: it
+    stands before the target in one sequence, and the target has nothing before its text.
     """
 
-    start: int
+    start: int | None
     end: int
     before: tuple[int, ...] = ()
     behind: tuple[int, ...] = ()
@@ -46,6 +47,8 @@ class PairForm:
 
     @property
     def _before_target(self) -> tuple[int, ...]:
+        if self.start is None:
+            return ()
         return self.before[1:] if self.before[:1] == (self.start,) else self.before
 
     def unbegun(self, text: I32) -> I32:
@@ -67,12 +70,12 @@ class PairForm:
 
 
 def pair_form(spec: ModelSpec, tokenizer: Tokenizer | None, own: GenerationConfig | None) -> PairForm:
-    """That of a model with an encoder, `own` being what its folder says; raises `ConfigError` where it is not known."""
+    """That of a model, `own` being what its folder says; raises `ConfigError` where it is not known."""
     if tokenizer is None:
         raise ConfigError("tokenizer: expected the folder of one, which says how sources and targets end, got none")
     start = None if own is None else own.decoder_start_token_id
     start = spec.decoder_start_token_id if start is None else start
-    if start is None:
+    if start is None and spec.encoder is not None:
         raise ConfigError(
             "model: nothing says what its decoder's text begins with: expected decoder_start_token_id in config.json "
             "or generation_config.json; add it there"
@@ -81,6 +84,8 @@ def pair_form(spec: ModelSpec, tokenizer: Tokenizer | None, own: GenerationConfi
     if not ends:
         raise ConfigError("tokenizer: expected one with an end token, which targets end with, found none")
     before, behind = tokenizer.around()
+    if spec.encoder is None:
+        return PairForm(None, ends[0], tuple(before))
     return PairForm(start, ends[0], tuple(before), tuple(behind))
 
 
@@ -89,7 +94,8 @@ class PairWriter:
     may be padding, in pieces of at most `longest` tokens."""
 
     def __init__(self, form: PairForm, source: int, target: int, sequences: int, longest: int) -> None:
-        self._form, self._longest, self._sequences = form, longest, sequences
+        assert form.start is not None
+        self._start, self._longest, self._sequences = form.start, longest, sequences
         self._tokens = np.zeros(target, np.int32)
         self._labels = np.full(target, IGNORED_LABEL, np.int32)
         self._source = np.zeros(source, np.int32)
@@ -105,10 +111,15 @@ class PairWriter:
         """Pairs so far."""
         return len(self._ends) - 1
 
+    def fits(self, source: I32, target: I32) -> bool:
+        """Whether there is room for a pair."""
+        room = self.room
+        return len(source) <= room[0] and len(target) <= room[1]
+
     def add(self, source: I32, target: I32) -> None:
         """Write a pair, for which there must be room."""
         at, end = self._ends[-1], self._ends[-1] + len(target)
-        self._tokens[at], self._tokens[at + 1 : end] = self._form.start, target[:-1]
+        self._tokens[at], self._tokens[at + 1 : end] = self._start, target[:-1]
         self._labels[at:end] = target
         begin, stop = self._source_ends[-1], self._source_ends[-1] + len(source)
         self._source[begin:stop] = source
@@ -124,9 +135,43 @@ class PairWriter:
         return self._tokens, self._labels, starts, self._source, source_starts
 
 
-def padding_sequences(source: int, target: int, longest: int) -> int:
-    """Sequences that the padding of a micro-batch may need."""
-    return max(-(-source // longest), -(-target // longest))
+class JoinedWriter:
+    """Writes pairs into a micro-batch of `tokens` tokens, each as one sequence in which only the target counts; the
+    rest is as in a :class:`PairWriter`."""
+
+    def __init__(self, tokens: int, sequences: int, longest: int) -> None:
+        self._longest, self._sequences = longest, sequences
+        self._tokens = np.zeros(tokens, np.int32)
+        self._labels = np.full(tokens, IGNORED_LABEL, np.int32)
+        self._ends = [0]
+
+    @property
+    def count(self) -> int:
+        """Pairs so far."""
+        return len(self._ends) - 1
+
+    def fits(self, source: I32, target: I32) -> bool:
+        """Whether there is room for a pair."""
+        return len(source) + len(target) - 1 <= len(self._tokens) - self._ends[-1]
+
+    def add(self, source: I32, target: I32) -> None:
+        """Write a pair, for which there must be room."""
+        at, end = self._ends[-1], self._ends[-1] + len(source) + len(target) - 1
+        self._tokens[at:end] = np.concatenate([source, target[:-1]])
+        self._labels[end - len(target) : end] = target
+        self._ends.append(end)
+
+    def finish(self) -> tuple[I32, I32, I32]:
+        """The micro-batch, see :class:`pyllm.train.Data`; what remains is padding."""
+        total = len(self._tokens)
+        self._ends += range(self._ends[-1] + self._longest, total, self._longest)
+        self._ends += [total] * (self._sequences + 1 - len(self._ends))
+        return self._tokens, self._labels, np.array(self._ends, np.int32)
+
+
+def padding_sequences(longest: int, *tokens: int) -> int:
+    """Sequences that the padding of a micro-batch of so many tokens, of sources and of targets, may need."""
+    return max(-(-count // longest) for count in tokens)
 
 
 class PairedData(Mixture["Pairs"]):
@@ -176,7 +221,7 @@ class PairedData(Mixture["Pairs"]):
             share = sum(w * p.source_total / p.total for w, p in zip(self._weights, pairs, strict=True))
             self.source_tokens = min(max(round(share * tokens), context), tokens - context)
             mean = min(p.mean_length for p in pairs)
-            padding = padding_sequences(self.source_tokens, tokens - self.source_tokens, context)
+            padding = padding_sequences(context, self.source_tokens, tokens - self.source_tokens)
             self.sequences = min(2 * int(tokens / mean) + 8, tokens) + padding
         self._identify(FORMAT, "pairs", vars(form), context, tokens, self.source_tokens, seed, shuffle, self._weights)
 
@@ -185,7 +230,7 @@ class PairedData(Mixture["Pairs"]):
         :class:`pyllm.train.Data`."""
         target = self.tokens - self.source_tokens
         writer = PairWriter(self.form, self.source_tokens, target, self.sequences, self.context)
-        most = self.sequences - padding_sequences(self.source_tokens, target, self.context)
+        most = self.sequences - padding_sequences(self.context, self.source_tokens, target)
         while writer.count < most:
             room = writer.room
             taken = self._take(lambda pairs, index: pairs.length(index) if pairs.fits(index, room) else 0)  # noqa: B023

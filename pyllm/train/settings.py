@@ -10,6 +10,7 @@ from typing import Any
 from pyllm.errors import ConfigError, listed
 
 OBJECTIVES = ("causal", "prefix", "blanks", "mlm", "rtd", "seq2seq", "spans", "denoise", "ul2", "classify")
+WITH_PREFIX = ("prefix", "spans", "ul2")  # with these, what a decoder is given before what counts sees all of itself
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 DTYPES = ("float32", "bfloat16")
 
@@ -24,7 +25,7 @@ class TrainConfig:
 
     out: Path
     steps: int  # optimizer steps of the whole run
-    objective: str = "causal"  # with "prefix" what is before the first counted label sees all of itself
+    objective: str = "causal"
     accumulation: int = 1  # micro-batches of a step
     dtype: str = "float32"  # of the products: "float32" or "bfloat16"; weights, gradients and moments are float32
     learning_rate: float = 6e-4  # the highest

@@ -12,7 +12,7 @@ import numpy as np
 from pyllm.errors import ConfigError
 from pyllm.folder import read_config, resolve
 from pyllm.models import family_of
-from pyllm.spec import HeadKind, ModelSpec, Problem
+from pyllm.spec import ModelSpec, Problem
 from pyllm.tokenizer import Tokenizer
 from pyllm.train.aim import OF_TEXTS, Aim, check_objective
 from pyllm.train.architectures import new_config
@@ -174,7 +174,7 @@ def _prepare_labels(
     paths = [Path(name) for name in (*config.data, *config.valid)]
     read = [read_examples(path) for path in paths]
     problem, notes = read[0][0], list[str]()
-    if spec.head.kind is HeadKind.POOLED:
+    if spec.head.kind.is_pooled:
         labels = LabelSet.of_head(spec.head)
     else:
         labels = LabelSet.of_examples(problem, [e for _, examples in read[: len(config.data)] for e in examples])
@@ -250,7 +250,7 @@ def plan_of_run(values: Mapping[str, Any], progress: Callable[[float], None] | N
     spec, generator = spec_to_train(*config_and_weights(model)), 0
     if theirs.objective == "classify":
         check_objective(spec, "classify", config)
-        if spec.head.kind is not HeadKind.POOLED:
+        if not spec.head.kind.is_pooled:
             head = classifier_config(config_and_weights(model)[0], LabelSet(Problem.SINGLE_LABEL, ("0", "1")))
             spec = family_of(head).read(head)
     elif "objective" in values:

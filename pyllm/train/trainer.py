@@ -27,7 +27,7 @@ from pyllm.train.memory import StepShape, plan_training
 from pyllm.train.parameters import Parameters
 from pyllm.train.report import Callbacks, Data, EvalReport, Sample, StepReport, TrainResult
 from pyllm.train.samples import Sampler
-from pyllm.train.settings import TrainConfig, learning_rate
+from pyllm.train.settings import WITH_PREFIX, TrainConfig, learning_rate
 from pyllm.train.step import AdamW, Step
 from pyllm.weights import resolve
 
@@ -82,7 +82,7 @@ class Trainer:
                 f"objective: expected none of a prefix for this {self.spec.family} model, whose encoder sees all of a "
                 "source: train on sources and targets"
             )
-        if config.objective == "prefix" and self.spec.prefix is None:
+        if config.objective in WITH_PREFIX and self.spec.encoder is None and self.spec.prefix is None:
             self.spec = replace(self.spec, prefix=PrefixSpec())
         self._eval_start = eval_data.state() if eval_data is not None else None
         self.shape = shape_of(data, eval_data, config)

@@ -198,6 +198,7 @@ constexpr int most_shared = 227 * 1024;
 int shared_limit = most_shared, capability_major = 9;
 std::map<const void*, int> allowed;  // shared memory of each kernel, where it may have more than it may unasked
 int allowances = 0;                  // how often that was said
+int overlapping = 0;                 // launches that might start while the kernel before still runs
 
 }  // namespace
 
@@ -218,6 +219,8 @@ cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, std::funct
   unsigned size = 1;
   for (unsigned i = 0; i < config.numAttrs; ++i)
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) size = config.attrs[i].val.clusterDim.x;
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    overlapping += config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
   if (config.numAttrs && capability_major < 9) return cudaErrorInvalidValue;
   if (config.blockDim.x % 32 || config.gridDim.x % size || size > 8) return cudaErrorInvalidValue;
   const dim3 grid = config.gridDim, threads_of_block = config.blockDim;
@@ -395,6 +398,7 @@ void host_limit_device(int shared_bytes, int major) {
 }
 void host_last_block_first(bool yes) { last_first = yes; }
 int host_allowances() { return allowances; }
+int host_overlapping() { return overlapping; }
 void* host_allocate(int64_t bytes) {
   const Use use(device);
   if (held + bytes > limit) return nullptr;

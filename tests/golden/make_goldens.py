@@ -329,6 +329,7 @@ def variants() -> dict[str, Variant]:
             }
         ),
         "mpt": Variant(mpt),
+        "mpt-clipped": Variant({**mpt, "n_layers": 1, "attn_config": {"clip_qkv": 0.75}}, gain=1.5),
         "openai-gpt": Variant({**gpt2, "model_type": "openai-gpt"}, gain=1.5),
         "opt": Variant(opt),
         "opt-post": Variant({**opt, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from oracle.activation import activation
 from oracle.attention import Scores, softmax
+from oracle.clamp import clamp
 
 from pyllm.position_bias import Alibi, Buckets
 from pyllm.rope import RopeSpec
@@ -172,6 +173,8 @@ def attend(
     heads = {}
     for name, of, count in (("q", x, spec.heads), ("k", keys, spec.kv_heads), ("v", keys, spec.kv_heads)):
         projected = linear(of, weights, f"{at}.{name}").reshape(len(of), count, spec.head_dim)
+        if spec.clip is not None:
+            projected = clamp(projected, spec.clip)
         if name != "v" and spec.qk_norm is not None:
             projected = normalise(projected, spec.qk_norm, weights, f"{at}.{name}_norm")
         if name != "v" and rope is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from pyllm.errors import ConfigError, DataError
 from pyllm.ops_training import IGNORED_LABEL
 from pyllm.train.objectives.spans import partition, spread
-from pyllm.train.pairs import PairBatch, PairForm, PairWriter, padding_sequences
+from pyllm.train.pairs import JoinedWriter, PairForm, PairWriter, padding_sequences
 from pyllm.train.report import I32, Data, MicroBatch
 
 PROBED = 4  # micro-batches of texts that tell how long sources and targets become
@@ -23,8 +23,9 @@ Pair: TypeAlias = "tuple[I32, I32]"  # source and target
 
 
 class Denoising(ABC):
-    """Micro-batches of pairs made of texts: a damaged text, and what the decoder writes of it. How a text is damaged is
-    a function of `seed`, of the number of the micro-batch of texts that it comes in, and of its place there.
+    """Micro-batches of pairs made of texts: a damaged text, and what the decoder writes of it; where `form` is that of
+    a model without an encoder, it reads both. How a text is damaged is a function of `seed`, of the number of the
+    micro-batch of texts that it comes in, and of its place there.
 
     Micro-batches have room for what becomes of as many tokens of texts as those of `data` hold, by the first of them.
     Pairs that find none come in the next.
@@ -32,7 +33,7 @@ class Denoising(ABC):
     Args:
         data: micro-batches of texts, whose labels are -100 where there is only padding.
         form: special tokens of pairs.
-        context: longest sequence of `data`.
+        context: longest source and longest target, or both together; texts of `data` must be shorter by what they grow.
         seed: of what is damaged.
         like: other data, whose shape the micro-batches get.
 
@@ -41,10 +42,10 @@ class Denoising(ABC):
 
     def __init__(self, data: Data, form: PairForm, *, context: int, seed: int, like: Denoising | None = None) -> None:
         self._data, self._form, self._seed = data, form, seed
-        self._longest = context + max(form.around_source + self.added, form.around_target)
+        self._longest = context
         self._taken = 0  # micro-batches of texts
         self._before = data.state()  # where the data stood before the last of them
-        self._shape: tuple[int, int]  # tokens of sources and of targets
+        self._shape: tuple[int, ...]  # tokens of sources and of targets, or of both together
         self._most: int  # pairs of a micro-batch, and its sequences, of which some may be padding
         self._sequences: int
         self._left: dict[int, Pair] = {}  # its pairs that are still to come, by the places of their texts
@@ -55,12 +56,7 @@ class Denoising(ABC):
         data.load_state(self._before)
         self._shape = self._expected(probed)
         self._most = len(probed[0][2]) - 1
-        self._sequences = self._most + padding_sequences(*self._shape, self._longest)
-
-    @property
-    def added(self) -> int:
-        """Tokens that a source may have more than its text, beside those around it."""
-        return 0
+        self._sequences = self._most + padding_sequences(self._longest, *self._shape)
 
     @property
     @abstractmethod
@@ -71,19 +67,15 @@ class Denoising(ABC):
     def damage(self, text: I32, rng: np.random.Generator) -> Pair:
         """The text of a source and that of its target."""
 
-    def next_batch(self) -> PairBatch:
-        """See :meth:`pyllm.train.pairs.PairedData.next_batch`."""
-        writer = PairWriter(self._form, *self._shape, self._sequences, self._longest)
+    def next_batch(self) -> MicroBatch:
+        """See :meth:`pyllm.train.pairs.PairedData.next_batch`; three arrays where sources and targets are together."""
+        writer = self._writer()
         while writer.count < self._most:
             if not self._left:
                 self._before = self._data.state()
                 self._left = self._damaged(self._data.next_batch(), self._taken)
                 self._taken += 1
-            room = writer.room
-            fitting = (
-                i for i, (source, target) in self._left.items() if len(source) <= room[0] and len(target) <= room[1]
-            )
-            place = next(fitting, None)
+            place = next((place for place, pair in self._left.items() if writer.fits(*pair)), None)
             if place is None:
                 break
             writer.add(*self._left.pop(place))
@@ -123,20 +115,35 @@ class Denoising(ABC):
             text = form.unended(form.unbegun(tokens[first:end]))
             if len(text) >= 2:  # else nothing would be left to restore it from
                 source, target = self.damage(text, rng)
-                pairs[place] = form.source(source), form.target(target)
+                pairs[place] = pair = form.source(source), form.target(target)
+                if max(self._lengths(pair)) > self._longest:
+                    raise DataError(
+                        f"data: expected texts that become no longer than the context of {self._longest}, one of "
+                        f"{len(text)} tokens became {max(self._lengths(pair))}: give shorter ones"
+                    )
         return pairs
 
-    def _expected(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Tokens of sources and of targets that become of a micro-batch full of texts like these."""
-        made, given = np.zeros(2), 0
+    def _lengths(self, pair: Pair) -> tuple[int, ...]:
+        """Tokens of source and target, or of both together."""
+        source, target = map(len, pair)
+        return (source + target - 1,) if self._form.start is None else (source, target)
+
+    def _writer(self) -> PairWriter | JoinedWriter:
+        if self._form.start is None:
+            return JoinedWriter(self._shape[0], self._sequences, self._longest)
+        source, target = self._shape
+        return PairWriter(self._form, source, target, self._sequences, self._longest)
+
+    def _expected(self, batches: Sequence[MicroBatch]) -> tuple[int, ...]:
+        """Tokens of sources and of targets, or of both, that become of a micro-batch full of texts like these."""
+        made, given = np.zeros(1 if self._form.start is None else 2), 0
         for number, batch in enumerate(batches):
             pairs = self._damaged(batch, number)
             given += sum(int(batch[2][place + 1] - batch[2][place]) for place in pairs)
-            made += np.array([[len(part) for part in pair] for pair in pairs.values()]).reshape(-1, 2).sum(0)
+            made += np.sum([self._lengths(pair) for pair in pairs.values()], axis=0) if pairs else 0
         if given == 0:
             raise DataError("data: expected texts of at least two tokens, as one is hidden and one kept, found none")
-        source, target = np.ceil(made * len(batches[0][0]) / given)
-        return max(int(source), self._longest), max(int(target), self._longest)
+        return tuple(max(int(count), self._longest) for count in np.ceil(made * len(batches[0][0]) / given))
 
 
 def check_sentinels(sentinels: Sequence[int], objective: str) -> None:
@@ -193,9 +200,8 @@ class CorruptedSpans(Denoising):
 def corrupted(text: I32, sentinels: I32, share: float, mean_span: float, rng: np.random.Generator) -> Pair:
     """What is left of a text, with sentinels, and what was taken out, each behind its sentinel."""
     refuse_sentinels(text, sentinels)
-    taken = tokens_taken(text, share)
+    taken, count = tokens_taken(len(text), share), spans_of(len(text), share, mean_span, len(sentinels))
     kept = len(text) - taken
-    count = min(max(round(taken / mean_span), 1), taken, kept, len(sentinels))
     source, target, at = [], [], 0
     for stay, go, sentinel in zip(
         partition(kept, count, rng), partition(taken, count, rng), sentinels[:count, None], strict=True
@@ -206,9 +212,15 @@ def corrupted(text: I32, sentinels: I32, share: float, mean_span: float, rng: np
     return np.concatenate(source), np.concatenate(target)
 
 
-def tokens_taken(text: I32, share: float) -> int:
+def tokens_taken(length: int, share: float) -> int:
     """How many tokens are this share of a text: at least one, and not all."""
-    return min(max(round(share * len(text)), 1), len(text) - 1)
+    return min(max(round(share * length), 1), length - 1)
+
+
+def spans_of(length: int, share: float, mean_span: float, sentinels: int) -> int:
+    """In how many spans this share of a text is taken out."""
+    taken = tokens_taken(length, share)
+    return min(max(round(taken / mean_span), 1), taken, length - taken, sentinels)
 
 
 def refuse_sentinels(text: I32, sentinels: I32) -> None:

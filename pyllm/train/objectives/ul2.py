@@ -69,11 +69,6 @@ class MixedDenoisers(Denoising):
         super().__init__(data, form, **options)
 
     @property
-    def added(self) -> int:
-        """See :attr:`Denoising.added`."""
-        return max(map(len, self._modes.values()))
-
-    @property
     def how(self) -> list[Any]:
         """See :attr:`Denoising.how`."""
         return [[d.mode, d.share, d.mean_span] for d in self._denoisers]
@@ -85,6 +80,6 @@ class MixedDenoisers(Denoising):
             source, target = corrupted(text, self._sentinels, denoiser.share, denoiser.mean_span, rng)
         else:
             refuse_sentinels(text, self._sentinels)
-            cut = len(text) - tokens_taken(text, denoiser.share)
+            cut = len(text) - tokens_taken(len(text), denoiser.share)
             source, target = np.append(text[:cut], self._sentinels[:1]), text[cut:]
         return np.concatenate([self._modes[denoiser.mode], source]), target
