@@ -128,6 +128,7 @@ def test_plans_use_the_chip(kernels, rows, n, multiprocessors):
         assert plan.column_tiles * plan.columns >= n > (plan.column_tiles - 1) * plan.columns
         assert plan.shared_bytes <= 227 * 1024 and cluster in (1, 2, 4, 8) and 1 in (plan.pair, plan.splits)
         assert plan.splits <= max(k // 64, 1) and plan.splits == plan_of(kernels, rows, n, k).splits
+        assert plan.splits == 1 or rows <= 1024
         if plan.splits > 1:
             assert plan.blocks == tiles * plan.splits  # one with splits makes one tile
         else:
@@ -152,6 +153,22 @@ def test_few_rows_leave_few_multiprocessors_without_work(kernels, model, rows):
         assert busy >= (0.66 if rows < 1024 else 0.96)
 
 
+def test_more_rows_than_1024_cut_nothing(kernels):
+    for n, k in ((768, 3072), (2048, 8192), (128, 14336)):
+        assert plan_of(kernels, 1024, 128, k).splits > 1
+        for rows in (1025, 1408, 1920, 4736):
+            assert plan_of(kernels, rows, n, k).splits == 1
+
+
+def test_clusters_of_4_and_8_have_128_multiprocessors_of_132(kernels):
+    for rows in range(65, 1025, 64):
+        for n in (768, 1408, 2048, 3072, 4096, 4224, 6144):
+            for k in (768, 2048, 3072, 14336):
+                plan = plan_of(kernels, rows, n, k)
+                if plan.splits >= 4 and plan.row_units * plan.column_tiles * plan.splits <= 132:
+                    assert plan.row_units * plan.column_tiles * plan.splits <= 128
+
+
 def test_a_pair_has_rows_for_both(kernels):
     assert plan_of(kernels, 16, 34, 128).pair == plan_of(kernels, 257, 1000, 72).pair == 1
     assert plan_of(kernels, 256, 1000, 72).pair == 2
@@ -172,6 +189,15 @@ def test_it_runs_on_hopper_alone(kernels):
     with limited(227 * 1024, major=10):
         assert kernels.host_wgmma_matmul(args, 8) == 801
     assert kernels.host_wgmma_matmul(MatmulArgs(rows=128, n=8, k=15, x_stride=16), 8) == 1  # cudaErrorInvalidValue
+
+
+def test_a_gpu_says_how_many_clusters_it_runs_at_once():
+    with emulated_gpu() as gpu:
+        assert [gpu.kernels.wgmma_clusters(size) for size in (2, 4, 8)] == [64, 32, 16]
+        with pytest.raises(ValueError, match="expected 2, 4 or 8 blocks, got 3"):
+            gpu.kernels.wgmma_clusters(3)
+        with limited(163 * 1024, 8), pytest.raises(RuntimeError, match="wgmma_clusters"):
+            gpu.kernels.wgmma_clusters(2)
 
 
 @pytest.mark.parametrize("major", [8, 9])

@@ -42,6 +42,8 @@ def build(check: Check) -> Row:
             "driver": kernels.driver_version(),
             "architectures": kernels.ARCHITECTURES,
             "wgmma": gpu.has_wgmma,
+            # wgmma_plan counts on 66, 32 and 16 of them on 132 multiprocessors.
+            "clusters at once": {size: kernels.wgmma_clusters(size) for size in (2, 4, 8)} if gpu.has_wgmma else None,
         }
 
 

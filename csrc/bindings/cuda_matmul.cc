@@ -1,4 +1,6 @@
 // The launchers of csrc/cuda/matmul.h: every argument is checked here, and every launch's error raised.
+#include <string>
+
 #include "bindings/cuda_launch.h"
 #include "cuda/launch.h"
 #include "cuda/matmul.h"
@@ -234,6 +236,16 @@ void bind_cuda_matmul(py::module_& module) {
         return yes;
       },
       "Whether wgmma_matmul runs on the current GPU: Hopper, and a build for sm_90a.");
+  module.def(
+      "wgmma_clusters",
+      [](int64_t size) {
+        if (size != 2 && size != 4 && size != 8)
+          throw py::value_error("size: expected 2, 4 or 8 blocks, got " + std::to_string(size));
+        int64_t most = 0;
+        raise(cuda::wgmma_clusters(size, &most), "wgmma_clusters");
+        return most;
+      },
+      arg("size"), "How many clusters of `size` blocks of wgmma_matmul the current GPU runs at once; Hopper alone.");
   module.def("wgmma_matmul", &wgmma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"),
              arg("activation"), arg("gated"), arg("multiprocessors"), arg("stream"));
   module.def("mma_matmul", &mma_matmul, arg("y"), arg("x"), arg("w"), arg("bias"), arg("residual"), arg("activation"),

@@ -11,7 +11,7 @@ namespace pyllm::cuda {
 //
 // Within each of the five kernels (skinny, split, mma, wgmma, plain) every output is summed over k in an order that depends on K alone, in
 // split_matmul on N and K, so a row's result does not depend on the other rows as long as the kernel stays the same. In wgmma_matmul it
-// depends on how many tiles of 128 rows there are too, where they are few; and it takes wgmma of 128, 192 and 256 columns to add alike, which no
+// depends on how many tiles of 128 rows there are too, up to 8 of them; and it takes wgmma of 128, 192 and 256 columns to add alike, which no
 // GPU has shown yet.
 struct MatmulArgs {
   void* y;                   // [T, N], gated [T, N / 2], of y_dtype
@@ -95,9 +95,13 @@ struct WgmmaPlan {
   int64_t row_units, column_tiles;  // a unit: the row tiles of a pair
   int64_t blocks, shared_bytes;
 };
-// The splits depend on the tiles of rows, N and K alone, on the number of multiprocessors all but these.
+// The splits depend on N, K and the number of tiles of 128 rows alone, and there are none for more than 8 of these; the rest depends on the
+// number of multiprocessors too.
 WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors);
 cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream);
+
+// How many clusters of 2, 4 or 8 blocks of wgmma_matmul the current GPU runs at once, which wgmma_plan takes as known. Hopper alone.
+cudaError_t wgmma_clusters(int64_t size, int64_t* most);
 
 // Tests, and sizes that the others refuse: any size and alignment, x and w both float32 or both bf16; multiply-adds in float32.
 cudaError_t plain_matmul(const MatmulArgs& args, cudaStream_t stream);

@@ -159,13 +159,17 @@ struct Block {
       Quads v = {};
       if (is_split()) {
         const float* from = reinterpret_cast<float*>(stages) + row * kWide + column + quad_column();
-#pragma unroll 2
-        for (int split = 0; split < s.splits; ++split)
+#pragma unroll 1
+        for (int split = 0; split < s.splits; split += 2) {  // both on their way before any is added
+          float4 made[2][4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float4 other = load_from(from + i * 4 * kWide, split);
-            v[i] = float4{v[i].x + other.x, v[i].y + other.y, v[i].z + other.z, v[i].w + other.w};
+          for (int i = 0; i < 8; ++i) made[i / 4][i % 4] = load_from(from + i % 4 * 4 * kWide, split + i / 4);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float4 &sum = v[i % 4], &other = made[i / 4][i % 4];
+            v[i % 4] = float4{sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
           }
+        }
       } else {
         __syncwarp();
 #pragma unroll
@@ -270,8 +274,9 @@ cudaError_t launch_plan(const MatmulArgs& a, const WgmmaPlan& plan, cudaStream_t
   }
 }
 
-// K is cut for this many multiprocessors, those of H100 and H200, on all chips: sums are the same bits.
-constexpr int64_t kPlanned = 132;
+// K is cut for this many multiprocessors, those of H100 and H200, on all chips: sums are the same bits. More tiles of rows than kMostCut fill
+// a chip without, or nearly.
+constexpr int64_t kPlanned = 132, kMostCut = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -291,7 +296,9 @@ Estimate estimate(int64_t rows, int64_t n, int64_t k, int64_t columns, int64_t p
   p.column_tiles = ceil_div(n, columns);
   p.shared_bytes = columns == 256 ? kSharedBytes<256> : columns == 192 ? kSharedBytes<192> : kSharedBytes<128>;
   const int64_t tiles = p.row_units * p.column_tiles, size = pair * splits;
-  const int64_t room = multiprocessors / size > 0 ? multiprocessors / size : 1, active = tiles < room ? tiles : room;
+  // A cluster lies within one of a chip's groups of 16 or 18 multiprocessors, of which those of 4 and 8 blocks use 16.
+  const int64_t room = std::max<int64_t>((size > 2 ? multiprocessors / 16 * 16 : multiprocessors) / size, 1);
+  const int64_t active = std::min(tiles, room);
   p.blocks = (splits > 1 ? tiles : active) * size;  // one with splits makes one tile
   const int64_t bytes = (kRows + columns / pair) * kDepth * 2;
   const int64_t step = std::max({4 * columns, bytes / 64, bytes * active * size / (40 * multiprocessors)});
@@ -317,17 +324,49 @@ Estimate fastest(int64_t rows, int64_t n, int64_t k, int64_t splits, int64_t mul
 
 WgmmaPlan wgmma_plan(int64_t rows, int64_t n, int64_t k, int64_t multiprocessors) {
   int64_t splits = 1;
-  for (int64_t more = 2; more <= 8 && more <= ceil_div(k, kDepth); more *= 2)
+  const int64_t most = ceil_div(rows, kRows) > kMostCut ? 1 : std::min<int64_t>(ceil_div(k, kDepth), 8);
+  for (int64_t more = 2; more <= most; more *= 2)
     if (fastest(rows, n, k, more, kPlanned).cycles < fastest(rows, n, k, splits, kPlanned).cycles) splits = more;
   return fastest(rows, n, k, splits, multiprocessors).plan;
 }
 
-cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream) {
-  if (args.rows == 0 || args.n == 0) return cudaSuccess;
+namespace {
+
+cudaError_t need_wgmma() {
   bool yes = false;
   const cudaError_t error = has_wgmma(&yes);
+  return error == cudaSuccess && !yes ? cudaErrorNotSupported : error;
+}
+
+}  // namespace
+
+cudaError_t wgmma_clusters(int64_t size, int64_t* most) {
+  const auto kernel = wgmma_matmul_kernel<256, 1>;
+  bool programmatic = false;
+  cudaError_t error = need_wgmma();
+  if (error == cudaSuccess)
+    error = prepare_launch(reinterpret_cast<const void*>(kernel), kSharedBytes<256>, &programmatic);
   if (error != cudaSuccess) return error;
-  if (!yes) return cudaErrorNotSupported;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(size);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(size));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes<256>;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  *most = clusters;
+  return error;
+}
+
+cudaError_t wgmma_matmul(const MatmulArgs& args, int64_t multiprocessors, cudaStream_t stream) {
+  if (args.rows == 0 || args.n == 0) return cudaSuccess;
+  const cudaError_t error = need_wgmma();
+  if (error != cudaSuccess) return error;
   if (args.norm_weight || args.k <= 0 || args.k % 8 || (args.rows > 1 && args.x_stride % 8) || multiprocessors < 1)
     return cudaErrorInvalidValue;
   const WgmmaPlan plan = wgmma_plan(args.rows, args.n, args.k, multiprocessors);

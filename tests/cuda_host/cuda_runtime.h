@@ -129,6 +129,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return emulator::run(reinterpret_cast<const void*>(kernel), *config, [=] { kernel(values...); });
 }
 
+// A GPU of 128 multiprocessors, each of which takes one block.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = 128 / int(config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() {
   emulator::warp_together(nullptr, [](void* const*) {});
