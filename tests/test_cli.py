@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import tiny_model
 
+from pyllm import LLM
+
 COMMAND = [sys.executable, "-m", "pyllm"]
 CLOSING = re.compile(
     r"^prompt: \d+ tokens, \S+ tok/s \| generation: \d+ tokens, \S+ tok/s( \([^)]*\))? \| "
@@ -81,6 +83,22 @@ def test_beam_search_writes_the_best_beam(tiny_folder: Path):
     pairs = list(zip(as_json["token_ids"], as_json["token_ids"][1:], strict=False))
     assert len(set(pairs)) == len(pairs)
     refused(pyllm(*args, "--temp", 1), 2, "temperature: expected 0 where num_beams is 3")
+    several = pyllm(
+        *args, "--num-return-sequences", 2, "--early-stopping", "true", "--forced-eos-token-id", 5, "--json"
+    )
+    [output] = LLM(tiny_folder, threads=1).generate("Once upon", num_beams=3, n=2, length_penalty=0.5, max_tokens=12,
+                                                    early_stopping=True, forced_eos_token_id=5)  # fmt: skip
+    outputs = json.loads(several.stdout)["outputs"]
+    assert [each["token_ids"] for each in outputs] == [each.token_ids for each in output.outputs]
+    assert outputs[0]["score"] > outputs[1]["score"]
+
+
+def test_several_completions(tiny_folder: Path):
+    args = ("generate", "-m", tiny_folder, "Once upon", "-n", 8, "--seed", 1, "--num-return-sequences", 2)
+    texts = [each["text"] for each in json.loads(pyllm(*args, "--json").stdout)["outputs"]]
+    assert len(set(texts)) == 2
+    assert pyllm(*args).stdout.decode() == "\n\n".join(texts) + "\n"
+    refused(pyllm(*args, "--temp", 0), 2, "expected 1 where temperature is 0")
 
 
 def test_speculative_decoding_writes_the_same_text_and_says_how_much_was_accepted(tiny_folder: Path):

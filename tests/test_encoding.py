@@ -84,6 +84,15 @@ def test_classify(name: str, tmp_path: Path) -> None:
         assert (one.label, one.score) == (names[str(expected.argmax())], max(one.scores.values()))
         assert llm.classify([text]) == [one]
     assert llm.classify([]) == []
+    if name == "bert-classifier":
+        file = tmp_path / "given.jsonl"
+        lines = [{"text": text} if isinstance(text, str) else {"text": text[0], "pair": text[1]} for text in inputs]
+        file.write_text("".join(json.dumps({**line, "label": "bad"}) + "\n" for line in lines))
+        written = pyllm("classify", "-m", llm.folder, "--file", file, "--dtype", "float32").stdout.splitlines()
+        for line, one, answer in zip(lines, found, written, strict=True):
+            assert json.loads(answer) == {**line, **asdict(one)}
+        file.write_text('{"text": "a", "pair": 1}\n')
+        refused(pyllm("classify", "-m", llm.folder, "--file", file), 1, "line 1: expected strings named text, and pair")
 
 
 def test_next_sentences(tmp_path: Path) -> None:

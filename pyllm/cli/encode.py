@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyllm.cli import options as o
-from pyllm.cli.inputs import checked, given_texts, load
+from pyllm.cli.inputs import checked, given_pairs, given_texts, load
 from pyllm.cli.output import be_quiet, progress_bar, write_json
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def fill_mask(
 def classify(
     model: o.Model,
     text: Texts = None,
-    file: File = None,
+    file: Annotated[
+        Path | None,
+        o.option("--file", "-f", help="Read texts from this file, one a line; from .jsonl also pairs (text, pair)."),
+    ] = None,
     second: Annotated[
         str | None, o.option("--pair", "-p", help="Classify pairs: each text together with this one behind it.")
     ] = None,
@@ -66,13 +69,12 @@ def classify(
     quiet: o.Quiet = False,
 ) -> int:
     """The label of each text and the scores of all labels: a JSON line for each text."""
-    texts = given_texts(text, file)
-    pair = None if second is None else checked(second, "--pair")
-    inputs = texts if pair is None else [(one, pair) for one in texts]
+    inputs = given_pairs(text, file, second)
     found = _run(quiet, "classifying", model, threads, dtype, quantization, revision, offline,
                  lambda llm, show: llm.classify(inputs, progress=show))  # fmt: skip
-    for one, result in zip(texts, found, strict=True):
-        write_json({"text": one, **({} if pair is None else {"pair": pair}), **asdict(result)})
+    for one, result in zip(inputs, found, strict=True):
+        given = {"text": one} if isinstance(one, str) else {"text": one[0], "pair": one[1]}
+        write_json({**given, **asdict(result)})
     return 0
 
 

@@ -45,7 +45,11 @@ def generate(
     grammar: o.Grammar = None,
     num_beams: o.NumBeams = None,
     length_penalty: o.LengthPenalty = None,
+    early_stopping: o.EarlyStopping = None,
+    num_return_sequences: o.NumReturnSequences = None,
     no_repeat_ngram_size: o.NoRepeatNgramSize = None,
+    forced_bos_token_id: o.ForcedBosTokenId = None,
+    forced_eos_token_id: o.ForcedEosTokenId = None,
     source_language: o.SourceLanguage = None,
     target_language: o.TargetLanguage = None,
     system_prompt: o.SystemPrompt = None,
@@ -94,7 +98,11 @@ def generate(
         ignore_eos=ignore_eos or None,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        early_stopping={"true": True, "false": False}.get(early_stopping or "", early_stopping),
+        n=num_return_sequences,
         no_repeat_ngram_size=no_repeat_ngram_size,
+        forced_bos_token_id=forced_bos_token_id,
+        forced_eos_token_id=forced_eos_token_id,
         structured_outputs=structured(json_schema, regex, choice, grammar),
     )
     text = given_text(prompt if prompt_option is None else prompt_option, file)
@@ -115,7 +123,7 @@ def generate(
         offline=offline,
         chat_template=chat_template,
         verbose=verbose,
-        sequences=params.num_beams,
+        sequences=max(params.num_beams, params.n),
     )
     request = _request(llm, text, system_prompt, ignore_chat_template, chat_template is not None)
     languages = present({"source_language": source_language, "target_language": target_language})
@@ -123,7 +131,7 @@ def generate(
         request = {**(request if isinstance(request, dict) else {"prompt": request}), **languages}
     if json:
         return _as_json(llm, request, params, seed)
-    interrupted = (_stream if params.num_beams == 1 else _search)(llm, request, params)
+    interrupted = (_stream if params.num_beams == params.n == 1 else _whole)(llm, request, params)
     report(llm, seed, interrupted=interrupted)
     return INTERRUPTED if interrupted else OK
 
@@ -161,25 +169,32 @@ def _stream(llm: LLM, request: Any, params: SamplingParams) -> bool:
     return False
 
 
-def _search(llm: LLM, request: Any, params: SamplingParams) -> bool:
-    """Write the best beam; True when Ctrl-C ended the search, which leaves nothing to write."""
+def _whole(llm: LLM, request: Any, params: SamplingParams) -> bool:
+    """Write several completions, or the best of a beam search; True when Ctrl-C ended it, with nothing to write."""
     try:
         [result] = llm.generate(request, params)
     except KeyboardInterrupt:
         return True
-    write(result.outputs[0].text, end="\n")
+    write("\n\n".join(completion.text for completion in result.outputs), end="\n")
     return False
 
 
 def _as_json(llm: LLM, request: Any, params: SamplingParams, seed: int) -> int:
     [result] = llm.generate(request, params)
-    completion = result.outputs[0]
-    write_json(
+    outputs = [
         {
             "text": completion.text,
             "token_ids": completion.token_ids,
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
+            **present({"score": completion.score}),
+        }
+        for completion in result.outputs
+    ]
+    write_json(
+        {
+            **outputs[0],
+            **({} if params.n == 1 else {"outputs": outputs}),
             "prompt_tokens": len(result.prompt_token_ids),
             "seed": seed,
             "stats": {**asdict(llm.stats), "peak_memory_bytes": peak_memory()},

@@ -45,6 +45,29 @@ def given_texts(arguments: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
+def given_pairs(arguments: list[str] | None, file: Path | None, second: str | None) -> list[str | tuple[str, str]]:
+    """Texts, or pairs of each with a second one; a `.jsonl` file holds texts and pairs, as training reads them."""
+    if file is None or file.suffix != ".jsonl":
+        texts = given_texts(arguments, file)
+        pair = None if second is None else checked(second, "--pair")
+        return [*texts] if pair is None else [(text, pair) for text in texts]
+    if arguments or second is not None:
+        raise typer.BadParameter(f"{file} holds all texts and pairs: expected no other text and no --pair beside it.")
+    from pyllm.errors import DataError
+    from pyllm.train.documents import read_records
+
+    keys = "text, and pair where there is a second text"
+    found: list[str | tuple[str, str]] = []
+    for record, at, _ in read_records(file, keys):
+        texts = [record[key] for key in ("text", "pair") if key in record]
+        if "text" not in record or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{at}: expected strings named {keys}, found {', '.join(sorted(record)) or 'no keys'}")
+        found.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
+    if not found:
+        raise typer.BadParameter(f"there is no text: {file} is empty.")
+    return found
+
+
 def _read(argument: str | None, file: Path | None) -> str:
     if file is not None:
         with file.open("rb") as stream:

@@ -147,6 +147,31 @@ LengthPenalty = Annotated[
     float | None,
     option("--length-penalty", env="LENGTH_PENALTY", help="Of beams: above 0 favours long ones; default 1."),
 ]
+EarlyStopping = Annotated[
+    str | None,
+    option(
+        "--early-stopping",
+        env="EARLY_STOPPING",
+        help="Of beams: end with as many ended ones as beams (true), or when none that runs is better (false, default) "
+        "or could become so (never).",
+    ),
+]
+NumReturnSequences = Annotated[
+    int | None,
+    option(
+        "--num-return-sequences",
+        env="NUM_RETURN_SEQUENCES",
+        min=1,
+        help="So many completions, an empty line between them; of beam search the best. Default 1.",
+    ),
+]
+ForcedBosTokenId = Annotated[
+    int | None, option("--forced-bos-token-id", help="First token of the output; default: as the folder says.")
+]
+ForcedEosTokenId = Annotated[
+    int | None,
+    option("--forced-eos-token-id", help="Last token of an output of --max-tokens; default: as the folder says."),
+]
 NoRepeatNgramSize = Annotated[
     int | None,
     option(
