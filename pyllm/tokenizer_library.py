@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyllm.detokenizer import Stage, stages_of
 from pyllm.errors import TokenizerError
@@ -13,6 +14,9 @@ from pyllm.tokenizer_backend import Backend, PairEncoding, Settings, Span, fitti
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+T = TypeVar("T")
 
 
 class _LibraryBackend:
@@ -128,20 +132,48 @@ def _apply_bos_eos_flags(library: tokenizers.Tokenizer, settings: Settings) -> N
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+@dataclass(frozen=True)
+class _Bpe:
+    """What a class of tokenizers does beside its vocabulary and merges."""
+
+    special_tokens: dict[str, str]  # where the vocabulary has them
+    of_bytes: bool = True  # or else of the characters of words in lower case
+    words: str | None = None  # the pattern of a word, in a text in NFC; None: GPT-2's
+    encloses: bool = False  # a text in <s> and </s>
+
+
+_END_OF_TEXT = "<|endoftext|>"
+_GPT2 = _Bpe({"bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT, "unk_token": _END_OF_TEXT})
+_GPT = _Bpe({}, of_bytes=False)
+_QWEN2 = _Bpe({"eos_token": _END_OF_TEXT, "pad_token": _END_OF_TEXT}, words=_QWEN2_WORDS)
+_ROBERTA = _Bpe(
+    {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "sep_token": "</s>",
+        "cls_token": "<s>",
+        "mask_token": "<mask>",
+    },
+    encloses=True,
+)
 _BPE_CLASSES = {
-    "GPT2Tokenizer": "gpt2",
-    "OpenAIGPTTokenizer": "gpt1",
-    "Qwen2Tokenizer": "qwen2",
-    "RobertaTokenizer": "roberta",
-    "BartTokenizer": "roberta",
+    "GPT2Tokenizer": _GPT2,
+    "OpenAIGPTTokenizer": _GPT,
+    "Qwen2Tokenizer": _QWEN2,
+    "RobertaTokenizer": _ROBERTA,
+    "BartTokenizer": _ROBERTA,
 }
 _BPE_MODEL_TYPES = {
-    "gpt2": "gpt2",
-    "openai-gpt": "gpt1",
-    "qwen2": "qwen2",
-    "qwen3": "qwen2",
-    "roberta": "roberta",
-    "bart": "roberta",
+    "gpt2": _GPT2,
+    "openai-gpt": _GPT,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2,
+    "roberta": _ROBERTA,
+    "bart": _ROBERTA,
 }
 
 
@@ -153,37 +185,24 @@ def from_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: Setting
     kind = _declared_kind(settings, _BPE_CLASSES, _BPE_MODEL_TYPES, "gpt2", "vocab.json + merges.txt")
     vocab = _read_vocab(vocab_path)
     merges = _read_merges(merges_path, vocab)
-    if kind == "gpt1":
+    if not kind.of_bytes:
         return guarded(vocab_path, lambda: _LibraryBackend(_bpe_of_words(vocab, merges, settings), settings))
     library = guarded(vocab_path, lambda: Library(models.BPE(vocab=vocab, merges=merges)))
     prefix = settings.flag("add_prefix_space") or False
     library.decoder = decoders.ByteLevel()
-    if kind == "qwen2":
+    if kind.words is not None:
         library.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
+        words = pre_tokenizers.Split(Regex(kind.words), behavior="isolated")
         library.pre_tokenizer = pre_tokenizers.Sequence(
             [words, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
         )
     else:
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
         library.post_processor = processors.ByteLevel(trim_offsets=False)
-    defaults = {
-        "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-        "qwen2": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-        "roberta": {
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "sep_token": "</s>",
-            "cls_token": "<s>",
-            "mask_token": "<mask>",
-        },
-    }[kind]
-    for name, text in defaults.items():
+    for name, text in kind.special_tokens.items():
         if text in vocab:
             settings.special_tokens.setdefault(name, text)
-    if kind == "roberta" and "</s>" in vocab and "<s>" in vocab:
+    if kind.encloses and "</s>" in vocab and "<s>" in vocab:
         library.post_processor = processors.RobertaProcessing(
             ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"]), trim_offsets=False, add_prefix_space=prefix
         )
@@ -203,9 +222,7 @@ def _bpe_of_words(vocab: dict[str, int], merges: list[tuple[str, str]], settings
     return library
 
 
-def _declared_kind(
-    settings: Settings, classes: dict[str, str], model_types: dict[str, str], default: str, files: str
-) -> str:
+def _declared_kind(settings: Settings, classes: dict[str, T], model_types: dict[str, T], default: str, files: str) -> T:
     """What the tokenizer's class stands for, or else the model's type, which defaults to `default`."""
     name = settings.tokenizer.get("tokenizer_class")
     if isinstance(name, str):

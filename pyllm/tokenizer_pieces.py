@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,22 +18,43 @@ if TYPE_CHECKING:
 
 
 FAIRSEQ_FILE = "sentencepiece.bpe.model"  # whose models have other ids than the pieces: those of fairseq
-_CLASSES = {
-    "T5Tokenizer": "t5",
-    "XLMRobertaTokenizer": "xlm-roberta",
-    "MBartTokenizer": "mbart",
-    "MBart50Tokenizer": "mbart50",
-}
-_MODEL_TYPES = {"t5": "t5", "mt5": "t5", "umt5": "t5", "xlm-roberta": "xlm-roberta", "mbart": "mbart"}
-_MBART = """
+_LANGUAGES = """
 ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP nl_XX ro_RO
 ru_RU si_LK tr_TR vi_VN zh_CN
 """.split()  # noqa: SIM905
-_MBART_50 = """
+_MORE_LANGUAGES = """
 af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE sw_KE ta_IN te_IN
 th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI
 """.split()  # noqa: SIM905
-_LANGUAGES = {"xlm-roberta": [], "mbart": _MBART, "mbart50": [*_MBART, *_MBART_50]}  # marks, in the order of their ids
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a class of tokenizers adds before a text, between the texts of a pair and at the end.
+
+    These are special tokens by name, of which "language" is what `src_lang` says, or as they stand in the vocabulary.
+    """
+
+    before: tuple[str, ...]
+    between: tuple[str, ...] | None  # None: texts of a pair are not put together
+    after: tuple[str, ...]
+    adds: str = "eos_token"  # the named one that is added unless the settings say otherwise; others if they say so
+    has_sentinels: bool = False  # tokens for masked spans, behind the pieces
+    languages: tuple[str, ...] | None = None  # marks, in the order of their ids in fairseq; None: no such ids
+
+
+_OF_DECODERS = _Kind(("bos_token",), None, ("eos_token",), adds="bos_token")
+_T5 = _Kind(("bos_token",), ("eos_token",), ("eos_token",), has_sentinels=True)
+_XLM_ROBERTA = _Kind(("<s>",), ("eos_token", "eos_token"), ("eos_token",), languages=())
+_MBART = _Kind((), (), ("eos_token", "language"), languages=tuple(_LANGUAGES))
+_MBART_50 = _Kind(("language",), (), ("eos_token",), languages=(*_LANGUAGES, *_MORE_LANGUAGES))
+_CLASSES = {
+    "T5Tokenizer": _T5,
+    "XLMRobertaTokenizer": _XLM_ROBERTA,
+    "MBartTokenizer": _MBART,
+    "MBart50Tokenizer": _MBART_50,
+}
+_MODEL_TYPES = {"t5": _T5, "mt5": _T5, "umt5": _T5, "xlm-roberta": _XLM_ROBERTA, "mbart": _MBART}
 
 
 def from_sentencepiece(path: Path, settings: Settings) -> Backend:
@@ -42,29 +63,29 @@ def from_sentencepiece(path: Path, settings: Settings) -> Backend:
 
     kind, model = _kind_of(settings), SentencePieceModel.load(path)
     if path.name == FAIRSEQ_FILE:
-        if kind not in _LANGUAGES:
+        if kind.languages is None:
             name = settings.tokenizer.get("tokenizer_class", settings.config.get("model_type"))
             raise TokenizerError(
                 f"{path}: expected the tokenizer of XLM-RoBERTa, mBART or mBART-50, found that of {name!r}, which is "
                 "not supported. Put the model's tokenizer.json into the folder."
             )
-        model = _as_in_fairseq(model, _LANGUAGES[kind])
+        model = _as_in_fairseq(model, kind.languages)
         for name in ("pad", "mask"):
             settings.special_tokens.setdefault(f"{name}_token", f"<{name}>")
     encoder = guarded(path, lambda: SentencePieceEncoder(model))
     return _SentencePieceBackend(model, encoder, settings, kind)
 
 
-def _kind_of(settings: Settings) -> str | None:
-    """What the tokenizer's class stands for, or else the model's type; None for those of decoders."""
+def _kind_of(settings: Settings) -> _Kind:
+    """What the tokenizer's class stands for, or else the model's type."""
     name = settings.tokenizer.get("tokenizer_class")
     if isinstance(name, str):
-        return _CLASSES.get(name.removesuffix("Fast"))
+        return _CLASSES.get(name.removesuffix("Fast"), _OF_DECODERS)
     name = settings.config.get("model_type")
-    return _MODEL_TYPES.get(name) if isinstance(name, str) else None
+    return _MODEL_TYPES.get(name, _OF_DECODERS) if isinstance(name, str) else _OF_DECODERS
 
 
-def _as_in_fairseq(model: SentencePieceModel, languages: list[str]) -> SentencePieceModel:
+def _as_in_fairseq(model: SentencePieceModel, languages: tuple[str, ...]) -> SentencePieceModel:
     """The model with pieces in the order of fairseq's ids: its special tokens, the others, and marks behind them."""
     from pyllm.sentencepiece import Piece, PieceType
 
@@ -81,13 +102,12 @@ class _SentencePieceBackend:
     """A SentencePiece model and the special tokens around it."""
 
     def __init__(
-        self, model: SentencePieceModel, encoder: SentencePieceEncoder, settings: Settings, kind: str | None
+        self, model: SentencePieceModel, encoder: SentencePieceEncoder, settings: Settings, kind: _Kind
     ) -> None:
         from pyllm.sentencepiece import PieceType
 
         self._encoder = encoder
-        is_t5 = kind == "t5"
-        if is_t5:
+        if kind.has_sentinels:
             _add_sentinels(settings, len(model.pieces))
         tokens: list[str | None] = [piece.text for piece in model.pieces]
         added: dict[str, tuple[int, AddedToken]] = {}
@@ -115,39 +135,35 @@ class _SentencePieceBackend:
         self._split = _split_pattern([token for _, token in added.values()])
         self.vocab_size = len(tokens)
         self.special_ids = frozenset(index for index, token in added.values() if token.special) | {model.unk_id}
-        self._prefix = self._named(settings, "bos_token", not is_t5)
-        self._suffix = self._named(settings, "eos_token", is_t5)
-        self._between: list[int] | None = None
-        if kind is not None:
-            self._prefix, self._between, self._suffix = self._around(kind, settings)
-        self._space_everywhere = kind is not None or settings.flag("legacy") is True
+        self._prefix = self._added_by(kind, kind.before, settings)
+        self._between = None if kind.between is None else self._added_by(kind, kind.between, settings)
+        self._suffix = self._added_by(kind, kind.after, settings)
+        self._space_everywhere = kind is not _OF_DECODERS or settings.flag("legacy") is True
         self._space_in_front = settings.flag("add_prefix_space") is not False
         self._strips = (
             model.add_dummy_prefix or model.remove_extra_whitespaces,
             model.remove_extra_whitespaces,
         )
 
-    def _around(self, kind: str, settings: Settings) -> tuple[list[int], list[int], list[int]]:
-        """Special tokens before a text, between the two of a pair, and at the end."""
-        end = self._named(settings, "eos_token", True)
-        if kind == "t5":
-            return self._named(settings, "bos_token", False), end, end
-        if kind == "xlm-roberta":
-            return [self._ids["<s>"]], [*end, *end], end
-        language = settings.tokenizer.get("src_lang") or "en_XX"
-        if language not in self._ids:
-            raise TokenizerError(
-                f"{settings.folder / 'tokenizer_config.json'}: src_lang: expected a mark such as en_XX, found "
-                f"{language!r}"
-            )
-        mark = [self._ids[language]]
-        return (mark, [], end) if kind == "mbart50" else ([], [], [*end, *mark])
-
-    def _named(self, settings: Settings, name: str, default: bool) -> list[int]:
-        """The id of a named token as a list, empty when `add_<name>` (or its default) says not to add it."""
-        flag = settings.flag(f"add_{name}")
-        index = self._ids.get(settings.special_tokens.get(name, ""))
-        return [index] if index is not None and (default if flag is None else flag) else []
+    def _added_by(self, kind: _Kind, names: tuple[str, ...], settings: Settings) -> list[int]:
+        """Ids of the special tokens with these names, without those that `add_<name>` says not to add."""
+        found: list[int] = []
+        for name in names:
+            text: str | None = name
+            if name == "language":
+                text = settings.tokenizer.get("src_lang") or "en_XX"
+                if text not in self._ids:
+                    raise TokenizerError(
+                        f"{settings.folder / 'tokenizer_config.json'}: src_lang: expected a mark such as en_XX, found "
+                        f"{text!r}"
+                    )
+            elif name.endswith("_token"):
+                flag = settings.flag(f"add_{name}")
+                wanted = name == kind.adds if flag is None else flag
+                text = settings.special_tokens.get(name) if wanted else None
+            if text in self._ids:
+                found.append(self._ids[text])
+        return found
 
     def to_json(self) -> str:
         raise TokenizerError("it is a SentencePiece model without a tokenizer.json: put that of the model beside it")
