@@ -515,6 +515,8 @@ def test_configs_of_models_that_fill_blanks() -> None:
     assert chatglm.blocks[0].residual_scale == math.sqrt(56)
     assert read({**CHATGLM, "num_layers": 2}).blocks[0].residual_scale == math.sqrt(56)
     assert chatglm.num_parameters() == 6_173_286_400 + 130528 * 4096  # the head is not counted where it is published
+    first = {key: value for key, value in CHATGLM.items() if not key.endswith("token_id")}  # and its older ids
+    assert read({**first, "vocab_size": 150528}).prefix == PrefixSpec(150004, ((150001,), (150000,)))
     assert glm.prefix == PrefixSpec(50257, ((50260,),), restarts=True)
     assert glm.embedding.positions == glm.embedding.second_positions == 513
     assert read({**GLM, "hidden_act": "gelu"}).blocks[0].mlp.activation is Activation.GELU_ERF
