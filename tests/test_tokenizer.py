@@ -125,7 +125,6 @@ SMALL_MODELS = {
 
 
 @lru_cache
-@pytest.mark.oracle("sentencepiece")
 def small_encoders(name: str) -> tuple[SentencePieceEncoder, Any]:
     import sentencepiece
 
@@ -133,6 +132,7 @@ def small_encoders(name: str) -> tuple[SentencePieceEncoder, Any]:
     return SentencePieceEncoder(SentencePieceModel.parse(SMALL_MODELS[name])), library
 
 
+@pytest.mark.oracle("sentencepiece")
 @pytest.mark.parametrize("name", SMALL_MODELS)
 @settings(max_examples=400, deadline=None)
 @given(text=st.text("\u2581theabloHw. <>br0xA1\u00e9\U0001f999\t", max_size=40) | st.text(max_size=20))
@@ -141,12 +141,12 @@ def test_small_models_equal_the_library(name: str, text: str) -> None:
     assert encoder.encode(text) == library.encode(text)
 
 
+@pytest.mark.oracle("sentencepiece")
 @settings(max_examples=300, deadline=None)
 @given(
     words=st.lists(st.text("ab", min_size=2, max_size=7), max_size=12, unique=True),
     texts=st.lists(st.text("ab", max_size=24), min_size=1, max_size=8),
 )
-@pytest.mark.oracle("sentencepiece")
 def test_any_bpe_merges_in_the_order_of_the_library(words: list[str], texts: list[str]) -> None:
     import sentencepiece as spm
 

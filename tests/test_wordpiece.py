@@ -181,6 +181,7 @@ def test_bpe_of_words_equals_transformers(tmp_path: Path) -> None:
             assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
 
 
+@pytest.mark.oracle
 def test_roberta_equals_transformers(tmp_path: Path) -> None:
     ours, theirs = roberta(tmp_path)
     for text in [*TEXTS, *T5_TEXTS, "Hello <mask>, there<mask> x", "<s>x</s></s>y"]:
