@@ -130,7 +130,7 @@ class Encoding:
         Raises `RequestError` where the model is no classifier, `NonFiniteError` when its scores are no numbers.
         """
         problem = self.spec.head.problem
-        if self.spec.head.kind is HeadKind.NEXT and not all(isinstance(text, tuple) for text in texts):
+        if self.spec.head.kind is HeadKind.NEXT and not all(isinstance(text, (tuple, Encoded)) for text in texts):
             raise RequestError(
                 "classify: expected pairs (first, second), for this model says whether the second of two texts follows "
                 "the first, got a text by itself"

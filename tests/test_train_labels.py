@@ -194,6 +194,7 @@ def test_next_sentences_are_pairs_with_labels(tmp_path: Path) -> None:
     assert made.run().last_loss < before  # type: ignore[operator]
     [result] = LLM(tmp_path / "run" / "last", threads=2).classify([("the cat", "the hat")])
     assert set(result.scores) == {"next", "random"}
+    assert evaluate_labels(LLM(model, threads=1), lines(tmp_path / "few.jsonl", pairs[:6])).documents == 6
     alone = lines(tmp_path / "alone.jsonl", [*pairs[:2], {"text": "the cat", "label": "next"}])
     with pytest.raises(DataError, match="line 3: expected `pair`, a second text that follows the first or does not"):
         run(tmp_path, alone, model, valid_share=0)
