@@ -59,8 +59,8 @@ def given_pairs(arguments: list[str] | None, file: Path | None, second: str | No
     keys = "text, and pair where there is a second text"
     found: list[str | tuple[str, str]] = []
     for record, at, _ in read_records(file, keys):
-        texts = [record[key] for key in ("text", "pair") if key in record]
-        if "text" not in record or not all(isinstance(text, str) for text in texts):
+        texts = [record[key] for key in ("text", "pair") if record.get(key) is not None]
+        if not isinstance(record.get("text"), str) or not all(isinstance(text, str) for text in texts):
             raise DataError(f"{at}: expected strings named {keys}, found {', '.join(sorted(record)) or 'no keys'}")
         found.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
     if not found:
